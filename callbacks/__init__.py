@@ -1,0 +1,1 @@
+"""Lightning callbacks of skippipe: recovery, balance and monitoring (none yet)."""

@@ -1,0 +1,1 @@
+"""Train a deep model over unequal, unreliable machines without touching its LightningModule."""
