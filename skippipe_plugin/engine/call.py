@@ -1,0 +1,151 @@
+"""What one microbatch asks of the blocks: shapes along its path, arguments of each block, modes and contexts.
+
+A :class:`CallSpec` is the same for most microbatches of a run, so it travels once and is named by number afterwards.
+What differs between microbatches are the side inputs' values (masks, rotary tables): they travel as tensors, each
+distinct one once, and a spec refers to them by slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .transport import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class SideInput:
+    """Stands in a template for the side input in ``slot`` of the microbatch."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRef:
+    """Stands in a template for the worker's own part of the key-value cache ``key`` of the driver."""
+
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The arguments of a block without its hidden states: leaves are constants, SideInput or CacheRef."""
+
+    args: tuple[Any, ...]  # Any: whatever the user's model passes
+    kwargs: dict[str, Any]
+    hidden: int | str
+    """Where the hidden states go: the index of a positional argument, or a keyword."""
+
+    def fill(self, leaf: Callable[[Any], Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return args and kwargs with ``leaf`` applied to every leaf; the hidden states are still missing."""
+        args, kwargs = pytree.tree_map(leaf, (list(self.args), self.kwargs))
+        return args, kwargs
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """The tensor that enters a visit (or, last, that returns to the driver)."""
+
+    spec: TensorSpec
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ambient:
+    """Grad mode and autocast state under which the user's code called the blocks."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    """The device types for which autocast is on, with their dtypes."""
+
+    @classmethod
+    def current(cls, device_types: Sequence[str]) -> Ambient:
+        """Read the state of the calling thread."""
+        autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in device_types if _autocast_is_on(kind))
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Put the calling thread into this state."""
+        with ExitStack() as stack:
+            if self.inference:
+                stack.enter_context(torch.inference_mode())
+            else:
+                stack.enter_context(torch.set_grad_enabled(self.grad))
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            yield
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMode:
+    """The flags of one block that user code may change at any time on the driver's proxies."""
+
+    training: tuple[bool, ...]
+    """``training`` of the block and of its submodules, in the order of ``modules()``."""
+    requires_grad: tuple[bool, ...]
+    """``requires_grad`` of its parameters, in the order of ``parameters()``."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOp:
+    """A change of a key-value cache that the driver's code made between calls, such as ``reorder_cache``."""
+
+    key: int
+    method: str
+    args: tuple[Any, ...]  # Any: the cache class defines them
+
+
+@dataclass(frozen=True, slots=True)
+class CallSpec:
+    """Everything about a call but its tensors."""
+
+    hops: tuple[Hop, ...]
+    """By position on the path: the tensor entering each visit, then the one that returns to the driver."""
+    templates: tuple[Template, ...]
+    block_template: tuple[int, ...]
+    """By block of the whole stack: the index of its template."""
+    modes: tuple[BlockMode, ...]
+    """By block of the whole stack."""
+    ambient: Ambient
+    cache_ops: tuple[CacheOp, ...] = ()
+
+    def in_training(self) -> bool:
+        """Whether a backward pass follows."""
+        return self.ambient.grad
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One microbatch's call as a rank holds it during a step."""
+
+    spec: CallSpec
+    side_inputs: tuple[Tensor, ...]
+    seed: int
+    """Seeds the randomness of every block of this microbatch, see :func:`block_seed`."""
+
+
+def block_seed(seed: int, block: int) -> int:
+    """Derive the seed of one block's randomness; a splitmix64 step, so that neighbours are unrelated."""
+    mixed = (seed + (block + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (mixed ^ (mixed >> 31)) & 0x7FFFFFFFFFFFFFFF
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed torch's generators of the host and of ``device``."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    return torch.is_autocast_enabled(device_type)

@@ -1,0 +1,187 @@
+"""Run one rank's part of a schedule: a straight interpreter of its instructions.
+
+Both ends of every message know the schedule, so a message carries bytes only. Receives are posted as soon as the
+call of a microbatch is known, sends are never waited for before the end of the step, and values that stay on the
+rank never touch the network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..schedule import DRIVER_STAGE, Event, Op
+from .call import Call
+from .errors import GenerationAborted, SkipPipeError
+from .program import Instruction
+from .stage import Stage
+from .transport import PendingTensor, TensorSpec, Transport
+
+
+class CallFeed(Protocol):
+    """Where a rank learns the calls of the microbatches that visit it."""
+
+    def poll(self) -> Iterable[tuple[int, Call]]:
+        """Return the (microbatch, call) pairs that arrived since the last time, without waiting."""
+
+    def wait(self) -> Iterable[tuple[int, Call]]:
+        """Wait for the next pairs."""
+
+
+class DriverPart(Protocol):
+    """The driver's stage 0: the user's step function around the blocks."""
+
+    def embed(self, microbatch: int) -> tuple[Call, Tensor]:
+        """Run the user's code up to the blocks; return their call and the hidden states that enter them."""
+
+    def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
+        """Run the user's code after the blocks; in training return the gradient of ``hidden`` if it has one."""
+
+    def backward(self, microbatch: int, gradient: Tensor | None) -> None:
+        """Back-propagate into what produced the hidden states."""
+
+    def announce(self) -> None:
+        """Send the calls that are still held back, since this rank is about to wait."""
+
+
+class Executor:
+    """One rank of one generation; :meth:`run` executes one step."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        stages: Mapping[int, Stage],
+        device: torch.device,
+        driver: DriverPart | None = None,
+    ) -> None:
+        self._transport = transport
+        self._stages = stages
+        self._device = device
+        self._driver = driver
+        self._calls: dict[int, Call] = {}
+        self._posted: dict[tuple[int, bool, int], PendingTensor] = {}
+        self._local: dict[tuple[int, bool, int], Tensor | None] = {}
+        self._by_microbatch: dict[int, list[Instruction]] = {}
+
+    def run(self, program: Iterable[Instruction], live: Collection[int], feed: CallFeed) -> list[Event]:
+        """Execute the instructions of the ``live`` microbatches in order; return when each ran.
+
+        Raises:
+            GenerationAborted: The generation ended under the step.
+        """
+        instructions = [instruction for instruction in program if instruction.microbatch in live]
+        for instruction in instructions:
+            self._by_microbatch.setdefault(instruction.microbatch, []).append(instruction)
+        events: list[Event] = []
+        try:
+            for instruction in instructions:
+                self._ready(instruction, feed)
+                taken = self._take(instruction)
+                start = time.perf_counter()
+                self._execute(instruction, taken)
+                events.append(Event(self._transport.rank, instruction.action, start, time.perf_counter()))
+            self._transport.flush()
+        finally:
+            self._clear()
+        return events
+
+    def _ready(self, instruction: Instruction, feed: CallFeed) -> None:
+        for microbatch, call in feed.poll():
+            self._admit(microbatch, call)
+        if self._driver is not None and instruction.action.stage == DRIVER_STAGE and instruction.action.op is Op.F:
+            return  # this action makes the call
+        while instruction.microbatch not in self._calls:
+            for microbatch, call in feed.wait():
+                self._admit(microbatch, call)
+
+    def _admit(self, microbatch: int, call: Call) -> None:
+        """Learn a call and post every receive of its microbatch on this rank."""
+        self._calls[microbatch] = call
+        for instruction in self._by_microbatch.get(microbatch, ()):
+            hop, link = instruction.takes, instruction.receives
+            if hop is None or link is None or not _travels(instruction, hop, call):
+                continue
+            forward = instruction.action.op in (Op.F, Op.L)
+            spec: TensorSpec = call.spec.hops[hop].spec
+            self._posted[microbatch, forward, hop] = self._transport.receive(spec, link.rank, link.tag, self._device)
+
+    def _take(self, instruction: Instruction) -> Tensor | None:
+        hop, action = instruction.takes, instruction.action
+        if hop is None:
+            return None
+        key = (action.microbatch, action.op in (Op.F, Op.L), hop)
+        if instruction.receives is None:
+            return self._local.pop(key)
+        if key not in self._posted:
+            return None
+        if self._driver is not None:
+            self._driver.announce()
+        try:
+            return self._posted.pop(key).wait()
+        except GenerationAborted:
+            raise
+        except Exception as error:  # pragma: no cover - a bug of ours, named rather than hung
+            raise SkipPipeError(f"receiving for {instruction.text} failed") from error
+
+    def _give(self, instruction: Instruction, value: Tensor | None) -> None:
+        hop, action = instruction.gives, instruction.action
+        if hop is None:
+            return
+        if instruction.sends is None:
+            self._local[action.microbatch, action.op is Op.F, hop] = value
+        elif _gives_message(instruction, hop, self._calls[action.microbatch]):
+            assert value is not None, f"{instruction.text} has nothing to send"
+            self._transport.send(value, instruction.sends.rank, instruction.sends.tag)
+
+    def _execute(self, instruction: Instruction, taken: Tensor | None) -> None:
+        if instruction.action.stage == DRIVER_STAGE:
+            self._execute_driver(instruction, taken)
+        else:
+            self._execute_stage(instruction, taken)
+
+    def _execute_driver(self, instruction: Instruction, taken: Tensor | None) -> None:
+        assert self._driver is not None, f"{instruction.text} is not an action of a worker"
+        microbatch, op = instruction.microbatch, instruction.action.op
+        if op is Op.F:
+            call, hidden = self._driver.embed(microbatch)
+            self._admit(microbatch, call)
+            self._give(instruction, hidden)
+        elif op is Op.L:
+            assert taken is not None
+            self._give(instruction, self._driver.loss(microbatch, taken))
+        else:
+            self._driver.backward(microbatch, taken)
+
+    def _execute_stage(self, instruction: Instruction, taken: Tensor | None) -> None:
+        action = instruction.action
+        stage, call = self._stages[action.stage], self._calls[action.microbatch]
+        if action.op is Op.F:
+            assert instruction.takes is not None
+            assert taken is not None
+            enters, leaves = call.spec.hops[instruction.takes : instruction.takes + 2]
+            self._give(instruction, stage.forward(action.microbatch, call, taken, enters, leaves))
+        elif action.op is Op.B:
+            self._give(instruction, stage.backward(action.microbatch, taken))
+        elif action.op is Op.I:
+            self._give(instruction, stage.backward_input(action.microbatch, taken))
+        else:
+            stage.backward_weight(action.microbatch)
+
+    def _clear(self) -> None:
+        self._calls.clear()
+        self._posted.clear()
+        self._local.clear()
+        self._by_microbatch.clear()
+
+
+def _travels(instruction: Instruction, hop: int, call: Call) -> bool:
+    """Whether a message comes for what the instruction takes: gradients only where something needs them."""
+    return instruction.action.op in (Op.F, Op.L) or call.spec.hops[hop].requires_grad
+
+
+def _gives_message(instruction: Instruction, hop: int, call: Call) -> bool:
+    return instruction.action.op is Op.F or call.spec.hops[hop].requires_grad

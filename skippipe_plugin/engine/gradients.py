@@ -1,0 +1,120 @@
+"""Gradients between the backward of a step and the optimizer: kept aside, merged, summed, measured, clipped.
+
+Lightning zeroes gradients after ``training_step`` and before ``backward``, while the engine computes them inside
+``training_step``. So a step's new gradients are kept apart until ``backward`` asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class GradientWindow:
+    """The gradients of some parameters over one accumulation window."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self._accumulated: list[Tensor | None] | None = None
+        self._new: list[Tensor | None] = []
+
+    def open(self) -> None:
+        """Start a step: put what is accumulated aside, so that the backward fills ``.grad`` from nothing."""
+        self._accumulated = _take(self.parameters)
+
+    def close(self) -> None:
+        """End a step: keep its gradients aside and put the accumulated ones back."""
+        self._new = _take(self.parameters)
+        self._restore()
+
+    def discard(self) -> None:
+        """Give a step up: drop what it computed and put the accumulated gradients back."""
+        if self._accumulated is not None:
+            _take(self.parameters)
+            self._restore()
+        self._new = []
+
+    def merge(self, scale: float) -> None:
+        """Add ``scale`` times the new gradients to the accumulated ones."""
+        new, self._new = self._new, []
+        pairs = [(p, gradient) for p, gradient in zip(self.parameters, new, strict=False) if gradient is not None]
+        if scale != 1.0:
+            _scale([gradient for _, gradient in pairs], scale)
+        for parameter, gradient in pairs:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def zero(self) -> None:
+        """Drop the accumulated gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def sum_new(self, all_reduce: Callable[[Tensor], None]) -> None:
+        """Sum the gradients of the step that is about to be closed over the holders of the same parameters.
+
+        A parameter that no holder used keeps None: an optimizer must skip it as in one process.
+        """
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        if not trained:
+            return
+        used = torch.tensor([float(parameter.grad is not None) for parameter in trained])
+        all_reduce(used)
+        for dtype in sorted({parameter.dtype for parameter in trained}, key=str):
+            group = [p for p, count in zip(trained, used, strict=True) if count > 0 and p.dtype == dtype]
+            if group:
+                _sum_flat(group, all_reduce)
+
+    def _restore(self) -> None:
+        assert self._accumulated is not None
+        for parameter, gradient in zip(self.parameters, self._accumulated, strict=True):
+            parameter.grad = gradient
+        self._accumulated = None
+
+
+def norm_power(parameters: Sequence[nn.Parameter], norm_type: float) -> float:
+    """Return the sum of the powers of the gradients' elements (their maximum for an infinite norm).
+
+    Partial results of several processes add up (or are compared), see :func:`total_norm`.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return 0.0
+    norms = torch.stack([norm.to("cpu", torch.float64) for norm in torch._foreach_norm(gradients, norm_type)])
+    return float(norms.max() if norm_type == float("inf") else (norms**norm_type).sum())
+
+
+def total_norm(powers: Sequence[float], norm_type: float) -> float:
+    """Combine the partial results of :func:`norm_power` into the norm of all gradients together."""
+    if norm_type == float("inf"):
+        return max(powers)
+    return float(sum(powers) ** (1.0 / norm_type))
+
+
+def clip(parameters: Sequence[nn.Parameter], *, scale: float | None, value: float | None) -> None:
+    """Multiply the gradients by ``scale`` and clamp their elements to +-``value``, each if given."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if scale is not None:
+        _scale(gradients, scale)
+    if value is not None:
+        torch.nn.utils.clip_grad_value_(list(parameters), value)
+
+
+def _take(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return gradients
+
+
+def _scale(gradients: Sequence[Tensor], scale: float) -> None:
+    if gradients:
+        torch._foreach_mul_(list(gradients), scale)
+
+
+def _sum_flat(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], None]) -> None:
+    parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([part.detach().reshape(-1).cpu() for part in parts])
+    all_reduce(flat)
+    for parameter, summed in zip(parameters, flat.split([part.numel() for part in parts]), strict=True):
+        parameter.grad = summed.view_as(parameter).to(parameter.device, copy=True)

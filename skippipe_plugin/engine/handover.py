@@ -1,0 +1,131 @@
+"""Blocks on their way to another process: structure as cloudpickle, tensors as raw bytes.
+
+A receiver needs importable block classes only; classes of the driver's own script travel by value.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor, nn
+
+from .channel import Buffer
+from .errors import SkipPipeError
+from .transport import TensorSpec, as_bytes, from_bytes
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[list[Any], list[Buffer]]:
+    """Return JSON entries (name, shape, dtype) and one blob for each tensor."""
+    entries = [[name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()]
+    return entries, [tensor_blob(tensor) for tensor in tensors.values()]
+
+
+def unpack_tensors(entries: Sequence[Any], blobs: Sequence[Buffer]) -> dict[str, Tensor]:
+    """Invert :func:`pack_tensors`; the tensors own their memory."""
+    return {
+        name: tensor_from_blob(TensorSpec(tuple(shape), getattr(torch, dtype)), blob)
+        for (name, shape, dtype), blob in zip(entries, blobs, strict=True)
+    }
+
+
+def tensor_blob(tensor: Tensor) -> Buffer:
+    """Return the bytes of ``tensor`` without copying when it is contiguous in host memory."""
+    return memoryview(as_bytes(tensor).numpy())
+
+
+def tensor_from_blob(spec: TensorSpec, blob: Buffer) -> Tensor:
+    """Read a tensor; a bytearray is used in place."""
+    if spec.num_bytes == 0:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    data = blob if isinstance(blob, bytearray) else bytearray(blob)
+    return from_bytes(torch.frombuffer(data, dtype=torch.uint8), spec)
+
+
+def pack_blocks(blocks: Mapping[int, nn.Module]) -> tuple[list[Any], list[Buffer]]:
+    """Return the JSON entries of the blocks' tensors, and the blobs: the pickled structure first."""
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    try:
+        pickler.dump(dict(blocks))
+    except Exception as error:
+        raise SkipPipeError(
+            f"the blocks cannot be sent to a worker: {error}. A block must not hold what cannot be pickled, such as "
+            "locks, open files or the Trainer; keep such things outside of the block"
+        ) from error
+    tensors = {str(index): tensor for index, tensor in enumerate(pickler.tensors)}
+    real = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    entries, blobs = pack_tensors(real)
+    meta = [
+        [name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items() if name not in real
+    ]
+    return [entries, meta], [buffer.getvalue(), *blobs]
+
+
+def unpack_blocks(fields: Sequence[Any], blobs: Sequence[Buffer]) -> dict[int, nn.Module]:
+    """Invert :func:`pack_blocks`; blocks that were built on the meta device still are."""
+    entries, meta = fields
+    tensors = unpack_tensors(entries, blobs[1:])
+    for name, shape, dtype in meta:
+        tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    blocks: dict[int, nn.Module] = _Unpickler(io.BytesIO(blobs[0]), tensors).load()
+    return blocks
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
+    """Puts each distinct tensor aside, with what makes it a parameter."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+        self._index: dict[int, int] = {}
+
+    def persistent_id(self, obj: object) -> object:
+        if type(obj) not in (Tensor, nn.Parameter):
+            return None
+        assert isinstance(obj, Tensor)
+        if id(obj) not in self._index:
+            self._index[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)
+        return self._index[id(obj)], isinstance(obj, nn.Parameter), obj.requires_grad
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+        self._loaded: dict[int, Tensor] = {}
+
+    def persistent_load(self, pid: Any) -> Tensor:  # Any: what persistent_id returned
+        index, is_parameter, requires_grad = pid
+        if index not in self._loaded:
+            tensor = self._tensors[str(index)]
+            self._loaded[index] = (
+                nn.Parameter(tensor, requires_grad) if is_parameter else tensor.requires_grad_(requires_grad)
+            )
+        return self._loaded[index]
+
+
+def materialize(block: nn.Module, device: torch.device) -> None:
+    """Give memory and initial values to what was built on the meta device; the rest moves to ``device``.
+
+    Raises:
+        SkipPipeError: A module with meta tensors has no ``reset_parameters``.
+    """
+    for name, module in block.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not any(tensor.is_meta for tensor in own):
+            continue
+        module.to_empty(device=device, recurse=False)
+        reset = getattr(module, "reset_parameters", None)
+        if not callable(reset):
+            raise SkipPipeError(
+                f"{type(module).__name__} at {name!r} was built on the meta device but has no reset_parameters(); "
+                "add one, or build the model with real weights"
+            )
+        reset()
+    block.to(device)

@@ -1,0 +1,218 @@
+"""A stage on the rank that holds it: its blocks, their forward and backward, their gradients.
+
+Used by workers, and by a driver that hosts a stage. Nothing here knows of processes or messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from .call import Ambient, BlockMode, CacheRef, Call, Hop, SideInput, Template, block_seed, seed_everything
+from .errors import SkipPipeError
+from .kvcache import CacheShelf
+from .transport import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one block does to its input: the output's spec and the structure of its return value."""
+
+    output: TensorSpec
+    structure: ReturnStructure
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnStructure:
+    """How a block returns its hidden states: alone, or first in a tuple or list of ``length`` items."""
+
+    length: int | None
+    constants: tuple[Any, ...] = ()  # Any: what stands beside the hidden states, tensors replaced by Unavailable
+
+    def wrap(self, hidden: Tensor) -> Any:  # Any: what the user's model expects of its block
+        """Return ``hidden`` as the block itself would."""
+        return hidden if self.length is None else (hidden, *self.constants)
+
+
+class Unavailable:
+    """Stands for a tensor that a block returned beside its hidden states and that stayed on its worker."""
+
+    def __reduce__(self) -> tuple[type[Unavailable], tuple[()]]:
+        return Unavailable, ()
+
+    def __repr__(self) -> str:
+        return "<a block's second output, which stays on its worker>"
+
+
+class Stage:
+    """Consecutive blocks of the stack, run as one unit."""
+
+    def __init__(self, index: int, blocks: dict[int, nn.Module], device: torch.device) -> None:
+        self.index = index
+        self.blocks = blocks
+        self.device = device
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._halves: dict[int, Tensor | None | list[dict[str, Any]]] = {}  # Any: torch's parameter groups
+        self._modes: dict[int, BlockMode] = {}
+        self._shelf = CacheShelf()
+
+    def named_parameters(self) -> Iterator[tuple[int, str, nn.Parameter]]:
+        """Yield (block, name in the block, parameter)."""
+        for block, module in self.blocks.items():
+            for name, parameter in module.named_parameters():
+                yield block, name, parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List the parameters of all blocks, shared ones once."""
+        return list(dict.fromkeys(parameter for _, _, parameter in self.named_parameters()))
+
+    def forward(self, microbatch: int, call: Call, hidden: Tensor, enters: Hop, leaves: Hop) -> Tensor:
+        """Run the blocks; keep what the backward needs. Return the hidden states, detached."""
+        ambient = call.spec.ambient
+        with ambient.entered():
+            inputs = hidden.detach().requires_grad_(enters.requires_grad) if ambient.grad else hidden
+            output = self._run_blocks(call, inputs)
+        _check_output(self.index, output, leaves)
+        if ambient.grad:
+            self._saved[microbatch] = (inputs, output)
+        return output.detach()
+
+    def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
+        """Back-propagate into the parameters; return the gradient of the input when it needs one."""
+        inputs, output = self._saved.pop(microbatch)
+        if gradient is not None and output.requires_grad:
+            torch.autograd.backward(output, gradient)
+        return inputs.grad
+
+    def backward_input(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
+        """Compute the gradient of the input only (I); :meth:`backward_weight` does the rest.
+
+        The split is torch's own; hooks on gradients do not fire and reentrant checkpointing fails under it.
+        """
+        inputs, output = self._saved[microbatch]
+        if gradient is None or not output.requires_grad or not inputs.requires_grad:
+            self._halves[microbatch] = gradient
+            return None
+        weights = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        gradients, groups = stage_backward_input([output], [gradient], [inputs], iter(weights))
+        self._halves[microbatch] = groups
+        return gradients[0]
+
+    def backward_weight(self, microbatch: int) -> None:
+        """Compute the gradients of the parameters (W) that :meth:`backward_input` left out."""
+        half = self._halves.pop(microbatch)
+        if isinstance(half, list):
+            self._saved.pop(microbatch)
+            weights = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            stage_backward_weight(iter(weights), half)
+        else:
+            self.backward(microbatch, half)
+
+    def forget(self) -> None:
+        """Drop the activations of a step that will not be finished."""
+        self._saved.clear()
+        self._halves.clear()
+
+    def forget_caches(self, keys: Iterable[int]) -> None:
+        """Free the stage's part of key-value caches that the driver let go."""
+        self._shelf.drop(keys)
+
+    def probe(self, block: int, call: Call, enters: TensorSpec) -> Probe:
+        """Run one block on random input without leaving a trace, to learn the form of its output."""
+        module = self.blocks[block]
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        state = torch.get_rng_state()
+        self._set_mode(block, call.spec.modes[block])
+        ambient = Ambient(False, False, call.spec.ambient.autocast)
+        with ambient.entered():
+            output = self._call_block(block, call, _random(enters, self.device), filled={}, with_cache=False)
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+        return _describe(module, output)
+
+    def _run_blocks(self, call: Call, hidden: Tensor) -> Tensor:
+        filled: dict[int, tuple[list[Any], dict[str, Any]]] = {}
+        self._shelf.apply(call.spec.cache_ops)
+        for block in self.blocks:
+            self._set_mode(block, call.spec.modes[block])
+            seed_everything(block_seed(call.seed, block), self.device)
+            hidden = _hidden_of(self._call_block(block, call, hidden, filled, with_cache=True))
+        return hidden
+
+    def _call_block(
+        self,
+        block: int,
+        call: Call,
+        hidden: Tensor,
+        filled: dict[int, tuple[list[Any], dict[str, Any]]],
+        with_cache: bool,
+    ) -> Any:  # Any: what the block returns
+        index = call.spec.block_template[block]
+        template = call.spec.templates[index]
+        if index not in filled:
+            filled[index] = self._fill(template, call.side_inputs, with_cache)
+        args, kwargs = filled[index]
+        if isinstance(template.hidden, str):
+            return self.blocks[block](*args, **{**kwargs, template.hidden: hidden})
+        args[template.hidden] = hidden
+        return self.blocks[block](*args, **kwargs)
+
+    def _fill(
+        self, template: Template, side_inputs: Sequence[Tensor], with_cache: bool
+    ) -> tuple[list[Any], dict[str, Any]]:
+        def leaf(value: Any) -> Any:  # Any: a leaf of the user's arguments
+            if isinstance(value, SideInput):
+                return side_inputs[value.slot]
+            if isinstance(value, CacheRef):
+                return self._shelf.cache(value.key) if with_cache else None
+            return value
+
+        return template.fill(leaf)
+
+    def _set_mode(self, block: int, mode: BlockMode) -> None:
+        if self._modes.get(block) == mode:
+            return
+        self._modes[block] = mode
+        module = self.blocks[block]
+        for child, training in zip(module.modules(), mode.training, strict=True):
+            child.training = training
+        for parameter, requires_grad in zip(module.parameters(), mode.requires_grad, strict=True):
+            parameter.requires_grad_(requires_grad)
+
+
+def _hidden_of(output: Any) -> Tensor:  # Any: what a block returns
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(hidden, Tensor):
+        raise SkipPipeError(f"a block returned {type(hidden).__name__}, not a tensor of hidden states")
+    return hidden
+
+
+def _describe(module: nn.Module, output: Any) -> Probe:  # Any: what a block returns
+    spec = TensorSpec.of(_hidden_of(output))
+    if isinstance(output, Tensor):
+        return Probe(spec, ReturnStructure(None))
+    rest = tuple(Unavailable() if isinstance(item, Tensor) else item for item in output[1:])
+    if any(not isinstance(item, (type(None), bool, int, float, str, Unavailable)) for item in rest):
+        rest = tuple(Unavailable() for _ in rest)
+    return Probe(spec, ReturnStructure(len(output), rest))
+
+
+def _check_output(stage: int, output: Tensor, leaves: Hop) -> None:
+    if TensorSpec.of(output) != leaves.spec:
+        raise SkipPipeError(
+            f"stage {stage} was expected to return {leaves.spec} but returned {TensorSpec.of(output)}: its blocks "
+            "change the form of the hidden states in a way that depends on the data"
+        )
+
+
+def _random(spec: TensorSpec, device: torch.device) -> Tensor:
+    if spec.dtype.is_floating_point or spec.dtype.is_complex:
+        return torch.randn(spec.shape, dtype=torch.float32, device=device).to(spec.dtype)
+    return torch.zeros(spec.shape, dtype=spec.dtype, device=device)

@@ -1,0 +1,108 @@
+"""How calls and states look on the control channel; both ends import this module and nothing else of each other.
+
+Kinds from a driver: ``configure load schedule step calls merge norm optimizer optimizer_step get put probe abort
+release exit``. Kinds from a worker: ``hello ready done norm state probe error``. Commands come from the first driver,
+``calls`` and ``probe`` from each; answers go to every driver, so that all know the same.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor
+
+from .call import Call, CallSpec
+from .channel import Buffer, Message
+from .handover import pack_tensors, unpack_tensors
+from .optimizer import ParameterKey
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedCall:
+    """A call as it travels: its spec by number and its side inputs by digest."""
+
+    microbatch: int
+    spec: int
+    seed: int
+    side_inputs: tuple[str, ...]
+
+
+def encode_calls(
+    step: int,
+    calls: Iterable[NumberedCall],
+    specs: Mapping[int, CallSpec],
+    side_inputs: Mapping[str, Tensor],
+    dropped: Sequence[str],
+) -> tuple[dict[str, Any], list[Buffer]]:
+    """Return the fields and blobs of a ``calls`` message with the specs and side inputs its reader lacks."""
+    entries, blobs = pack_tensors(side_inputs)
+    fields = {
+        "step": step,
+        "calls": [[call.microbatch, call.spec, call.seed, call.side_inputs] for call in calls],
+        "specs": list(specs),
+        "side_inputs": entries,
+        "dropped": list(dropped),
+    }
+    return fields, [*(cloudpickle.dumps(spec) for spec in specs.values()), *blobs]
+
+
+class CallDecoder:
+    """Turns the ``calls`` messages of one driver back into calls; remembers specs and side inputs."""
+
+    def __init__(self, to_device: Callable[[Tensor], Tensor]) -> None:
+        self._to_device = to_device
+        self._specs: dict[int, CallSpec] = {}
+        self._side_inputs: dict[str, Tensor] = {}
+
+    def decode(self, message: Message) -> list[tuple[int, Call]]:
+        """Return (microbatch, call) pairs."""
+        fields, blobs = message.fields, message.blobs
+        for digest in fields["dropped"]:
+            self._side_inputs.pop(digest, None)
+        count = len(fields["specs"])
+        for number, blob in zip(fields["specs"], blobs[:count], strict=True):
+            self._specs[number] = pickle.loads(blob)
+        for digest, tensor in unpack_tensors(fields["side_inputs"], blobs[count:]).items():
+            self._side_inputs[digest] = self._to_device(tensor)
+        return [
+            (microbatch, Call(self._specs[spec], tuple(self._side_inputs[digest] for digest in digests), seed))
+            for microbatch, spec, seed, digests in fields["calls"]
+        ]
+
+
+def encode_optimizer_state(state: Mapping[ParameterKey, Mapping[str, Any]]) -> tuple[dict[str, Any], list[Buffer]]:
+    """Return the fields and blobs of an optimizer state: tensors raw, the rest pickled."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[ParameterKey, dict[str, Any]] = {}
+    for key, values in state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{key[0]}\t{key[1]}\t{name}"] = value
+            else:
+                rest.setdefault(key, {})[name] = value
+    entries, blobs = pack_tensors(tensors)
+    return {"tensors": entries}, [cloudpickle.dumps((list(state), rest)), *blobs]
+
+
+def decode_optimizer_state(fields: Mapping[str, Any], blobs: Sequence[Buffer]) -> dict[ParameterKey, dict[str, Any]]:
+    """Invert :func:`encode_optimizer_state`."""
+    keys, rest = pickle.loads(blobs[0])
+    state: dict[ParameterKey, dict[str, Any]] = {key: dict(rest.get(key, {})) for key in keys}
+    for name, tensor in unpack_tensors(fields["tensors"], blobs[1:]).items():
+        block, parameter, entry = name.split("\t")
+        state[int(block), parameter][entry] = tensor
+    return state
+
+
+def block_tensors(blocks: Mapping[int, torch.nn.Module]) -> dict[str, Tensor]:
+    """Return parameters and buffers of blocks under ``"<block>\\t<name>"``, non-persistent buffers too."""
+    return {
+        f"{index}\t{name}": tensor
+        for index, block in blocks.items()
+        for name, tensor in (*block.named_parameters(), *block.named_buffers())
+    }

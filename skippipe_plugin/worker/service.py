@@ -1,0 +1,328 @@
+"""The worker: holds stages, obeys its drivers' control messages, runs its part of each step.
+
+One thread per driver reads its channel into an inbox; the main thread does everything else. A reader acts by itself
+only on ``abort`` (wake a blocked main thread) and when a driver is gone (end the worker, however deep it sits).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..engine import gradients
+from ..engine.call import Call
+from ..engine.channel import Channel, ChannelClosed, Message, connect
+from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
+from ..engine.executor import Executor
+from ..engine.gradients import GradientWindow
+from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
+from ..engine.optimizer import ParameterKey, StageOptimizer
+from ..engine.program import Instruction, compile_program
+from ..engine.stage import Stage
+from ..engine.transport import Transport
+from ..engine.wire import CallDecoder, block_tensors, decode_optimizer_state, encode_optimizer_state
+from ..schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+_GRACE_S: Final = 10.0
+"""How long a worker whose driver is gone may take to leave by itself before it is ended."""
+
+
+class DriverGone(SkipPipeError):
+    """The driver closed its channel without a farewell."""
+
+
+class Worker:
+    """One worker process (or a rank > 0 of a launcher, while it serves)."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channels = [channel]
+        self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
+        self._readers: list[threading.Thread] = []
+        self._transport: Transport | None = None
+        self._stages: dict[int, Stage] = {}
+        self._programs: dict[str, tuple[Instruction, ...]] = {}
+        self._replica_groups: dict[int, str] = {}
+        self._optimizer: StageOptimizer | None = None
+        self._window = GradientWindow([])
+        self._device = torch.device("cpu")
+        self._decoders: list[CallDecoder] = []
+        self._calls: dict[int, list[tuple[int, Call]]] = {}
+        self._step = -1
+        self._leaving = False
+        self._doomsday: threading.Timer | None = None
+
+    # ---------------------------------------------------------------- life
+
+    def serve(self) -> dict[str, Any] | None:
+        """Obey until released; return the driver's farewell, or None when told to exit.
+
+        Raises:
+            DriverGone: The driver's process ended or its link broke.
+        """
+        if not self._readers:
+            self._start_reader(0)
+        try:
+            while True:
+                source, message = self._inbox.get()
+                if message is None:
+                    raise DriverGone(f"driver {source} is gone")
+                if message.kind in ("release", "exit"):
+                    return self._farewell(message)
+                self._obey(source, message)
+        except DriverGone:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the channels and groups; the readers end with them."""
+        self._leaving = True
+        if self._transport is not None:
+            self._transport.poison()
+            self._transport = None
+        for channel in self._channels:
+            channel.close()
+        for reader in self._readers:
+            reader.join(timeout=_GRACE_S)
+        if self._doomsday is not None:
+            self._doomsday.cancel()
+
+    def _farewell(self, message: Message) -> dict[str, Any] | None:
+        if message.kind == "exit":
+            self.close()
+            return None
+        results: dict[str, Any] = pickle.loads(message.blobs[0])
+        return results
+
+    def _start_reader(self, source: int) -> None:
+        reader = threading.Thread(target=self._read, args=(source,), name=f"driver {source}", daemon=True)
+        self._readers.append(reader)
+        reader.start()
+
+    def _read(self, source: int) -> None:
+        channel = self._channels[source]
+        while True:
+            try:
+                message = channel.receive()
+            except SkipPipeError:
+                if not self._leaving:
+                    self._doomsday = threading.Timer(_GRACE_S, os._exit, (1,))
+                    self._doomsday.daemon = True
+                    self._doomsday.start()
+                    self._abort()
+                    self._inbox.put((source, None))
+                return
+            if message.kind == "abort":
+                self._abort(message.fields["generation"])
+            if message.kind == "exit":
+                self._leaving = True
+            self._inbox.put((source, message))
+
+    def _abort(self, generation: int | None = None) -> None:
+        """Wake the main thread out of any operation of the given (or of whatever) generation."""
+        transport = self._transport
+        if transport is not None and generation in (None, transport.generation):
+            transport.poison()
+
+    # ------------------------------------------------------------ commands
+
+    def _obey(self, source: int, message: Message) -> None:
+        if message.kind == "calls":
+            self._keep_calls(source, message)
+            return
+        if message.kind == "abort":
+            return  # the reader has done it, and the step it was for is over
+        command: Callable[[int, Message], None] = getattr(self, f"_on_{message.kind}")
+        try:
+            command(source, message)
+        except DriverGone:
+            raise
+        except ChannelClosed:
+            pass  # the reader of that channel reports it
+        except GenerationAborted as error:
+            self._report(error, aborted=True)
+        except Exception as error:
+            self._report(error, aborted=False)
+
+    def _report(self, error: BaseException, *, aborted: bool) -> None:
+        for stage in self._stages.values():
+            stage.forget()
+        self._window.discard()
+        packed, text = pack_exception(error)
+        self._answer("error", {"aborted": aborted, "traceback": text, "stages": list(self._stages)}, [packed])
+
+    def _answer(self, kind: str, fields: dict[str, Any], blobs: Iterable[Any] = ()) -> None:
+        payload = list(blobs)
+        for channel in self._channels:
+            channel.send(kind, fields, payload)
+
+    def _on_configure(self, source: int, message: Message) -> None:
+        fields = message.fields
+        for path in fields["sys_path"]:
+            if path not in sys.path:
+                sys.path.append(path)
+        torch.set_num_threads(fields["num_threads"])
+        self._device = torch.device(fields["device"])
+        secret = bytes.fromhex(fields["secret"])
+        for host, port in fields["other_drivers"][len(self._channels) - 1 :]:
+            self._channels.append(connect(host, port, secret))
+            self._channels[-1].send("hello", {"rank": fields["rank"]})
+            self._start_reader(len(self._channels) - 1)
+        self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._channels]
+        self._calls.clear()
+        self._form(fields)
+        self._answer("ready", {"generation": fields["generation"]})
+
+    def _form(self, fields: Any) -> None:  # Any: JSON
+        store = dist.TCPStore(fields["store_host"], fields["store_port"], is_master=False)
+        self._transport = Transport(
+            store, rank=fields["rank"], size=fields["size"], generation=fields["generation"], host=fields["host"]
+        )
+        self._replica_groups = {}
+        for stage, ranks in fields["replica_groups"]:
+            if fields["rank"] in ranks:
+                self._replica_groups[stage] = f"stage{stage}"
+                self._transport.form_subgroup(f"stage{stage}", ranks)
+        self._programs = {
+            name: compile_program(Schedule.from_json(text), fields["rank"])
+            for name, text in fields["schedules"].items()
+        }
+        self._step = fields["step"]
+
+    def _on_load(self, source: int, message: Message) -> None:
+        torch.manual_seed(message.fields["seed"])
+        blocks = unpack_blocks(message.fields["blocks"], message.blobs)
+        for block in blocks.values():
+            materialize(block, self._device)
+            if message.fields["compile"] is not None:
+                block.compile(**message.fields["compile"])
+        self._stages = {message.fields["stage"]: Stage(message.fields["stage"], blocks, self._device)}
+        self._optimizer = None
+        self._window = GradientWindow([p for stage in self._stages.values() for p in stage.parameters()])
+        self._answer("ready", {})
+
+    def _on_step(self, source: int, message: Message) -> None:
+        assert self._transport is not None, "a step before the groups are formed"
+        fields = message.fields
+        self._step = fields["step"]
+        self._calls = {step: calls for step, calls in self._calls.items() if step >= self._step}
+        for stage in self._stages.values():
+            stage.forget_caches(fields["forget_caches"])
+        if fields["training"]:
+            self._window.open()
+        executor = Executor(self._transport, self._stages, self._device)
+        events = executor.run(self._programs[fields["program"]], set(fields["live"]), _Feed(self))
+        if fields["training"]:
+            self._sum_over_replicas()
+            self._window.close()
+        timeline = [[str(event.action), event.start_s, event.end_s] for event in events] if fields["timeline"] else []
+        self._answer("done", {"step": self._step, "timeline": timeline})
+
+    def _sum_over_replicas(self) -> None:
+        transport = self._transport
+        assert transport is not None
+        for group in self._replica_groups.values():
+            self._window.sum_new(lambda tensor, name=group: transport.all_reduce(tensor, name))  # type: ignore[misc]
+
+    def _on_merge(self, source: int, message: Message) -> None:
+        if message.fields["zero"]:
+            self._window.zero()
+        self._window.merge(message.fields["scale"])
+        if message.fields["norm_type"] is not None:
+            self._on_norm(source, message)
+
+    def _on_norm(self, source: int, message: Message) -> None:
+        power = gradients.norm_power(self._window.parameters, float(message.fields["norm_type"]))
+        self._answer("norm", {"power": power})
+
+    def _on_optimizer(self, source: int, message: Message) -> None:
+        self._optimizer = StageOptimizer(pickle.loads(message.blobs[0]), self._named_parameters())
+
+    def _on_optimizer_step(self, source: int, message: Message) -> None:
+        if message.fields["zero"]:
+            self._window.zero()
+        gradients.clip(self._window.parameters, scale=message.fields["scale"], value=message.fields["value"])
+        assert self._optimizer is not None, "an optimizer step before the optimizer"
+        self._optimizer.step(pickle.loads(message.blobs[0]))
+        # What follows is always a new accumulation window: free the memory now rather than during the next step.
+        self._window.zero()
+
+    def _on_get(self, source: int, message: Message) -> None:
+        if message.fields["what"] == "weights":
+            entries, blobs = pack_tensors(block_tensors(self._blocks()))
+            self._channels[source].send("state", {"tensors": entries}, blobs)
+        else:
+            fields, blobs = encode_optimizer_state(self._optimizer.state() if self._optimizer else {})
+            self._channels[source].send("state", fields, blobs)
+
+    def _on_put(self, source: int, message: Message) -> None:
+        if message.fields["what"] == "weights":
+            own = block_tensors(self._blocks())
+            with torch.no_grad():
+                for name, tensor in unpack_tensors(message.fields["tensors"], message.blobs).items():
+                    own[name].copy_(tensor)
+        elif self._optimizer is not None:
+            self._optimizer.load_state(decode_optimizer_state(message.fields, message.blobs))
+        self._answer("ready", {})
+
+    def _on_probe(self, source: int, message: Message) -> None:
+        call: Call
+        block, call, enters = pickle.loads(message.blobs[0])
+        stage = next(stage for stage in self._stages.values() if block in stage.blocks)
+        side_inputs = tuple(tensor.to(self._device) for tensor in call.side_inputs)
+        probe = stage.probe(block, Call(call.spec, side_inputs, call.seed), enters)
+        self._channels[source].send("probe", {}, [pickle.dumps(probe)])
+
+    # -------------------------------------------------------------- pieces
+
+    def _blocks(self) -> dict[int, nn.Module]:
+        return {index: block for stage in self._stages.values() for index, block in stage.blocks.items()}
+
+    def _named_parameters(self) -> dict[ParameterKey, nn.Parameter]:
+        stages = self._stages.values()
+        return {(block, name): p for stage in stages for block, name, p in stage.named_parameters()}
+
+    def next_calls(self, *, block: bool) -> list[tuple[int, Call]]:
+        """Return calls of the step under way: those that came, or with ``block`` at least one message's worth."""
+        while not self._inbox.empty() or (block and not self._calls.get(self._step)):
+            source, message = self._inbox.get()
+            if message is None:
+                raise DriverGone(f"driver {source} is gone")
+            if message.kind == "calls":
+                self._keep_calls(source, message)
+            elif message.kind == "probe":
+                self._obey(source, message)
+            else:
+                raise GenerationAborted(f"{message.kind!r} came in the middle of a step")
+        return self._calls.pop(self._step, [])
+
+    def _keep_calls(self, source: int, message: Message) -> None:
+        pairs = self._decoders[source].decode(message)
+        # Another driver may be a step ahead of the first one's "step" message; aborted steps are never asked for.
+        self._calls.setdefault(message.fields["step"], []).extend(pairs)
+
+
+class _Feed:
+    """The executor's view of the worker's inbox."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def poll(self) -> list[tuple[int, Call]]:
+        return self._worker.next_calls(block=False)
+
+    def wait(self) -> list[tuple[int, Call]]:
+        return self._worker.next_calls(block=True)
+
+
