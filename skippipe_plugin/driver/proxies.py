@@ -1,0 +1,303 @@
+"""Proxies: the blocks of the driver's model, which record how they are called while the real blocks are elsewhere.
+
+The module objects stay the user's own, of a subclass of their class, so that attributes, ``isinstance`` and names
+work as before; their parameters keep their identity and become meta tensors. All but the last block of a call return
+a placeholder at once; the last one hands the whole call over and returns the real result.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils import swap_tensors
+
+from ..engine.call import Ambient, BlockMode, CacheRef, CallSpec, Hop, SideInput, Template
+from ..engine.errors import SkipPipeError
+from ..engine.stage import Probe, Unavailable
+from ..engine.transport import TensorSpec
+from .caches import CacheLedger, is_cache
+from .shapes import ShapeBook
+from .suspend import current_thread
+
+
+@dataclass(slots=True)
+class StackCall:
+    """One call of the block stack, as the driver's code made it."""
+
+    hidden: Tensor
+    """What entered the first block, still attached to the driver's graph."""
+    ambient: Ambient
+    side_inputs: list[Tensor] = field(default_factory=list)
+    templates: list[Template] = field(default_factory=list)
+    block_template: list[int] = field(default_factory=list)
+    caches: dict[int, Any] = field(default_factory=dict)  # Any: transformers' Cache
+    placeholder: Tensor | None = None
+    """What the next block must be called with."""
+    specs: list[TensorSpec] = field(default_factory=list)
+    """By block: the spec of its input; last, of the stack's output."""
+    last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+
+class BlockProxies:
+    """The proxies of one model's block stack."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        blocks: Sequence[nn.Module],
+        device_types: Sequence[str],
+        probe: Callable[[int, CallSpec, Sequence[Tensor], TensorSpec], Probe],
+        forward: Callable[[StackCall], Tensor],
+    ) -> None:
+        self.names = tuple(names)
+        self.blocks = tuple(blocks)
+        self.book = ShapeBook(blocks)
+        self.ledger = CacheLedger()
+        self._device_types = tuple(device_types)
+        self._probe = probe
+        self._forward = forward
+        self._modules = [list(block.modules()) for block in blocks]
+        self._parameters = [list(block.parameters()) for block in blocks]
+        self._open: weakref.WeakKeyDictionary[Any, StackCall] = weakref.WeakKeyDictionary()
+        self._outside = _Outside()
+        self.detached = False
+        """True while the driver holds no weights of its remote blocks."""
+
+    # ------------------------------------------------------------- install
+
+    def install(self) -> dict[int, nn.Module]:
+        """Turn the blocks into proxies; return modules that still compute and share their parameters."""
+        real = {index: copy.copy(block) for index, block in enumerate(self.blocks)}
+        for index, block in enumerate(self.blocks):
+            block.__dict__["_skippipe_call"] = lambda args, kwargs, index=index: self._called(index, args, kwargs)
+            block.__class__ = _proxy_class(type(block))
+        return real
+
+    def remove(self) -> None:
+        """Turn the proxies into ordinary blocks again."""
+        for block in self.blocks:
+            if "_skippipe_call" in block.__dict__:
+                del block.__dict__["_skippipe_call"]
+                block.__class__ = type(block).__mro__[1]
+
+    def modes(self) -> tuple[BlockMode, ...]:
+        """Read the flags of all blocks, which user code may have changed."""
+        return tuple(
+            BlockMode(
+                tuple(module.training for module in modules), tuple(parameter.requires_grad for parameter in parameters)
+            )
+            for modules, parameters in zip(self._modules, self._parameters, strict=True)
+        )
+
+    # --------------------------------------------------------------- calls
+
+    def spec(self, call: StackCall, hops: tuple[Hop, ...], modes: tuple[BlockMode, ...]) -> CallSpec:
+        """Return what travels of ``call``."""
+        ops = self.ledger.take_ops(list(call.caches))
+        return CallSpec(hops, tuple(call.templates), tuple(call.block_template), modes, call.ambient, ops)
+
+    def check_complete(self) -> None:
+        """Raise when the code of the running step left the stack before its last block."""
+        call = self._open.pop(current_thread() or self._outside, None)
+        if call is not None:
+            raise SkipPipeError(
+                f"only the first {len(call.block_template)} of {len(self.blocks)} blocks were called "
+                f"({self.names[len(call.block_template)]} was not): layer drop and early exits must be switched off"
+            )
+
+    def forget_open_calls(self) -> None:
+        """Drop the calls of a step that was given up."""
+        self._open.clear()
+
+    def _called(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        owner = current_thread() or self._outside
+        if block == 0:
+            self.check_complete()
+            call = self._begin(args, kwargs)
+            self._open[owner] = call
+        else:
+            call = self._expect(owner, block)
+        self._record(call, block, args, kwargs)
+        probe = self.book.output(block, call.specs[-1], lambda: self._ask(call, block))
+        call.specs.append(probe.output)
+        if block + 1 < len(self.blocks):
+            call.placeholder = _placeholder(call.hidden, probe.output)
+            return probe.structure.wrap(call.placeholder)
+        del self._open[owner]
+        result = self._forward(call)
+        if not call.ambient.grad:
+            for cache in call.caches.values():
+                self.ledger.count(cache, call.hidden, len(self.blocks))
+        return probe.structure.wrap(result)
+
+    def _expect(self, owner: object, block: int) -> StackCall:
+        call = self._open.get(owner)
+        expected = len(call.block_template) if call is not None else 0
+        if call is None or block != expected:
+            raise SkipPipeError(
+                f"{self.names[block]} was called where {self.names[expected]} was expected: the blocks of a pipeline "
+                "are called once each, in order. Name another stack with blocks=..., or train without the pipeline"
+            )
+        return call
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackCall:
+        _refuse_captured_outputs(kwargs, self.names[0])
+        hidden = _first_tensor(args, kwargs)
+        if hidden is None:
+            raise SkipPipeError(f"{self.names[0]} was called without a tensor of hidden states")
+        call = StackCall(hidden, Ambient.current(self._device_types), placeholder=hidden)
+        call.specs.append(TensorSpec.of(hidden))
+        return call
+
+    def _record(self, call: StackCall, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if call.last_call is not None and _same_arguments(call, args, kwargs):
+            call.block_template.append(call.block_template[-1])
+            return
+        position = _position(call.placeholder, args, kwargs)
+        if position is None:
+            raise SkipPipeError(
+                f"{self.names[block]} was not called with what {self.names[block - 1]} returned: code between the "
+                "blocks changes the hidden states (or activation checkpointing wraps a block from outside). Move that "
+                "code into a block, or name a stack without such code with blocks=..."
+            )
+        call.last_call = (args, kwargs)
+        template = self._template(call, block, position, args, kwargs)
+        if template not in call.templates:
+            call.templates.append(template)
+        call.block_template.append(call.templates.index(template))
+
+    def _template(
+        self, call: StackCall, block: int, position: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Template:
+        def leaf(value: Any) -> Any:
+            return self._leaf(call, block, value)
+
+        plain_args = [None if index == position else value for index, value in enumerate(args)]
+        plain_kwargs = {name: value for name, value in kwargs.items() if name != position}
+        mapped_args, mapped_kwargs = pytree.tree_map(leaf, (plain_args, plain_kwargs), is_leaf=is_cache)
+        return Template(tuple(mapped_args), mapped_kwargs, position)
+
+    def _leaf(self, call: StackCall, block: int, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if call.ambient.grad and value.requires_grad:
+                raise SkipPipeError(
+                    f"{self.names[block]} takes a second tensor that needs a gradient (shape {tuple(value.shape)}) "
+                    "beside its hidden states; only the hidden states carry gradients between stages. Detach it, or "
+                    "compute it inside the block"
+                )
+            return SideInput(_slot(call.side_inputs, value))
+        if isinstance(value, Unavailable):
+            raise SkipPipeError(
+                f"{self.names[block]} takes the second output of another block, which stays on its worker; "
+                "blocks of a pipeline exchange one tensor only"
+            )
+        if is_cache(value):
+            if call.ambient.grad:
+                return None
+            key = self.ledger.key(value)
+            call.caches[key] = value
+            return CacheRef(key)
+        return value
+
+    def _ask(self, call: StackCall, block: int) -> Probe:
+        """Ask the holder of ``block`` what it does with this input."""
+        template = call.templates[call.block_template[-1]]
+        spec = CallSpec(
+            (), (template,), (0,) * len(self.blocks), self.modes(), Ambient(False, False, call.ambient.autocast)
+        )
+        return self._probe(block, spec, call.side_inputs, call.specs[-1])
+
+
+class _Outside:
+    """Owns the call that code outside of any step has open."""
+
+
+def detach(parameter: Tensor) -> None:
+    """Replace a tensor's memory by none (the meta device), keeping the object's identity."""
+    empty = torch.empty_like(parameter, device="meta")
+    _swap(parameter, empty)
+
+
+def reattach(parameter: Tensor, value: Tensor) -> None:
+    """Give a detached tensor memory again."""
+    _swap(parameter, value.detach())
+
+
+def _swap(tensor: Tensor, replacement: Tensor) -> None:
+    if isinstance(tensor, nn.Parameter):
+        replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
+    tensor.grad = None
+    swap_tensors(tensor, replacement)
+
+
+def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_skippipe_call"](args, kwargs)
+
+    names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), names)
+
+
+def _refuse_captured_outputs(kwargs: dict[str, Any], name: str) -> None:
+    """Per-layer outputs are computed on the workers and are not sent back."""
+    asked = [key for key in ("output_attentions", "output_hidden_states", "output_router_logits") if kwargs.get(key)]
+    module = sys.modules.get("transformers.utils.output_capturing")
+    collector = module._active_collector.get() if module is not None else None
+    asked += [key for key in collector or () if not key.startswith("_")]
+    if asked:
+        raise SkipPipeError(
+            f"the model was asked for {', '.join(sorted(set(asked)))} of every layer, but the layers from {name} on are "
+            "on the workers and only the last hidden states come back; do not ask for them, or train without the "
+            "pipeline"
+        )
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return kwargs["hidden_states"]  # type: ignore[no-any-return]
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def _position(placeholder: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+    for index, value in enumerate(args):
+        if value is placeholder:
+            return index
+    return next((name for name, value in kwargs.items() if value is placeholder), None)
+
+
+def _same_arguments(call: StackCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a block is called like the one before it, the hidden states aside: the usual case, found fast."""
+    assert call.last_call is not None
+    old_args, old_kwargs = call.last_call
+    hidden = call.templates[call.block_template[-1]].hidden
+    if len(args) != len(old_args) or kwargs.keys() != old_kwargs.keys():
+        return False
+    if (args[hidden] if isinstance(hidden, int) else kwargs[hidden]) is not call.placeholder:
+        return False
+    same_args = all(a is b for index, (a, b) in enumerate(zip(args, old_args, strict=True)) if index != hidden)
+    return same_args and all(kwargs[name] is old_kwargs[name] for name in kwargs if name != hidden)
+
+
+def _slot(tensors: list[Tensor], tensor: Tensor) -> int:
+    for index, known in enumerate(tensors):
+        if known is tensor:
+            return index
+    tensors.append(tensor)
+    return len(tensors) - 1
+
+
+def _placeholder(hidden: Tensor, spec: TensorSpec) -> Tensor:
+    """A fresh object of the right form and (almost) no memory: the next block is recognised by its identity."""
+    if TensorSpec.of(hidden) == spec:
+        return hidden.detach()
+    return torch.empty(1, dtype=spec.dtype, device=hidden.device).expand(spec.shape)

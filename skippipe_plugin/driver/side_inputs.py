@@ -1,0 +1,116 @@
+"""What the driver sends beside the hidden states: each distinct spec and side input once per worker."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import pickle
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import cloudpickle
+from torch import Tensor
+
+from ..engine.call import Call, CallSpec
+from ..engine.errors import SkipPipeError
+from ..engine.transport import as_bytes
+from ..engine.wire import NumberedCall, encode_calls
+
+_HASHED_BYTES: Final = 8 << 20
+"""Larger side inputs are taken to be new each time: hashing would cost more than it saves."""
+_KEPT_BYTES: Final = 64 << 20
+"""How much of side inputs each worker keeps for later microbatches and steps."""
+
+
+class SpecNumbers:
+    """Numbers distinct call specs."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+        self._last: tuple[CallSpec, int] | None = None
+
+    def number(self, spec: CallSpec) -> int:
+        """Return the number of ``spec``; equal specs have equal numbers."""
+        if self._last is None or self._last[0] != spec:
+            try:
+                key = cloudpickle.dumps(spec)
+            except Exception as error:
+                raise SkipPipeError(
+                    f"an argument of the blocks cannot be sent to the workers: {error}; pass tensors, numbers, "
+                    "strings or containers of them"
+                ) from error
+            self._last = (spec, self._numbers.setdefault(key, len(self._numbers)))
+        return self._last[1]
+
+
+class Digests:
+    """Names side inputs by content, so that equal ones are sent once."""
+
+    def __init__(self) -> None:
+        self._unique = itertools.count()
+
+    def digest(self, tensor: Tensor) -> str:
+        """Return a name that equal tensors share; large tensors get a name of their own."""
+        data = as_bytes(tensor)
+        if data.numel() > _HASHED_BYTES:
+            return f"#{next(self._unique)}"
+        form = f"{tensor.dtype}{list(tensor.shape)}".encode()
+        return hashlib.blake2b(form + data.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCall:
+    """A call with everything numbered, ready to be sent to any worker."""
+
+    microbatch: int
+    call: Call
+    number: int
+    digests: tuple[str, ...]
+
+
+class Outbox:
+    """What one worker has been told, so that it is told nothing twice."""
+
+    def __init__(self) -> None:
+        self._specs: set[int] = set()
+        self._kept: OrderedDict[str, int] = OrderedDict()
+
+    def encode(self, step: int, calls: Sequence[PreparedCall]) -> tuple[dict[str, object], list[object]]:
+        """Return a ``calls`` message for this worker."""
+        specs = {call.number: call.call.spec for call in calls if call.number not in self._specs}
+        self._specs |= specs.keys()
+        fresh: dict[str, Tensor] = {}
+        used: set[str] = set()
+        for prepared in calls:
+            for digest, tensor in zip(prepared.digests, prepared.call.side_inputs, strict=True):
+                used.add(digest)
+                if digest in self._kept:
+                    self._kept.move_to_end(digest)
+                else:
+                    fresh[digest] = tensor
+                    self._kept[digest] = tensor.numel() * tensor.element_size()
+        numbered = [NumberedCall(p.microbatch, p.number, p.call.seed, p.digests) for p in calls]
+        fields, blobs = encode_calls(step, numbered, specs, fresh, self._evict(used))
+        return fields, list(blobs)
+
+    def _evict(self, used: set[str]) -> list[str]:
+        """Forget the side inputs that were not needed for longest until the rest fits."""
+        dropped = []
+        total = sum(self._kept.values())
+        for digest in list(self._kept):
+            if total <= _KEPT_BYTES:
+                break
+            if digest not in used:
+                total -= self._kept.pop(digest)
+                dropped.append(digest)
+        return dropped
+
+
+def dump_probe(block: int, call: Call, enters: object) -> bytes:
+    """Pickle a question about one block; it is asked once per kind of block."""
+    try:
+        return cloudpickle.dumps((block, call, enters))  # type: ignore[no-any-return, unused-ignore]
+    except (pickle.PicklingError, TypeError) as error:
+        raise SkipPipeError(f"the arguments of block {block} cannot be sent to a worker: {error}") from error
