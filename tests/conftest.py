@@ -1,0 +1,77 @@
+"""What every test may count on: one thread per process, and nothing left behind by the test before."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import torch
+
+GRACE_S = 5.0
+LEAK_PREFIXES = ("SKIPPIPE_", "RANK", "WORLD_SIZE", "MASTER_")
+# Helpers that Python and torch start once and keep until the process ends.
+LONG_LIVED = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch/_inductor/compile_worker")
+
+# Children inherit it. Two threads per process on contended cores cost far more than they bring.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a child process or a variable of a launcher behind, and clean up after it."""
+    processes, variables = set(_children()), _variables()
+    yield
+    left = _end_all_but(processes)
+    leaked = {name for name in variables | _variables() if variables.get(name) != os.environ.get(name)}
+    _restore(variables, leaked)
+    if left:
+        pytest.fail(f"The test left processes that were still there after {GRACE_S:g} s: {left}", pytrace=False)
+    if leaked:
+        pytest.fail(f"The test changed environment variables: {sorted(leaked)}", pytrace=False)
+
+
+def _children() -> list[psutil.Process]:
+    """List the living descendants of this process."""
+    return [child for child in psutil.Process().children(recursive=True) if _counts(child)]
+
+
+def _counts(child: psutil.Process) -> bool:
+    try:
+        return child.status() != psutil.STATUS_ZOMBIE and not any(name in _command(child) for name in LONG_LIVED)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end_all_but(known: set[psutil.Process]) -> list[str]:
+    """Give new children time to go, kill those that stay, and describe them."""
+    deadline = time.monotonic() + GRACE_S
+    while (alive := [child for child in _children() if child not in known]) and time.monotonic() < deadline:
+        psutil.wait_procs(alive, timeout=0.1)
+    left = [f"{child.pid} {_command(child)[:200]}" for child in alive]
+    for child in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(alive, timeout=GRACE_S)
+    return left
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return "(ended just now)"
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(LEAK_PREFIXES)}
+
+
+def _restore(variables: dict[str, str], leaked: set[str]) -> None:
+    for name in leaked:
+        if name in variables:
+            os.environ[name] = variables[name]
+        else:
+            del os.environ[name]

@@ -1,0 +1,111 @@
+"""What is installed is what is tracked, and the documents' code and links are real."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import warnings
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MOUNTED = ("strategies", "callbacks")  # root folders that install as skippipe_plugin.<name>
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+MAX_LINES, GOOD_LINES = 600, 400
+
+
+@pytest.fixture(scope="module")
+def tracked() -> dict[str, str]:
+    """Every tracked file that is still there, with its mode in git."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    lines = subprocess.check_output(["git", "ls-files", "--stage", "-z"], cwd=ROOT, text=True).split("\0")
+    files = {line.partition("\t")[2]: line.split()[0] for line in lines if line}
+    return {name: mode for name, mode in files.items() if os.path.lexists(ROOT / name)}
+
+
+@pytest.fixture(scope="module")
+def package_files(tracked) -> set[str]:
+    """The tracked files of the package, as they are named once installed."""
+    mounted = {f"skippipe_plugin/{name}" for name in tracked if name.split("/")[0] in MOUNTED}
+    return mounted | {
+        name for name, mode in tracked.items() if name.startswith("skippipe_plugin/") and mode != "120000"
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel_files(tracked, tmp_path_factory) -> set[str]:
+    """The files of a wheel that is built from the tracked files only."""
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name, mode in tracked.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        if mode == "120000":
+            (source / name).symlink_to((ROOT / name).readlink())
+        else:
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(output), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = output.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_wheel_holds_exactly_the_tracked_package_files(wheel_files, package_files) -> None:
+    assert {name for name in wheel_files if ".dist-info/" not in name} == package_files
+
+
+def test_no_generic_top_level_package_is_installed(wheel_files) -> None:
+    top = {name.split("/")[0] for name in wheel_files}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"skippipe_plugin"}
+    top_level = next(name for name in wheel_files if name.endswith("top_level.txt"))
+    assert top_level.startswith("skippipe_plugin-")
+
+
+def test_every_subpackage_is_listed(package_files) -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {str(PurePosixPath(name).parent).replace("/", ".") for name in package_files if name.endswith(".py")}
+    assert packages == set(settings["packages"])
+    assert {f"{package.replace('.', '/')}/__init__.py" for package in packages} <= package_files
+
+
+def test_the_mounted_folders_are_links_in_git(tracked) -> None:
+    for name in MOUNTED:
+        assert tracked[f"skippipe_plugin/{name}"] == "120000"
+        assert (ROOT / "skippipe_plugin" / name).resolve() == ROOT / name
+
+
+def test_the_package_is_typed(wheel_files) -> None:
+    assert "skippipe_plugin/py.typed" in wheel_files
+
+
+def test_modules_stay_short(package_files, tracked) -> None:
+    modules = [ROOT / name for name in tracked if name.endswith(".py") and not name.startswith("tests/")]
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in modules}
+    if long := {name: lines for name, lines in lengths.items() if GOOD_LINES < lines <= MAX_LINES}:
+        warnings.warn(f"longer than the {GOOD_LINES} lines that a module should have: {long}", stacklevel=1)
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def test_continuous_integration_is_executable_and_installs_as_the_readme_says() -> None:
+    install = 'pip install -e ".[test]"'
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert install in (ROOT / "README.md").read_text()
+    assert install.removeprefix("pip ") in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_blocks_of_the_documents_compile(document) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+        compile(block, document.name, "exec")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_local_links_and_commands_of_the_documents_exist(document) -> None:
+    text = document.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert [link for link in links if not (document.parent / link).exists()] == []
+    scripts = re.findall(r"\bpython ((?:examples|benchmarks)/\S+\.py)", text)
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
