@@ -90,10 +90,9 @@ def test_modules_stay_short(package_files, tracked) -> None:
 
 
 def test_continuous_integration_is_executable_and_installs_as_the_readme_says() -> None:
-    install = 'pip install -e ".[test]"'
     assert os.access(ROOT / ".ci/run", os.X_OK)
-    assert install in (ROOT / "README.md").read_text()
-    assert install.removeprefix("pip ") in (ROOT / ".ci/run").read_text()
+    assert 'pip install -e ".[test]"' in (ROOT / "README.md").read_text()
+    assert re.search(r'pip .*install .*-e "\.\[test\]"', (ROOT / ".ci/run").read_text())
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
