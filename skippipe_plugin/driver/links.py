@@ -8,46 +8,53 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from ..engine.channel import Buffer, Channel, ChannelClosed, Listener, Message
+from ..engine.channel import Buffer, Channel, ChannelClosed, Message
 from ..engine.errors import SkipPipeError, StageLostError, unpack_exception
 
-_JOIN_S: Final = 120.0
 _CAUSE_S: Final = 2.0
 """How long to wait for the cause after a worker reported only that its generation broke."""
 
 
 class Link:
-    """The channel to one worker."""
+    """The channel to one worker. Its rank and stages are those of the pipeline that uses it at present."""
 
-    def __init__(self, rank: int, stages: Sequence[int], channel: Channel, board: Links) -> None:
-        self.rank = rank
-        self.stages = tuple(stages)
+    def __init__(self, channel: Channel, pid: int | None = None) -> None:
+        self.rank = -1
+        self.stages: tuple[int, ...] = ()
+        self.pid = pid
+        """The worker's process id, when it is on this host."""
+        self.order = -1
+        """The rank a launcher gave the worker; workers of a driver's own have none."""
+        self.gone = False
         self._channel = channel
-        self._board = board
+        self._board: Links | None = None
         self._answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._leaving = False
-        self._reader = threading.Thread(target=self._read, name=f"worker {rank}", daemon=True)
+        self._reader = threading.Thread(target=self._read, name="worker", daemon=True)
         self._reader.start()
 
     def __str__(self) -> str:
         return f"worker rank {self.rank} (stage {', '.join(map(str, self.stages))})"
+
+    def assign(self, rank: int, stages: Sequence[int], board: Links) -> None:
+        """Make this the link to ``rank`` of the pipeline that ``board`` belongs to."""
+        self.rank, self.stages, self._board = rank, tuple(stages), board
 
     def send(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> None:
         """Send a message; raise the first failure when the worker is gone."""
         try:
             self._channel.send(kind, fields, blobs)
         except ChannelClosed:
-            self._board.report_lost(self)
-            self._board.check()
+            self._lost()
+            self._checked()
 
     def expect(self, kind: str) -> Message:
         """Wait for the answer ``kind``; raise the first failure of any worker instead of waiting in vain."""
         while True:
-            self._board.check()
+            self._checked()
             message = self._answers.get()
             if message is not None and message.kind == kind:
                 return message
@@ -60,6 +67,13 @@ class Link:
         """Drop answers to what was given up."""
         while not self._answers.empty():
             self._answers.get()
+
+    def tell(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Send a message to a worker that may be gone."""
+        try:
+            self._channel.send(kind, fields)
+        except ChannelClosed:
+            self._lost()
 
     def close(self) -> None:
         """Say goodbye, close, and join the reader."""
@@ -76,13 +90,24 @@ class Link:
             try:
                 message = self._channel.receive()
             except SkipPipeError:
-                if not self._leaving:
-                    self._board.report_lost(self)
+                self._lost()
                 return
+            board = self._board
+            if board is None or message.fields["generation"] < board.generation:
+                continue  # an answer to what was given up
             if message.kind == "error":
-                self._board.report_error(self, message)
+                board.report_error(self, message)
             else:
                 self._answers.put(message)
+
+    def _lost(self) -> None:
+        self.gone = True
+        if not self._leaving and self._board is not None:
+            self._board.report_lost(self)
+
+    def _checked(self) -> None:
+        assert self._board is not None, "a link that no pipeline uses"
+        self._board.check()
 
 
 class Links:
@@ -94,10 +119,14 @@ class Links:
         self._failure: BaseException | None = None
         self._broken = threading.Event()
         self._named = threading.Event()
+        self.generation = -1
         self.on_failure: Callable[[], None] = lambda: None
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Link]:
         return iter(self._links.values())
+
+    def __contains__(self, rank: object) -> bool:
+        return rank in self._links
 
     def __getitem__(self, rank: int) -> Link:
         return self._links[rank]
@@ -105,9 +134,12 @@ class Links:
     def __len__(self) -> int:
         return len(self._links)
 
-    def add(self, rank: int, stages: Sequence[int], channel: Channel) -> None:
-        """Take over the channel to the worker that will be ``rank``."""
-        self._links[rank] = Link(rank, stages, channel, self)
+    def add(self, rank: int, stages: Sequence[int], link: Link) -> None:
+        """Use ``link`` as the link to ``rank``."""
+        link.assign(rank, stages, self)
+        self._links[rank] = link
+        if link.gone:
+            self.report_lost(link)
 
     def broadcast(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> None:
         """Send the same message to every worker."""
@@ -134,7 +166,9 @@ class Links:
             return
         # Survivors see a closed connection before its cause is known; the cause is what the user must read.
         self._named.wait(_CAUSE_S)
-        raise self._failure or SkipPipeError("the connections between the workers broke, but no worker ended")
+        failure = self._failure or SkipPipeError("the connections between the workers broke, but no worker ended")
+        failure.__suppress_context__ = True  # the closed connection that it was found by explains nothing
+        raise failure
 
     def report_lost(self, link: Link) -> None:
         """Note that a worker is gone."""
@@ -152,20 +186,22 @@ class Links:
         else:
             self._fail(unpack_exception(bytes(message.blobs[0]), message.fields["traceback"], str(link)))
 
-    def clear(self) -> None:
-        """Forget the failure and stale answers: a new generation starts."""
+    def tell_survivors(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Send a message to every worker that is still there."""
+        for link in self._links.values():
+            link.tell(kind, fields)
+
+    def start_generation(self, generation: int) -> None:
+        """Forget the failure of the generation before, and its answers; a lost worker stays lost."""
+        if self.lost:
+            self.check()
         with self._lock:
+            self.generation = generation
             self._failure = None
             self._broken.clear()
             self._named.clear()
         for link in self._links.values():
             link.forget_answers()
-
-    def close(self) -> None:
-        """Send everybody home."""
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
 
     def _fail(self, failure: BaseException | None) -> None:
         with self._lock:
@@ -176,30 +212,3 @@ class Links:
         for link in list(self._links.values()):
             link.wake()
         self.on_failure()
-
-
-def accept_workers(listener: Listener, count: int, ended: Callable[[], Mapping[int, int]]) -> list[tuple[Message, Channel]]:
-    """Wait until ``count`` workers joined; return their greetings and channels, in the order of joining.
-
-    Args:
-        listener: Where they join.
-        count: How many to wait for.
-        ended: Returns pid and exit status of worker processes that ended, to notice those that never join.
-
-    Raises:
-        SkipPipeError: A worker process ended before it joined, or nobody came in time.
-    """
-    joined: list[tuple[Message, Channel]] = []
-    deadline = time.monotonic() + _JOIN_S
-    while len(joined) < count:
-        channel = listener.accept(timeout_s=0.2)
-        if channel is not None:
-            joined.append((channel.receive(), channel))
-        elif dead := ended():
-            raise SkipPipeError(f"worker processes ended before they joined (pid: exit status): {dict(dead)}")
-        elif time.monotonic() > deadline:
-            raise SkipPipeError(
-                f"{len(joined)} of {count} workers joined {listener.host}:{listener.port} within {_JOIN_S:.0f} s; "
-                "check that the other processes were started and can reach this address"
-            )
-    return joined

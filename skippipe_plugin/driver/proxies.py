@@ -104,9 +104,9 @@ class BlockProxies:
         ops = self.ledger.take_ops(list(call.caches))
         return CallSpec(hops, tuple(call.templates), tuple(call.block_template), modes, call.ambient, ops)
 
-    def check_complete(self) -> None:
-        """Raise when the code of the running step left the stack before its last block."""
-        call = self._open.pop(current_thread() or self._outside, None)
+    def check_complete(self, owner: object) -> None:
+        """Raise when the code that ``owner`` (a step thread) runs left the stack before its last block."""
+        call = self._open.pop(owner, None)
         if call is not None:
             raise SkipPipeError(
                 f"only the first {len(call.block_template)} of {len(self.blocks)} blocks were called "
@@ -120,7 +120,7 @@ class BlockProxies:
     def _called(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         owner = current_thread() or self._outside
         if block == 0:
-            self.check_complete()
+            self.check_complete(owner)
             call = self._begin(args, kwargs)
             self._open[owner] = call
         else:

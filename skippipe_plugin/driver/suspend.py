@@ -52,6 +52,8 @@ class StepThread:
         self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._to_caller: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
         self.suspended = False
+        self.label = 0
+        """Which microbatch it works for; set by whoever starts it."""
         self._thread = threading.Thread(target=self._loop, name="skippipe step", daemon=True)
         self._thread.start()
 

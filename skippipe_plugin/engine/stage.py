@@ -6,6 +6,7 @@ Used by workers, and by a driver that hosts a stage. Nothing here knows of proce
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,14 @@ class Unavailable:
 class Stage:
     """Consecutive blocks of the stack, run as one unit."""
 
-    def __init__(self, index: int, blocks: dict[int, nn.Module], device: torch.device) -> None:
+    def __init__(
+        self, index: int, blocks: dict[int, nn.Module], device: torch.device, *, guest: bool = False
+    ) -> None:
+        """Hold ``blocks`` by number; a ``guest`` lives in the driver's process and leaves its random state alone."""
         self.index = index
         self.blocks = blocks
         self.device = device
+        self._guest = guest
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._halves: dict[int, Tensor | None | list[dict[str, Any]]] = {}  # Any: torch's parameter groups
         self._modes: dict[int, BlockMode] = {}
@@ -74,7 +79,7 @@ class Stage:
     def forward(self, microbatch: int, call: Call, hidden: Tensor, enters: Hop, leaves: Hop) -> Tensor:
         """Run the blocks; keep what the backward needs. Return the hidden states, detached."""
         ambient = call.spec.ambient
-        with ambient.entered():
+        with ambient.entered(), _fork_rng(self.device) if self._guest else nullcontext():
             inputs = hidden.detach().requires_grad_(enters.requires_grad) if ambient.grad else hidden
             output = self._run_blocks(call, inputs)
         _check_output(self.index, output, leaves)
@@ -87,6 +92,8 @@ class Stage:
         inputs, output = self._saved.pop(microbatch)
         if gradient is not None and output.requires_grad:
             torch.autograd.backward(output, gradient)
+        if inputs.requires_grad and inputs.grad is None:
+            return torch.zeros_like(inputs)
         return inputs.grad
 
     def backward_input(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
@@ -185,6 +192,12 @@ class Stage:
             child.training = training
         for parameter, requires_grad in zip(module.parameters(), mode.requires_grad, strict=True):
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _fork_rng(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 def _hidden_of(output: Any) -> Tensor:  # Any: what a block returns

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 _POLITE_S: Final = 5.0
@@ -28,14 +28,18 @@ class WorkerProcesses:
             subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) for _ in range(count)
         ]
 
-    @property
-    def pids(self) -> list[int]:
-        """The process ids, in the order of starting."""
-        return [process.pid for process in self._processes]
+    def num_starting(self, joined: Collection[int]) -> int:
+        """Return how many are alive and not among the pids that ``joined``."""
+        return sum(process.poll() is None and process.pid not in joined for process in self._processes)
 
-    def ended(self) -> dict[int, int]:
-        """Return pid and exit status of those that ended."""
-        return {process.pid: process.returncode for process in self._processes if process.poll() is not None}
+    def ended_early(self, joined: Collection[int]) -> dict[int, int]:
+        """Return pid and exit status of those that ended without having joined."""
+        ended = [process for process in self._processes if process.poll() is not None and process.pid not in joined]
+        return {process.pid: process.returncode for process in ended}
+
+    def reap(self) -> None:
+        """Forget those that served and ended, and those that never came."""
+        self._processes = [process for process in self._processes if process.poll() is None]
 
     def stop(self) -> None:
         """Wait for the workers that were told to leave, end those that do not, and reap all."""

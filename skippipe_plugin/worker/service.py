@@ -59,7 +59,9 @@ class Worker:
         self._device = torch.device("cpu")
         self._decoders: list[CallDecoder] = []
         self._calls: dict[int, list[tuple[int, Call]]] = {}
+        self._generation = -1
         self._step = -1
+        self._steps: dict[int, Any] = {}  # Any: JSON
         self._leaving = False
         self._doomsday: threading.Timer | None = None
 
@@ -165,10 +167,14 @@ class Worker:
     def _answer(self, kind: str, fields: dict[str, Any], blobs: Iterable[Any] = ()) -> None:
         payload = list(blobs)
         for channel in self._channels:
-            channel.send(kind, fields, payload)
+            channel.send(kind, {"generation": self._generation, **fields}, payload)
+
+    def _reply(self, source: int, kind: str, fields: dict[str, Any], blobs: Iterable[Any] = ()) -> None:
+        self._channels[source].send(kind, {"generation": self._generation, **fields}, list(blobs))
 
     def _on_configure(self, source: int, message: Message) -> None:
         fields = message.fields
+        self._generation = fields["generation"]
         for path in fields["sys_path"]:
             if path not in sys.path:
                 sys.path.append(path)
@@ -177,12 +183,13 @@ class Worker:
         secret = bytes.fromhex(fields["secret"])
         for host, port in fields["other_drivers"][len(self._channels) - 1 :]:
             self._channels.append(connect(host, port, secret))
-            self._channels[-1].send("hello", {"rank": fields["rank"]})
+            self._reply(-1, "hello", {"rank": fields["rank"]})
             self._start_reader(len(self._channels) - 1)
         self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._channels]
         self._calls.clear()
+        self._steps.clear()
         self._form(fields)
-        self._answer("ready", {"generation": fields["generation"]})
+        self._answer("ready", {})
 
     def _form(self, fields: Any) -> None:  # Any: JSON
         store = dist.TCPStore(fields["store_host"], fields["store_port"], is_master=False)
@@ -213,16 +220,23 @@ class Worker:
         self._answer("ready", {})
 
     def _on_step(self, source: int, message: Message) -> None:
+        """Note a driver's part of a step; run it when every driver has announced its own."""
+        self._steps[source] = message.fields
+        if len(self._steps) < len(self._channels):
+            return
+        parts, self._steps = list(self._steps.values()), {}
+        self._run_step(parts[0], {microbatch for part in parts for microbatch in part["live"]}, parts)
+
+    def _run_step(self, fields: Any, live: set[int], parts: list[Any]) -> None:  # Any: JSON
         assert self._transport is not None, "a step before the groups are formed"
-        fields = message.fields
         self._step = fields["step"]
         self._calls = {step: calls for step, calls in self._calls.items() if step >= self._step}
         for stage in self._stages.values():
-            stage.forget_caches(fields["forget_caches"])
+            stage.forget_caches(key for part in parts for key in part["forget_caches"])
         if fields["training"]:
             self._window.open()
         executor = Executor(self._transport, self._stages, self._device)
-        events = executor.run(self._programs[fields["program"]], set(fields["live"]), _Feed(self))
+        events = executor.run(self._programs[fields["program"]], live, _Feed(self))
         if fields["training"]:
             self._sum_over_replicas()
             self._window.close()
@@ -261,10 +275,10 @@ class Worker:
     def _on_get(self, source: int, message: Message) -> None:
         if message.fields["what"] == "weights":
             entries, blobs = pack_tensors(block_tensors(self._blocks()))
-            self._channels[source].send("state", {"tensors": entries}, blobs)
+            self._reply(source, "state", {"tensors": entries}, blobs)
         else:
             fields, blobs = encode_optimizer_state(self._optimizer.state() if self._optimizer else {})
-            self._channels[source].send("state", fields, blobs)
+            self._reply(source, "state", fields, blobs)
 
     def _on_put(self, source: int, message: Message) -> None:
         if message.fields["what"] == "weights":
@@ -282,7 +296,7 @@ class Worker:
         stage = next(stage for stage in self._stages.values() if block in stage.blocks)
         side_inputs = tuple(tensor.to(self._device) for tensor in call.side_inputs)
         probe = stage.probe(block, Call(call.spec, side_inputs, call.seed), enters)
-        self._channels[source].send("probe", {}, [pickle.dumps(probe)])
+        self._reply(source, "probe", {}, [pickle.dumps(probe)])
 
     # -------------------------------------------------------------- pieces
 

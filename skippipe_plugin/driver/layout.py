@@ -1,0 +1,74 @@
+"""Which blocks make which stage, and which ranks hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape of a pipeline: drivers first, then workers."""
+
+    num_drivers: int
+    stage_blocks: tuple[range, ...]
+    """By block stage, from stage 1 on: its blocks' numbers in the stack."""
+    placement: tuple[tuple[int, ...], ...]
+    """By stage, the drivers' stage 0 first: the ranks that hold it."""
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return 1 + max(rank for ranks in self.placement for rank in ranks)
+
+    @property
+    def drivers(self) -> range:
+        """The ranks that run a Trainer."""
+        return range(self.num_drivers)
+
+    @property
+    def workers(self) -> range:
+        """The ranks that hold stages only."""
+        return range(self.num_drivers, self.size)
+
+    def blocks(self, stage: int) -> range:
+        """Return the blocks of a block stage."""
+        return self.stage_blocks[stage - 1]
+
+    def stages_of(self, rank: int) -> list[int]:
+        """Return the block stages that ``rank`` holds."""
+        return [stage for stage, ranks in enumerate(self.placement) if stage and rank in ranks]
+
+    def stage_of_block(self, block: int) -> int:
+        """Return the stage that ``block`` belongs to."""
+        return next(stage for stage, blocks in enumerate(self.stage_blocks, start=1) if block in blocks)
+
+    def hosted(self, rank: int) -> list[int]:
+        """Return the blocks that ``rank`` holds, in order."""
+        return [block for stage in self.stages_of(rank) for block in self.blocks(stage)]
+
+    @property
+    def replica_groups(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The stages that several workers hold, with their ranks."""
+        return [
+            (stage, ranks)
+            for stage, ranks in enumerate(self.placement)
+            if stage and len(ranks) > 1 and ranks[0] >= self.num_drivers
+        ]
+
+
+def device_counts(devices: int, *, replicas: int, drivers: int, driver_stage: bool) -> int:
+    """Return how many block stages ``devices`` processes make.
+
+    Raises:
+        ValueError: They do not fit, with the numbers that would.
+    """
+    workers = devices - drivers
+    stages, rest = divmod(workers, replicas)
+    if workers < (0 if driver_stage else replicas) or rest:
+        smallest = drivers if driver_stage else drivers + replicas
+        fitting = [drivers + count * replicas for count in (stages, stages + 1) if drivers + count * replicas >= smallest]
+        raise ValueError(
+            f"devices={devices} does not fit drivers={drivers} and replicas={replicas}: devices must be drivers + "
+            f"stages x replicas, such as {' or '.join(map(str, fitting or [smallest]))}"
+        )
+    return stages + driver_stage

@@ -1,0 +1,508 @@
+"""The driver of a pipeline: spreads the blocks, forms the groups, runs steps, gathers weights again.
+
+It owns the links to the workers and this rank's end of the groups. Nothing here knows Lightning.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..engine import gradients
+from ..engine.call import Ambient, Call, CallSpec
+from ..engine.errors import GenerationAborted, SkipPipeError
+from ..engine.executor import Executor
+from ..engine.gradients import GradientWindow
+from ..engine.handover import pack_blocks, pack_tensors, unpack_tensors
+from ..engine.program import compile_program
+from ..engine.stage import Probe, Stage
+from ..engine.transport import TensorSpec, Transport
+from ..engine.wire import block_tensors
+from ..schedule import Action, Event, Schedule, Timeline
+from .layout import Layout
+from .links import Link, Links
+from .proxies import BlockProxies, StackCall, detach, reattach
+from .side_inputs import dump_probe
+from .steps import CallWriter, NoFeed, StepRun, StepTask, merged_loss
+from .suspend import StepThreads, current_thread
+
+TRAINING: Final = "training"
+EVALUATION: Final = "evaluation"
+_DRIVERS: Final = "drivers"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the processes of a job find each other."""
+
+    host: str
+    """The address the groups and the control channels are bound to."""
+    store_port: int
+    secret: str
+    other_drivers: tuple[tuple[str, int], ...] = ()
+    """The control addresses of the drivers after the first."""
+
+
+class Pipeline:
+    """A block stack spread over stages, seen from one driver.
+
+    Args:
+        layout: Which blocks and ranks make which stage.
+        schedules: The schedules under the names TRAINING and EVALUATION.
+        links: The control channels to the workers.
+        store: The store from which the groups of every generation are formed.
+        generations: Numbers generations; shared by all pipelines that use the store one after another.
+        rendezvous: The addresses the workers need.
+        rank: This driver's rank.
+        device: This driver's device.
+        worker_devices: By rank, the device a worker computes on.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: Layout,
+        schedules: Mapping[str, Schedule],
+        links: Links,
+        store: dist.Store,
+        generations: Iterator[int],
+        rendezvous: Rendezvous,
+        rank: int,
+        device: torch.device,
+        worker_devices: Mapping[int, str],
+    ) -> None:
+        self.layout = layout
+        self.schedules = dict(schedules)
+        self.links = links
+        self.device = device
+        self.rank = rank
+        self.collect_timeline = False
+        self.timeline: Timeline | None = None
+        """What the last training step measured, when :attr:`collect_timeline` was set; first driver only."""
+        self._store = store
+        self._generations = generations
+        self._rendezvous = rendezvous
+        self._worker_devices = dict(worker_devices)
+        self._programs = {name: compile_program(schedule, rank) for name, schedule in schedules.items()}
+        self._transport: Transport | None = None
+        self._generation = -1
+        self._step = 0
+        self._threads = StepThreads()
+        self._proxies: BlockProxies | None = None
+        self._hosted: dict[int, Stage] = {}
+        self._window = GradientWindow([])
+        self._zero_first = False
+        self._expected_norm: float | None = None
+        self._norm_under_way = False
+        links.on_failure = self._wake
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first driver, the one that commands the workers."""
+        return self.rank == 0
+
+    @property
+    def microbatches(self) -> range:
+        """The microbatches of the schedules that this driver may fill."""
+        per_driver = self.schedules[TRAINING].num_microbatches // self.layout.num_drivers
+        return range(self.rank * per_driver, (self.rank + 1) * per_driver)
+
+    # ---------------------------------------------------------- generation
+
+    def form(self) -> None:
+        """Start a generation: form the groups anew with every worker that is there."""
+        self._generation = next(self._generations)
+        self.links.start_generation(self._generation)
+        if self.leads:
+            for link in self.links:
+                link.send("configure", self._configuration(link.rank))
+        self._transport = Transport(
+            self._store,
+            rank=self.rank,
+            size=self.layout.size,
+            generation=self._generation,
+            host=self._rendezvous.host,
+        )
+        if self.layout.num_drivers > 1:
+            self._transport.form_subgroup(_DRIVERS, self.layout.drivers)
+        self.links.expect_all("ready")
+        self._writer = CallWriter(self.links, self.layout)
+
+    def abort(self) -> None:
+        """Give the step under way up everywhere; the next step starts a new generation."""
+        self._threads.abandon()
+        if self._proxies is not None:
+            self._proxies.forget_open_calls()
+        self._window.discard()
+        for stage in self._hosted.values():
+            stage.forget()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            self.links.tell_survivors("abort", {"generation": transport.generation})
+            transport.poison()
+
+    def close(self) -> None:
+        """End the groups and the step threads; the links stay."""
+        self._threads.close()
+        self.links.on_failure = lambda: None
+        self._transport = None
+
+    def _configuration(self, rank: int) -> dict[str, Any]:
+        rendezvous = self._rendezvous
+        return {
+            "generation": self._generation,
+            "rank": rank,
+            "size": self.layout.size,
+            "host": rendezvous.host,
+            "store_host": rendezvous.host,
+            "store_port": rendezvous.store_port,
+            "secret": rendezvous.secret,
+            "other_drivers": list(rendezvous.other_drivers),
+            "sys_path": [path or os.getcwd() for path in sys.path],  # noqa: PTH109 - sys.path holds strings
+            "num_threads": 1,
+            "device": self._worker_devices.get(rank, "cpu"),
+            "replica_groups": self.layout.replica_groups,
+            "schedules": {name: schedule.to_json() for name, schedule in self.schedules.items()},
+            "num_drivers": self.layout.num_drivers,
+            "step": self._step,
+        }
+
+    def _wake(self) -> None:
+        transport = self._transport
+        if transport is not None:
+            transport.poison()
+
+    # --------------------------------------------------------------- model
+
+    def load(self, model: nn.Module, proxies_of: Callable[..., BlockProxies], compile_with: Any, seed: int) -> None:
+        """Hand the blocks over to their stages and put proxies in their places.
+
+        Args:
+            model: The whole model, proxies included afterwards; its other parameters stay on this driver.
+            proxies_of: Makes the proxies, given how to probe a block and how to forward a call outside of steps.
+            compile_with: Keyword arguments for ``Module.compile`` on the workers; None when nothing is compiled.
+            seed: For blocks that were built on the meta device.
+        """
+        proxies = proxies_of(probe=self._probe, forward=self._forward)
+        if self.leads:
+            self._send_blocks(proxies, compile_with, seed)
+            self.links.expect_all("ready")
+        else:
+            self.links.expect_all("ready")
+        real = proxies.install()
+        self._proxies = proxies
+        self._hosted = {
+            stage: Stage(stage, {block: real[block] for block in self.layout.blocks(stage)}, self.device, guest=True)
+            for stage in self.layout.stages_of(self.rank)
+        }
+        self._detach_remote()
+        local = [parameter for parameter in model.parameters() if not parameter.is_meta]
+        self._window = GradientWindow(local)
+
+    def unload(self) -> list[str]:
+        """Bring the weights back into the driver's model and remove the proxies.
+
+        Returns:
+            The names of the blocks that could not be brought back because their worker is gone: they hold NaN.
+        """
+        proxies = self._proxies
+        if proxies is None:
+            return []
+        lost: list[str] = []
+        weights = {} if self.links.lost else self.weights()
+        for name, tensor in block_tensors(dict(self._remote_blocks())).items():
+            value = weights.get(name)
+            if value is None:
+                value = torch.full(tensor.shape, float("nan")).to(tensor.dtype)
+                lost.append(self._block_name(name))
+            reattach(tensor, value)
+        proxies.remove()
+        self._proxies = None
+        self._hosted = {}
+        self._window = GradientWindow([])
+        return list(dict.fromkeys(lost))
+
+    def remote_parameters(self) -> dict[int, tuple[int, str]]:
+        """Map the ``id`` of each parameter that lives on a worker to its (block, name)."""
+        return {
+            id(parameter): (index, name)
+            for index, block in self._remote_blocks()
+            for name, parameter in block.named_parameters()
+        }
+
+    def remote_tensor_names(self) -> list[str]:
+        """Name what :meth:`weights` fetches."""
+        return list(block_tensors(dict(self._remote_blocks())))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Fetch parameters and buffers of the remote blocks, by ``"<block>\\t<name>"``."""
+        self._heal()
+        result: dict[str, Tensor] = {}
+        for link in self._first_replicas():
+            link.send("get", {"what": "weights"})
+            message = link.expect("state")
+            result |= unpack_tensors(message.fields["tensors"], message.blobs)
+        return result
+
+    def put_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite weights of the remote blocks; names as in :meth:`weights`."""
+        self._heal()
+        for link in self.links if self.leads else ():
+            blocks = {str(block) for block in self.layout.hosted(link.rank)}
+            own = {name: tensor for name, tensor in tensors.items() if name.split("\t")[0] in blocks}
+            entries, blobs = pack_tensors(own)
+            link.send("put", {"what": "weights", "tensors": entries}, blobs)
+        self.links.expect_all("ready")
+
+    def first_replicas(self) -> list[Link]:
+        """Return one link for each remote stage."""
+        self._heal()
+        return self._first_replicas()
+
+    def _first_replicas(self) -> list[Link]:
+        ranks = [ranks[0] for stage, ranks in enumerate(self.layout.placement) if stage and ranks[0] in self.links]
+        return [self.links[rank] for rank in ranks]
+
+    def _heal(self) -> None:
+        """After an aborted step: a new generation, so that everybody is known to be idle and answers are fresh."""
+        if self._transport is None:
+            self.form()
+
+    def _send_blocks(self, proxies: BlockProxies, compile_with: Any, seed: int) -> None:
+        for stage, ranks in enumerate(self.layout.placement):
+            remote = [rank for rank in ranks if rank in self.links]
+            if not stage or not remote:
+                continue
+            fields, blobs = pack_blocks({block: proxies.blocks[block] for block in self.layout.blocks(stage)})
+            for rank in remote:
+                self.links[rank].send(
+                    "load", {"stage": stage, "blocks": fields, "compile": compile_with, "seed": seed + stage}, blobs
+                )
+
+    def _detach_remote(self) -> None:
+        for _, block in self._remote_blocks():
+            for tensor in dict.fromkeys((*block.parameters(), *block.buffers())):
+                detach(tensor)
+
+    def _remote_blocks(self) -> Iterable[tuple[int, nn.Module]]:
+        hosted = set(self.layout.hosted(self.rank))
+        blocks = self._proxies.blocks if self._proxies is not None else ()
+        return ((index, block) for index, block in enumerate(blocks) if index not in hosted)
+
+    def _block_name(self, tensor_name: str) -> str:
+        assert self._proxies is not None
+        return self._proxies.names[int(tensor_name.split("\t")[0])]
+
+    # --------------------------------------------------------------- steps
+
+    def train(self, task: StepTask) -> tuple[list[Any], Tensor | None]:
+        """Run a training step; return what the functions returned, and the loss of the batch.
+
+        The loss is a scalar whose ``backward`` merges the step's gradients, scaled by the gradient it receives.
+        """
+        self._heal()
+        run = self._step_run(task)
+        with _private_random_state(self.device):
+            self._window.open()
+            try:
+                if not self._proxies_now().book.settled:
+                    run.start_all()
+                live = [self.microbatches[index] for index in range(len(task.functions))]
+                self._execute(TRAINING, run, live)
+            except BaseException as error:
+                self._give_up(error)
+                raise
+            if self.layout.num_drivers > 1:
+                self._window.sum_new(self._sum_over_drivers)
+            self._window.close()
+        loss = merged_loss(run, task.weights)
+        return run.values(), None if loss is None else _MergeOnBackward.apply(_root(), loss, self._merge)
+
+    def evaluate(self, task: StepTask) -> list[Any]:
+        """Run functions that may call the blocks any number of times, without gradients; return their results."""
+        self._heal()
+        run = self._step_run(task)
+        try:
+            run.start_all()
+            while self._anybody(live := run.waiting()):
+                self._execute(EVALUATION, run, live)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        return run.values()
+
+    def _forward(self, call: StackCall) -> Tensor:
+        """Answer a call that was made outside of the step functions, such as sampling in a callback."""
+        thread = current_thread()
+        if thread is not None:
+            return thread.suspend(call)  # type: ignore[no-any-return]
+        if call.ambient.grad and (call.hidden.requires_grad or self._window.parameters):
+            raise SkipPipeError(
+                "the blocks of the pipeline were called outside of training_step with gradients enabled; "
+                "call them under torch.no_grad(), or inside the step"
+            )
+        task = StepTask([lambda: _resume_in_thread(call)], [1.0], lambda _: None, self._step, training=False)
+        return self.evaluate(task)[0]  # type: ignore[no-any-return]
+
+    def _execute(self, name: str, run: StepRun, live: Sequence[int]) -> None:
+        transport, schedule = self._transport, self.schedules[name]
+        assert transport is not None
+        run.step = self._step = self._step + 1
+        timeline = self.collect_timeline and name == TRAINING
+        self.links.broadcast(
+            "step",
+            {
+                "step": self._step,
+                "program": name,
+                "live": list(live),
+                "training": schedule.backward,
+                "timeline": timeline,
+                "forget_caches": self._proxies_now().ledger.take_freed(),
+            },
+        )
+        executor = Executor(transport, self._hosted, self.device, driver=run)
+        events = executor.run(self._programs[name], set(live), NoFeed())
+        done = self.links.expect_all("done")
+        if timeline and self.leads:
+            remote = {rank: message.fields["timeline"] for rank, message in done.items()}
+            self.timeline = _timeline(events, remote)
+
+    def _step_run(self, task: StepTask) -> StepRun:
+        kinds = ("cpu",) if self.device.type == "cpu" else ("cpu", self.device.type)
+        return StepRun(
+            task,
+            first=self.microbatches.start,
+            paths=self.schedules[TRAINING].paths,
+            threads=self._threads,
+            proxies=self._proxies_now(),
+            writer=self._writer,
+            device=self.device,
+            ambient=Ambient.current(kinds),
+        )
+
+    def _proxies_now(self) -> BlockProxies:
+        assert self._proxies is not None, "no model is loaded"
+        return self._proxies
+
+    def _give_up(self, error: BaseException) -> None:
+        """Abort the step; when it broke because of a worker, raise that worker's failure instead."""
+        self.abort()
+        if isinstance(error, GenerationAborted):
+            self.links.check()
+
+    def _anybody(self, live: Sequence[int]) -> bool:
+        """Whether any driver still has functions that wait for the blocks: all take part in every round."""
+        if self.layout.num_drivers == 1:
+            return bool(live)
+        count = torch.tensor([float(len(live))])
+        self._sum_over_drivers(count)
+        return bool(count)
+
+    def _sum_over_drivers(self, tensor: Tensor) -> None:
+        assert self._transport is not None
+        self._transport.all_reduce(tensor, _DRIVERS)
+
+    def _probe(self, block: int, spec: CallSpec, side_inputs: Sequence[Tensor], enters: TensorSpec) -> Probe:
+        stage = self.layout.stage_of_block(block)
+        call = Call(spec, tuple(side_inputs), 0)
+        if stage in self._hosted:
+            return self._hosted[stage].probe(block, call, enters)
+        link = self.links[self.layout.placement[stage][0]]
+        link.send("probe", {}, [dump_probe(block, call, enters)])
+        return pickle.loads(link.expect("probe").blobs[0])  # type: ignore[no-any-return]
+
+    # ------------------------------------------- between backward and step
+
+    def zero_gradients(self) -> None:
+        """Drop what the workers have accumulated before the next gradients are added (the local ones are not ours)."""
+        self._zero_first = True
+
+    def _merge(self, scale: float) -> None:
+        self._window.merge(scale)
+        zero, self._zero_first = self._zero_first, False
+        if self.leads:
+            self.links.broadcast("merge", {"scale": scale, "zero": zero, "norm_type": self._expected_norm})
+        self._norm_under_way = self._expected_norm is not None
+
+    def gradient_norm(self, local: Sequence[nn.Parameter], norm_type: float) -> float:
+        """Return the norm of the accumulated gradients of the ``local`` parameters and of all workers."""
+        norm_type = float(norm_type)
+        if self._norm_under_way and self._expected_norm != norm_type:
+            self.links.expect_all("norm")
+            self._norm_under_way = False
+        if not self._norm_under_way and self.leads:
+            self.links.broadcast("norm", {"norm_type": norm_type})
+        answers = self.links.expect_all("norm")
+        self._norm_under_way = False
+        # A run that clips once clips always: from now on workers measure as soon as they have merged.
+        self._expected_norm = norm_type
+        counted = {link.rank for link in self._first_replicas()}
+        powers = [message.fields["power"] for rank, message in answers.items() if rank in counted]
+        return gradients.total_norm([gradients.norm_power(local, norm_type), *powers], norm_type)
+
+    def step_optimizer(self, hyperparameters: Sequence[Any], scale: float | None, value: float | None) -> None:
+        """Let every worker step its optimizer, after clipping."""
+        if self._norm_under_way:
+            self.links.expect_all("norm")
+            self._norm_under_way = False
+        zero, self._zero_first = self._zero_first, False
+        if self.leads:
+            fields = {"scale": scale, "value": value, "zero": zero}
+            self.links.broadcast("optimizer_step", fields, [pickle.dumps(list(hyperparameters))])
+
+
+class _MergeOnBackward(torch.autograd.Function):
+    """The batch's loss as autograd sees it: its backward hands the incoming gradient to ``merge``."""
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, loss: Tensor, merge: Callable[[float], None]) -> Tensor:
+        ctx.merge = merge
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.merge(float(gradients[0]))
+        return torch.zeros(()), None, None
+
+
+def _root() -> Tensor:
+    return torch.zeros((), requires_grad=True)
+
+
+def _resume_in_thread(call: StackCall) -> Tensor:
+    thread = current_thread()
+    assert thread is not None
+    return thread.suspend(call)  # type: ignore[no-any-return]
+
+
+class _private_random_state:  # noqa: N801 - a context manager
+    """Leaves the random state of the user's code as it was: the step seeds its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._host = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self._host)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+def _timeline(events: Sequence[Event], remote: Mapping[int, Sequence[Any]]) -> Timeline:
+    everything = list(events)
+    for rank, entries in remote.items():
+        everything += [Event(rank, Action.parse(text), start, end) for text, start, end in entries]
+    origin = min((event.start_s for event in everything), default=0.0)
+    shifted = [Event(e.rank, e.action, e.start_s - origin, e.end_s - origin) for e in everything]
+    return Timeline(tuple(sorted(shifted, key=lambda event: (event.start_s, event.rank))), (), "measured")

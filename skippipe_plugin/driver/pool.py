@@ -1,0 +1,103 @@
+"""The workers at a driver's disposal: where they join, and which of them are idle.
+
+Workers outlive a pipeline: the next one, of the same or of another Trainer, takes them over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import torch.distributed as dist
+
+from ..engine.channel import Listener
+from ..engine.errors import SkipPipeError
+from .links import Link
+
+_JOIN_S: Final = 180.0
+
+
+class WorkerPool:
+    """Accepts workers on ``host:port`` and lends them to pipelines.
+
+    Args:
+        host: The address to bind to; it must be reachable for every worker.
+        port: The port of the control channels; 0 for any free one.
+        secret: The job's secret in hexadecimal; made when None.
+        store: The store of the job; made (and hosted here) when None.
+    """
+
+    def __init__(
+        self, host: str, port: int = 0, *, secret: str | None = None, store: dist.TCPStore | None = None
+    ) -> None:
+        self.secret = secret or secrets.token_hex(32)
+        self._listener = Listener(host, port, bytes.fromhex(self.secret))
+        self.store = store or dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.generations = itertools.count()
+        self.joined: set[int] = set()
+        """The process ids of the workers on this host that ever joined."""
+        self._links: list[Link] = []
+        self._idle: list[Link] = []
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where workers join."""
+        return self._listener.host, self._listener.port
+
+    @property
+    def num_idle(self) -> int:
+        """How many workers are here and unused."""
+        self._idle = [link for link in self._idle if not link.gone]
+        return len(self._idle)
+
+    def acquire(self, count: int, ended: Callable[[], Mapping[int, int]] = dict) -> list[Link]:
+        """Return ``count`` workers, waiting for those that are still to join.
+
+        Args:
+            count: How many.
+            ended: Returns pid and exit status of worker processes that ended, to notice those that never join.
+
+        Raises:
+            SkipPipeError: A worker process ended before it joined, or nobody came in time.
+        """
+        deadline = time.monotonic() + _JOIN_S
+        while self.num_idle < count:
+            if not self._accept() and (dead := ended()):
+                raise SkipPipeError(f"worker processes ended before they joined (pid: exit status): {dict(dead)}")
+            if time.monotonic() > deadline:
+                host, port = self.address
+                raise SkipPipeError(
+                    f"{self.num_idle} of {count} workers joined {host}:{port} within {_JOIN_S:.0f} s; check that the "
+                    "other processes were started and can reach this address"
+                )
+        taken, self._idle = self._idle[:count], self._idle[count:]
+        return taken
+
+    def release(self, links: Sequence[Link]) -> None:
+        """Take workers back; those that are gone are forgotten."""
+        self._idle += [link for link in links if not link.gone]
+
+    def close(self) -> None:
+        """Send every worker home and stop accepting."""
+        for link in self._links:
+            link.close()
+        self._links.clear()
+        self._idle.clear()
+        self._listener.close()
+
+    def _accept(self) -> bool:
+        channel = self._listener.accept(timeout_s=0.2)
+        if channel is None:
+            return False
+        greeting = channel.receive()
+        link = Link(channel, greeting.fields.get("pid"))
+        if link.pid is not None:
+            self.joined.add(link.pid)
+        link.order = greeting.fields.get("rank", -1)
+        self._links.append(link)
+        self._idle.append(link)
+        self._idle.sort(key=lambda link: link.order)
+        return True

@@ -1,0 +1,227 @@
+"""One step on the driver: the users' functions, one for each microbatch, around the blocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..engine.call import Ambient, BlockMode, Call, Hop, block_seed, seed_everything
+from ..engine.errors import SkipPipeError
+from ..schedule import Path
+from .layout import Layout
+from .links import Links
+from .proxies import BlockProxies, StackCall
+from .side_inputs import Digests, Outbox, PreparedCall, SpecNumbers
+from .suspend import Outcome, Returned, StepThreads, Suspended
+
+_HELD_BACK_S: Final = 0.002
+"""For how long announcements are collected before they are sent, so that cheap embeddings share one message."""
+_EMBED: Final = 1 << 20
+_LOSS: Final = _EMBED + 1
+"""Numbers of the driver's own parts where blocks have theirs, for :func:`block_seed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTask:
+    """What a step has to do."""
+
+    functions: Sequence[Callable[[], Any]]  # Any: what the user's step returns
+    """By microbatch of this driver."""
+    weights: Sequence[float]
+    """By microbatch: its share of the loss of the global batch."""
+    loss_of: Callable[[Any], Tensor | None]
+    """Finds the loss in what a function returned."""
+    seed: int
+    training: bool
+
+
+class CallWriter:
+    """Turns recorded calls into messages; remembers across steps what each worker knows."""
+
+    def __init__(self, links: Links, layout: Layout) -> None:
+        self._links = links
+        self._layout = layout
+        self._numbers = SpecNumbers()
+        self._digests = Digests()
+        self._outboxes = {link.rank: Outbox() for link in links}
+
+    def prepare(self, microbatch: int, path: Path, call: StackCall, proxies: BlockProxies, seed: int) -> PreparedCall:
+        """Describe ``call`` for the ranks on ``path``."""
+        modes = proxies.modes()
+        spec = proxies.spec(call, self._hops(path, call, modes), modes)
+        digests = tuple(map(self._digests.digest, call.side_inputs))
+        return PreparedCall(microbatch, Call(spec, tuple(call.side_inputs), seed), self._numbers.number(spec), digests)
+
+    def send(self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path]) -> None:
+        """Announce calls to the workers on their paths."""
+        for link in self._links:
+            visiting = [call for call in calls if any(v.rank == link.rank for v in paths[call.microbatch].visits)]
+            if visiting:
+                fields, blobs = self._outboxes[link.rank].encode(step, visiting)
+                link.send("calls", fields, blobs)  # type: ignore[arg-type]
+
+    def _hops(self, path: Path, call: StackCall, modes: Sequence[BlockMode]) -> tuple[Hop, ...]:
+        requires_grad = call.ambient.grad and call.hidden.requires_grad
+        hops = [Hop(call.specs[0], requires_grad)]
+        for visit in path.visits:
+            blocks = self._layout.blocks(visit.stage)
+            trained = any(flag for block in blocks for flag in modes[block].requires_grad)
+            requires_grad = requires_grad or (call.ambient.grad and trained)
+            hops.append(Hop(call.specs[blocks.stop], requires_grad))
+        return tuple(hops)
+
+
+class StepRun:
+    """Implements the executor's driver part for the microbatches of one driver and one step (or evaluation round)."""
+
+    def __init__(
+        self,
+        task: StepTask,
+        *,
+        first: int,
+        paths: Sequence[Path],
+        threads: StepThreads,
+        proxies: BlockProxies,
+        writer: CallWriter,
+        device: torch.device,
+        ambient: Ambient,
+    ) -> None:
+        self._task = task
+        self._first = first
+        self._paths = paths
+        self._threads = threads
+        self._proxies = proxies
+        self._writer = writer
+        self._device = device
+        self._ambient = ambient
+        self._outcomes: dict[int, Outcome] = {}
+        self._calls: dict[int, Call] = {}
+        self._hidden: dict[int, Tensor] = {}
+        self._held_back: list[PreparedCall] = []
+        self._announced_s = 0.0
+        self.step = -1
+        self.losses: dict[int, Tensor | None] = {}
+
+    # ------------------------------------------------------ life of a step
+
+    def start_all(self) -> None:
+        """Run every function up to its first call of the blocks."""
+        for index in range(len(self._task.functions)):
+            self._start(index)
+
+    def waiting(self) -> list[int]:
+        """The microbatches (numbers of the schedule) whose functions wait for the blocks."""
+        return [self._first + index for index, outcome in self._outcomes.items() if isinstance(outcome, Suspended)]
+
+    def values(self) -> list[Any]:
+        """Return what the functions returned, by microbatch."""
+        outcomes = [self._outcomes[index] for index in range(len(self._task.functions))]
+        assert all(isinstance(outcome, Returned) for outcome in outcomes)
+        return [outcome.value for outcome in outcomes if isinstance(outcome, Returned)]
+
+    # ----------------------------------------------------- the driver part
+
+    def embed(self, microbatch: int) -> tuple[Call, Tensor]:
+        index = microbatch - self._first
+        if index not in self._outcomes:
+            self._start(index)
+        outcome = self._outcomes[index]
+        assert isinstance(outcome, Suspended)
+        stack_call: StackCall = outcome.request
+        seed = block_seed(self._task.seed, microbatch)
+        prepared = self._writer.prepare(microbatch, self._paths[microbatch], stack_call, self._proxies, seed)
+        self._calls[index] = prepared.call
+        if self._task.training:
+            self._hidden[index] = stack_call.hidden
+        self._held_back.append(prepared)
+        if time.monotonic() - self._announced_s > _HELD_BACK_S:
+            self.announce()
+        return prepared.call, stack_call.hidden
+
+    def announce(self) -> None:
+        if self._held_back:
+            held_back, self._held_back = self._held_back, []
+            self._writer.send(self.step, held_back, self._paths)
+            self._announced_s = time.monotonic()
+
+    def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
+        index = microbatch - self._first
+        if not self._task.training:
+            self._outcomes[index] = self._resume(index, hidden)
+            return None
+        leaf = hidden.requires_grad_(self._calls[index].spec.hops[-1].requires_grad)
+        seed_everything(block_seed(block_seed(self._task.seed, microbatch), _LOSS), self._device)
+        outcome = self._resume(index, leaf)
+        if isinstance(outcome, Suspended):
+            raise SkipPipeError(
+                "the training step calls the blocks more than once for one batch; a pipeline can run them once per "
+                "step. Put both inputs into one batch, or train without the pipeline"
+            )
+        self._outcomes[index] = outcome
+        loss = self._task.loss_of(outcome.value)
+        self.losses[index] = None if loss is None else loss.detach()
+        if loss is not None:
+            (loss * self._task.weights[index]).backward()
+        if not leaf.requires_grad:
+            return None
+        return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+
+    def backward(self, microbatch: int, gradient: Tensor | None) -> None:
+        hidden = self._hidden.pop(microbatch - self._first)
+        if gradient is not None and hidden.requires_grad:
+            torch.autograd.backward(hidden, gradient)
+
+    # -------------------------------------------------------------- pieces
+
+    def _start(self, index: int) -> None:
+        if self._task.training:
+            seed = block_seed(self._task.seed, self._first + index)
+            seed_everything(block_seed(seed, _EMBED), self._device)
+        outcome = self._threads[index].start(self._task.functions[index], self._ambient)
+        if isinstance(outcome, Returned):
+            self._proxies.check_complete(self._threads[index])
+            if self._task.training:
+                raise SkipPipeError(
+                    "the training step returned without calling the blocks of the pipeline "
+                    f"({self._proxies.names[0]} ...); name the stack it does call with blocks=..."
+                )
+        self._outcomes[index] = outcome
+
+    def _resume(self, index: int, hidden: Tensor) -> Outcome:
+        outcome = self._threads[index].resume(hidden)
+        if isinstance(outcome, Returned):
+            self._proxies.check_complete(self._threads[index])
+        return outcome
+
+
+class NoFeed:
+    """The driver makes its calls itself; nobody sends it any."""
+
+    def poll(self) -> tuple[()]:
+        """Nothing ever comes."""
+        return ()
+
+    def wait(self) -> tuple[()]:
+        """A driver that waits for a call has a wrong schedule."""
+        raise AssertionError("an action of a microbatch that another driver leads")
+
+
+def merged_loss(run: StepRun, weights: Sequence[float]) -> Tensor | None:
+    """Return the loss of the whole batch; None when the user's step returned none for any microbatch."""
+    losses: Mapping[int, Tensor | None] = run.losses
+    present = {index: loss for index, loss in losses.items() if loss is not None}
+    if not present:
+        return None
+    if len(present) != len(losses):
+        raise SkipPipeError(
+            "the training step returned a loss for some microbatches and None for others; "
+            "return None for the whole batch, or a zero loss"
+        )
+    total = sum(weights[index] for index in present)
+    parts = [loss.reshape(()) * (weights[index] / total) for index, loss in present.items()]
+    return torch.stack(parts).sum()

@@ -1,0 +1,486 @@
+"""The Lightning strategy: a single-device run to Lightning, a pipeline underneath.
+
+This module adapts; what a pipeline is lives in :mod:`skippipe_plugin.driver`. Only the driver runs a Trainer.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.compile import to_uncompiled
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from ..driver.layout import Layout, device_counts
+from ..driver.links import Links
+from ..driver.microbatch import BatchError, batch_size, merge, split, split_sizes
+from ..driver.optimizer import RemoteOptimizer, to_device
+from ..driver.pipeline import EVALUATION, TRAINING, Pipeline, Rendezvous
+from ..driver.proxies import BlockProxies
+from ..driver.steps import StepTask
+from ..engine.call import block_seed
+from ..engine.errors import SkipPipeError
+from ..partition import check_no_shared_parameters, cut, estimate_costs, find_blocks
+from ..schedule import FULL_SCHEDULES, Schedule, forward_only, full_schedule, validate
+from .averaged_log import AveragedLog
+from .compiled import CompiledParts, options_of_blocks, originals
+from .config import NetworkConfig
+from .launcher import SkipPipeLauncher
+from .workers import LocalWorkers, local_workers
+
+ScheduleName = Literal["auto", "gpipe", "1f1b"]
+
+
+class SkipPipeStrategy(SingleDeviceStrategy):
+    """Train an unchanged LightningModule as a pipeline of stages on other processes.
+
+    ``Trainer(devices=N, strategy=SkipPipeStrategy())`` uses N processes: one driver, which runs the Trainer, the
+    embedding, the head and the loss, and N - 1 workers, which hold the blocks. The result is that of
+    ``Trainer(devices=1)``, to floating-point reordering.
+
+    Args:
+        skip_ratio: The share of stages that every path leaves out; only 0 (exact) is available so far.
+        schedule: ``"1f1b"`` (also ``"auto"``), ``"gpipe"``, or a :class:`~skippipe_plugin.schedule.Schedule`.
+        num_microbatches: Into how many microbatches a batch is cut; four per stage by default. A batch with fewer
+            samples makes fewer.
+        replicas: How many workers hold each stage.
+        drivers: How many processes run the Trainer, each on its own share of the data.
+        blocks: The name of the block stack in the LightningModule, such as ``"model.layers"``; found when None.
+        driver_stage: Whether the driver holds the first stage itself, so that N processes make N stages.
+        network: Where the processes meet.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(
+        ...     accelerator="cpu", devices=3, strategy=SkipPipeStrategy(num_microbatches=4), logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.strategy.num_stages
+        2
+    """
+
+    strategy_name = "skippipe"
+
+    def __init__(
+        self,
+        *,
+        skip_ratio: float = 0.0,
+        schedule: ScheduleName | Schedule = "auto",
+        num_microbatches: int | None = None,
+        replicas: int = 1,
+        drivers: int = 1,
+        blocks: str | None = None,
+        driver_stage: bool = False,
+        network: NetworkConfig | None = None,
+    ) -> None:
+        super().__init__()
+        _check_arguments(skip_ratio, schedule, num_microbatches, replicas, drivers)
+        self.skip_ratio = skip_ratio
+        self.schedule = schedule
+        self.num_microbatches = num_microbatches
+        self.replicas = replicas
+        self.drivers = drivers
+        self.blocks = blocks
+        self.driver_stage = driver_stage
+        self.network = network or NetworkConfig()
+        # The Trainer fills these in; their presence is how Lightning tells a strategy for several processes.
+        self.parallel_devices: list[torch.device] | None = None
+        self.cluster_environment: Any = None  # Any: Lightning's ClusterEnvironment
+        self.num_nodes = 1
+        self._pipeline: Pipeline | None = None
+        self._workers: LocalWorkers | None = None
+        self._links = Links()
+        self._remote: RemoteOptimizer | None = None
+        self._compiled: CompiledParts | None = None
+        self._remote_blocks: tuple[nn.Module, ...] = ()
+        self._block_names: tuple[str, ...] = ()
+        self._restore_late = False
+
+    # ------------------------------------------------------- what Lightning reads
+
+    @property
+    def num_stages(self) -> int:
+        """The number of block stages that ``devices`` makes."""
+        return device_counts(
+            self.num_processes, replicas=self.replicas, drivers=self.drivers, driver_stage=self.driver_stage
+        )
+
+    @property
+    def num_processes(self) -> int:
+        """Drivers and workers together, over all nodes."""
+        return len(self.parallel_devices or [None]) * self.num_nodes
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[0] if self.parallel_devices else self._root_device
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        # Weights that were never made on the driver (meta device) can only be loaded where the blocks are.
+        module = self.lightning_module
+        if self._pipeline is None and module is not None:
+            self._restore_late = any(parameter.is_meta for parameter in module.parameters())
+        return self._restore_late
+
+    @override
+    def _configure_launcher(self) -> None:
+        self._launcher = SkipPipeLauncher(self)
+
+    def launched(self, function: Callable[[], Any], trainer: Trainer | None) -> Any:
+        """Run what the Trainer launches (called by the launcher)."""
+        _ = self.num_stages  # devices that do not fit are an error before anything starts
+        return function()
+
+    # ----------------------------------------------------------------- life
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        # The workers import torch while the user's hooks prepare model and data.
+        self._workers = local_workers(self.network.host, self.network.port)
+        self._workers.prepare(self.num_processes - self.drivers)
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        module = self.lightning_module
+        assert module is not None
+        self.accelerator.setup(trainer)
+        _check_module(module, trainer)
+        if module._compiler_ctx is not None:
+            to_uncompiled(module)
+        self.model = self.precision_plugin.convert_module(module)
+        self._spread(module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            for optimizer in self.optimizers:
+                to_device(optimizer, self.root_device)
+
+    @override
+    def model_to_device(self) -> None:
+        """Move what the driver keeps; called before the remote blocks leave."""
+        assert self.model is not None
+        remote = {id(part) for block in self._remote_blocks for part in block.modules()}
+        for part in self.model.modules():
+            if id(part) not in remote:
+                part._apply(lambda tensor: tensor.to(self.root_device), recurse=False)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if len(self.optimizers) > 1:
+            raise SkipPipeError(f"{len(self.optimizers)} optimizers: a pipeline steps one; give it parameter groups")
+        if self.optimizers:
+            self._remote = RemoteOptimizer(self._running(), self.optimizers[0])
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise SkipPipeError(
+                "precision='16-mixed' scales the loss, which stages on other processes cannot follow yet; "
+                "use precision='bf16-mixed'"
+            )
+        if self._remote is not None:
+            _clip_everywhere(self.precision_plugin, self._remote)
+
+    @override
+    def teardown(self) -> None:
+        if self._remote is not None:
+            self._remote.detach()
+            self._remote = None
+            _clip_locally(self.precision_plugin)
+        pipeline, self._pipeline = self._pipeline, None
+        try:
+            if pipeline is not None:
+                _warn_lost(pipeline.unload())
+        finally:
+            self._let_go(pipeline)
+        super().teardown()
+
+    def _let_go(self, pipeline: Pipeline | None) -> None:
+        if pipeline is not None:
+            pipeline.close()
+        if self._workers is not None:
+            self._workers.pool.release(list(self._links))
+        self._links = Links()
+        self._remote_blocks = ()
+        if self._compiled is not None:
+            self._compiled.restore()
+            self._compiled = None
+
+    def _spread(self, module: LightningModule) -> None:
+        """Cut the block stack into stages and hand them over to workers."""
+        self._compiled = CompiledParts(module)
+        stack = find_blocks(module, self.blocks)
+        check_no_shared_parameters(module, stack)
+        blocks = originals(stack.blocks)
+        layout = _layout(self, cut(estimate_costs(blocks), self.num_stages))
+        hosted = set(layout.hosted(0))
+        self._remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
+        self.model_to_device()
+        self._pipeline = self._make_pipeline(layout)
+        self._pipeline.form()
+        self._block_names = _names_in(module, blocks)
+        kinds = ("cpu",) if self.root_device.type == "cpu" else ("cpu", self.root_device.type)
+        self._pipeline.load(
+            module,
+            functools.partial(BlockProxies, self._block_names, blocks, kinds),
+            self._compiled.options or options_of_blocks(blocks),
+            seed=torch.initial_seed() & 0x7FFFFFFF,
+        )
+
+    def _make_pipeline(self, layout: Layout) -> Pipeline:
+        assert self._workers is not None
+        schedules = _schedules(self, layout)
+        pool = self._workers.pool
+        links = self._workers.acquire(len(layout.workers))
+        for rank, link in zip(layout.workers, links, strict=True):
+            self._links.add(rank, layout.stages_of(rank), link)
+        return Pipeline(
+            layout=layout,
+            schedules=schedules,
+            links=self._links,
+            store=pool.store,
+            generations=pool.generations,
+            rendezvous=Rendezvous(self.network.host, pool.store.port, pool.secret),
+            rank=0,
+            device=self.root_device,
+            worker_devices={rank: str(device) for rank, device in enumerate(self.parallel_devices or ())},
+        )
+
+    def _running(self) -> Pipeline:
+        if self._pipeline is None:
+            raise SkipPipeError("the pipeline is not set up: call this from inside fit, validate, test or predict")
+        return self._pipeline
+
+    # ---------------------------------------------------------------- steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        module, batch, rest = self._step_arguments(args)
+        sizes = self._sizes(batch, training=True)
+        pieces = split(batch, sizes)
+        averaged = AveragedLog(module, sizes)
+        functions = [
+            averaged.within(index, functools.partial(module.training_step, piece, *rest, **kwargs))
+            for index, piece in enumerate(pieces)
+        ]
+        weights = [size / sum(sizes) / self.drivers for size in sizes]
+        task = StepTask(functions, weights, _loss_of, self._seed(), training=True)
+        with self.precision_plugin.train_step_context(), averaged.installed():
+            values, loss = self._running().train(task)
+        if loss is not None and self.drivers > 1:
+            loss = loss * self.drivers  # each driver logs the mean over its own samples
+        return _step_output(values, loss, sizes)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return self._evaluate("validation_step", args, kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.test_step_context():
+            return self._evaluate("test_step", args, kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.predict_step_context():
+            return self._evaluate("predict_step", args, kwargs)
+
+    def _evaluate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module, batch, rest = self._step_arguments(args)
+        sizes = self._sizes(batch, training=False)
+        step = getattr(module, name)
+        averaged = AveragedLog(module, sizes)
+        functions = [
+            averaged.within(index, functools.partial(step, piece, *rest, **kwargs))
+            for index, piece in enumerate(split(batch, sizes))
+        ]
+        task = StepTask(functions, [size / sum(sizes) for size in sizes], _loss_of, self._seed(), training=False)
+        with averaged.installed():
+            values = self._running().evaluate(task)
+        return merge(values, sizes)
+
+    def _step_arguments(self, args: tuple[Any, ...]) -> tuple[LightningModule, Any, tuple[Any, ...]]:
+        assert self.lightning_module is not None
+        return self.lightning_module, args[0], args[1:]
+
+    def _sizes(self, batch: Any, *, training: bool) -> list[int]:
+        size = batch_size(batch)
+        if size is None or size == 0:
+            if training:
+                raise BatchError(f"a training batch of type {type(batch).__name__} holds no tensor to cut along")
+            return [1]
+        return split_sizes(size, len(self._running().microbatches))
+
+    def _seed(self) -> int:
+        """A seed for this step that a resumed run has again at the same batch."""
+        assert self.lightning_module is not None
+        return block_seed(torch.initial_seed(), self.lightning_module.trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    # ----------------------------------------------------------- checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state = super().lightning_module_state_dict()
+        if self._pipeline is None:
+            return state
+        weights = {self._full_name(name): tensor for name, tensor in self._pipeline.weights().items()}
+        return {
+            name: weights[name] if isinstance(value, Tensor) and value.is_meta else value
+            for name, value in state.items()
+        }
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*which is a no-op.*")
+            super().load_model_state_dict(checkpoint, strict)
+        if self._pipeline is not None:
+            state = checkpoint["state_dict"]
+            names = {self._full_name(name): name for name in self._pipeline.remote_tensor_names()}
+            self._pipeline.put_weights({names[name]: state[name] for name in names if name in state})
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return super().optimizer_state(optimizer) if self._remote is None else self._remote.state_dict()
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self._remote is None:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        self._remote.load_state_dict(checkpoint["optimizer_states"][0])
+        to_device(self.optimizers[0], self.root_device)
+
+    def _full_name(self, name: str) -> str:
+        block, _, parameter = name.partition("\t")
+        return f"{self._block_names[int(block)]}.{parameter}"
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        if cls.strategy_name not in strategy_registry:
+            strategy_registry.register(cls.strategy_name, cls, description=cls.__name__)
+
+
+def _check_arguments(
+    skip_ratio: float, schedule: object, num_microbatches: int | None, replicas: int, drivers: int
+) -> None:
+    if skip_ratio != 0.0:
+        raise ValueError(f"skip_ratio={skip_ratio}: partial pipelines are not available yet; use skip_ratio=0")
+    if not isinstance(schedule, Schedule) and schedule not in ("auto", *FULL_SCHEDULES):
+        raise ValueError(f"schedule={schedule!r} is unknown; choose 'auto', {', '.join(map(repr, FULL_SCHEDULES))}")
+    for name, value in (("num_microbatches", num_microbatches), ("replicas", replicas), ("drivers", drivers)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} must be a positive integer")
+
+
+def _check_module(module: LightningModule, trainer: Trainer) -> None:
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    if not module.automatic_optimization:
+        raise SkipPipeError(
+            f"{type(module).__name__} sets automatic_optimization=False, but a pipeline runs forward and backward of "
+            "all microbatches together; use automatic optimization, or train without the pipeline"
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise SkipPipeError("training_step(dataloader_iter) cannot be microbatched; take a batch instead")
+
+
+def _layout(strategy: SkipPipeStrategy, stage_blocks: tuple[range, ...]) -> Layout:
+    schedule = strategy.schedule
+    if isinstance(schedule, Schedule):
+        if schedule.num_ranks != strategy.num_processes or schedule.num_stages != strategy.num_stages:
+            raise ValueError(
+                f"the schedule is for {schedule.num_ranks} ranks and {schedule.num_stages} stages, but devices="
+                f"{strategy.num_processes} makes {strategy.num_stages} stages; use devices={schedule.num_ranks}"
+            )
+        return Layout(len(schedule.drivers), stage_blocks, schedule.placement)
+    plan = _full(strategy, 1, backward=True)
+    return Layout(strategy.drivers, stage_blocks, plan.placement)
+
+
+def _schedules(strategy: SkipPipeStrategy, layout: Layout) -> dict[str, Schedule]:
+    """Return the schedules of training and of evaluation, proved to run."""
+    count = strategy.num_microbatches or 4 * len(layout.stage_blocks)
+    if isinstance(strategy.schedule, Schedule):
+        training = strategy.schedule
+        evaluation = forward_only(training)
+    else:
+        training, evaluation = _full(strategy, count, backward=True), _full(strategy, count, backward=False)
+    for schedule in (training, evaluation):
+        validate(schedule)
+    return {TRAINING: training, EVALUATION: evaluation}
+
+
+def _full(strategy: SkipPipeStrategy, num_microbatches: int, *, backward: bool) -> Schedule:
+    assert isinstance(strategy.schedule, str)
+    return full_schedule(
+        "1f1b" if strategy.schedule == "auto" else strategy.schedule,
+        num_stages=strategy.num_stages,
+        num_microbatches=num_microbatches,
+        replicas=strategy.replicas,
+        drivers=strategy.drivers,
+        driver_stage=strategy.driver_stage,
+        backward=backward,
+    )
+
+
+def _names_in(module: LightningModule, blocks: Sequence[nn.Module]) -> tuple[str, ...]:
+    names = {id(part): name for name, part in module.named_modules()}
+    return tuple(names[id(block)] for block in blocks)
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    if output is None:
+        return None
+    loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        form = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(output).__name__
+        raise SkipPipeError(
+            f"training_step returned {form}; return a scalar loss, or a dict with a scalar under 'loss'"
+        )
+    return loss
+
+
+def _step_output(values: Sequence[Any], loss: Tensor | None, sizes: Sequence[int]) -> Any:
+    if loss is None or not isinstance(values[0], Mapping):
+        return loss
+    rest = [{key: value for key, value in output.items() if key != "loss"} for output in values]
+    return {**merge(rest, sizes), "loss": loss}
+
+
+def _warn_lost(blocks: Sequence[str]) -> None:
+    if blocks:
+        warnings.warn(
+            f"the weights of {', '.join(blocks)} were lost with their worker and are NaN now; load a checkpoint",
+            stacklevel=2,
+        )
+
+
+def _clip_everywhere(precision: Precision, remote: RemoteOptimizer) -> None:
+    """Lightning clips what it sees; the norm and the clipping must include what is on the workers."""
+    precision.__dict__["clip_grad_by_norm"] = lambda _, clip_val: remote.clip_norm(float(clip_val))
+    precision.__dict__["clip_grad_by_value"] = lambda _, clip_val: remote.clip_value(float(clip_val))
+
+
+def _clip_locally(precision: Precision) -> None:
+    precision.__dict__.pop("clip_grad_by_norm", None)
+    precision.__dict__.pop("clip_grad_by_value", None)
