@@ -3,6 +3,8 @@
 Pure Python without torch, processes or network; everything else of the package builds on this one.
 """
 
+from skippipe_plugin.schedule.cost import ComputeCost, CostModel, NetworkCost
+from skippipe_plugin.schedule.full import FULL_SCHEDULES, full_schedule, gpipe, one_f_one_b
 from skippipe_plugin.schedule.ir import (
     DRIVER_STAGE,
     Action,
@@ -16,17 +18,38 @@ from skippipe_plugin.schedule.ir import (
     messages,
     rank_of,
 )
+from skippipe_plugin.schedule.order import list_schedule
+from skippipe_plugin.schedule.simulate import lower_bound_s, simulate
+from skippipe_plugin.schedule.timeline import Event, Timeline, Transfer
+from skippipe_plugin.schedule.validate import in_order_links, peak_activations, topological_order, validate
 
 __all__ = [
     "DRIVER_STAGE",
+    "FULL_SCHEDULES",
     "Action",
+    "ComputeCost",
+    "CostModel",
+    "Event",
     "Message",
+    "NetworkCost",
     "Op",
     "Path",
     "Schedule",
     "ScheduleError",
+    "Timeline",
+    "Transfer",
     "Visit",
     "dependencies",
+    "full_schedule",
+    "gpipe",
+    "in_order_links",
+    "list_schedule",
+    "lower_bound_s",
     "messages",
+    "one_f_one_b",
+    "peak_activations",
     "rank_of",
+    "simulate",
+    "topological_order",
+    "validate",
 ]
