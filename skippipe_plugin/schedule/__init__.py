@@ -4,6 +4,7 @@ Pure Python without torch, processes or network; everything else of the package 
 """
 
 from skippipe_plugin.schedule.cost import ComputeCost, CostModel, NetworkCost
+from skippipe_plugin.schedule.derive import forward_only
 from skippipe_plugin.schedule.full import FULL_SCHEDULES, full_schedule, gpipe, one_f_one_b
 from skippipe_plugin.schedule.ir import (
     DRIVER_STAGE,
@@ -40,6 +41,7 @@ __all__ = [
     "Transfer",
     "Visit",
     "dependencies",
+    "forward_only",
     "full_schedule",
     "gpipe",
     "in_order_links",
