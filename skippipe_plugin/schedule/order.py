@@ -2,7 +2,7 @@
 
 It plays the step on a cost model. Whenever a rank is free it starts the most urgent action whose input has arrived:
 backward first, then loss, then forward, the oldest microbatch first within each. Caps on live activations hold
-forwards back; 1F1B is nothing but caps by position. The result is checked before it is returned.
+forwards back; 1F1B is nothing but caps by position, with each forward run as soon as its cap admits it. The result is checked before it is returned.
 """
 
 import heapq
@@ -18,7 +18,10 @@ from skippipe_plugin.schedule.validate import validate, validate_routes
 
 ActivationCaps = Literal["position"] | Sequence[int] | None
 
-_URGENCY = {Op.B: 0, Op.I: 0, Op.L: 1, Op.F: 2}
+_BACKWARD_FIRST = {Op.B: 0, Op.L: 1, Op.F: 2}
+# Under caps by position a forward that the cap admits is due: the cap alternates the two, as 1F1B does. Backward first
+# would let a rank drain that feeds several chains (a driver with a stage of its own) and then refill.
+_ALTERNATING = {Op.L: 0, Op.F: 1, Op.B: 2}
 
 
 def list_schedule(
@@ -45,7 +48,8 @@ def list_schedule(
         activation_caps: What holds a forward of a block stage back. None: nothing. "position": a rank starts one
             only while it holds fewer activations than the ranks that follow on the path (itself included) outnumber
             those that share its position, rounded up: L - p on a path of length L with equal replicas, which is 1F1B.
-            These caps bend where reordered paths would deadlock under them. A sequence: the most (stage, microbatch)
+            These caps bend where reordered paths would deadlock under them; they suit full paths, others run faster
+            under ``driver_in_flight`` (twice the number of ranks is a good start). A sequence: the most (stage, microbatch)
             pairs that may live on each rank, the driver's stage 0 included; never exceeded.
         driver_in_flight: The most microbatches that a driver may have begun and not finished; None for no limit.
         backward: False for evaluation.
@@ -138,6 +142,7 @@ class _Play:
             self.queues[path.driver].append(microbatch)
         self.ranks = [_Rank([], []) for _ in range(schedule.num_ranks)]
         self.begun = dict.fromkeys(schedule.drivers, 0)
+        self.urgency = _ALTERNATING if isinstance(caps, str) else _BACKWARD_FIRST
         self.rank_caps = None if isinstance(caps, str) else caps
         self.position_caps = self._position_caps() if isinstance(caps, str) and schedule.backward else {}
         self.events: list[tuple[float, int]] = []  # when, and the microbatch that arrives, or -1: a rank is free
@@ -174,7 +179,7 @@ class _Play:
     def _arrive(self, microbatch: int) -> None:
         """Make the microbatch's next action ready on its rank."""
         action, rank = self.chains[microbatch][self.next[microbatch]]
-        heapq.heappush(self.ranks[rank].ready, (_URGENCY[action.op], self.ages[microbatch], action))
+        heapq.heappush(self.ranks[rank].ready, (self.urgency[action.op], self.ages[microbatch], action))
 
     def _advance(self) -> float:
         """Take all that happens at the next moment, and return that moment."""
