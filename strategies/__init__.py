@@ -1,7 +1,7 @@
 """Lightning strategies of skippipe."""
 
 from .config import NetworkConfig
+from .job import stop_workers
 from .skippipe import SkipPipeStrategy
-from .workers import stop_workers
 
 __all__ = ["NetworkConfig", "SkipPipeStrategy", "stop_workers"]

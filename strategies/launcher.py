@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
 if TYPE_CHECKING:
@@ -36,3 +38,25 @@ class SkipPipeLauncher(_Launcher):
     @override
     def kill(self, signum: Any) -> None:
         """Nothing to kill: workers end with their driver."""
+
+
+def collect_results(result: Any, trainer: Trainer | None) -> dict[str, Any]:
+    """Return what the worker ranks of a launcher shall know when the driver's call is over."""
+    if trainer is None:
+        return {"result": result}
+    return {
+        "result": move_data_to_device(result, "cpu"),
+        "callback_metrics": move_data_to_device(dict(trainer.callback_metrics), "cpu"),
+        "best_model_path": getattr(trainer.checkpoint_callback, "best_model_path", None),
+    }
+
+
+def apply_results(results: dict[str, Any], trainer: Trainer | None) -> Any:
+    """Make a worker rank's Trainer look as if it had run; return what the driver's call returned."""
+    if trainer is not None:
+        trainer.callback_metrics.update(results["callback_metrics"])
+        if results["best_model_path"] is not None and hasattr(trainer.checkpoint_callback, "best_model_path"):
+            trainer.checkpoint_callback.best_model_path = results["best_model_path"]
+        trainer.state.status = TrainerStatus.FINISHED
+        trainer.state.stage = None
+    return results["result"]

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available, _sync_ddp_if_available
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.compile import to_uncompiled
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -25,18 +30,19 @@ from ..driver.layout import Layout, device_counts
 from ..driver.links import Links
 from ..driver.microbatch import BatchError, batch_size, merge, split, split_sizes
 from ..driver.optimizer import RemoteOptimizer, to_device
-from ..driver.pipeline import EVALUATION, TRAINING, Pipeline, Rendezvous
+from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
 from ..driver.proxies import BlockProxies
 from ..driver.steps import StepTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from ..partition import check_no_shared_parameters, cut, estimate_costs, find_blocks
 from ..schedule import FULL_SCHEDULES, Schedule, forward_only, full_schedule, validate
+from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .compiled import CompiledParts, options_of_blocks, originals
 from .config import NetworkConfig
-from .launcher import SkipPipeLauncher
-from .workers import LocalWorkers, local_workers
+from .job import DriverJob, Launcher, driver_job, worker_job
+from .launcher import SkipPipeLauncher, apply_results, collect_results
 
 ScheduleName = Literal["auto", "gpipe", "1f1b"]
 
@@ -98,7 +104,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         self.cluster_environment: Any = None  # Any: Lightning's ClusterEnvironment
         self.num_nodes = 1
         self._pipeline: Pipeline | None = None
-        self._workers: LocalWorkers | None = None
+        self._job: DriverJob | None = None
         self._links = Links()
         self._remote: RemoteOptimizer | None = None
         self._compiled: CompiledParts | None = None
@@ -134,14 +140,63 @@ class SkipPipeStrategy(SingleDeviceStrategy):
             self._restore_late = any(parameter.is_meta for parameter in module.parameters())
         return self._restore_late
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether several drivers share the data (Lightning asks before it injects a DistributedSampler)."""
+        return self.drivers > 1
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """The data is shared among the drivers only."""
+        return {"num_replicas": self.drivers, "rank": self.global_rank}
+
+    def set_world_ranks(self) -> None:
+        """Learn this process's rank from the launcher; called by the Trainer."""
+        launcher = self._read_launcher()
+        self.global_rank = launcher.rank if launcher is not None else 0
+        self.local_rank = self.cluster_environment.local_rank() if launcher is not None else 0
+        self.world_size = self.drivers
+        rank_zero_only.rank = self.global_rank
+
+    def _read_launcher(self) -> Launcher | None:
+        environment = self.cluster_environment
+        if environment is None or isinstance(environment, LightningEnvironment):
+            return None
+        hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return Launcher(
+            environment.global_rank(), environment.main_address, environment.main_port, hosts_store=hosts_store
+        )
+
+    @property
+    @override
+    def is_global_zero(self) -> bool:
+        return self.global_rank == 0
+
     @override
     def _configure_launcher(self) -> None:
         self._launcher = SkipPipeLauncher(self)
 
     def launched(self, function: Callable[[], Any], trainer: Trainer | None) -> Any:
-        """Run what the Trainer launches (called by the launcher)."""
+        """Run what the Trainer launches, or serve as a worker in its place (called by the launcher)."""
         _ = self.num_stages  # devices that do not fit are an error before anything starts
-        return function()
+        launcher = self._read_launcher()
+        if launcher is not None:
+            self.cluster_environment.validate_settings(len(self.parallel_devices or ()), self.num_nodes)
+            if launcher.rank >= self.drivers:
+                return apply_results(worker_job(launcher).serve(), trainer)
+        end_with_parent()
+        try:
+            result = function()
+            self.barrier()
+        except BaseException as error:
+            self._dismiss({"error": f"{type(error).__name__}: {error}"})
+            raise
+        self._dismiss(collect_results(result, trainer))
+        return result
+
+    def _dismiss(self, results: Mapping[str, Any]) -> None:
+        if self._job is not None:
+            self._job.dismiss(results)
 
     # ----------------------------------------------------------------- life
 
@@ -149,8 +204,41 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         # The workers import torch while the user's hooks prepare model and data.
-        self._workers = local_workers(self.network.host, self.network.port)
-        self._workers.prepare(self.num_processes - self.drivers)
+        self._job = driver_job(self.network.host, self.network.port, self.drivers, self._read_launcher())
+        self._job.prepare(self.num_processes - self.drivers)
+        if self.drivers > 1 and not dist.is_initialized():
+            store = dist.PrefixStore("skippipe/drivers", self._job.pool.store)
+            dist.init_process_group("gloo", store=store, rank=self.global_rank, world_size=self.drivers)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if isinstance(tensor, Tensor) and self.drivers > 1:
+            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+        return tensor
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self.drivers == 1:
+            return decision
+        votes = int(self.reduce(torch.tensor(float(decision)), reduce_op="sum"))
+        return votes == self.drivers if all else votes > 0
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self.drivers > 1 and dist.is_initialized():
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self.drivers == 1 or not dist.is_initialized():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -215,8 +303,8 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def _let_go(self, pipeline: Pipeline | None) -> None:
         if pipeline is not None:
             pipeline.close()
-        if self._workers is not None:
-            self._workers.pool.release(list(self._links))
+        if self._job is not None:
+            self._job.pool.release(list(self._links))
         self._links = Links()
         self._remote_blocks = ()
         if self._compiled is not None:
@@ -230,9 +318,11 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         check_no_shared_parameters(module, stack)
         blocks = originals(stack.blocks)
         layout = _layout(self, cut(estimate_costs(blocks), self.num_stages))
-        hosted = set(layout.hosted(0))
+        hosted = set(layout.hosted(self.global_rank))
         self._remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
         self.model_to_device()
+        if self.drivers > 1:
+            _start_alike(module)
         self._pipeline = self._make_pipeline(layout)
         self._pipeline.form()
         self._block_names = _names_in(module, blocks)
@@ -245,20 +335,18 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         )
 
     def _make_pipeline(self, layout: Layout) -> Pipeline:
-        assert self._workers is not None
+        assert self._job is not None
         schedules = _schedules(self, layout)
-        pool = self._workers.pool
-        links = self._workers.acquire(len(layout.workers))
-        for rank, link in zip(layout.workers, links, strict=True):
+        for rank, link in zip(layout.workers, self._job.acquire(len(layout.workers)), strict=True):
             self._links.add(rank, layout.stages_of(rank), link)
         return Pipeline(
             layout=layout,
             schedules=schedules,
             links=self._links,
-            store=pool.store,
-            generations=pool.generations,
-            rendezvous=Rendezvous(self.network.host, pool.store.port, pool.secret),
-            rank=0,
+            store=self._job.pool.store,
+            generations=self._job.pool.generations,
+            rendezvous=self._job.rendezvous(),
+            rank=self.global_rank,
             device=self.root_device,
             worker_devices={rank: str(device) for rank, device in enumerate(self.parallel_devices or ())},
         )
@@ -441,6 +529,14 @@ def _full(strategy: SkipPipeStrategy, num_microbatches: int, *, backward: bool) 
         driver_stage=strategy.driver_stage,
         backward=backward,
     )
+
+
+def _start_alike(module: LightningModule) -> None:
+    """Give every driver the weights of the first."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not tensor.is_meta:
+                dist.broadcast(tensor, 0)
 
 
 def _names_in(module: LightningModule, blocks: Sequence[nn.Module]) -> tuple[str, ...]:

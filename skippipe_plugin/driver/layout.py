@@ -66,7 +66,9 @@ def device_counts(devices: int, *, replicas: int, drivers: int, driver_stage: bo
     stages, rest = divmod(workers, replicas)
     if workers < (0 if driver_stage else replicas) or rest:
         smallest = drivers if driver_stage else drivers + replicas
-        fitting = [drivers + count * replicas for count in (stages, stages + 1) if drivers + count * replicas >= smallest]
+        fitting = [
+            drivers + count * replicas for count in (stages, stages + 1) if drivers + count * replicas >= smallest
+        ]
         raise ValueError(
             f"devices={devices} does not fit drivers={drivers} and replicas={replicas}: devices must be drivers + "
             f"stages x replicas, such as {' or '.join(map(str, fitting or [smallest]))}"

@@ -68,10 +68,10 @@ class Link:
         while not self._answers.empty():
             self._answers.get()
 
-    def tell(self, kind: str, fields: Mapping[str, Any]) -> None:
+    def tell(self, kind: str, fields: Mapping[str, Any], blobs: Sequence[Buffer] = ()) -> None:
         """Send a message to a worker that may be gone."""
         try:
-            self._channel.send(kind, fields)
+            self._channel.send(kind, fields, blobs)
         except ChannelClosed:
             self._lost()
 

@@ -122,9 +122,7 @@ def _slice(value: Any, start: int, stop: int, total: int) -> Any:
         return _rebuild_sequence(value, [_slice(item, start, stop, total) for item in value])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(
-            value, **{name: _slice(getattr(value, name), start, stop, total) for name in names}
-        )
+        return dataclasses.replace(value, **{name: _slice(getattr(value, name), start, stop, total) for name in names})
     return value
 
 

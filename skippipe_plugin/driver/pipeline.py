@@ -44,7 +44,8 @@ class Rendezvous:
     """Where the processes of a job find each other."""
 
     host: str
-    """The address the groups and the control channels are bound to."""
+    """The address this driver's groups and control channels are bound to."""
+    store_host: str
     store_port: int
     secret: str
     other_drivers: tuple[tuple[str, int], ...] = ()
@@ -161,8 +162,7 @@ class Pipeline:
             "generation": self._generation,
             "rank": rank,
             "size": self.layout.size,
-            "host": rendezvous.host,
-            "store_host": rendezvous.host,
+            "store_host": rendezvous.store_host,
             "store_port": rendezvous.store_port,
             "secret": rendezvous.secret,
             "other_drivers": list(rendezvous.other_drivers),
@@ -483,7 +483,7 @@ def _resume_in_thread(call: StackCall) -> Tensor:
     return thread.suspend(call)  # type: ignore[no-any-return]
 
 
-class _private_random_state:  # noqa: N801 - a context manager
+class _private_random_state:
     """Leaves the random state of the user's code as it was: the step seeds its own."""
 
     def __init__(self, device: torch.device) -> None:

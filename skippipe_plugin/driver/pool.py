@@ -39,7 +39,8 @@ class WorkerPool:
         self.generations = itertools.count()
         self.joined: set[int] = set()
         """The process ids of the workers on this host that ever joined."""
-        self._links: list[Link] = []
+        self.links: list[Link] = []
+        """Every worker that ever joined."""
         self._idle: list[Link] = []
 
     @property
@@ -82,9 +83,9 @@ class WorkerPool:
 
     def close(self) -> None:
         """Send every worker home and stop accepting."""
-        for link in self._links:
+        for link in self.links:
             link.close()
-        self._links.clear()
+        self.links.clear()
         self._idle.clear()
         self._listener.close()
 
@@ -97,7 +98,7 @@ class WorkerPool:
         if link.pid is not None:
             self.joined.add(link.pid)
         link.order = greeting.fields.get("rank", -1)
-        self._links.append(link)
+        self.links.append(link)
         self._idle.append(link)
         self._idle.sort(key=lambda link: link.order)
         return True

@@ -53,16 +53,14 @@ class Unavailable:
 class Stage:
     """Consecutive blocks of the stack, run as one unit."""
 
-    def __init__(
-        self, index: int, blocks: dict[int, nn.Module], device: torch.device, *, guest: bool = False
-    ) -> None:
+    def __init__(self, index: int, blocks: dict[int, nn.Module], device: torch.device, *, guest: bool = False) -> None:
         """Hold ``blocks`` by number; a ``guest`` lives in the driver's process and leaves its random state alone."""
         self.index = index
         self.blocks = blocks
         self.device = device
         self._guest = guest
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self._halves: dict[int, Tensor | None | list[dict[str, Any]]] = {}  # Any: torch's parameter groups
+        self._halves: dict[int, Tensor | list[dict[str, Any]] | None] = {}  # Any: torch's parameter groups
         self._modes: dict[int, BlockMode] = {}
         self._shelf = CacheShelf()
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Collection, Sequence
 from typing import Final
 
 _POLITE_S: Final = 5.0
+PARENT_VARIABLE: Final = "SKIPPIPE_PARENT"
+"""Set for a driver that another driver started: that one's process id."""
 
 
 class WorkerProcesses:
@@ -24,9 +27,7 @@ class WorkerProcesses:
         # What the worker imports must be what the driver imported, also when that is not installed.
         environment["PYTHONPATH"] = os.pathsep.join(_import_paths())
         command = [sys.executable, "-m", "skippipe_plugin.worker", f"{host}:{port}"]
-        self._processes += [
-            subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) for _ in range(count)
-        ]
+        self._processes += [subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) for _ in range(count)]
 
     def num_starting(self, joined: Collection[int]) -> int:
         """Return how many are alive and not among the pids that ``joined``."""
@@ -51,6 +52,66 @@ class WorkerProcesses:
                 process.kill()
                 process.wait()
         self._processes.clear()
+
+
+class DriverProcesses:
+    """Further drivers on the first driver's host: the user's own script, run once more for each."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, ranks: range, num_processes: int, host: str, port: int) -> None:
+        """Start one process for each of ``ranks``, unless that was done before.
+
+        The environment says what torchrun would say, so that the script takes the same way as under it.
+        """
+        if self._processes:
+            return
+        for rank in ranks:
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_processes),
+                "LOCAL_WORLD_SIZE": str(num_processes),
+                "MASTER_ADDR": host,
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "skippipe",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                PARENT_VARIABLE: str(os.getpid()),
+            }
+            self._processes.append(subprocess.Popen(_script(), env=environment, stdin=subprocess.PIPE))
+
+    def wait(self) -> None:
+        """Wait for their scripts to end; end those that hang."""
+        for process in self._processes:
+            try:
+                process.wait(timeout=_POLITE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+        self._processes.clear()
+
+
+def end_with_parent() -> None:
+    """In a driver that another driver started: end when that one is gone, however it went."""
+    if os.environ.get(PARENT_VARIABLE) == str(os.getppid()):
+        threading.Thread(target=_await_parent, name="parent watch", daemon=True).start()
+
+
+def _await_parent() -> None:
+    os.read(0, 1)  # the parent holds the other end of stdin and never writes
+    time.sleep(_POLITE_S)
+    os._exit(1)
+
+
+def _script() -> list[str]:
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return [sys.executable, "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    return [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:]]  # noqa: PTH100 - argv holds strings
 
 
 def _import_paths() -> Sequence[str]:

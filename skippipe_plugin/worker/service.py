@@ -194,7 +194,11 @@ class Worker:
     def _form(self, fields: Any) -> None:  # Any: JSON
         store = dist.TCPStore(fields["store_host"], fields["store_port"], is_master=False)
         self._transport = Transport(
-            store, rank=fields["rank"], size=fields["size"], generation=fields["generation"], host=fields["host"]
+            store,
+            rank=fields["rank"],
+            size=fields["size"],
+            generation=fields["generation"],
+            host=self._channels[0].local_host,
         )
         self._replica_groups = {}
         for stage, ranks in fields["replica_groups"]:
@@ -338,5 +342,3 @@ class _Feed:
 
     def wait(self) -> list[tuple[int, Call]]:
         return self._worker.next_calls(block=True)
-
-

@@ -1,0 +1,190 @@
+"""This process's place in a run: which ranks it commands, and how the processes of the run find each other.
+
+A driver that was started by hand starts its workers (and further drivers) itself. Under a launcher such as torchrun
+the processes are there already and meet through the launcher's store. Either way workers belong to the *process*, not
+to a Trainer: the next ``fit`` takes them over, so this module keeps the one registry of jobs. It is emptied when the
+interpreter ends; workers also end by themselves when their driver is gone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+import cloudpickle
+import torch.distributed as dist
+
+from ..driver.links import Link
+from ..driver.pipeline import Rendezvous
+from ..driver.pool import WorkerPool
+from ..engine.channel import connect
+from ..engine.errors import SkipPipeError
+from ..worker import DriverProcesses, Worker, WorkerProcesses
+
+_MEET: Final = timedelta(seconds=180)
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """What a launcher (torchrun, SLURM, ...) says about this process."""
+
+    rank: int
+    address: str
+    """Where the launcher's store is, or where rank 0 is to host it."""
+    port: int
+    hosts_store: bool
+    """Whether the launcher itself hosts the store."""
+
+    def store(self) -> dist.TCPStore:
+        """Connect to the store that all ranks share."""
+        is_master = self.rank == 0 and not self.hosts_store
+        return dist.TCPStore(self.address, self.port, is_master=is_master, timeout=_MEET, wait_for_workers=False)
+
+    def own_address(self) -> str:
+        """The address of this process as the others can reach it."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((self.address, self.port))
+            return str(probe.getsockname()[0])
+
+
+class DriverJob:
+    """The part of a driver: its pool of workers, and the other drivers."""
+
+    def __init__(self, host: str, port: int, num_drivers: int, launcher: Launcher | None) -> None:
+        self.rank = launcher.rank if launcher is not None else 0
+        self.num_drivers = num_drivers
+        self._launcher = launcher
+        self._processes = WorkerProcesses()
+        self._drivers = DriverProcesses()
+        if launcher is None:
+            self.pool = WorkerPool(host, port)
+            self._store_host = host
+        else:
+            store = launcher.store()
+            self.pool = WorkerPool(launcher.own_address(), port, secret=self._shared_secret(store), store=store)
+            self._store_host = launcher.address
+        self._publish()
+
+    def prepare(self, num_workers: int) -> None:
+        """Start what is missing to have ``num_workers`` idle workers soon; returns at once."""
+        if self._launcher is not None:
+            return
+        missing = num_workers - self.pool.num_idle - self._processes.num_starting(self.pool.joined)
+        if missing > 0:
+            host, port = self.pool.address
+            self._processes.start(missing, host=host, port=port, secret=self.pool.secret)
+        if self.num_drivers > 1:
+            self._drivers.start(
+                range(1, self.num_drivers), self.num_drivers + num_workers, self._store_host, self.pool.store.port
+            )
+
+    def acquire(self, num_workers: int) -> list[Link]:
+        """Return ``num_workers`` workers, waiting for them to join."""
+        self._processes.reap()
+        if self.rank == 0:
+            self.prepare(num_workers)
+        return self.pool.acquire(num_workers, lambda: self._processes.ended_early(self.pool.joined))
+
+    def rendezvous(self) -> Rendezvous:
+        """Return what workers need to find everybody."""
+        others = [_get(self.pool.store, _driver_key(rank)) for rank in range(1, self.num_drivers)]
+        addresses = tuple((other["host"], other["port"]) for other in others)
+        return Rendezvous(self.pool.address[0], self._store_host, self.pool.store.port, self.pool.secret, addresses)
+
+    def dismiss(self, results: Mapping[str, Any]) -> None:
+        """Let the launcher's worker ranks return from their Trainer call with the driver's ``results``."""
+        if self._launcher is not None and self.rank == 0:
+            for link in self.pool.links:
+                link.tell("release", {}, [cloudpickle.dumps(results)])
+
+    def close(self) -> None:
+        """End all workers, and wait for the other drivers that were started here."""
+        self._drivers.wait()
+        self.pool.close()
+        self._processes.stop()
+
+    def _publish(self) -> None:
+        host, port = self.pool.address
+        entry = {"host": host, "port": port, "secret": self.pool.secret}
+        self.pool.store.set(_driver_key(self.rank), json.dumps(entry))
+
+    def _shared_secret(self, store: dist.TCPStore) -> str | None:
+        return None if self.rank == 0 else str(_get(store, _driver_key(0))["secret"])
+
+
+class WorkerJob:
+    """The part of a launcher's rank that is not a driver: it serves while its driver trains."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        first = _get(launcher.store(), _driver_key(0))
+        channel = connect(first["host"], first["port"], bytes.fromhex(first["secret"]))
+        channel.send("hello", {"rank": launcher.rank, "generation": -1})
+        self._worker = Worker(channel)
+
+    def serve(self) -> dict[str, Any]:
+        """Work until the driver's Trainer call is over; return its results.
+
+        Raises:
+            SkipPipeError: The driver's call failed.
+        """
+        results = self._worker.serve()
+        if results is None or "error" in results:
+            raise SkipPipeError(f"the driver (rank 0) failed: {(results or {}).get('error', 'it left')}")
+        return results
+
+    def close(self) -> None:
+        """Close the connection to the driver."""
+        self._worker.close()
+
+
+_registry: dict[tuple[object, ...], DriverJob | WorkerJob] = {}
+
+
+def driver_job(host: str, port: int, num_drivers: int, launcher: Launcher | None) -> DriverJob:
+    """Return this process's job as a driver, the same one for the same arguments."""
+    key = ("driver", host, port, num_drivers)
+    if key not in _registry:
+        _register(key, DriverJob(host, port, num_drivers, launcher))
+    job = _registry[key]
+    assert isinstance(job, DriverJob)
+    return job
+
+
+def worker_job(launcher: Launcher) -> WorkerJob:
+    """Return this process's job as a worker rank of a launcher."""
+    if ("worker",) not in _registry:
+        _register(("worker",), WorkerJob(launcher))
+    job = _registry["worker",]
+    assert isinstance(job, WorkerJob)
+    return job
+
+
+def stop_workers() -> None:
+    """End the worker processes that this process started; a later ``fit`` starts new ones."""
+    while _registry:
+        _, job = _registry.popitem()
+        job.close()
+
+
+def _register(key: tuple[object, ...], job: DriverJob | WorkerJob) -> None:
+    if not _registry:
+        atexit.unregister(stop_workers)
+        atexit.register(stop_workers)
+    _registry[key] = job
+
+
+def _driver_key(rank: int) -> str:
+    # torchrun keeps its store when it restarts all processes: each attempt needs names of its own.
+    return f"skippipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/driver{rank}"
+
+
+def _get(store: dist.TCPStore, key: str) -> dict[str, Any]:
+    store.wait([key], _MEET)
+    entry: dict[str, Any] = json.loads(store.get(key))
+    return entry
