@@ -2,7 +2,8 @@
 
 It plays the step on a cost model. Whenever a rank is free it starts the most urgent action whose input has arrived:
 backward first, then loss, then forward, the oldest microbatch first within each. Caps on live activations hold
-forwards back; 1F1B is nothing but caps by position, with each forward run as soon as its cap admits it. The result is checked before it is returned.
+forwards back; 1F1B is nothing but caps by position, with each forward run as soon as its cap admits it. The result
+is checked before it is returned.
 """
 
 import heapq
@@ -49,8 +50,8 @@ def list_schedule(
             only while it holds fewer activations than the ranks that follow on the path (itself included) outnumber
             those that share its position, rounded up: L - p on a path of length L with equal replicas, which is 1F1B.
             These caps bend where reordered paths would deadlock under them; they suit full paths, others run faster
-            under ``driver_in_flight`` (twice the number of ranks is a good start). A sequence: the most (stage, microbatch)
-            pairs that may live on each rank, the driver's stage 0 included; never exceeded.
+            under ``driver_in_flight`` (twice the number of ranks is a good start). A sequence: the most
+            (stage, microbatch) pairs that may live on each rank, the driver's stage 0 included; never exceeded.
         driver_in_flight: The most microbatches that a driver may have begun and not finished; None for no limit.
         backward: False for evaluation.
         name: The schedule's name.
