@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -33,6 +34,25 @@ def nothing_is_left_behind() -> Iterator[None]:
         pytest.fail(f"The test changed environment variables: {sorted(leaked)}", pytrace=False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def workers_end_with_the_session() -> Iterator[None]:
+    """End the workers that one test after the other took over, and see that this leaves none."""
+    yield
+    workers = _reusable_workers()
+    if job := sys.modules.get("skippipe_plugin.strategies.job"):
+        job.stop_workers()
+    _, left = psutil.wait_procs(workers, timeout=0)
+    assert not left, f"stop_workers() left {left}"
+
+
+def _reusable_workers() -> set[psutil.Process]:
+    """List the workers that this process keeps for its next pipeline; a test may leave them."""
+    job = sys.modules.get("skippipe_plugin.strategies.job")
+    drivers = [entry for entry in job._registry.values() if isinstance(entry, job.DriverJob)] if job else []
+    pids = {process.pid for driver in drivers for process in driver._processes._processes}
+    return {child for child in _children() if child.pid in pids}
+
+
 def _children() -> list[psutil.Process]:
     """List the living descendants of this process."""
     return [child for child in psutil.Process().children(recursive=True) if _counts(child)]
@@ -48,7 +68,7 @@ def _counts(child: psutil.Process) -> bool:
 def _end_all_but(known: set[psutil.Process]) -> list[str]:
     """Give new children time to go, kill those that stay, and describe them."""
     deadline = time.monotonic() + GRACE_S
-    while (alive := [child for child in _children() if child not in known]) and time.monotonic() < deadline:
+    while (alive := set(_children()) - known - _reusable_workers()) and time.monotonic() < deadline:
         psutil.wait_procs(alive, timeout=0.1)
     left = [f"{child.pid} {_command(child)[:200]}" for child in alive]
     for child in alive:

@@ -1,0 +1,177 @@
+"""Run a module with the plain Trainer and as a pipeline, and compare.
+
+Every run starts from the same seed, so two runs of the same case have the same initial weights and the same batches.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from skippipe_plugin.strategies import SkipPipeStrategy
+
+from .models import Transformer, next_token_loss
+
+BATCH = 8
+STEPS = 10
+
+
+class Rows(Dataset[Any]):
+    """The rows of a mapping of tensors, or of one tensor."""
+
+    def __init__(self, columns: Mapping[str, Tensor] | Tensor) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns if isinstance(self.columns, Tensor) else next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(self.columns, Tensor):
+            return self.columns[index]
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+def loader(columns: Mapping[str, Tensor] | Tensor, batch_size: int = BATCH, **options: Any) -> DataLoader[Any]:
+    return DataLoader(Rows(columns), batch_size=batch_size, **options)
+
+
+class Task(LightningModule):
+    """What all modules of the tests share: the optimizer, and the name of the network."""
+
+    def __init__(self, net: nn.Module, optimizer: Callable[[nn.Module], Any] | None = None) -> None:
+        super().__init__()
+        self.model = net
+        self.make_optimizer = optimizer or adamw
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self)
+
+
+class LanguageModel(Task):
+    """A hand-written network and its loss."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return next_token_loss(self.model(batch), batch)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor) -> None:
+        self.log("val_loss", self.loss(batch), prog_bar=True)
+
+    def test_step(self, batch: Tensor) -> None:
+        self.log("test_loss", self.loss(batch))
+
+    def predict_step(self, batch: Tensor) -> Tensor:
+        return self.model(batch).argmax(-1)
+
+
+class Classifier(Task):
+    """Features in, classes out."""
+
+    def training_step(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch["x"]), batch["y"])
+
+
+class Pretrained(Task):
+    """A model of transformers, called the way its documentation does."""
+
+    def training_step(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.model(**batch).loss
+
+    def validation_step(self, batch: Mapping[str, Tensor]) -> None:
+        self.log("val_loss", self.model(**batch).loss)
+
+
+def adamw(module: nn.Module) -> Optimizer:
+    # Some gradients are zero but for rounding (the bias of a key): with the usual eps, Adam makes full steps of them.
+    return AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2, eps=1e-5)
+
+
+def language_model(**changes: Any) -> LanguageModel:
+    return LanguageModel(Transformer(**changes))
+
+
+def points(samples: int) -> dict[str, Tensor]:
+    x = torch.randn(samples, 8, generator=torch.Generator().manual_seed(0))
+    return {"x": x, "y": x.argmax(1) % 4}
+
+
+@dataclass
+class Run:
+    """What a training run leaves."""
+
+    trainer: Trainer
+    module: LightningModule
+    losses: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Losses(Callback):
+    """Notes the loss of every batch, NaN where there was none."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.values.append(float("nan") if not outputs else float(outputs["loss"]))
+
+
+def trainer_for(devices: int, strategy: Mapping[str, Any] | None = None, **options: Any) -> Trainer:
+    """Build a quiet Trainer: plain for one device, a pipeline for more."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    plugin = {"strategy": SkipPipeStrategy(**(strategy or {}))} if devices > 1 else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*GPU available.*")
+        return Trainer(
+            accelerator="cpu", devices=devices, **plugin, **{**quiet, "enable_model_summary": False, **options}
+        )
+
+
+def train(
+    make: Callable[[], LightningModule],
+    data: Any,
+    devices: int,
+    strategy: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    ckpt_path: str | None = None,
+    **options: Any,
+) -> Run:
+    """Fit ``make()`` for ``STEPS`` steps (or what ``options`` say)."""
+    seed_everything(seed, verbose=False)
+    module = make()
+    losses = Losses()
+    callbacks = [losses, *options.pop("callbacks", ())]
+    trainer = trainer_for(devices, strategy, **{"max_steps": STEPS, "callbacks": callbacks, **options})
+    fitted = {"datamodule": data} if hasattr(data, "train_dataloader") else {"train_dataloaders": data}
+    trainer.fit(module, **fitted, ckpt_path=ckpt_path)
+    weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    return Run(trainer, module, losses.values, weights)
+
+
+def assert_same_losses(found: Sequence[float], expected: Sequence[float], rtol: float = 1e-5) -> None:
+    assert len(found) == len(expected)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=rtol, atol=0.0, equal_nan=True)
+
+
+def assert_same_weights(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5
+) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def assert_same_run(found: Run, expected: Run, rtol: float = 1e-5, weights_rtol: float = 1e-4) -> None:
+    """Compare losses and weights; and see that there was something to compare."""
+    assert_same_losses(found.losses, expected.losses, rtol)
+    assert_same_weights(found.weights, expected.weights, weights_rtol)
