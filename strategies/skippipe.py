@@ -10,6 +10,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available,
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -189,6 +190,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
             result = function()
             self.barrier()
         except BaseException as error:
+            self._bring_back()  # before the workers of a launcher leave
             self._dismiss({"error": f"{type(error).__name__}: {error}"})
             raise
         self._dismiss(collect_results(result, trainer))
@@ -231,6 +233,10 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if self.drivers > 1 and dist.is_initialized():
             dist.barrier()
+
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """Gradients of drivers are summed inside the step; there is nothing to hold back."""
+        return nullcontext()
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -288,6 +294,11 @@ class SkipPipeStrategy(SingleDeviceStrategy):
 
     @override
     def teardown(self) -> None:
+        self._bring_back()
+        super().teardown()
+
+    def _bring_back(self) -> None:
+        """Make model and optimizer whole again on this driver, and free the workers."""
         if self._remote is not None:
             self._remote.detach()
             self._remote = None
@@ -298,7 +309,6 @@ class SkipPipeStrategy(SingleDeviceStrategy):
                 _warn_lost(pipeline.unload())
         finally:
             self._let_go(pipeline)
-        super().teardown()
 
     def _let_go(self, pipeline: Pipeline | None) -> None:
         if pipeline is not None:
@@ -372,8 +382,6 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         task = StepTask(functions, weights, _loss_of, self._seed(), training=True)
         with self.precision_plugin.train_step_context(), averaged.installed():
             values, loss = self._running().train(task)
-        if loss is not None and self.drivers > 1:
-            loss = loss * self.drivers  # each driver logs the mean over its own samples
         return _step_output(values, loss, sizes)
 
     @override
@@ -466,6 +474,10 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         if cls.strategy_name not in strategy_registry:
             strategy_registry.register(cls.strategy_name, cls, description=cls.__name__)
+
+
+# Lightning gives a DistributedSampler to subclasses of ParallelStrategy only; with one driver it makes no difference.
+ParallelStrategy.register(SkipPipeStrategy)
 
 
 def _check_arguments(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from ..engine.channel import Buffer, Channel, ChannelClosed, Message
 from ..engine.errors import SkipPipeError, StageLostError, unpack_exception
 
+_SALVAGE_S: Final = 60.0
 _CAUSE_S: Final = 2.0
 """How long to wait for the cause after a worker reported only that its generation broke."""
 
@@ -58,6 +60,17 @@ class Link:
             message = self._answers.get()
             if message is not None and message.kind == kind:
                 return message
+
+    def salvage(self, kind: str, fields: Mapping[str, Any], answer: str) -> Message | None:
+        """Ask a survivor of a failed generation; None when it is gone or does not answer."""
+        self.tell(kind, fields)
+        deadline = time.monotonic() + _SALVAGE_S
+        with contextlib.suppress(queue.Empty):
+            while not self.gone and (left := deadline - time.monotonic()) > 0:
+                message = self._answers.get(timeout=min(left, 0.5))
+                if message is not None and message.kind == answer:
+                    return message
+        return None
 
     def wake(self) -> None:
         """Make a waiting :meth:`expect` look at the board."""

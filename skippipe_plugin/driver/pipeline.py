@@ -217,7 +217,7 @@ class Pipeline:
         if proxies is None:
             return []
         lost: list[str] = []
-        weights = {} if self.links.lost else self.weights()
+        weights = self._salvage() if self.links.lost else self.weights()
         for name, tensor in block_tensors(dict(self._remote_blocks())).items():
             value = weights.get(name)
             if value is None:
@@ -250,6 +250,15 @@ class Pipeline:
             link.send("get", {"what": "weights"})
             message = link.expect("state")
             result |= unpack_tensors(message.fields["tensors"], message.blobs)
+        return result
+
+    def _salvage(self) -> dict[str, Tensor]:
+        """Fetch what the survivors of a lost worker hold."""
+        result: dict[str, Tensor] = {}
+        for link in self.links:
+            message = link.salvage("get", {"what": "weights"}, "state")
+            if message is not None:
+                result |= unpack_tensors(message.fields["tensors"], message.blobs)
         return result
 
     def put_weights(self, tensors: Mapping[str, Tensor]) -> None:

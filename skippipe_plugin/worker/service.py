@@ -127,6 +127,8 @@ class Worker:
                 return
             if message.kind == "abort":
                 self._abort(message.fields["generation"])
+            if message.kind == "exit" and source > 0:
+                return  # a further driver ends before the first: nothing to do for it any more
             if message.kind == "exit":
                 self._leaving = True
             self._inbox.put((source, message))
