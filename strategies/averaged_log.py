@@ -65,14 +65,14 @@ class AveragedLog:
     def _replay(self, name: str, entries: Sequence[_Entry]) -> None:
         _, value, kwargs = entries[0]
         weights = [self._sizes[microbatch] for microbatch, _, _ in entries]
-        explicit = [entry[2].get("batch_size") for entry in entries]
-        if all(size is not None for size in explicit):
+        explicit = [size for entry in entries if (size := entry[2].get("batch_size")) is not None]
+        if len(explicit) == len(entries):
             kwargs["batch_size"] = sum(explicit)
             weights = explicit
-        forwards = [entry[2].pop("_forward", None) for entry in entries]
+        forwards: list[Any] = [entry[2].pop("_forward", None) for entry in entries]  # Any: a metric's last value
         if isinstance(value, Metric):
             if all(isinstance(forward, Tensor) for forward in forwards):
-                value._forward_cache = _combine(forwards, weights, "mean")
+                value.__dict__["_forward_cache"] = _combine(forwards, weights, "mean")
         else:
             value = _combine([entry[1] for entry in entries], weights, kwargs.get("reduce_fx", "mean"))
         self._module.log(name, value, **kwargs)

@@ -45,7 +45,7 @@ def options_of_blocks(blocks: Sequence[nn.Module]) -> dict[str, Any] | None:
 
 
 def _options(module: OptimizedModule) -> dict[str, Any]:
-    context = module.dynamo_ctx
+    context: Any = module.dynamo_ctx  # Any: its backend's type is a union that innermost_backend does not take
     backend = getattr(innermost_backend(context.callback), "__name__", "inductor")
     return {
         "backend": backend if backend in list_backends(None) else "inductor",

@@ -18,11 +18,11 @@ from datetime import timedelta
 from typing import Any, Final
 
 import cloudpickle
-import torch.distributed as dist
 
 from ..driver.links import Link
 from ..driver.pipeline import Rendezvous
 from ..driver.pool import WorkerPool
+from ..engine.c10d import TCPStore
 from ..engine.channel import connect
 from ..engine.errors import SkipPipeError
 from ..worker import DriverProcesses, Worker, WorkerProcesses
@@ -41,10 +41,10 @@ class Launcher:
     hosts_store: bool
     """Whether the launcher itself hosts the store."""
 
-    def store(self) -> dist.TCPStore:
+    def store(self) -> TCPStore:
         """Connect to the store that all ranks share."""
         is_master = self.rank == 0 and not self.hosts_store
-        return dist.TCPStore(self.address, self.port, is_master=is_master, timeout=_MEET, wait_for_workers=False)
+        return TCPStore(self.address, self.port, is_master=is_master, timeout=_MEET, wait_for_workers=False)
 
     def own_address(self) -> str:
         """The address of this process as the others can reach it."""
@@ -114,7 +114,7 @@ class DriverJob:
         entry = {"host": host, "port": port, "secret": self.pool.secret}
         self.pool.store.set(_driver_key(self.rank), json.dumps(entry))
 
-    def _shared_secret(self, store: dist.TCPStore) -> str | None:
+    def _shared_secret(self, store: TCPStore) -> str | None:
         return None if self.rank == 0 else str(_get(store, _driver_key(0))["secret"])
 
 
@@ -184,7 +184,7 @@ def _driver_key(rank: int) -> str:
     return f"skippipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/driver{rank}"
 
 
-def _get(store: dist.TCPStore, key: str) -> dict[str, Any]:
+def _get(store: TCPStore, key: str) -> dict[str, Any]:
     store.wait([key], _MEET)
     entry: dict[str, Any] = json.loads(store.get(key))
     return entry

@@ -55,8 +55,9 @@ def apply_results(results: dict[str, Any], trainer: Trainer | None) -> Any:
     """Make a worker rank's Trainer look as if it had run; return what the driver's call returned."""
     if trainer is not None:
         trainer.callback_metrics.update(results["callback_metrics"])
-        if results["best_model_path"] is not None and hasattr(trainer.checkpoint_callback, "best_model_path"):
-            trainer.checkpoint_callback.best_model_path = results["best_model_path"]
+        checkpoint: Any = trainer.checkpoint_callback  # Any: only ModelCheckpoint has a best model
+        if results["best_model_path"] is not None and hasattr(checkpoint, "best_model_path"):
+            checkpoint.best_model_path = results["best_model_path"]
         trainer.state.status = TrainerStatus.FINISHED
         trainer.state.stage = None
     return results["result"]

@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available, _sync_ddp_if_available
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.compile import to_uncompiled
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -34,6 +34,7 @@ from ..driver.optimizer import RemoteOptimizer, to_device
 from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
 from ..driver.proxies import BlockProxies
 from ..driver.steps import StepTask
+from ..engine.c10d import PrefixStore
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from ..partition import check_no_shared_parameters, cut, estimate_costs, find_blocks
@@ -157,7 +158,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         self.global_rank = launcher.rank if launcher is not None else 0
         self.local_rank = self.cluster_environment.local_rank() if launcher is not None else 0
         self.world_size = self.drivers
-        rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def _read_launcher(self) -> Launcher | None:
         environment = self.cluster_environment
@@ -209,7 +210,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         self._job = driver_job(self.network.host, self.network.port, self.drivers, self._read_launcher())
         self._job.prepare(self.num_processes - self.drivers)
         if self.drivers > 1 and not dist.is_initialized():
-            store = dist.PrefixStore("skippipe/drivers", self._job.pool.store)
+            store = PrefixStore("skippipe/drivers", self._job.pool.store)
             dist.init_process_group("gloo", store=store, rank=self.global_rank, world_size=self.drivers)
 
     @override
@@ -271,7 +272,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         remote = {id(part) for block in self._remote_blocks for part in block.modules()}
         for part in self.model.modules():
             if id(part) not in remote:
-                part._apply(lambda tensor: tensor.to(self.root_device), recurse=False)
+                part._apply(lambda tensor: tensor.to(self.root_device), recurse=False)  # type: ignore[no-untyped-call]
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

@@ -6,6 +6,7 @@ whoever waits for an answer, and calls :attr:`Links.on_failure`, which wakes the
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -91,10 +92,8 @@ class Link:
     def close(self) -> None:
         """Say goodbye, close, and join the reader."""
         self._leaving = True
-        try:
+        with contextlib.suppress(ChannelClosed):
             self._channel.send("exit")
-        except ChannelClosed:
-            pass
         self._channel.close()
         self._reader.join(timeout=10)
 

@@ -139,8 +139,9 @@ def _rebuild_mapping(like: Any, items: dict[Any, Any]) -> Any:
         return result
     if type(like) is dict:
         return items
-    if dataclasses.is_dataclass(like):  # transformers' ModelOutput is a mapping and a dataclass
-        return type(like)(**items)
+    if dataclasses.is_dataclass(type(like)):  # transformers' ModelOutput is a mapping and a dataclass
+        kind: Any = type(like)
+        return kind(**items)
     result = copy.copy(like)
     for key, item in items.items():
         result[key] = item

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..engine import gradients
+from ..engine.c10d import Store
 from ..engine.call import Ambient, Call, CallSpec
 from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
@@ -73,7 +73,7 @@ class Pipeline:
         layout: Layout,
         schedules: Mapping[str, Schedule],
         links: Links,
-        store: dist.Store,
+        store: Store,
         generations: Iterator[int],
         rendezvous: Rendezvous,
         rank: int,
@@ -333,7 +333,7 @@ class Pipeline:
                 self._window.sum_new(self._sum_over_drivers)
             self._window.close()
         loss = merged_loss(run, task.weights)
-        return run.values(), None if loss is None else _MergeOnBackward.apply(_root(), loss, self._merge)
+        return run.values(), None if loss is None else _MergeOnBackward.apply(_root(), loss, self._merge)  # type: ignore[no-untyped-call]
 
     def evaluate(self, task: StepTask) -> list[Any]:
         """Run functions that may call the blocks any number of times, without gradients; return their results."""

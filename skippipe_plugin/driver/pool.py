@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-import torch.distributed as dist
-
+from ..engine.c10d import TCPStore
 from ..engine.channel import Listener
 from ..engine.errors import SkipPipeError
 from .links import Link
@@ -30,12 +29,10 @@ class WorkerPool:
         store: The store of the job; made (and hosted here) when None.
     """
 
-    def __init__(
-        self, host: str, port: int = 0, *, secret: str | None = None, store: dist.TCPStore | None = None
-    ) -> None:
+    def __init__(self, host: str, port: int = 0, *, secret: str | None = None, store: TCPStore | None = None) -> None:
         self.secret = secret or secrets.token_hex(32)
         self._listener = Listener(host, port, bytes.fromhex(self.secret))
-        self.store = store or dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.store = store or TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.generations = itertools.count()
         self.joined: set[int] = set()
         """The process ids of the workers on this host that ever joined."""

@@ -235,7 +235,7 @@ def _swap(tensor: Tensor, replacement: Tensor) -> None:
     if isinstance(tensor, nn.Parameter):
         replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
     tensor.grad = None
-    swap_tensors(tensor, replacement)
+    swap_tensors(tensor, replacement)  # type: ignore[no-untyped-call]
 
 
 def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -254,9 +254,9 @@ def _refuse_captured_outputs(kwargs: dict[str, Any], name: str) -> None:
     asked += [key for key in collector or () if not key.startswith("_")]
     if asked:
         raise SkipPipeError(
-            f"the model was asked for {', '.join(sorted(set(asked)))} of every layer, but the layers from {name} on are "
-            "on the workers and only the last hidden states come back; do not ask for them, or train without the "
-            "pipeline"
+            f"the model was asked for {', '.join(sorted(set(asked)))} of every layer, but the layers from {name} on "
+            "are on the workers and only the last hidden states come back; do not ask for them, or train without "
+            "the pipeline"
         )
 
 

@@ -166,7 +166,7 @@ class StepRun:
         loss = self._task.loss_of(outcome.value)
         self.losses[index] = None if loss is None else loss.detach()
         if loss is not None:
-            (loss * self._task.weights[index]).backward()
+            torch.autograd.backward(loss * self._task.weights[index])
         if not leaf.requires_grad:
             return None
         return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)

@@ -7,6 +7,7 @@ binary blobs. Nothing is parsed, and nothing unpickled, before both ends have pr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -109,10 +110,8 @@ class Channel:
 
     def close(self) -> None:
         """Close both directions; a thread blocked in :meth:`receive` gets ChannelClosed."""
-        try:
+        with contextlib.suppress(OSError):  # the other end was faster
             self._connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other end was faster
         self._connection.close()
 
 

@@ -116,5 +116,5 @@ def _sum_flat(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor],
     parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = torch.cat([part.detach().reshape(-1).cpu() for part in parts])
     all_reduce(flat)
-    for parameter, summed in zip(parameters, flat.split([part.numel() for part in parts]), strict=True):
+    for parameter, summed in zip(parameters, torch.split(flat, [part.numel() for part in parts]), strict=True):
         parameter.grad = summed.view_as(parameter).to(parameter.device, copy=True)

@@ -35,7 +35,7 @@ def unpack_tensors(entries: Sequence[Any], blobs: Sequence[Buffer]) -> dict[str,
 
 def tensor_blob(tensor: Tensor) -> Buffer:
     """Return the bytes of ``tensor`` without copying when it is contiguous in host memory."""
-    return memoryview(as_bytes(tensor).numpy())
+    return as_bytes(tensor).numpy().data
 
 
 def tensor_from_blob(spec: TensorSpec, blob: Buffer) -> Tensor:

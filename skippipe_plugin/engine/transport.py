@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from .c10d import Gloo, PrefixStore, ProcessGroupGloo, Store, Work
 from .errors import GenerationAborted
 
 _FORMING = timedelta(seconds=60)
@@ -61,7 +61,7 @@ class PendingTensor:
 
     __slots__ = ("_buffer", "_device", "_spec", "_work")
 
-    def __init__(self, work: dist.Work | None, buffer: Tensor, spec: TensorSpec, device: torch.device) -> None:
+    def __init__(self, work: Work | None, buffer: Tensor, spec: TensorSpec, device: torch.device) -> None:
         self._work, self._buffer, self._spec, self._device = work, buffer, spec, device
 
     def wait(self) -> Tensor:
@@ -74,15 +74,15 @@ class PendingTensor:
 class Transport:
     """The point-to-point links of one rank in one generation."""
 
-    def __init__(self, store: dist.Store, *, rank: int, size: int, generation: int, host: str) -> None:
+    def __init__(self, store: Store, *, rank: int, size: int, generation: int, host: str) -> None:
         self.rank = rank
         self.size = size
         self.generation = generation
         self._store = store
         self._host = host
-        self._group = _form(dist.PrefixStore(f"generation/{generation}", store), rank, size, host)
-        self._subgroups: dict[str, dist.ProcessGroupGloo] = {}
-        self._sends: list[tuple[dist.Work, Tensor]] = []
+        self._group = _form(PrefixStore(f"generation/{generation}", store), rank, size, host)
+        self._subgroups: dict[str, Gloo] = {}
+        self._sends: list[tuple[Work, Tensor]] = []
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send ``tensor``; it is kept alive until :meth:`flush`."""
@@ -104,7 +104,7 @@ class Transport:
 
     def form_subgroup(self, name: str, ranks: Sequence[int]) -> None:
         """Form a group of ``ranks`` for :meth:`all_reduce`; every member calls this in the same order."""
-        store = dist.PrefixStore(f"generation/{self.generation}/{name}", self._store)
+        store = PrefixStore(f"generation/{self.generation}/{name}", self._store)
         self._subgroups[name] = _form(store, list(ranks).index(self.rank), len(ranks), self._host)
 
     def all_reduce(self, tensor: Tensor, name: str) -> None:
@@ -124,24 +124,24 @@ class Transport:
                     group.recv([torch.zeros(1)], peer, _POISON_TAG).wait(_NOTICE)
 
     @staticmethod
-    def _start(operation: object) -> dist.Work:
+    def _start(operation: object) -> Work:
         try:
             return operation()  # type: ignore[operator, no-any-return]
         except RuntimeError as error:
             raise GenerationAborted(str(error)) from error
 
 
-def _wait(work: dist.Work) -> None:
+def _wait(work: Work) -> None:
     try:
         work.wait(_FOREVER)
     except RuntimeError as error:
         raise GenerationAborted(str(error)) from error
 
 
-def _form(store: dist.Store, rank: int, size: int, host: str) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+def _form(store: Store, rank: int, size: int, host: str) -> Gloo:
+    options = ProcessGroupGloo._Options()
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = _FORMING
-    group = dist.ProcessGroupGloo(store, rank, size, options)
+    group = ProcessGroupGloo(store, rank, size, options)
     group._set_default_timeout(_FOREVER)
     return group

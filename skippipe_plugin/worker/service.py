@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..engine import gradients
+from ..engine.c10d import TCPStore
 from ..engine.call import Call
 from ..engine.channel import Channel, ChannelClosed, Message, connect
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
@@ -194,7 +194,7 @@ class Worker:
         self._answer("ready", {})
 
     def _form(self, fields: Any) -> None:  # Any: JSON
-        store = dist.TCPStore(fields["store_host"], fields["store_port"], is_master=False)
+        store = TCPStore(fields["store_host"], fields["store_port"], is_master=False)
         self._transport = Transport(
             store,
             rank=fields["rank"],
