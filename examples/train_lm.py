@@ -17,7 +17,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", metavar="FILE", help="text to learn (default: Python's language reference)")
     parser.add_argument("--strategy", default="skippipe", help="'skippipe', 'none', or any name that Lightning knows")
     parser.add_argument("--devices", type=int, default=4, help="processes, the driver included")
-    parser.add_argument("--schedule", default="gpipe", help="the pipeline schedule")
+    parser.add_argument("--schedule", default="auto", help="the pipeline schedule: auto, gpipe or 1f1b")
     parser.add_argument("--num-microbatches", type=int, default=4, help="slices of each batch")
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16)
