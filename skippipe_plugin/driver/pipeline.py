@@ -322,10 +322,9 @@ class Pipeline:
         with _private_random_state(self.device):
             self._window.open()
             try:
-                if not self._proxies_now().book.settled:
-                    run.start_all()
-                live = [self.microbatches[index] for index in range(len(task.functions))]
-                self._execute(TRAINING, run, live)
+                live = self._live(run, task)
+                if live or self.layout.num_drivers > 1:
+                    self._execute(TRAINING, run, live)
             except BaseException as error:
                 self._give_up(error)
                 raise
@@ -347,6 +346,13 @@ class Pipeline:
             self._give_up(error)
             raise
         return run.values()
+
+    def _live(self, run: StepRun, task: StepTask) -> list[int]:
+        """Return the microbatches of a training step that will call the blocks."""
+        if run.skipped() or not self._proxies_now().book.settled:
+            run.start_all()
+            return run.waiting()
+        return [self.microbatches[index] for index in range(len(task.functions))]
 
     def _forward(self, call: StackCall) -> Tensor:
         """Answer a call that was made outside of the step functions, such as sampling in a callback."""

@@ -24,6 +24,10 @@ _HELD_BACK_S: Final = 0.002
 _EMBED: Final = 1 << 20
 _LOSS: Final = _EMBED + 1
 """Numbers of the driver's own parts where blocks have theirs, for :func:`block_seed`."""
+_SOME_WITHOUT_LOSS: Final = (
+    "the training step returned a loss for some microbatches and None for others; return None for the whole batch, or "
+    "a zero loss"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,13 @@ class StepRun:
     def start_all(self) -> None:
         """Run every function up to its first call of the blocks."""
         for index in range(len(self._task.functions)):
-            self._start(index)
+            if index not in self._outcomes:
+                self._start(index)
+
+    def skipped(self) -> bool:
+        """Start the first function and say whether it returned None at once, as user code does to skip a batch."""
+        self._start(0)
+        return isinstance(self._outcomes[0], Returned)
 
     def waiting(self) -> list[int]:
         """The microbatches (numbers of the schedule) whose functions wait for the blocks."""
@@ -131,7 +141,8 @@ class StepRun:
         if index not in self._outcomes:
             self._start(index)
         outcome = self._outcomes[index]
-        assert isinstance(outcome, Suspended)
+        if isinstance(outcome, Returned):
+            raise SkipPipeError(_SOME_WITHOUT_LOSS)
         stack_call: StackCall = outcome.request
         seed = block_seed(self._task.seed, microbatch)
         prepared = self._writer.prepare(microbatch, self._paths[microbatch], stack_call, self._proxies, seed)
@@ -185,7 +196,9 @@ class StepRun:
         outcome = self._threads[index].start(self._task.functions[index], self._ambient)
         if isinstance(outcome, Returned):
             self._proxies.check_complete(self._threads[index])
-            if self._task.training:
+            if self._task.training and outcome.value is None:
+                self.losses[index] = None
+            elif self._task.training:
                 raise SkipPipeError(
                     "the training step returned without calling the blocks of the pipeline "
                     f"({self._proxies.names[0]} ...); name the stack it does call with blocks=..."
@@ -218,10 +231,7 @@ def merged_loss(run: StepRun, weights: Sequence[float]) -> Tensor | None:
     if not present:
         return None
     if len(present) != len(losses):
-        raise SkipPipeError(
-            "the training step returned a loss for some microbatches and None for others; "
-            "return None for the whole batch, or a zero loss"
-        )
+        raise SkipPipeError(_SOME_WITHOUT_LOSS)
     total = sum(weights[index] for index in present)
     parts = [loss.reshape(()) * (weights[index] / total) for index, loss in present.items()]
     return torch.stack(parts).sum()

@@ -1,5 +1,7 @@
 """Networks for the tests, as users write them. Imports torch only, because workers import this module."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,7 +67,7 @@ class Transformer(nn.Module):
 def mlp(features: int = 8, width: int = 16, classes: int = 4, depth: int = 6) -> nn.Sequential:
     """Linear and ReLU in turns, without any repeated composite block."""
     sizes = [features, *[width] * (depth - 1), classes]
-    layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
