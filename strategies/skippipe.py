@@ -27,24 +27,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ..driver.layout import Layout, device_counts
+from ..driver.layout import Layout
 from ..driver.links import Links
 from ..driver.microbatch import BatchError, batch_size, merge, split, split_sizes
 from ..driver.optimizer import RemoteOptimizer, to_device
-from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
+from ..driver.pipeline import Pipeline
 from ..driver.proxies import BlockProxies
 from ..driver.steps import StepTask
 from ..engine.c10d import PrefixStore
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from ..partition import check_no_shared_parameters, cut, estimate_costs, find_blocks
-from ..schedule import FULL_SCHEDULES, Schedule, forward_only, full_schedule, validate
+from ..schedule import Schedule
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .compiled import CompiledParts, options_of_blocks, originals
 from .config import NetworkConfig
 from .job import DriverJob, Launcher, driver_job, worker_job
 from .launcher import SkipPipeLauncher, apply_results, collect_results
+from .outputs import loss_of, training_output
+from .shape import PipelineShape
 
 ScheduleName = Literal["auto", "gpipe", "1f1b"]
 
@@ -92,14 +94,16 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         network: NetworkConfig | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(skip_ratio, schedule, num_microbatches, replicas, drivers)
-        self.skip_ratio = skip_ratio
-        self.schedule = schedule
-        self.num_microbatches = num_microbatches
-        self.replicas = replicas
+        self._shape = PipelineShape(
+            skip_ratio=skip_ratio,
+            schedule=schedule,
+            num_microbatches=num_microbatches,
+            replicas=replicas,
+            drivers=drivers,
+            driver_stage=driver_stage,
+        )
         self.drivers = drivers
         self.blocks = blocks
-        self.driver_stage = driver_stage
         self.network = network or NetworkConfig()
         # The Trainer fills these in; their presence is how Lightning tells a strategy for several processes.
         self.parallel_devices: list[torch.device] | None = None
@@ -119,9 +123,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     @property
     def num_stages(self) -> int:
         """The number of block stages that ``devices`` makes."""
-        return device_counts(
-            self.num_processes, replicas=self.replicas, drivers=self.drivers, driver_stage=self.driver_stage
-        )
+        return self._shape.num_stages(self.num_processes)
 
     @property
     def num_processes(self) -> int:
@@ -328,7 +330,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         stack = find_blocks(module, self.blocks)
         check_no_shared_parameters(module, stack)
         blocks = originals(stack.blocks)
-        layout = _layout(self, cut(estimate_costs(blocks), self.num_stages))
+        layout = self._shape.layout(self.num_processes, cut(estimate_costs(blocks), self.num_stages))
         hosted = set(layout.hosted(self.global_rank))
         self._remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
         self.model_to_device()
@@ -347,7 +349,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
 
     def _make_pipeline(self, layout: Layout) -> Pipeline:
         assert self._job is not None
-        schedules = _schedules(self, layout)
+        schedules = self._shape.schedules(len(layout.stage_blocks))
         for rank, link in zip(layout.workers, self._job.acquire(len(layout.workers)), strict=True):
             self._links.add(rank, layout.stages_of(rank), link)
         return Pipeline(
@@ -380,10 +382,10 @@ class SkipPipeStrategy(SingleDeviceStrategy):
             for index, piece in enumerate(pieces)
         ]
         weights = [size / sum(sizes) / self.drivers for size in sizes]
-        task = StepTask(functions, weights, _loss_of, self._seed(), training=True)
+        task = StepTask(functions, weights, loss_of, self._seed(), training=True)
         with self.precision_plugin.train_step_context(), averaged.installed():
             values, loss = self._running().train(task)
-        return _step_output(values, loss, sizes)
+        return training_output(values, loss, sizes)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -409,7 +411,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
             averaged.within(index, functools.partial(step, piece, *rest, **kwargs))
             for index, piece in enumerate(split(batch, sizes))
         ]
-        task = StepTask(functions, [size / sum(sizes) for size in sizes], _loss_of, self._seed(), training=False)
+        task = StepTask(functions, [size / sum(sizes) for size in sizes], loss_of, self._seed(), training=False)
         with averaged.installed():
             values = self._running().evaluate(task)
         return merge(values, sizes)
@@ -481,18 +483,6 @@ class SkipPipeStrategy(SingleDeviceStrategy):
 ParallelStrategy.register(SkipPipeStrategy)
 
 
-def _check_arguments(
-    skip_ratio: float, schedule: object, num_microbatches: int | None, replicas: int, drivers: int
-) -> None:
-    if skip_ratio != 0.0:
-        raise ValueError(f"skip_ratio={skip_ratio}: partial pipelines are not available yet; use skip_ratio=0")
-    if not isinstance(schedule, Schedule) and schedule not in ("auto", *FULL_SCHEDULES):
-        raise ValueError(f"schedule={schedule!r} is unknown; choose 'auto', {', '.join(map(repr, FULL_SCHEDULES))}")
-    for name, value in (("num_microbatches", num_microbatches), ("replicas", replicas), ("drivers", drivers)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r} must be a positive integer")
-
-
 def _check_module(module: LightningModule, trainer: Trainer) -> None:
     if trainer.state.fn != TrainerFn.FITTING:
         return
@@ -503,45 +493,6 @@ def _check_module(module: LightningModule, trainer: Trainer) -> None:
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise SkipPipeError("training_step(dataloader_iter) cannot be microbatched; take a batch instead")
-
-
-def _layout(strategy: SkipPipeStrategy, stage_blocks: tuple[range, ...]) -> Layout:
-    schedule = strategy.schedule
-    if isinstance(schedule, Schedule):
-        if schedule.num_ranks != strategy.num_processes or schedule.num_stages != strategy.num_stages:
-            raise ValueError(
-                f"the schedule is for {schedule.num_ranks} ranks and {schedule.num_stages} stages, but devices="
-                f"{strategy.num_processes} makes {strategy.num_stages} stages; use devices={schedule.num_ranks}"
-            )
-        return Layout(len(schedule.drivers), stage_blocks, schedule.placement)
-    plan = _full(strategy, 1, backward=True)
-    return Layout(strategy.drivers, stage_blocks, plan.placement)
-
-
-def _schedules(strategy: SkipPipeStrategy, layout: Layout) -> dict[str, Schedule]:
-    """Return the schedules of training and of evaluation, proved to run."""
-    count = strategy.num_microbatches or 4 * len(layout.stage_blocks)
-    if isinstance(strategy.schedule, Schedule):
-        training = strategy.schedule
-        evaluation = forward_only(training)
-    else:
-        training, evaluation = _full(strategy, count, backward=True), _full(strategy, count, backward=False)
-    for schedule in (training, evaluation):
-        validate(schedule)
-    return {TRAINING: training, EVALUATION: evaluation}
-
-
-def _full(strategy: SkipPipeStrategy, num_microbatches: int, *, backward: bool) -> Schedule:
-    assert isinstance(strategy.schedule, str)
-    return full_schedule(
-        "1f1b" if strategy.schedule == "auto" else strategy.schedule,
-        num_stages=strategy.num_stages,
-        num_microbatches=num_microbatches,
-        replicas=strategy.replicas,
-        drivers=strategy.drivers,
-        driver_stage=strategy.driver_stage,
-        backward=backward,
-    )
 
 
 def _start_alike(module: LightningModule) -> None:
@@ -555,25 +506,6 @@ def _start_alike(module: LightningModule) -> None:
 def _names_in(module: LightningModule, blocks: Sequence[nn.Module]) -> tuple[str, ...]:
     names = {id(part): name for name, part in module.named_modules()}
     return tuple(names[id(block)] for block in blocks)
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    if output is None:
-        return None
-    loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        form = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(output).__name__
-        raise SkipPipeError(
-            f"training_step returned {form}; return a scalar loss, or a dict with a scalar under 'loss'"
-        )
-    return loss
-
-
-def _step_output(values: Sequence[Any], loss: Tensor | None, sizes: Sequence[int]) -> Any:
-    if loss is None or not isinstance(values[0], Mapping):
-        return loss
-    rest = [{key: value for key, value in output.items() if key != "loss"} for output in values]
-    return {**merge(rest, sizes), "loss": loss}
 
 
 def _warn_lost(blocks: Sequence[str]) -> None:

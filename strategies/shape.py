@@ -1,0 +1,73 @@
+"""From the user's settings to stages, ranks and schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..driver.layout import Layout, device_counts
+from ..driver.pipeline import EVALUATION, TRAINING
+from ..schedule import FULL_SCHEDULES, Schedule, forward_only, full_schedule, validate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineShape:
+    """The settings that decide how a pipeline is laid out; see :class:`SkipPipeStrategy` for their meaning."""
+
+    skip_ratio: float
+    schedule: str | Schedule
+    num_microbatches: int | None
+    replicas: int
+    drivers: int
+    driver_stage: bool
+
+    def __post_init__(self) -> None:
+        if self.skip_ratio != 0.0:
+            raise ValueError(f"skip_ratio={self.skip_ratio}: partial pipelines are not available yet; use skip_ratio=0")
+        if not isinstance(self.schedule, Schedule) and self.schedule not in ("auto", *FULL_SCHEDULES):
+            known = ", ".join(map(repr, ("auto", *FULL_SCHEDULES)))
+            raise ValueError(f"schedule={self.schedule!r} is unknown; choose {known}, or pass a Schedule")
+        for name in ("num_microbatches", "replicas", "drivers"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+
+    def num_stages(self, num_processes: int) -> int:
+        """Return how many block stages the processes make; ValueError when they do not fit."""
+        return device_counts(
+            num_processes, replicas=self.replicas, drivers=self.drivers, driver_stage=self.driver_stage
+        )
+
+    def layout(self, num_processes: int, stage_blocks: tuple[range, ...]) -> Layout:
+        """Place the stages on the ranks."""
+        if not isinstance(self.schedule, Schedule):
+            return Layout(self.drivers, stage_blocks, self._named(len(stage_blocks), 1, backward=True).placement)
+        if (self.schedule.num_ranks, self.schedule.num_stages) != (num_processes, len(stage_blocks)):
+            raise ValueError(
+                f"the schedule is for {self.schedule.num_ranks} ranks and {self.schedule.num_stages} stages, but "
+                f"devices={num_processes} makes {len(stage_blocks)} stages; use devices={self.schedule.num_ranks}"
+            )
+        return Layout(len(self.schedule.drivers), stage_blocks, self.schedule.placement)
+
+    def schedules(self, num_stages: int) -> dict[str, Schedule]:
+        """Return the schedules of training and of evaluation, proved to run."""
+        if isinstance(self.schedule, Schedule):
+            training, evaluation = self.schedule, forward_only(self.schedule)
+        else:
+            count = self.num_microbatches or 4 * num_stages
+            training = self._named(num_stages, count, backward=True)
+            evaluation = self._named(num_stages, count, backward=False)
+        validate(training)
+        validate(evaluation)
+        return {TRAINING: training, EVALUATION: evaluation}
+
+    def _named(self, num_stages: int, num_microbatches: int, *, backward: bool) -> Schedule:
+        assert isinstance(self.schedule, str)
+        return full_schedule(
+            "1f1b" if self.schedule == "auto" else self.schedule,
+            num_stages=num_stages,
+            num_microbatches=num_microbatches,
+            replicas=self.replicas,
+            drivers=self.drivers,
+            driver_stage=self.driver_stage,
+            backward=backward,
+        )

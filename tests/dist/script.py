@@ -1,0 +1,97 @@
+"""A user's training script: ``script.py DEVICES DRIVERS [slow]``. Prints one JSON line per process."""
+
+import json
+import os
+import sys
+import time
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.tanh(self.linear(self.norm(hidden)))
+
+
+class Model(LightningModule):
+    def __init__(self, delay_s: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(8, 16)
+        self.blocks = nn.ModuleList(Block(16) for _ in range(6))
+        self.head = nn.Linear(16, 4)
+        self.losses: list[float] = []
+        self.delay_s = delay_s
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        time.sleep(self.delay_s)
+        loss = self.loss_of(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss_of(batch), sync_dist=True)
+
+    def loss_of(self, batch: list[Tensor]) -> Tensor:
+        hidden = self.embedding(batch[0])
+        for block in self.blocks:
+            hidden = block(hidden)
+        return nn.functional.cross_entropy(self.head(hidden), batch[1])
+
+    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: object, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def loader(size: int) -> DataLoader[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(size, 8, generator=generator), torch.randint(0, 4, (size,), generator=generator)
+    return DataLoader(TensorDataset(inputs, labels), batch_size=8)
+
+
+def strategy_for(devices: int, drivers: int) -> object:
+    if devices == 0:  # the same data-parallel run without the plugin
+        return "ddp" if drivers > 1 else "auto"
+    from skippipe_plugin.strategies import SkipPipeStrategy
+
+    return SkipPipeStrategy(num_microbatches=4, drivers=drivers)
+
+
+def main() -> None:
+    devices, drivers = int(sys.argv[1]), int(sys.argv[2])
+    seed_everything(1, verbose=False)
+    model = Model(delay_s=0.05 if "slow" in sys.argv else 0.0)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices or drivers,
+        strategy=strategy_for(devices, drivers),  # type: ignore[arg-type]
+        max_steps=10_000 if "slow" in sys.argv else 5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, loader(96), loader(32))
+    validated = trainer.validate(model, loader(32), verbose=False)
+    result = {
+        "rank": int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))),
+        "is_global_zero": trainer.is_global_zero,
+        "losses": model.losses,
+        "validated": validated,
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+    }
+    sys.stdout.write(f"RESULT {json.dumps(result)}\n")  # one write: several processes share the terminal
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Workers end with their driver, however it ends; a lost worker is a prompt, clear error."""
+
+import os
+import signal
+
+import psutil
+import pytest
+
+from tests.dist.support import plain, start, wait_until, workers_of
+
+
+@pytest.fixture
+def training():
+    """A driver in the middle of a long fit, with its two workers."""
+    driver = start(plain(3, 1, "slow"))
+    try:
+        assert wait_until(lambda: len(workers_of(driver.pid)) == 2)
+        workers = workers_of(driver.pid)
+        # Steps are under way when the workers compute.
+        assert wait_until(lambda: all(worker.cpu_times().user > 1 for worker in workers))
+        psutil.cpu_percent(interval=4)
+        yield driver, workers
+    finally:
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+        driver.communicate()
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def test_workers_end_when_the_driver_is_killed(training) -> None:
+    driver, workers = training
+    driver.kill()
+    assert wait_until(lambda: gone(workers), timeout_s=20)
+
+
+def test_a_killed_worker_is_an_error_that_names_its_stage(training) -> None:
+    driver, workers = training
+    workers[1].kill()
+    _, errors = driver.communicate(timeout=30)
+    assert driver.returncode == 1
+    assert "StageLostError: worker rank" in errors
+    assert "is gone: its process ended" in errors
+    assert wait_until(lambda: gone(workers), timeout_s=20)
+
+
+def test_interrupting_the_driver_ends_everything(training) -> None:
+    driver, workers = training
+    os.killpg(driver.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+    _, errors = driver.communicate(timeout=40)
+    assert driver.returncode == 1
+    assert "Detected KeyboardInterrupt" in errors
+    assert wait_until(lambda: gone(workers), timeout_s=20)
