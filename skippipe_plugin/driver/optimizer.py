@@ -34,9 +34,15 @@ class RemoteOptimizer:
         optimizer.zero_grad = self._zero  # type: ignore[method-assign]
 
     def detach(self) -> None:
-        """Make the optimizer an ordinary one again."""
+        """Make the optimizer an ordinary one again, with the state of all parameters: it may be saved after the run."""
         self._handle.remove()
         self._optimizer.__dict__.pop("zero_grad", None)
+        remote = {} if self._pipeline.links.lost else self._fetch()
+        state = self._optimizer.state
+        for parameter in (parameter for group in self._optimizer.param_groups for parameter in group["params"]):
+            own = remote.get(self._keys[id(parameter)]) if id(parameter) in self._keys else state.pop(parameter, None)
+            if own is not None:
+                state[parameter] = own  # in the order in which one process would have made them
 
     # ------------------------------------------------------------ clipping
 

@@ -5,7 +5,8 @@ import functools
 import pytest
 
 from .models import Transformer, mlp, tokens
-from .support import BATCH, STEPS, Classifier, LanguageModel, Pretrained, Run, assert_same_run, loader, points, train
+from .modules import BATCH, STEPS, Classifier, LanguageModel, Pretrained, loader, points
+from .support import Run, assert_same_run, train
 from .zoo import ZOO
 
 SCHEDULES = ("gpipe", "1f1b")

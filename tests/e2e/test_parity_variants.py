@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from .models import Transformer, tokens
-from .support import BATCH, STEPS, LanguageModel, Pretrained, Run, adamw, assert_same_run, loader, train
+from .modules import BATCH, OPTIMIZERS, STEPS, LanguageModel, Pretrained, adamw, cosine, loader, momentum, two_groups
+from .support import Run, assert_same_run, train
 from .zoo import gpt2, language
 
 TWO_WORKERS: dict[str, Any] = {"schedule": "1f1b", "num_microbatches": 4}
@@ -28,35 +27,6 @@ def both(
     """Train as a pipeline and in one process."""
     data = data if data is not None else loader(tokens(BATCH * STEPS))
     return train(make, data, devices, strategy, **options), train(make, data, 1, **options)
-
-
-def two_groups(module: nn.Module) -> AdamW:
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    plain = [parameter for name, parameter in named if name.endswith("bias") or "norm" in name]
-    decayed = [parameter for name, parameter in named if not (name.endswith("bias") or "norm" in name)]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0, "lr": 3e-3}]
-    return AdamW(groups, lr=1e-2, eps=1e-5)
-
-
-def cosine(module: nn.Module) -> dict[str, Any]:
-    optimizer = two_groups(module)
-    scheduler = {"scheduler": CosineAnnealingLR(optimizer, T_max=STEPS), "interval": "step"}
-    return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-
-def momentum(module: nn.Module) -> SGD:
-    return SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
-
-
-def adagrad(module: nn.Module) -> Adagrad:
-    return Adagrad(module.parameters(), lr=0.05, initial_accumulator_value=0.1)
-
-
-def amsgrad(module: nn.Module) -> AdamW:
-    return AdamW(module.parameters(), lr=1e-2, amsgrad=True, eps=1e-5, foreach=True)
-
-
-OPTIMIZERS = {"groups": two_groups, "cosine": cosine, "sgd": momentum, "adagrad": adagrad, "amsgrad": amsgrad}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -81,9 +51,9 @@ def test_trainer_options(name: str) -> None:
 
 def test_bfloat16_autocast() -> None:
     pipeline, plain = both(lambda: LanguageModel(Transformer(), momentum), precision="bf16-mixed")
-    # bfloat16 has 8 bits: a matrix product over a microbatch rounds its weight gradient to 2**-9 before the sum over
-    # microbatches, one over the whole batch rounds once. Measured: 4e-4 after ten steps.
-    assert_same_run(pipeline, plain, rtol=3e-3, weights_rtol=5e-2, weights_atol=5e-3)
+    # bfloat16 has 8 bits: a weight's gradient is rounded by up to 2**-9 of itself, once for each microbatch before the
+    # sum, or once for the whole batch. Measured: 2e-4 (losses) and 6e-4 (weights, absolute) after ten steps.
+    assert_same_run(pipeline, plain, rtol=2e-3, weights_rtol=1e-2, weights_atol=5e-3)
     exact = train(lambda: LanguageModel(Transformer(), momentum), loader(tokens(BATCH * STEPS)), 1)
     assert exact.losses != plain.losses  # autocast did something
 
