@@ -1,0 +1,219 @@
+"""Whatever `validate` accepts runs on the engine: every rank a thread with a group of its own, compared with autograd."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from skippipe_plugin.engine.c10d import TCPStore
+from skippipe_plugin.engine.call import Ambient, BlockMode, Call, CallSpec, Hop, Template
+from skippipe_plugin.engine.errors import GenerationAborted
+from skippipe_plugin.engine.executor import Executor
+from skippipe_plugin.engine.program import compile_program
+from skippipe_plugin.engine.stage import Stage
+from skippipe_plugin.engine.transport import TensorSpec, Transport
+from skippipe_plugin.schedule import (
+    Action,
+    Op,
+    Path,
+    Schedule,
+    Visit,
+    full_schedule,
+    list_schedule,
+    validate,
+)
+
+WIDTH = 3
+HOST = "127.0.0.1"
+CPU = torch.device("cpu")
+
+
+class Feed:
+    """Calls as they arrive from the driver."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._calls: list[tuple[int, Call]] = []
+
+    def put(self, microbatch: int, call: Call) -> None:
+        with self._condition:
+            self._calls.append((microbatch, call))
+            self._condition.notify_all()
+
+    def poll(self) -> list[tuple[int, Call]]:
+        with self._condition:
+            calls, self._calls = self._calls, []
+            return calls
+
+    def wait(self) -> list[tuple[int, Call]]:
+        with self._condition:
+            assert self._condition.wait_for(lambda: self._calls, timeout=20), "no call came"
+        return self.poll()
+
+
+class Driver:
+    """A model around the blocks: the inputs are leaves, the loss is the mean square of the outputs."""
+
+    def __init__(self, schedule: Schedule, inputs: Sequence[Tensor], feeds: Sequence[Feed]) -> None:
+        self.schedule, self.inputs, self.feeds = schedule, inputs, feeds
+        self.losses: dict[int, Tensor] = {}
+        self.gradients: dict[int, Tensor] = {}
+
+    def embed(self, microbatch: int) -> tuple[Call, Tensor]:
+        hidden = self.inputs[microbatch]
+        visits = self.schedule.paths[microbatch].visits
+        hops = (Hop(TensorSpec.of(hidden), self.schedule.backward),) * (len(visits) + 1)
+        mode = BlockMode((True,), (True, True))
+        ambient = Ambient(self.schedule.backward, False, ())
+        spec = CallSpec(hops, (Template((None,), {}, 0),), (0,) * 16, (mode,) * 16, ambient)
+        call = Call(spec, (), seed=microbatch)
+        for rank in {visit.rank for visit in visits} - {self.schedule.paths[microbatch].driver}:
+            self.feeds[rank].put(microbatch, call)
+        return call, hidden
+
+    def announce(self) -> None:
+        pass
+
+    def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
+        leaf = hidden.detach().requires_grad_()
+        loss = leaf.pow(2).mean()
+        self.losses[microbatch] = loss.detach()
+        return torch.autograd.grad(loss, leaf)[0]
+
+    def backward(self, microbatch: int, gradient: Tensor | None) -> None:
+        assert gradient is not None
+        self.gradients[microbatch] = gradient
+
+
+class Block(nn.Linear):
+    def __init__(self, index: int) -> None:
+        super().__init__(WIDTH, WIDTH)
+        generator = torch.Generator().manual_seed(index)
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(WIDTH, WIDTH, generator=generator) / 2)
+            self.bias.zero_()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.tanh(super().forward(hidden))
+
+
+def on_threads(size: int, body: Callable[[int, Transport], None]) -> None:
+    """Run ``body`` for each rank of a generation, each in a thread."""
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+
+    def rank_body(rank: int) -> None:
+        clone = TCPStore(HOST, store.port, is_master=False)
+        body(rank, Transport(clone, rank=rank, size=size, generation=0, host=HOST))
+
+    with ThreadPoolExecutor(size) as threads:
+        for result in [threads.submit(rank_body, rank) for rank in range(size)]:
+            result.result(timeout=60)
+
+
+def run_on_engine(schedule: Schedule, inputs: Sequence[Tensor]) -> tuple[dict[int, Driver], dict[int, dict]]:
+    feeds = [Feed() for _ in range(schedule.num_ranks)]
+    drivers = {rank: Driver(schedule, inputs, feeds) for rank in schedule.drivers}
+    gradients: dict[int, dict] = {}
+
+    def body(rank: int, transport: Transport) -> None:
+        held = [stage for stage, ranks in enumerate(schedule.placement) if stage and rank in ranks]
+        stages = {stage: Stage(stage, {stage: Block(stage)}, CPU) for stage in held}
+        executor = Executor(transport, stages, CPU, drivers.get(rank))
+        executor.run(compile_program(schedule, rank), set(range(schedule.num_microbatches)), feeds[rank])
+        gradients[rank] = {stage: stages[stage].blocks[stage].weight.grad for stage in held}
+
+    on_threads(schedule.num_ranks, body)
+    return drivers, gradients
+
+
+def check(schedule: Schedule) -> None:
+    """Compare losses, input gradients and summed weight gradients with one process."""
+    validate(schedule)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1 + microbatch % 2 for microbatch in range(schedule.num_microbatches)]
+    inputs = [torch.randn(size, WIDTH, generator=generator) for size in sizes]
+    drivers, gradients = run_on_engine(schedule, inputs)
+    blocks = {stage: Block(stage) for stage in range(1, schedule.num_stages + 1)}
+    for microbatch, path in enumerate(schedule.paths):
+        leaf = inputs[microbatch].clone().requires_grad_()
+        hidden = leaf
+        for stage in path.stages:
+            hidden = blocks[stage](hidden)
+        loss = hidden.pow(2).mean()
+        torch.testing.assert_close(drivers[path.driver].losses[microbatch], loss.detach())
+        if schedule.backward:
+            loss.backward()
+            torch.testing.assert_close(drivers[path.driver].gradients[microbatch], leaf.grad)
+    for stage, block in blocks.items():
+        parts = [held[stage] for held in gradients.values() if held.get(stage) is not None]
+        if block.weight.grad is None:
+            assert not parts
+        else:
+            torch.testing.assert_close(sum(parts), block.weight.grad)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("driver_stage", [False, True])
+@pytest.mark.parametrize(("num_stages", "replicas", "drivers"), [(1, 1, 1), (3, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2)])
+def test_full_schedules(name: str, driver_stage: bool, num_stages: int, replicas: int, drivers: int) -> None:
+    shape = {"num_stages": num_stages, "replicas": replicas, "drivers": drivers, "driver_stage": driver_stage}
+    if driver_stage and num_stages == 1:
+        return  # nothing is remote
+    check(full_schedule(name, num_microbatches=5, **shape))
+    check(full_schedule(name, num_microbatches=3, backward=False, **shape))
+
+
+def split_backward(schedule: Schedule) -> Schedule:
+    """Replace every B of a block stage by I, with its W as late as possible."""
+    orders = []
+    for order in schedule.orders:
+        halves = [Action(a.stage, Op.I, a.microbatch) if a.op is Op.B and a.stage else a for a in order]
+        late = [Action(a.stage, Op.W, a.microbatch) for a in halves if a.op is Op.I]
+        orders.append((*halves, *late))
+    return Schedule(schedule.placement, schedule.paths, tuple(orders), schedule.backward, "split")
+
+
+def test_backward_in_halves() -> None:
+    check(split_backward(full_schedule("1f1b", num_stages=3, num_microbatches=4)))
+
+
+@st.composite
+def partial_schedules(draw: st.DrawFn) -> Schedule:
+    """Paths that skip and swap stages and choose replicas, ordered by the list scheduler."""
+    num_stages, replicas = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+    placement = [(0,), *(tuple(1 + stage * replicas + r for r in range(replicas)) for stage in range(num_stages))]
+    paths = []
+    for _ in range(draw(st.integers(1, 6))):
+        stages = draw(st.lists(st.integers(1, num_stages), min_size=1, max_size=num_stages, unique=True))
+        paths.append(Path(0, tuple(Visit(stage, draw(st.sampled_from(placement[stage]))) for stage in stages)))
+    return list_schedule(tuple(placement), tuple(paths), driver_in_flight=draw(st.integers(1, 6)))
+
+
+@given(partial_schedules(), st.booleans())
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_skipped_swapped_and_replicated_stages(schedule: Schedule, halves: bool) -> None:
+    check(split_backward(schedule) if halves else schedule)
+
+
+def test_poison_wakes_a_blocked_receive() -> None:
+    waiting = threading.Event()
+
+    def body(rank: int, transport: Transport) -> None:
+        if rank == 2:
+            return  # sends nothing, ever
+        pending = transport.receive(TensorSpec((4,), torch.float32), 2, 1, CPU)
+        if rank == 0:
+            waiting.wait(20)
+            threading.Timer(0.2, transport.poison).start()
+        else:
+            waiting.set()
+            threading.Timer(0.4, transport.poison).start()
+        with pytest.raises(GenerationAborted):
+            pending.wait()
+
+    on_threads(3, body)
