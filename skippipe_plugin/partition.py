@@ -16,7 +16,15 @@ from itertools import accumulate, groupby
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["BlockStack", "PartitionError", "check_no_shared_parameters", "cut", "estimate_costs", "find_blocks"]
+__all__ = [
+    "BlockStack",
+    "PartitionError",
+    "check_no_shared_parameters",
+    "cut",
+    "driver_share",
+    "estimate_costs",
+    "find_blocks",
+]
 
 _NAME_IT = 'name the stack yourself, as in blocks="model.layers" or, for a part of it, blocks="model.layers.2:10"'
 _SLICE = re.compile(r"(-?\d*):(-?\d*)")
@@ -123,6 +131,19 @@ def estimate_costs(blocks: Sequence[nn.Module]) -> tuple[float, ...]:
         (16.0, 1.0)
     """
     return tuple(float(max(1, _count([block], skip=_LOOKUPS))) for block in blocks)
+
+
+def driver_share(model: nn.Module, blocks: Sequence[nn.Module], num_stages: int) -> float:
+    """Return the share of an ordinary stage that a driver should hold beside its own work, the head above all.
+
+    The driver's work is estimated like that of blocks, so that all ranks end up with about the same; embeddings are
+    look-ups and do not count. The share stays positive: a driver that hosts a stage holds at least one block.
+    """
+    inside = {id(part) for block in blocks for part in block.modules()}
+    layers = [part for part in model.modules() if id(part) not in inside and _is_plain_layer(part)]
+    own = sum(p.numel() for layer in layers if not isinstance(layer, nn.Embedding) for p in layer.parameters())
+    total = own + sum(estimate_costs(blocks))
+    return max(1.0 - own * num_stages / total, 0.01)
 
 
 def cut(costs: Sequence[float], num_stages: int, *, first_share: float = 1.0) -> tuple[range, ...]:

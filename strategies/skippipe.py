@@ -37,7 +37,7 @@ from ..driver.steps import StepTask
 from ..engine.c10d import PrefixStore
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
-from ..partition import check_no_shared_parameters, cut, estimate_costs, find_blocks
+from ..partition import check_no_shared_parameters, cut, driver_share, estimate_costs, find_blocks
 from ..schedule import Schedule
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
@@ -330,7 +330,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         stack = find_blocks(module, self.blocks)
         check_no_shared_parameters(module, stack)
         blocks = originals(stack.blocks)
-        layout = self._shape.layout(self.num_processes, cut(estimate_costs(blocks), self.num_stages))
+        layout = self._shape.layout(self.num_processes, self._cut(module, blocks))
         hosted = set(layout.hosted(self.global_rank))
         self._remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
         self.model_to_device()
@@ -346,6 +346,10 @@ class SkipPipeStrategy(SingleDeviceStrategy):
             self._compiled.options or options_of_blocks(blocks),
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )
+
+    def _cut(self, module: LightningModule, blocks: Sequence[nn.Module]) -> tuple[range, ...]:
+        share = driver_share(module, blocks, self.num_stages) if self._shape.driver_stage else 1.0
+        return cut(estimate_costs(blocks), self.num_stages, first_share=share)
 
     def _make_pipeline(self, layout: Layout) -> Pipeline:
         assert self._job is not None
@@ -471,12 +475,6 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def _full_name(self, name: str) -> str:
         block, _, parameter = name.partition("\t")
         return f"{self._block_names[int(block)]}.{parameter}"
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        if cls.strategy_name not in strategy_registry:
-            strategy_registry.register(cls.strategy_name, cls, description=cls.__name__)
 
 
 # Lightning gives a DistributedSampler to subclasses of ParallelStrategy only; with one driver it makes no difference.

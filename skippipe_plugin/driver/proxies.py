@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils import swap_tensors
 
-from ..engine.call import Ambient, BlockMode, CacheRef, CallSpec, Hop, SideInput, Template
+from ..engine.call import Ambient, BlockMode, CacheRef, CacheUse, CallSpec, Hop, SideInput, Template
 from ..engine.errors import SkipPipeError
 from ..engine.stage import Probe, Unavailable
 from ..engine.transport import TensorSpec
@@ -100,9 +100,12 @@ class BlockProxies:
     # --------------------------------------------------------------- calls
 
     def spec(self, call: StackCall, hops: tuple[Hop, ...], modes: tuple[BlockMode, ...]) -> CallSpec:
-        """Return what travels of ``call``."""
-        ops = self.ledger.take_ops(list(call.caches))
-        return CallSpec(hops, tuple(call.templates), tuple(call.block_template), modes, call.ambient, ops)
+        """Return the part of ``call`` that is the same for most microbatches."""
+        return CallSpec(hops, tuple(call.templates), tuple(call.block_template), modes, call.ambient)
+
+    def cache_use(self, call: StackCall) -> CacheUse:
+        """Return the key-value caches of ``call``, with what happened to them since the call before."""
+        return CacheUse(tuple(call.caches), self.ledger.take_ops(list(call.caches)))
 
     def check_complete(self, owner: object) -> None:
         """Raise when the code that ``owner`` (a step thread) runs left the stack before its last block."""
@@ -204,7 +207,7 @@ class BlockProxies:
                 return None
             key = self.ledger.key(value)
             call.caches[key] = value
-            return CacheRef(key)
+            return CacheRef(list(call.caches).index(key))
         return value
 
     def _ask(self, call: StackCall, block: int) -> Probe:

@@ -91,7 +91,7 @@ class Outbox:
                 else:
                     fresh[digest] = tensor
                     self._kept[digest] = tensor.numel() * tensor.element_size()
-        numbered = [NumberedCall(p.microbatch, p.number, p.call.seed, p.digests) for p in calls]
+        numbered = [NumberedCall(p.microbatch, p.number, p.call.seed, p.digests, p.call.caches) for p in calls]
         fields, blobs = encode_calls(step, numbered, specs, fresh, self._evict(used))
         return fields, list(blobs)
 

@@ -59,7 +59,8 @@ class CallWriter:
         modes = proxies.modes()
         spec = proxies.spec(call, self._hops(path, call, modes), modes)
         digests = tuple(map(self._digests.digest, call.side_inputs))
-        return PreparedCall(microbatch, Call(spec, tuple(call.side_inputs), seed), self._numbers.number(spec), digests)
+        whole = Call(spec, tuple(call.side_inputs), seed, proxies.cache_use(call))
+        return PreparedCall(microbatch, whole, self._numbers.number(spec), digests)
 
     def send(self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path]) -> None:
         """Announce calls to the workers on their paths."""

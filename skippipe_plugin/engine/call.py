@@ -28,9 +28,9 @@ class SideInput:
 
 @dataclass(frozen=True, slots=True)
 class CacheRef:
-    """Stands in a template for the worker's own part of the key-value cache ``key`` of the driver."""
+    """Stands in a template for the worker's own part of the key-value cache in ``slot`` of the call."""
 
-    key: int
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,15 @@ class CacheOp:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheUse:
+    """The key-value caches of one call: new ones with every generation, so they are no part of its spec."""
+
+    keys: tuple[int, ...] = ()
+    """By slot: the driver's number of the cache."""
+    ops: tuple[CacheOp, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class CallSpec:
     """Everything about a call but its tensors."""
 
@@ -115,7 +124,6 @@ class CallSpec:
     modes: tuple[BlockMode, ...]
     """By block of the whole stack."""
     ambient: Ambient
-    cache_ops: tuple[CacheOp, ...] = ()
 
     def in_training(self) -> bool:
         """Whether a backward pass follows."""
@@ -130,6 +138,7 @@ class Call:
     side_inputs: tuple[Tensor, ...]
     seed: int
     """Seeds the randomness of every block of this microbatch, see :func:`block_seed`."""
+    caches: CacheUse = CacheUse()
 
 
 def block_seed(seed: int, block: int) -> int:

@@ -5,7 +5,7 @@ Used by workers, and by a driver that hosts a stage. Nothing here knows of proce
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +144,7 @@ class Stage:
 
     def _run_blocks(self, call: Call, hidden: Tensor) -> Tensor:
         filled: dict[int, tuple[list[Any], dict[str, Any]]] = {}
-        self._shelf.apply(call.spec.cache_ops)
+        self._shelf.apply(call.caches.ops)
         for block in self.blocks:
             self._set_mode(block, call.spec.modes[block])
             seed_everything(block_seed(call.seed, block), self.device)
@@ -162,21 +162,19 @@ class Stage:
         index = call.spec.block_template[block]
         template = call.spec.templates[index]
         if index not in filled:
-            filled[index] = self._fill(template, call.side_inputs, with_cache)
+            filled[index] = self._fill(template, call, with_cache)
         args, kwargs = filled[index]
         if isinstance(template.hidden, str):
             return self.blocks[block](*args, **{**kwargs, template.hidden: hidden})
         args[template.hidden] = hidden
         return self.blocks[block](*args, **kwargs)
 
-    def _fill(
-        self, template: Template, side_inputs: Sequence[Tensor], with_cache: bool
-    ) -> tuple[list[Any], dict[str, Any]]:
+    def _fill(self, template: Template, call: Call, with_cache: bool) -> tuple[list[Any], dict[str, Any]]:
         def leaf(value: Any) -> Any:  # Any: a leaf of the user's arguments
             if isinstance(value, SideInput):
-                return side_inputs[value.slot]
+                return call.side_inputs[value.slot]
             if isinstance(value, CacheRef):
-                return self._shelf.cache(value.key) if with_cache else None
+                return self._shelf.cache(call.caches.keys[value.slot]) if with_cache else None
             return value
 
         return template.fill(leaf)

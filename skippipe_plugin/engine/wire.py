@@ -16,7 +16,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from .call import Call, CallSpec
+from .call import CacheUse, Call, CallSpec
 from .channel import Buffer, Message
 from .handover import pack_tensors, unpack_tensors
 from .optimizer import ParameterKey
@@ -30,25 +30,28 @@ class NumberedCall:
     spec: int
     seed: int
     side_inputs: tuple[str, ...]
+    caches: CacheUse = CacheUse()
 
 
 def encode_calls(
     step: int,
-    calls: Iterable[NumberedCall],
+    calls: Sequence[NumberedCall],
     specs: Mapping[int, CallSpec],
     side_inputs: Mapping[str, Tensor],
     dropped: Sequence[str],
 ) -> tuple[dict[str, Any], list[Buffer]]:
     """Return the fields and blobs of a ``calls`` message with the specs and side inputs its reader lacks."""
     entries, blobs = pack_tensors(side_inputs)
+    caching = {call.microbatch: call.caches for call in calls if call.caches.keys}
     fields = {
         "step": step,
         "calls": [[call.microbatch, call.spec, call.seed, call.side_inputs] for call in calls],
+        "caching": list(caching),
         "specs": list(specs),
         "side_inputs": entries,
         "dropped": list(dropped),
     }
-    return fields, [*(cloudpickle.dumps(spec) for spec in specs.values()), *blobs]
+    return fields, [*map(cloudpickle.dumps, (*specs.values(), *caching.values())), *blobs]
 
 
 class CallDecoder:
@@ -64,15 +67,19 @@ class CallDecoder:
         fields, blobs = message.fields, message.blobs
         for digest in fields["dropped"]:
             self._side_inputs.pop(digest, None)
-        count = len(fields["specs"])
-        for number, blob in zip(fields["specs"], blobs[:count], strict=True):
-            self._specs[number] = pickle.loads(blob)
-        for digest, tensor in unpack_tensors(fields["side_inputs"], blobs[count:]).items():
+        rest = iter(blobs)
+        for number in fields["specs"]:
+            self._specs[number] = pickle.loads(next(rest))
+        caches = {microbatch: pickle.loads(next(rest)) for microbatch in fields["caching"]}
+        for digest, tensor in unpack_tensors(fields["side_inputs"], list(rest)).items():
             self._side_inputs[digest] = self._to_device(tensor)
         return [
-            (microbatch, Call(self._specs[spec], tuple(self._side_inputs[digest] for digest in digests), seed))
+            (microbatch, Call(self._specs[spec], self._inputs(digests), seed, caches.get(microbatch, CacheUse())))
             for microbatch, spec, seed, digests in fields["calls"]
         ]
+
+    def _inputs(self, digests: Iterable[str]) -> tuple[Tensor, ...]:
+        return tuple(self._side_inputs[digest] for digest in digests)
 
 
 def encode_optimizer_state(state: Mapping[ParameterKey, Mapping[str, Any]]) -> tuple[dict[str, Any], list[Buffer]]:

@@ -1,4 +1,4 @@
-"""Whatever `validate` accepts runs on the engine: every rank a thread with a group of its own, compared with autograd."""
+"""Whatever `validate` accepts runs on the engine: every rank a thread with a group of its own; autograd judges."""
 
 import threading
 from collections.abc import Callable, Sequence

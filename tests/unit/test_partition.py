@@ -19,6 +19,7 @@ from skippipe_plugin.partition import (
     PartitionError,
     check_no_shared_parameters,
     cut,
+    driver_share,
     estimate_costs,
     find_blocks,
 )
@@ -404,3 +405,14 @@ def test_partition_errors_are_value_errors_and_stacks_are_values() -> None:
     assert issubclass(PartitionError, ValueError)
     block = nn.ReLU()
     assert BlockStack("", ("0",), (block,)) == BlockStack("", ("0",), (block,))
+
+
+def test_a_driver_with_a_heavy_head_holds_fewer_blocks() -> None:
+    blocks = [nn.Linear(8, 8, bias=False) for _ in range(9)]  # 64 each, 576 together
+    model = nn.ModuleDict(
+        {"table": nn.Embedding(50, 8), "blocks": nn.ModuleList(blocks), "head": nn.Linear(8, 16, bias=False)}
+    )
+    share = driver_share(model, blocks, num_stages=3)  # the head costs two blocks of eleven
+    assert share == pytest.approx(1 - 2 * 3 / 11)
+    assert [len(stage) for stage in cut(estimate_costs(blocks), 3, first_share=share)] == [2, 4, 3]
+    assert driver_share(nn.ModuleDict({"blocks": nn.ModuleList(blocks)}), blocks, num_stages=3) == 1.0
