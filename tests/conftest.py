@@ -9,11 +9,16 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
+from hypothesis import settings
 
 GRACE_S = 5.0
 LEAK_PREFIXES = ("SKIPPIPE_", "RANK", "WORLD_SIZE", "MASTER_")
 # Helpers that Python and torch start once and keep until the process ends.
 LONG_LIVED = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch/_inductor/compile_worker")
+
+# Busy machines are slow at times, and a failure in CI must be repeatable.
+settings.register_profile("skippipe", deadline=None, derandomize=True)
+settings.load_profile("skippipe")
 
 # Children inherit it. Two threads per process on contended cores cost far more than they bring.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -70,7 +70,7 @@ def merge(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
         return _merge_tensors(outputs, sizes)
     if isinstance(first, (Mapping, UserDict)):
         return _rebuild_mapping(first, {key: merge([output[key] for output in outputs], sizes) for key in first})
-    if isinstance(first, list) and all(len(item) == size for item, size in zip(outputs, sizes, strict=True)):
+    if isinstance(first, list) and _lists_samples(outputs, sizes):
         return [element for item in outputs for element in item]
     if isinstance(first, (list, tuple)) and len({len(item) for item in outputs}) == 1:
         return _rebuild_sequence(first, [merge(items, sizes) for items in zip(*outputs, strict=True)])
@@ -84,6 +84,17 @@ def merge(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     if all(output is None or output == first for output in outputs):
         return first
     return list(outputs)
+
+
+def _lists_samples(outputs: Sequence[list[Any]], sizes: Sequence[int]) -> bool:
+    """Whether each list has one entry per sample, rather than entries that hold all samples each."""
+    if any(len(item) != size for item, size in zip(outputs, sizes, strict=True)):
+        return False
+    return not any(
+        isinstance(entry, Tensor) and entry.ndim and entry.shape[0] == size
+        for item, size in zip(outputs, sizes, strict=True)
+        for entry in item
+    )
 
 
 def _merge_tensors(outputs: Sequence[Tensor], sizes: Sequence[int]) -> Any:

@@ -1,0 +1,98 @@
+"""Suspended functions keep their own grad mode and autocast, and their exceptions keep their traceback."""
+
+import contextvars
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from skippipe_plugin.driver.suspend import (
+    Returned,
+    StepAbandoned,
+    StepThread,
+    StepThreads,
+    Suspended,
+    current_thread,
+)
+from skippipe_plugin.engine.call import Ambient
+
+PLAIN = Ambient(True, False, ())
+
+
+@pytest.fixture
+def threads() -> Iterator[StepThreads]:
+    threads = StepThreads()
+    yield threads
+    threads.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "skippipe step"]
+
+
+def ask(request: Any) -> Any:
+    thread = current_thread()
+    assert isinstance(thread, StepThread)
+    return thread.suspend(request)
+
+
+def test_requests_and_answers_alternate(threads: StepThreads) -> None:
+    def function() -> str:
+        return f"{ask('first')} {ask('second')}"
+
+    assert threads[0].start(function, PLAIN) == Suspended("first")
+    assert threads[0].resume("one") == Suspended("second")
+    assert threads[0].resume("two") == Returned("one two")
+    assert threads[0].start(lambda: 3, PLAIN) == Returned(3)  # the thread is used again
+
+
+def test_modes_of_interleaved_functions_stay_apart(threads: StepThreads) -> None:
+    def function(grad: bool) -> tuple[bool, bool]:
+        with torch.set_grad_enabled(grad):
+            ask(None)
+            return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+    mixed = Ambient(True, False, (("cpu", torch.bfloat16),))
+    threads[0].start(lambda: function(False), PLAIN)
+    threads[1].start(lambda: function(True), mixed)
+    assert threads[0].resume(None) == Returned((False, False))
+    assert threads[1].resume(None) == Returned((True, True))
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_context_variables_are_inherited(threads: StepThreads) -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+    variable.set("outer")
+    assert threads[0].start(variable.get, PLAIN) == Returned("outer")
+    assert current_thread() is None
+
+
+def test_exceptions_surface_with_their_traceback(threads: StepThreads) -> None:
+    def the_users_function() -> None:
+        ask(None)
+        raise KeyError("mine")
+
+    threads[0].start(the_users_function, PLAIN)
+    with pytest.raises(KeyError, match="mine") as caught:
+        threads[0].resume(None)
+    assert caught.traceback[-1].name == "the_users_function"
+
+
+def test_abandoned_functions_are_unwound(threads: StepThreads) -> None:
+    log = []
+
+    def function() -> None:
+        try:
+            ask(None)
+        except Exception:
+            log.append("swallowed")
+        except StepAbandoned:
+            log.append("abandoned")
+            raise
+        finally:
+            log.append("closed")
+
+    threads[0].start(function, PLAIN)
+    threads.abandon()
+    assert log == ["abandoned", "closed"]
+    assert threads[0].start(lambda: 1, PLAIN) == Returned(1)

@@ -1,0 +1,95 @@
+"""The gradient window against plain accumulation, and norms against torch's own clipping."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from skippipe_plugin.engine.gradients import GradientWindow, clip, norm_power, total_norm
+
+
+def parameters(seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((2, 3), (4,))]
+
+
+def backward(params: list[nn.Parameter], factor: float, only_first: bool = False) -> None:
+    terms = [(p * p).sum() for p in params[: 1 if only_first else None]]
+    (factor * sum(terms)).backward()
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 2), st.booleans(), st.floats(0.1, 1)), min_size=1, max_size=4))
+def test_steps_accumulate_like_in_one_process(steps: list[tuple[float, bool, float]]) -> None:
+    ours, plain = parameters(), parameters()
+    window = GradientWindow(ours)
+    for factor, only_first, scale in steps:
+        window.open()
+        backward(ours, factor, only_first)
+        window.close()
+        window.merge(scale)
+        backward(plain, factor * scale, only_first)
+    for one, other in zip(ours, plain, strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_new_gradients_stay_apart_until_they_are_merged() -> None:
+    params = parameters()
+    window = GradientWindow(params)
+    backward(params, 1.0)
+    before = params[0].grad
+    window.open()
+    assert params[0].grad is None
+    backward(params, 2.0)
+    window.close()
+    assert params[0].grad is before
+    window.zero()
+    window.merge(1.0)
+    torch.testing.assert_close(params[0].grad, 4 * params[0].detach())
+
+
+def test_a_discarded_step_leaves_no_trace() -> None:
+    params = parameters()
+    window = GradientWindow(params)
+    backward(params, 1.0)
+    before = params[0].grad
+    window.open()
+    backward(params, 2.0)
+    window.discard()
+    assert params[0].grad is before
+    window.merge(1.0)
+    assert params[0].grad is before
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
+@pytest.mark.parametrize("max_norm", [0.1, 100.0])
+def test_norms_of_parts_are_the_norm_of_the_whole(norm_type: float, max_norm: float) -> None:
+    whole, parts = parameters() + parameters(1), [parameters(), parameters(1)]
+    backward(whole, 1.0)
+    for part in parts:
+        backward(part, 1.0)
+    expected = torch.nn.utils.clip_grad_norm_(whole, max_norm, norm_type)
+    norm = total_norm([norm_power(part, norm_type) for part in parts], norm_type)
+    assert norm == pytest.approx(float(expected), rel=1e-6)
+    for part in parts:
+        clip(part, scale=min(1.0, max_norm / (norm + 1e-6)), value=None)
+    for one, other in zip(whole, parts[0] + parts[1], strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_parameters_that_no_replica_used_keep_no_gradient() -> None:
+    params = parameters()
+    window = GradientWindow(params)
+    window.open()
+    backward(params, 1.0, only_first=True)
+    sums: list[torch.Tensor] = []
+
+    def double(tensor: torch.Tensor) -> None:  # a second replica with the same gradients
+        sums.append(tensor)
+        tensor.mul_(2)
+
+    window.sum_new(double)
+    torch.testing.assert_close(params[0].grad, 4 * params[0].detach())
+    assert params[1].grad is None
