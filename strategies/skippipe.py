@@ -31,14 +31,14 @@ from ..driver.layout import Layout
 from ..driver.links import Links
 from ..driver.microbatch import BatchError, batch_size, merge, split, split_sizes
 from ..driver.optimizer import RemoteOptimizer, to_device
-from ..driver.pipeline import Pipeline
+from ..driver.pipeline import TRAINING, Pipeline
 from ..driver.proxies import BlockProxies
 from ..driver.steps import StepTask
 from ..engine.c10d import PrefixStore
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from ..partition import check_no_shared_parameters, cut, driver_share, estimate_costs, find_blocks
-from ..schedule import Schedule
+from ..schedule import Schedule, Timeline
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .compiled import CompiledParts, options_of_blocks, originals
@@ -117,6 +117,8 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         self._remote_blocks: tuple[nn.Module, ...] = ()
         self._block_names: tuple[str, ...] = ()
         self._restore_late = False
+        self._record_timeline = False
+        self._timeline: Timeline | None = None
 
     # ------------------------------------------------------- what Lightning reads
 
@@ -124,6 +126,27 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def num_stages(self) -> int:
         """The number of block stages that ``devices`` makes."""
         return self._shape.num_stages(self.num_processes)
+
+    @property
+    def record_timeline(self) -> bool:
+        """Whether training steps are measured; set it before or during ``fit``, read :attr:`timeline`."""
+        return self._record_timeline
+
+    @record_timeline.setter
+    def record_timeline(self, record: bool) -> None:
+        self._record_timeline = record
+        if self._pipeline is not None:
+            self._pipeline.collect_timeline = record
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """What the last measured training step did when, on every rank; None before, and on further drivers."""
+        return self._timeline if self._pipeline is None else self._pipeline.timeline
+
+    @property
+    def training_schedule(self) -> Schedule | None:
+        """The schedule of training steps, once it is known."""
+        return self._pipeline.schedules[TRAINING] if self._pipeline is not None else None
 
     @property
     def num_processes(self) -> int:
@@ -315,6 +338,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
 
     def _let_go(self, pipeline: Pipeline | None) -> None:
         if pipeline is not None:
+            self._timeline = pipeline.timeline
             pipeline.close()
         if self._job is not None:
             self._job.pool.release(list(self._links))
@@ -337,6 +361,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         if self.drivers > 1:
             _start_alike(module)
         self._pipeline = self._make_pipeline(layout)
+        self._pipeline.collect_timeline = self._record_timeline
         self._pipeline.form()
         self._block_names = _names_in(module, blocks)
         kinds = ("cpu",) if self.root_device.type == "cpu" else ("cpu", self.root_device.type)

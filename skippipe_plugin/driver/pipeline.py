@@ -318,7 +318,7 @@ class Pipeline:
         The loss is a scalar whose ``backward`` merges the step's gradients, scaled by the gradient it receives.
         """
         self._heal()
-        run = self._step_run(task)
+        run = self._step_run(task, TRAINING)
         with _private_random_state(self.device):
             self._window.open()
             try:
@@ -337,7 +337,7 @@ class Pipeline:
     def evaluate(self, task: StepTask) -> list[Any]:
         """Run functions that may call the blocks any number of times, without gradients; return their results."""
         self._heal()
-        run = self._step_run(task)
+        run = self._step_run(task, EVALUATION)
         try:
             run.start_all()
             while self._anybody(live := run.waiting()):
@@ -390,12 +390,12 @@ class Pipeline:
             remote = {rank: message.fields["timeline"] for rank, message in done.items()}
             self.timeline = _timeline(events, remote)
 
-    def _step_run(self, task: StepTask) -> StepRun:
+    def _step_run(self, task: StepTask, name: str) -> StepRun:
         kinds = ("cpu",) if self.device.type == "cpu" else ("cpu", self.device.type)
         return StepRun(
             task,
             first=self.microbatches.start,
-            paths=self.schedules[TRAINING].paths,
+            paths=self.schedules[name].paths,
             threads=self._threads,
             proxies=self._proxies_now(),
             writer=self._writer,
@@ -441,6 +441,7 @@ class Pipeline:
         self._zero_first = True
 
     def _merge(self, scale: float) -> None:
+        self._drop_norm()  # of an earlier step of the same accumulation window
         self._window.merge(scale)
         zero, self._zero_first = self._zero_first, False
         if self.leads:
@@ -450,9 +451,8 @@ class Pipeline:
     def gradient_norm(self, local: Sequence[nn.Parameter], norm_type: float) -> float:
         """Return the norm of the accumulated gradients of the ``local`` parameters and of all workers."""
         norm_type = float(norm_type)
-        if self._norm_under_way and self._expected_norm != norm_type:
-            self.links.expect_all("norm")
-            self._norm_under_way = False
+        if self._expected_norm != norm_type:
+            self._drop_norm()
         if not self._norm_under_way and self.leads:
             self.links.broadcast("norm", {"norm_type": norm_type})
         answers = self.links.expect_all("norm")
@@ -465,13 +465,18 @@ class Pipeline:
 
     def step_optimizer(self, hyperparameters: Sequence[Any], scale: float | None, value: float | None) -> None:
         """Let every worker step its optimizer, after clipping."""
-        if self._norm_under_way:
-            self.links.expect_all("norm")
-            self._norm_under_way = False
+        self._drop_norm()
         zero, self._zero_first = self._zero_first, False
         if self.leads:
             fields = {"scale": scale, "value": value, "zero": zero}
             self.links.broadcast("optimizer_step", fields, [pickle.dumps(list(hyperparameters))])
+
+
+    def _drop_norm(self) -> None:
+        """Take an answer that nobody asked for, so that the next one is not mistaken for it."""
+        if self._norm_under_way:
+            self.links.expect_all("norm")
+            self._norm_under_way = False
 
 
 class _MergeOnBackward(torch.autograd.Function):

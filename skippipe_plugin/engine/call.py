@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -112,6 +112,9 @@ class CacheUse:
     ops: tuple[CacheOp, ...] = ()
 
 
+NO_CACHES: Final = CacheUse()
+
+
 @dataclass(frozen=True, slots=True)
 class CallSpec:
     """Everything about a call but its tensors."""
@@ -138,7 +141,7 @@ class Call:
     side_inputs: tuple[Tensor, ...]
     seed: int
     """Seeds the randomness of every block of this microbatch, see :func:`block_seed`."""
-    caches: CacheUse = CacheUse()
+    caches: CacheUse = NO_CACHES
 
 
 def block_seed(seed: int, block: int) -> int:

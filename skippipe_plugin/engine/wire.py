@@ -16,7 +16,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from .call import CacheUse, Call, CallSpec
+from .call import NO_CACHES, CacheUse, Call, CallSpec
 from .channel import Buffer, Message
 from .handover import pack_tensors, unpack_tensors
 from .optimizer import ParameterKey
@@ -30,7 +30,7 @@ class NumberedCall:
     spec: int
     seed: int
     side_inputs: tuple[str, ...]
-    caches: CacheUse = CacheUse()
+    caches: CacheUse = NO_CACHES
 
 
 def encode_calls(
@@ -74,7 +74,7 @@ class CallDecoder:
         for digest, tensor in unpack_tensors(fields["side_inputs"], list(rest)).items():
             self._side_inputs[digest] = self._to_device(tensor)
         return [
-            (microbatch, Call(self._specs[spec], self._inputs(digests), seed, caches.get(microbatch, CacheUse())))
+            (microbatch, Call(self._specs[spec], self._inputs(digests), seed, caches.get(microbatch, NO_CACHES)))
             for microbatch, spec, seed, digests in fields["calls"]
         ]
 
