@@ -56,6 +56,7 @@ def train(
     *,
     seed: int = 0,
     ckpt_path: str | None = None,
+    val_data: Any = None,
     **options: Any,
 ) -> Run:
     """Fit ``make()`` for ``STEPS`` steps (or what ``options`` say)."""
@@ -64,8 +65,7 @@ def train(
     losses = Losses()
     callbacks = [losses, *options.pop("callbacks", ())]
     trainer = trainer_for(devices, strategy, **{"max_steps": STEPS, "callbacks": callbacks, **options})
-    fitted = {"datamodule": data} if hasattr(data, "train_dataloader") else {"train_dataloaders": data}
-    trainer.fit(module, **fitted, ckpt_path=ckpt_path)
+    trainer.fit(module, data, val_data, ckpt_path=ckpt_path)
     weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
     return Run(trainer, module, losses.values, weights)
 
