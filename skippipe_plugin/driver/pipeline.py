@@ -290,11 +290,12 @@ class Pipeline:
             remote = [rank for rank in ranks if rank in self.links]
             if not stage or not remote:
                 continue
-            fields, blobs = pack_blocks({block: proxies.blocks[block] for block in self.layout.blocks(stage)})
+            entries, blobs = pack_blocks({block: proxies.blocks[block] for block in self.layout.blocks(stage)})
+            fields = {"stage": stage, "blocks": entries, "compile": compile_with, "seed": seed + stage}
             for rank in remote:
-                self.links[rank].send(
-                    "load", {"stage": stage, "blocks": fields, "compile": compile_with, "seed": seed + stage}, blobs
-                )
+                held = self.layout.stages_of(rank)
+                order = {"first": stage == held[0], "last": stage == held[-1]}
+                self.links[rank].send("load", fields | order, blobs)
 
     def _detach_remote(self) -> None:
         for _, block in self._remote_blocks():
@@ -329,7 +330,7 @@ class Pipeline:
                 self._give_up(error)
                 raise
             if self.layout.num_drivers > 1:
-                self._window.sum_new(self._sum_over_drivers)
+                gradients.sum_over_holders(self._window.parameters, self._sum_over_drivers)
             self._window.close()
         loss = merged_loss(run, task.weights)
         return run.values(), None if loss is None else _MergeOnBackward.apply(_root(), loss, self._merge)  # type: ignore[no-untyped-call]
@@ -470,7 +471,6 @@ class Pipeline:
         if self.leads:
             fields = {"scale": scale, "value": value, "zero": zero}
             self.links.broadcast("optimizer_step", fields, [pickle.dumps(list(hyperparameters))])
-
 
     def _drop_norm(self) -> None:
         """Take an answer that nobody asked for, so that the next one is not mistaken for it."""

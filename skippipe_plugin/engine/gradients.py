@@ -50,26 +50,27 @@ class GradientWindow:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def sum_new(self, all_reduce: Callable[[Tensor], None]) -> None:
-        """Sum the gradients of the step that is about to be closed over the holders of the same parameters.
-
-        A parameter that no holder used keeps None: an optimizer must skip it as in one process.
-        """
-        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
-        if not trained:
-            return
-        used = torch.tensor([float(parameter.grad is not None) for parameter in trained])
-        all_reduce(used)
-        for dtype in sorted({parameter.dtype for parameter in trained}, key=str):
-            group = [p for p, count in zip(trained, used, strict=True) if count > 0 and p.dtype == dtype]
-            if group:
-                _sum_flat(group, all_reduce)
-
     def _restore(self) -> None:
         assert self._accumulated is not None
         for parameter, gradient in zip(self.parameters, self._accumulated, strict=True):
             parameter.grad = gradient
         self._accumulated = None
+
+
+def sum_over_holders(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], None]) -> None:
+    """Sum the gradients over all ranks that hold the same parameters, before the step is closed.
+
+    A parameter that no holder used keeps None: an optimizer must skip it as in one process.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        return
+    used = torch.tensor([float(parameter.grad is not None) for parameter in trained])
+    all_reduce(used)
+    for dtype in sorted({parameter.dtype for parameter in trained}, key=str):
+        group = [p for p, count in zip(trained, used, strict=True) if count > 0 and p.dtype == dtype]
+        if group:
+            _sum_flat(group, all_reduce)
 
 
 def norm_power(parameters: Sequence[nn.Parameter], norm_type: float) -> float:

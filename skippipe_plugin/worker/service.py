@@ -6,6 +6,7 @@ only on ``abort`` (wake a blocked main thread) and when a driver is gone (end th
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
@@ -220,10 +221,13 @@ class Worker:
             materialize(block, self._device)
             if message.fields["compile"] is not None:
                 block.compile(**message.fields["compile"])
-        self._stages = {message.fields["stage"]: Stage(message.fields["stage"], blocks, self._device)}
-        self._optimizer = None
-        self._window = GradientWindow([p for stage in self._stages.values() for p in stage.parameters()])
-        self._answer("ready", {})
+        if message.fields["first"]:
+            self._stages = {}
+            self._optimizer = None
+        self._stages[message.fields["stage"]] = Stage(message.fields["stage"], blocks, self._device)
+        if message.fields["last"]:
+            self._window = GradientWindow([p for stage in self._stages.values() for p in stage.parameters()])
+            self._answer("ready", {})
 
     def _on_step(self, source: int, message: Message) -> None:
         """Note a driver's part of a step; run it when every driver has announced its own."""
@@ -252,8 +256,9 @@ class Worker:
     def _sum_over_replicas(self) -> None:
         transport = self._transport
         assert transport is not None
-        for group in self._replica_groups.values():
-            self._window.sum_new(lambda tensor, name=group: transport.all_reduce(tensor, name))  # type: ignore[misc]
+        for stage, group in self._replica_groups.items():
+            parameters = self._stages[stage].parameters()
+            gradients.sum_over_holders(parameters, functools.partial(transport.all_reduce, name=group))
 
     def _on_merge(self, source: int, message: Message) -> None:
         if message.fields["zero"]:
