@@ -33,20 +33,23 @@ class PipelineShape:
 
     def num_stages(self, num_processes: int) -> int:
         """Return how many block stages the processes make; ValueError when they do not fit."""
-        return device_counts(
-            num_processes, replicas=self.replicas, drivers=self.drivers, driver_stage=self.driver_stage
-        )
-
-    def layout(self, num_processes: int, stage_blocks: tuple[range, ...]) -> Layout:
-        """Place the stages on the ranks."""
         if not isinstance(self.schedule, Schedule):
-            return Layout(self.drivers, stage_blocks, self._named(len(stage_blocks), 1, backward=True).placement)
-        if (self.schedule.num_ranks, self.schedule.num_stages) != (num_processes, len(stage_blocks)):
-            raise ValueError(
-                f"the schedule is for {self.schedule.num_ranks} ranks and {self.schedule.num_stages} stages, but "
-                f"devices={num_processes} makes {len(stage_blocks)} stages; use devices={self.schedule.num_ranks}"
+            return device_counts(
+                num_processes, replicas=self.replicas, drivers=self.drivers, driver_stage=self.driver_stage
             )
-        return Layout(len(self.schedule.drivers), stage_blocks, self.schedule.placement)
+        if (self.schedule.num_ranks, len(self.schedule.drivers)) != (num_processes, self.drivers):
+            raise ValueError(
+                f"the schedule is for {self.schedule.num_ranks} ranks with {len(self.schedule.drivers)} drivers, not "
+                f"for devices={num_processes} and drivers={self.drivers}; use devices={self.schedule.num_ranks} and "
+                f"drivers={len(self.schedule.drivers)}"
+            )
+        return self.schedule.num_stages
+
+    def layout(self, stage_blocks: tuple[range, ...]) -> Layout:
+        """Place the stages on the ranks."""
+        if isinstance(self.schedule, Schedule):
+            return Layout(self.drivers, stage_blocks, self.schedule.placement)
+        return Layout(self.drivers, stage_blocks, self._named(len(stage_blocks), 1, backward=True).placement)
 
     def schedules(self, num_stages: int) -> dict[str, Schedule]:
         """Return the schedules of training and of evaluation, proved to run."""

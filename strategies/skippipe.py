@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available, _sync_ddp_if_available
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from ..driver.devices import move_around
 from ..driver.layout import Layout
 from ..driver.links import Links
 from ..driver.microbatch import BatchError, batch_size, merge, split, split_sizes
@@ -294,10 +296,8 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def model_to_device(self) -> None:
         """Move what the driver keeps; called before the remote blocks leave."""
         assert self.model is not None
-        remote = {id(part) for block in self._remote_blocks for part in block.modules()}
-        for part in self.model.modules():
-            if id(part) not in remote:
-                part._apply(lambda tensor: tensor.to(self.root_device), recurse=False)  # type: ignore[no-untyped-call]
+        _update_properties(self.model, device=self.root_device)
+        move_around(self.model, set(self._remote_blocks), self.root_device)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -354,7 +354,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         stack = find_blocks(module, self.blocks)
         check_no_shared_parameters(module, stack)
         blocks = originals(stack.blocks)
-        layout = self._shape.layout(self.num_processes, self._cut(module, blocks))
+        layout = self._shape.layout(self._cut(module, blocks))
         hosted = set(layout.hosted(self.global_rank))
         self._remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
         self.model_to_device()
