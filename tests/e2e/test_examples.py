@@ -1,0 +1,37 @@
+"""The example does what the README says: the same module, in one process and as a pipeline, ends at the same loss."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--steps", "12", "--layers", "3", "--width", "32", "--batch-size", "8"]
+
+
+def train_lm(folder: Path, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples/train_lm.py"), *SMALL, "--output", str(folder), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def validation_loss(output: str) -> float:
+    match = re.search(r"validation loss: ([0-9.]+) nats per byte", output)
+    assert match, output
+    return float(match[1])
+
+
+def test_the_example_trains_the_same_model_either_way(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    alone = train_lm(tmp_path / "alone", "--text", str(text), "--strategy", "none")
+    pipeline = train_lm(tmp_path / "pipeline", "--text", str(text))
+    assert validation_loss(pipeline) == pytest.approx(validation_loss(alone), abs=2e-4)
+    assert "a sample:\nThe " in pipeline
+    (checkpoint,) = (tmp_path / "pipeline").rglob("*.ckpt")
+    assert checkpoint.stat().st_size > 0
