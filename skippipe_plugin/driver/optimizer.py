@@ -48,7 +48,7 @@ class RemoteOptimizer:
 
     def clip_norm(self, max_norm: float, norm_type: float = 2.0) -> float:
         """Clip the gradients of all parameters, local and remote, by their common norm; return that norm."""
-        norm = self._pipeline.gradient_norm(self._local(), norm_type)
+        norm = self._pipeline.gradients.norm(self._local(), norm_type)
         scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         gradients.clip(self._local(), scale=scale, value=None)
         self._clip_scale = scale * (1.0 if self._clip_scale is None else self._clip_scale)
@@ -120,7 +120,7 @@ class RemoteOptimizer:
 
     def _zero(self, set_to_none: bool = True) -> None:
         self._zero_grad(set_to_none)
-        self._pipeline.zero_gradients()
+        self._pipeline.gradients.zero()
 
     def _after_step(self) -> None:
         scale, value = self._clip_scale, self._clip_value
@@ -128,7 +128,7 @@ class RemoteOptimizer:
         if len(self._optimizer.param_groups) != self._num_groups:
             self._grow()
         hyperparameters = [local_hyperparameters(group) for group in self._optimizer.param_groups]
-        self._pipeline.step_optimizer(hyperparameters, scale, value)
+        self._pipeline.gradients.step_optimizers(hyperparameters, scale, value)
 
     def _grow(self) -> None:
         """A group was added (unfreezing does that): rebuild the remote optimizers and give them their state back."""

@@ -15,21 +15,22 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..engine import gradients
 from ..engine.c10d import Store
 from ..engine.call import Ambient, Call, CallSpec
 from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
-from ..engine.gradients import GradientWindow
+from ..engine.gradients import sum_over_holders
 from ..engine.handover import pack_blocks, pack_tensors, unpack_tensors
 from ..engine.program import compile_program
 from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec, Transport
 from ..engine.wire import block_tensors
-from ..schedule import Action, Event, Schedule, Timeline
+from ..schedule import Action, Event, Schedule, Timeline, validate
+from .backward import GradientControl, mergeable
 from .layout import Layout
 from .links import Link, Links
-from .proxies import BlockProxies, StackCall, detach, reattach
+from .proxies import BlockProxies, StackCall
+from .remote import detach, reattach
 from .side_inputs import dump_probe
 from .steps import CallWriter, NoFeed, StepRun, StepTask, merged_loss
 from .suspend import StepThreads, current_thread
@@ -99,10 +100,7 @@ class Pipeline:
         self._threads = StepThreads()
         self._proxies: BlockProxies | None = None
         self._hosted: dict[int, Stage] = {}
-        self._window = GradientWindow([])
-        self._zero_first = False
-        self._expected_norm: float | None = None
-        self._norm_under_way = False
+        self.gradients = GradientControl(links, layout, leads=rank == 0)
         links.on_failure = self._wake
 
     @property
@@ -142,7 +140,7 @@ class Pipeline:
         self._threads.abandon()
         if self._proxies is not None:
             self._proxies.forget_open_calls()
-        self._window.discard()
+        self.gradients.window.discard()
         for stage in self._hosted.values():
             stage.forget()
         transport, self._transport = self._transport, None
@@ -205,7 +203,7 @@ class Pipeline:
         }
         self._detach_remote()
         local = [parameter for parameter in model.parameters() if not parameter.is_meta]
-        self._window = GradientWindow(local)
+        self.gradients.own(local, self._hosted)
 
     def unload(self) -> list[str]:
         """Bring the weights back into the driver's model and remove the proxies.
@@ -227,7 +225,7 @@ class Pipeline:
         proxies.remove()
         self._proxies = None
         self._hosted = {}
-        self._window = GradientWindow([])
+        self.gradients.own([], {})
         return list(dict.fromkeys(lost))
 
     def remote_parameters(self) -> dict[int, tuple[int, str]]:
@@ -270,6 +268,15 @@ class Pipeline:
             entries, blobs = pack_tensors(own)
             link.send("put", {"what": "weights", "tensors": entries}, blobs)
         self.links.expect_all("ready")
+
+    def use_schedule(self, name: str, schedule: Schedule) -> None:
+        """Run the following steps by another schedule with the same placement; every driver calls this alike."""
+        validate(schedule)
+        assert schedule.placement == self.layout.placement, "blocks do not move with a schedule"
+        self.schedules[name] = schedule
+        self._programs[name] = compile_program(schedule, self.rank)
+        if self.leads and self._transport is not None:
+            self.links.broadcast("schedule", {"name": name, "text": schedule.to_json()})
 
     def first_replicas(self) -> list[Link]:
         """Return one link for each remote stage."""
@@ -321,7 +328,7 @@ class Pipeline:
         self._heal()
         run = self._step_run(task, TRAINING)
         with _private_random_state(self.device):
-            self._window.open()
+            self.gradients.window.open()
             try:
                 live = self._live(run, task)
                 if live or self.layout.num_drivers > 1:
@@ -330,10 +337,11 @@ class Pipeline:
                 self._give_up(error)
                 raise
             if self.layout.num_drivers > 1:
-                gradients.sum_over_holders(self._window.parameters, self._sum_over_drivers)
-            self._window.close()
+                sum_over_holders(self.gradients.window.parameters, self._sum_over_drivers)
+            self.gradients.window.close()
+        self.gradients.count_visits(self.schedules[TRAINING], task.weights)
         loss = merged_loss(run, task.weights)
-        return run.values(), None if loss is None else _MergeOnBackward.apply(_root(), loss, self._merge)  # type: ignore[no-untyped-call]
+        return run.values(), None if loss is None else mergeable(loss, self.gradients)
 
     def evaluate(self, task: StepTask) -> list[Any]:
         """Run functions that may call the blocks any number of times, without gradients; return their results."""
@@ -360,7 +368,7 @@ class Pipeline:
         thread = current_thread()
         if thread is not None:
             return thread.suspend(call)  # type: ignore[no-any-return]
-        if call.ambient.grad and (call.hidden.requires_grad or self._window.parameters):
+        if call.ambient.grad and (call.hidden.requires_grad or self.gradients.window.parameters):
             raise SkipPipeError(
                 "the blocks of the pipeline were called outside of training_step with gradients enabled; "
                 "call them under torch.no_grad(), or inside the step"
@@ -434,67 +442,6 @@ class Pipeline:
         link = self.links[self.layout.placement[stage][0]]
         link.send("probe", {}, [dump_probe(block, call, enters)])
         return pickle.loads(link.expect("probe").blobs[0])  # type: ignore[no-any-return]
-
-    # ------------------------------------------- between backward and step
-
-    def zero_gradients(self) -> None:
-        """Drop what the workers have accumulated before the next gradients are added (the local ones are not ours)."""
-        self._zero_first = True
-
-    def _merge(self, scale: float) -> None:
-        self._drop_norm()  # of an earlier step of the same accumulation window
-        self._window.merge(scale)
-        zero, self._zero_first = self._zero_first, False
-        if self.leads:
-            self.links.broadcast("merge", {"scale": scale, "zero": zero, "norm_type": self._expected_norm})
-        self._norm_under_way = self._expected_norm is not None
-
-    def gradient_norm(self, local: Sequence[nn.Parameter], norm_type: float) -> float:
-        """Return the norm of the accumulated gradients of the ``local`` parameters and of all workers."""
-        norm_type = float(norm_type)
-        if self._expected_norm != norm_type:
-            self._drop_norm()
-        if not self._norm_under_way and self.leads:
-            self.links.broadcast("norm", {"norm_type": norm_type})
-        answers = self.links.expect_all("norm")
-        self._norm_under_way = False
-        # A run that clips once clips always: from now on workers measure as soon as they have merged.
-        self._expected_norm = norm_type
-        counted = {link.rank for link in self._first_replicas()}
-        powers = [message.fields["power"] for rank, message in answers.items() if rank in counted]
-        return gradients.total_norm([gradients.norm_power(local, norm_type), *powers], norm_type)
-
-    def step_optimizer(self, hyperparameters: Sequence[Any], scale: float | None, value: float | None) -> None:
-        """Let every worker step its optimizer, after clipping."""
-        self._drop_norm()
-        zero, self._zero_first = self._zero_first, False
-        if self.leads:
-            fields = {"scale": scale, "value": value, "zero": zero}
-            self.links.broadcast("optimizer_step", fields, [pickle.dumps(list(hyperparameters))])
-
-    def _drop_norm(self) -> None:
-        """Take an answer that nobody asked for, so that the next one is not mistaken for it."""
-        if self._norm_under_way:
-            self.links.expect_all("norm")
-            self._norm_under_way = False
-
-
-class _MergeOnBackward(torch.autograd.Function):
-    """The batch's loss as autograd sees it: its backward hands the incoming gradient to ``merge``."""
-
-    @staticmethod
-    def forward(ctx: Any, root: Tensor, loss: Tensor, merge: Callable[[float], None]) -> Tensor:
-        ctx.merge = merge
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        ctx.merge(float(gradients[0]))
-        return torch.zeros(()), None, None
-
-
-def _root() -> Tensor:
-    return torch.zeros((), requires_grad=True)
 
 
 def _resume_in_thread(call: StackCall) -> Tensor:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils import swap_tensors
 
 from ..engine.call import Ambient, BlockMode, CacheRef, CacheUse, CallSpec, Hop, SideInput, Template
 from ..engine.errors import SkipPipeError
@@ -90,12 +89,11 @@ class BlockProxies:
 
     def modes(self) -> tuple[BlockMode, ...]:
         """Read the flags of all blocks, which user code may have changed."""
-        return tuple(
-            BlockMode(
-                tuple(module.training for module in modules), tuple(parameter.requires_grad for parameter in parameters)
+        with torch._C.DisableTorchFunctionSubclass():  # remote tensors' own handling takes long for so many flags
+            return tuple(
+                BlockMode(tuple(module.training for module in modules), tuple(p.requires_grad for p in parameters))
+                for modules, parameters in zip(self._modules, self._parameters, strict=True)
             )
-            for modules, parameters in zip(self._modules, self._parameters, strict=True)
-        )
 
     # --------------------------------------------------------------- calls
 
@@ -221,24 +219,6 @@ class BlockProxies:
 
 class _Outside:
     """Owns the call that code outside of any step has open."""
-
-
-def detach(parameter: Tensor) -> None:
-    """Replace a tensor's memory by none (the meta device), keeping the object's identity."""
-    empty = torch.empty_like(parameter, device="meta")
-    _swap(parameter, empty)
-
-
-def reattach(parameter: Tensor, value: Tensor) -> None:
-    """Give a detached tensor memory again."""
-    _swap(parameter, value.detach())
-
-
-def _swap(tensor: Tensor, replacement: Tensor) -> None:
-    if isinstance(tensor, nn.Parameter):
-        replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
-    tensor.grad = None
-    swap_tensors(tensor, replacement)  # type: ignore[no-untyped-call]
 
 
 def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:

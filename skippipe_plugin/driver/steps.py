@@ -71,6 +71,7 @@ class CallWriter:
                 link.send("calls", fields, blobs)  # type: ignore[arg-type]
 
     def _hops(self, path: Path, call: StackCall, modes: Sequence[BlockMode]) -> tuple[Hop, ...]:
+        self._check_forms(path, call)
         requires_grad = call.ambient.grad and call.hidden.requires_grad
         hops = [Hop(call.specs[0], requires_grad)]
         for visit in path.visits:
@@ -79,6 +80,18 @@ class CallWriter:
             requires_grad = requires_grad or (call.ambient.grad and trained)
             hops.append(Hop(call.specs[blocks.stop], requires_grad))
         return tuple(hops)
+
+    def _check_forms(self, path: Path, call: StackCall) -> None:
+        """A path that leaves out or swaps stages needs hidden states that any stage takes."""
+        if path.stages == tuple(range(1, len(self._layout.stage_blocks) + 1)):
+            return
+        for stage, blocks in enumerate(self._layout.stage_blocks, start=1):
+            if call.specs[blocks.start] != call.specs[blocks.stop]:
+                raise SkipPipeError(
+                    f"stage {stage} turns {call.specs[blocks.start]} into {call.specs[blocks.stop]}, so stages around "
+                    "it can be neither skipped nor swapped; use skip_ratio=0, or name a stack of blocks that keep the "
+                    "form of their input with blocks=..."
+                )
 
 
 class StepRun:

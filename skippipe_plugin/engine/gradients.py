@@ -29,6 +29,12 @@ class GradientWindow:
         self._new = _take(self.parameters)
         self._restore()
 
+    def new_of(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return the new gradients of some of the parameters, to be changed in place."""
+        wanted = {id(parameter) for parameter in parameters}
+        pairs = zip(self.parameters, self._new, strict=False)
+        return [gradient for parameter, gradient in pairs if gradient is not None and id(parameter) in wanted]
+
     def discard(self) -> None:
         """Give a step up: drop what it computed and put the accumulated gradients back."""
         if self._accumulated is not None:
@@ -40,8 +46,7 @@ class GradientWindow:
         """Add ``scale`` times the new gradients to the accumulated ones."""
         new, self._new = self._new, []
         pairs = [(p, gradient) for p, gradient in zip(self.parameters, new, strict=False) if gradient is not None]
-        if scale != 1.0:
-            _scale([gradient for _, gradient in pairs], scale)
+        scale_gradients([gradient for _, gradient in pairs], scale)
         for parameter, gradient in pairs:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
@@ -92,11 +97,17 @@ def total_norm(powers: Sequence[float], norm_type: float) -> float:
     return float(sum(powers) ** (1.0 / norm_type))
 
 
+def scale_gradients(gradients: Sequence[Tensor], scale: float) -> None:
+    """Multiply gradients in place."""
+    if gradients and scale != 1.0:
+        torch._foreach_mul_(list(gradients), scale)
+
+
 def clip(parameters: Sequence[nn.Parameter], *, scale: float | None, value: float | None) -> None:
     """Multiply the gradients by ``scale`` and clamp their elements to +-``value``, each if given."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if scale is not None:
-        _scale(gradients, scale)
+        scale_gradients(gradients, scale)
     if value is not None:
         torch.nn.utils.clip_grad_value_(list(parameters), value)
 
@@ -106,11 +117,6 @@ def _take(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     for parameter in parameters:
         parameter.grad = None
     return gradients
-
-
-def _scale(gradients: Sequence[Tensor], scale: float) -> None:
-    if gradients:
-        torch._foreach_mul_(list(gradients), scale)
 
 
 def _sum_flat(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], None]) -> None:

@@ -60,7 +60,7 @@ class Worker:
         self._device = torch.device("cpu")
         self._decoders: list[CallDecoder] = []
         self._calls: dict[int, list[tuple[int, Call]]] = {}
-        self._generation = -1
+        self._generation = self._rank = -1
         self._step = -1
         self._steps: dict[int, Any] = {}  # Any: JSON
         self._leaving = False
@@ -177,7 +177,7 @@ class Worker:
 
     def _on_configure(self, source: int, message: Message) -> None:
         fields = message.fields
-        self._generation = fields["generation"]
+        self._generation, self._rank = fields["generation"], fields["rank"]
         for path in fields["sys_path"]:
             if path not in sys.path:
                 sys.path.append(path)
@@ -263,6 +263,9 @@ class Worker:
     def _on_merge(self, source: int, message: Message) -> None:
         if message.fields["zero"]:
             self._window.zero()
+        for stage, scale in message.fields["stage_scales"]:
+            if stage in self._stages:
+                gradients.scale_gradients(self._window.new_of(self._stages[stage].parameters()), scale)
         self._window.merge(message.fields["scale"])
         if message.fields["norm_type"] is not None:
             self._on_norm(source, message)
@@ -270,6 +273,10 @@ class Worker:
     def _on_norm(self, source: int, message: Message) -> None:
         power = gradients.norm_power(self._window.parameters, float(message.fields["norm_type"]))
         self._answer("norm", {"power": power})
+
+    def _on_schedule(self, source: int, message: Message) -> None:
+        schedule = Schedule.from_json(message.fields["text"])
+        self._programs[message.fields["name"]] = compile_program(schedule, self._rank)
 
     def _on_optimizer(self, source: int, message: Message) -> None:
         self._optimizer = StageOptimizer(pickle.loads(message.blobs[0]), self._named_parameters())

@@ -1,0 +1,134 @@
+"""What happens to gradients between a step and the optimizer: scaled, merged, measured, clipped, everywhere alike."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import gradients
+from ..engine.gradients import GradientWindow
+from ..engine.stage import Stage
+from ..schedule import Schedule
+from .layout import Layout
+from .links import Links
+
+GradientScale = Literal["batch", "visit"]
+"""What the gradient of a stage is the mean over: all microbatches of the batch, or those that visited the stage.
+
+With ``"batch"`` (as in the SkipPipe paper's code) a stage that a third of the microbatches skipped has about two
+thirds of the gradient; ``"visit"`` makes up for it. SGD's steps shrink in proportion under ``"batch"``; Adam's hardly
+do, since it divides by the gradient's own scale. Clipping by norm and weight decay weigh such a stage differently
+under the two.
+"""
+
+
+class GradientControl:
+    """The gradients of a pipeline, seen from one driver; the first driver commands the workers'."""
+
+    def __init__(self, links: Links, layout: Layout, *, leads: bool) -> None:
+        self.scale: GradientScale = "batch"
+        self.window = GradientWindow([])
+        """The gradients of the parameters that live on this driver."""
+        self.visit_counts: dict[int, int] = {}
+        """By block stage: how many microbatches of all drivers visited it in the last training step."""
+        self._links = links
+        self._layout = layout
+        self._leads = leads
+        self._hosted: Mapping[int, Stage] = {}
+        self._stage_scales: dict[int, float] = {}
+        self._zero_first = False
+        self._expected_norm: float | None = None
+        self._norm_under_way = False
+
+    def own(self, parameters: Sequence[nn.Parameter], hosted: Mapping[int, Stage]) -> None:
+        """Take charge of this driver's parameters, those of hosted stages among them."""
+        self.window = GradientWindow(parameters)
+        self._hosted = hosted
+
+    def count_visits(self, schedule: Schedule, weights: Sequence[float]) -> None:
+        """Note who visited what; further drivers are taken to have microbatches like this one's.
+
+        Args:
+            schedule: What ran.
+            weights: By microbatch of this driver: its share of the global batch.
+        """
+        per_driver = schedule.num_microbatches // self._layout.num_drivers
+        counts = dict.fromkeys(range(1, schedule.num_stages + 1), 0)
+        shares = dict.fromkeys(counts, 0.0)
+        for microbatch, path in enumerate(schedule.paths):
+            if microbatch % per_driver < len(weights):
+                for stage in path.stages:
+                    counts[stage] += 1
+                    shares[stage] += weights[microbatch % per_driver]
+        self.visit_counts = counts
+        by_visit = self.scale == "visit"
+        self._stage_scales = {stage: 1.0 / share for stage, share in shares.items() if share} if by_visit else {}
+
+    def zero(self) -> None:
+        """Drop what the workers have accumulated before the next gradients are added; the local ones are not ours."""
+        self._zero_first = True
+
+    def merge(self, scale: float) -> None:
+        """Add the last step's gradients, times ``scale``, to the accumulated ones, here and on the workers."""
+        self._drop_norm()  # of an earlier step of the same accumulation window
+        for stage, held in self._hosted.items():
+            gradients.scale_gradients(self.window.new_of(held.parameters()), self._stage_scales.get(stage, 1.0))
+        self.window.merge(scale)
+        zero, self._zero_first = self._zero_first, False
+        if self._leads:
+            fields = {"scale": scale, "zero": zero, "norm_type": self._expected_norm}
+            self._links.broadcast("merge", fields | {"stage_scales": list(self._stage_scales.items())})
+        self._norm_under_way = self._expected_norm is not None
+
+    def norm(self, local: Sequence[nn.Parameter], norm_type: float) -> float:
+        """Return the norm of the accumulated gradients of the ``local`` parameters and of all workers."""
+        norm_type = float(norm_type)
+        if self._expected_norm != norm_type:
+            self._drop_norm()
+        if not self._norm_under_way and self._leads:
+            self._links.broadcast("norm", {"norm_type": norm_type})
+        answers = self._links.expect_all("norm")
+        self._norm_under_way = False
+        # A run that clips once clips always: from now on workers measure as soon as they have merged.
+        self._expected_norm = norm_type
+        counted = {ranks[0] for stage, ranks in enumerate(self._layout.placement) if stage}
+        powers = [message.fields["power"] for rank, message in answers.items() if rank in counted]
+        return gradients.total_norm([gradients.norm_power(local, norm_type), *powers], norm_type)
+
+    def step_optimizers(self, hyperparameters: Sequence[Any], scale: float | None, value: float | None) -> None:
+        """Let every worker step its optimizer, after clipping."""
+        self._drop_norm()
+        zero, self._zero_first = self._zero_first, False
+        if self._leads:
+            fields = {"scale": scale, "value": value, "zero": zero}
+            self._links.broadcast("optimizer_step", fields, [pickle.dumps(list(hyperparameters))])
+
+    def _drop_norm(self) -> None:
+        """Take an answer that nobody asked for, so that the next one is not mistaken for it."""
+        if self._norm_under_way:
+            self._links.expect_all("norm")
+            self._norm_under_way = False
+
+
+class MergeOnBackward(torch.autograd.Function):
+    """The batch's loss as autograd sees it: its backward hands the incoming gradient to ``control.merge``."""
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, loss: Tensor, control: GradientControl) -> Tensor:
+        ctx.control = control
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        ctx.control.merge(float(grad_outputs[0]))
+        return torch.zeros(()), None, None
+
+
+def mergeable(loss: Tensor, control: GradientControl) -> Tensor:
+    """Return ``loss`` such that ``backward`` merges the step's gradients, scaled by the gradient it receives."""
+    root = torch.zeros((), requires_grad=True)
+    return MergeOnBackward.apply(root, loss, control)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,0 +1,55 @@
+"""Weights whose values are on a worker: on the driver they keep their names and shapes, and say where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import swap_tensors
+
+from ..engine.errors import SkipPipeError
+
+
+class RemoteTensor(Tensor):
+    """A tensor without memory (on the meta device); what is computed from it is one too."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),  # Any: whatever the torch function takes
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.equal:  # finetuning callbacks of Lightning look parameters up by value
+            return args[0] is args[1]
+        try:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        except SkipPipeError:
+            raise
+        except RuntimeError as error:
+            raise SkipPipeError(
+                f"{getattr(func, '__name__', func)} needs the values of weights that are on a worker of the pipeline; "
+                "the driver has only their names and shapes. Do it after the run or on a checkpoint, or take "
+                f"the blocks out of it (torch said: {str(error).splitlines()[0]})"
+            ) from error
+
+
+def detach(tensor: Tensor) -> None:
+    """Replace a tensor's memory by none, keeping the object's identity."""
+    _swap(tensor, torch.empty_like(tensor, device="meta", requires_grad=False).as_subclass(RemoteTensor))
+
+
+def reattach(tensor: Tensor, value: Tensor) -> None:
+    """Give a detached tensor memory again."""
+    _swap(tensor, value.detach())
+
+
+def _swap(tensor: Tensor, replacement: Tensor) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        if isinstance(tensor, nn.Parameter):
+            replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
+        tensor.grad = None
+        swap_tensors(tensor, replacement)  # type: ignore[no-untyped-call]
