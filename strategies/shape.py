@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..driver.layout import Layout, device_counts
 from ..driver.pipeline import EVALUATION, TRAINING
-from ..schedule import FULL_SCHEDULES, Schedule, forward_only, full_schedule, validate
+from ..schedule import FULL_SCHEDULES, Path, Schedule, Visit, forward_only, full_schedule, gpipe, validate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class PipelineShape:
     def schedules(self, num_stages: int) -> dict[str, Schedule]:
         """Return the schedules of training and of evaluation, proved to run."""
         if isinstance(self.schedule, Schedule):
-            training, evaluation = self.schedule, forward_only(self.schedule)
+            training, evaluation = self.schedule, _whole(self.schedule)
         else:
             count = self.num_microbatches or 4 * num_stages
             training = self._named(num_stages, count, backward=True)
@@ -74,3 +74,21 @@ class PipelineShape:
             driver_stage=self.driver_stage,
             backward=backward,
         )
+
+
+def _whole(schedule: Schedule) -> Schedule:
+    """Return the evaluation that belongs to ``schedule``: every stage in order, whatever training leaves out."""
+    stages = tuple(range(1, schedule.num_stages + 1))
+    if all(path.stages == stages for path in schedule.paths):
+        return forward_only(schedule)
+    paths = tuple(
+        Path(path.driver, tuple(Visit(stage, _replica(schedule, stage, path.driver, index)) for stage in stages))
+        for index, path in enumerate(schedule.paths)
+    )
+    return gpipe(schedule.placement, paths, backward=False)
+
+
+def _replica(schedule: Schedule, stage: int, driver: int, microbatch: int) -> int:
+    """Choose a rank for a stage: the driver's own, else the replicas in turn."""
+    ranks = schedule.placement[stage]
+    return driver if driver in ranks else ranks[microbatch % len(ranks)]

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from ..driver.backward import GradientScale
 from ..driver.devices import move_around
 from ..driver.layout import Layout
 from ..driver.links import Links
@@ -69,6 +70,8 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         drivers: How many processes run the Trainer, each on its own share of the data.
         blocks: The name of the block stack in the LightningModule, such as ``"model.layers"``; found when None.
         driver_stage: Whether the driver holds the first stage itself, so that N processes make N stages.
+        gradient_scale: Whether the gradient of a stage is the mean over all microbatches of the batch (``"batch"``)
+            or over those that visited the stage (``"visit"``); the same when nothing is skipped.
         network: Where the processes meet.
 
     Example:
@@ -93,6 +96,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         drivers: int = 1,
         blocks: str | None = None,
         driver_stage: bool = False,
+        gradient_scale: GradientScale = "batch",
         network: NetworkConfig | None = None,
     ) -> None:
         super().__init__()
@@ -106,6 +110,9 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         )
         self.drivers = drivers
         self.blocks = blocks
+        if gradient_scale not in get_args(GradientScale):
+            raise ValueError(f"gradient_scale={gradient_scale!r} is unknown; choose one of {get_args(GradientScale)}")
+        self.gradient_scale: GradientScale = gradient_scale
         self.network = network or NetworkConfig()
         # The Trainer fills these in; their presence is how Lightning tells a strategy for several processes.
         self.parallel_devices: list[torch.device] | None = None
@@ -144,6 +151,11 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def timeline(self) -> Timeline | None:
         """What the last measured training step did when, on every rank; None before, and on further drivers."""
         return self._timeline if self._pipeline is None else self._pipeline.timeline
+
+    @property
+    def visit_counts(self) -> dict[int, int]:
+        """By stage: how many microbatches visited it in the last training step."""
+        return self._running().gradients.visit_counts
 
     @property
     def training_schedule(self) -> Schedule | None:
@@ -362,6 +374,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
             _start_alike(module)
         self._pipeline = self._make_pipeline(layout)
         self._pipeline.collect_timeline = self._record_timeline
+        self._pipeline.gradients.scale = self.gradient_scale
         self._pipeline.form()
         self._block_names = _names_in(module, blocks)
         kinds = ("cpu",) if self.root_device.type == "cpu" else ("cpu", self.root_device.type)
