@@ -6,7 +6,6 @@ This module adapts; what a pipeline is lives in :mod:`skippipe_plugin.driver`. O
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +43,7 @@ from ..partition import check_no_shared_parameters, cut, driver_share, estimate_
 from ..schedule import Schedule, Timeline
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
+from .checks import check_fit
 from .compiled import CompiledParts, options_of_blocks, originals
 from .config import NetworkConfig
 from .job import DriverJob, Launcher, driver_job, worker_job
@@ -292,7 +292,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         module = self.lightning_module
         assert module is not None
         self.accelerator.setup(trainer)
-        _check_module(module, trainer)
+        check_fit(module, trainer)
         if module._compiler_ctx is not None:
             to_uncompiled(module)
         self.model = self.precision_plugin.convert_module(module)
@@ -517,18 +517,6 @@ class SkipPipeStrategy(SingleDeviceStrategy):
 
 # Lightning gives a DistributedSampler to subclasses of ParallelStrategy only; with one driver it makes no difference.
 ParallelStrategy.register(SkipPipeStrategy)
-
-
-def _check_module(module: LightningModule, trainer: Trainer) -> None:
-    if trainer.state.fn != TrainerFn.FITTING:
-        return
-    if not module.automatic_optimization:
-        raise SkipPipeError(
-            f"{type(module).__name__} sets automatic_optimization=False, but a pipeline runs forward and backward of "
-            "all microbatches together; use automatic optimization, or train without the pipeline"
-        )
-    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-        raise SkipPipeError("training_step(dataloader_iter) cannot be microbatched; take a batch instead")
 
 
 def _start_alike(module: LightningModule) -> None:

@@ -31,9 +31,9 @@ class RemoteTensor(Tensor):
             raise
         except RuntimeError as error:
             raise SkipPipeError(
-                f"{getattr(func, '__name__', func)} needs the values of weights that are on a worker of the pipeline; "
-                "the driver has only their names and shapes. Do it after the run or on a checkpoint, or take "
-                f"the blocks out of it (torch said: {str(error).splitlines()[0]})"
+                f"{getattr(func, '__name__', func)}() needs the values of weights that are on a pipeline's worker, "
+                "but the driver has only their names and shapes; do it after the run or with a checkpoint, or leave "
+                f"the blocks out (torch says: {str(error).splitlines()[0]})"
             ) from error
 
 
@@ -48,8 +48,8 @@ def reattach(tensor: Tensor, value: Tensor) -> None:
 
 
 def _swap(tensor: Tensor, replacement: Tensor) -> None:
+    if isinstance(tensor, nn.Parameter):
+        replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
     with torch._C.DisableTorchFunctionSubclass():
-        if isinstance(tensor, nn.Parameter):
-            replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
         tensor.grad = None
         swap_tensors(tensor, replacement)  # type: ignore[no-untyped-call]
