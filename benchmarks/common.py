@@ -125,7 +125,7 @@ def pipeline_step(
         pieces = zip(*(part.chunk(num_microbatches) for part in batch), strict=True)
         functions: list[Callable[[], Any]] = [functools.partial(one, *piece) for piece in pieces]
         task = StepTask(functions, [1 / num_microbatches] * num_microbatches, lambda loss: loss, 0, training=True)
-        pipeline.zero_gradients()
+        pipeline.gradients.zero()
         model.zero_grad()
         _, loss = pipeline.train(task)
         assert loss is not None

@@ -112,7 +112,7 @@ def serve_engine(console: Console, settings: dict[str, Any]) -> None:
         arguments = (settings["schedule"], count, settings["driver_stage"])
         with pipeline_over(workers, model, model.blocks, *arguments) as pipeline:
             local = [parameter for parameter in model.parameters() if not parameter.is_meta]
-            norm = lambda: pipeline.gradient_norm(local, 2.0) ** 2  # noqa: E731
+            norm = lambda: pipeline.gradients.norm(local, 2.0) ** 2  # noqa: E731
             yield pipeline_step(pipeline, model, batch, count), norm
 
     try:
