@@ -170,7 +170,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     @property
     @override
     def root_device(self) -> torch.device:
-        return self.parallel_devices[0] if self.parallel_devices else self._root_device
+        return self.parallel_devices[self.local_rank] if self.parallel_devices else self._root_device
 
     @property
     @override

@@ -5,6 +5,7 @@ It owns the links to the workers and this rank's end of the groups. Nothing here
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import sys
@@ -21,11 +22,12 @@ from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
 from ..engine.handover import pack_blocks, pack_tensors, unpack_tensors
+from ..engine.ping import LinkCost, measure_links
 from ..engine.program import compile_program
 from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec, Transport
 from ..engine.wire import block_tensors
-from ..schedule import Action, Event, Schedule, Timeline, validate
+from ..schedule import Action, Event, NetworkCost, Schedule, Timeline, validate
 from .backward import GradientControl, mergeable
 from .layout import Layout
 from .links import Link, Links
@@ -277,6 +279,23 @@ class Pipeline:
         self._programs[name] = compile_program(schedule, self.rank)
         if self.leads and self._transport is not None:
             self.links.broadcast("schedule", {"name": name, "text": schedule.to_json()})
+
+    def measure_links(self, num_bytes: int) -> NetworkCost:
+        """Measure latency and bandwidth between every two ranks with messages of ``num_bytes``; all drivers call it."""
+        self._heal()
+        assert self._transport is not None
+        if self.leads:
+            self.links.broadcast("ping", {"num_bytes": num_bytes})
+        costs = measure_links(self._transport, num_bytes)
+        for message in self.links.expect_all("links").values():
+            costs += [LinkCost(*entry) for entry in message.fields["costs"]]
+        size = self.layout.size
+        latency = [[0.0] * size for _ in range(size)]
+        bandwidth = [[math.inf] * size for _ in range(size)]
+        for cost in costs:
+            for a, b in ((cost.first, cost.second), (cost.second, cost.first)):
+                latency[a][b], bandwidth[a][b] = cost.latency_s, cost.bandwidth_Bps
+        return NetworkCost(tuple(map(tuple, latency)), tuple(map(tuple, bandwidth)))
 
     def first_replicas(self) -> list[Link]:
         """Return one link for each remote stage."""

@@ -14,6 +14,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import astuple
 from typing import Any, Final
 
 import torch
@@ -28,6 +29,7 @@ from ..engine.executor import Executor
 from ..engine.gradients import GradientWindow
 from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
 from ..engine.optimizer import ParameterKey, StageOptimizer
+from ..engine.ping import measure_links
 from ..engine.program import Instruction, compile_program
 from ..engine.stage import Stage
 from ..engine.transport import Transport
@@ -259,6 +261,11 @@ class Worker:
         for stage, group in self._replica_groups.items():
             parameters = self._stages[stage].parameters()
             gradients.sum_over_holders(parameters, functools.partial(transport.all_reduce, name=group))
+
+    def _on_ping(self, source: int, message: Message) -> None:
+        assert self._transport is not None, "links are measured in a generation"
+        costs = measure_links(self._transport, message.fields["num_bytes"])
+        self._answer("links", {"costs": [astuple(cost) for cost in costs]})
 
     def _on_merge(self, source: int, message: Message) -> None:
         if message.fields["zero"]:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from skippipe_plugin.engine.c10d import TCPStore
 from skippipe_plugin.engine.call import Ambient, BlockMode, Call, CallSpec, Hop, Template
 from skippipe_plugin.engine.errors import GenerationAborted
 from skippipe_plugin.engine.executor import Executor
+from skippipe_plugin.engine.ping import LinkCost, measure_links, rounds
 from skippipe_plugin.engine.program import compile_program
 from skippipe_plugin.engine.stage import Stage
 from skippipe_plugin.engine.transport import TensorSpec, Transport
@@ -217,3 +219,18 @@ def test_poison_wakes_a_blocked_receive() -> None:
             pending.wait()
 
     on_threads(3, body)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_every_link_is_measured_once(size: int) -> None:
+    costs: list[LinkCost] = []
+    on_threads(size, lambda rank, transport: costs.extend(measure_links(transport, 100_000)))
+    assert sorted((cost.first, cost.second) for cost in costs) == list(combinations(range(size), 2))
+    assert all(0 < cost.latency_s < 1 and cost.bandwidth_Bps > 0 for cost in costs)
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_rounds_are_disjoint_and_complete(size: int) -> None:
+    everything = [pair for pairs in rounds(size) for pair in pairs]
+    assert sorted(everything) == list(combinations(range(size), 2))
+    assert all(len({rank for pair in pairs for rank in pair}) == 2 * len(pairs) for pairs in rounds(size))
