@@ -22,7 +22,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -44,7 +43,7 @@ from ..schedule import Schedule, Timeline
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .checks import check_fit
-from .compiled import CompiledParts, options_of_blocks, originals
+from .compiled import CompiledParts, originals
 from .config import NetworkConfig
 from .job import DriverJob, Launcher, driver_job, worker_job
 from .launcher import SkipPipeLauncher, apply_results, collect_results
@@ -293,8 +292,6 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         assert module is not None
         self.accelerator.setup(trainer)
         check_fit(module, trainer)
-        if module._compiler_ctx is not None:
-            to_uncompiled(module)
         self.model = self.precision_plugin.convert_module(module)
         self._spread(module)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -362,10 +359,10 @@ class SkipPipeStrategy(SingleDeviceStrategy):
 
     def _spread(self, module: LightningModule) -> None:
         """Cut the block stack into stages and hand them over to workers."""
-        self._compiled = CompiledParts(module)
         stack = find_blocks(module, self.blocks)
         check_no_shared_parameters(module, stack)
         blocks = originals(stack.blocks)
+        self._compiled = CompiledParts(module, blocks)
         layout = self._shape.layout(self._cut(module, blocks))
         hosted = set(layout.hosted(self.global_rank))
         self._remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
@@ -381,7 +378,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         self._pipeline.load(
             module,
             functools.partial(BlockProxies, self._block_names, blocks, kinds),
-            self._compiled.options or options_of_blocks(blocks),
+            self._compiled.options,
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )
 

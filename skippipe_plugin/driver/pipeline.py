@@ -188,7 +188,7 @@ class Pipeline:
         Args:
             model: The whole model, proxies included afterwards; its other parameters stay on this driver.
             proxies_of: Makes the proxies, given how to probe a block and how to forward a call outside of steps.
-            compile_with: Keyword arguments for ``Module.compile`` on the workers; None when nothing is compiled.
+            compile_with: Keyword arguments for ``Module.compile`` of the blocks; None when nothing is compiled.
             seed: For blocks that were built on the meta device.
         """
         proxies = proxies_of(probe=self._probe, forward=self._forward)
@@ -203,6 +203,9 @@ class Pipeline:
             stage: Stage(stage, {block: real[block] for block in self.layout.blocks(stage)}, self.device, guest=True)
             for stage in self.layout.stages_of(self.rank)
         }
+        if compile_with is not None:
+            for block in self.layout.hosted(self.rank):
+                real[block].compile(**compile_with)
         self._detach_remote()
         local = [parameter for parameter in model.parameters() if not parameter.is_meta]
         self.gradients.own(local, self._hosted)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import swap_tensors
+from torch import Tensor
 
 from ..engine.errors import SkipPipeError
+from ..engine.handover import swap_memory
 
 
 class RemoteTensor(Tensor):
@@ -39,17 +39,9 @@ class RemoteTensor(Tensor):
 
 def detach(tensor: Tensor) -> None:
     """Replace a tensor's memory by none, keeping the object's identity."""
-    _swap(tensor, torch.empty_like(tensor, device="meta", requires_grad=False).as_subclass(RemoteTensor))
+    swap_memory(tensor, torch.empty_like(tensor, device="meta", requires_grad=False).as_subclass(RemoteTensor))
 
 
 def reattach(tensor: Tensor, value: Tensor) -> None:
     """Give a detached tensor memory again."""
-    _swap(tensor, value.detach())
-
-
-def _swap(tensor: Tensor, replacement: Tensor) -> None:
-    if isinstance(tensor, nn.Parameter):
-        replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
-    with torch._C.DisableTorchFunctionSubclass():
-        tensor.grad = None
-        swap_tensors(tensor, replacement)  # type: ignore[no-untyped-call]
+    swap_memory(tensor, value.detach())

@@ -13,6 +13,7 @@ from typing import Any
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.utils import swap_tensors
 
 from .channel import Buffer
 from .errors import SkipPipeError
@@ -118,9 +119,11 @@ def materialize(block: nn.Module, device: torch.device) -> None:
     """
     for name, module in block.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if not any(tensor.is_meta for tensor in own):
+        meta = [tensor for tensor in own if tensor.is_meta]
+        if not meta:
             continue
-        module.to_empty(device=device, recurse=False)
+        for tensor in meta:
+            swap_memory(tensor, torch.empty_like(tensor, device=device))
         reset = getattr(module, "reset_parameters", None)
         if not callable(reset):
             raise SkipPipeError(
@@ -129,3 +132,12 @@ def materialize(block: nn.Module, device: torch.device) -> None:
             )
         reset()
     block.to(device)
+
+
+def swap_memory(tensor: Tensor, replacement: Tensor) -> None:
+    """Give ``tensor`` the memory (and device) of ``replacement``; whoever shares the object sees it, and ties stay."""
+    if isinstance(tensor, nn.Parameter):
+        replacement = nn.Parameter(replacement.detach(), requires_grad=tensor.requires_grad)
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor.grad = None
+        swap_tensors(tensor, replacement)  # type: ignore[no-untyped-call]

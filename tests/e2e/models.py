@@ -81,3 +81,15 @@ def tokens(samples: int, length: int = 8, vocabulary: int = 32, seed: int = 0) -
     start = torch.randint(vocabulary, (samples, 1), generator=generator)
     jumps = torch.randint(1, 4, (samples, length), generator=generator)
     return (start + jumps.cumsum(1)) % vocabulary
+
+
+class Telling(nn.Module):
+    """A block that computes something else when it is compiled."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.plain = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x) * (2.0 if torch.compiler.is_compiling() else self.plain)
