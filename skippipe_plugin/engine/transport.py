@@ -59,16 +59,16 @@ def from_bytes(data: Tensor, spec: TensorSpec) -> Tensor:
 class PendingTensor:
     """A posted receive."""
 
-    __slots__ = ("_buffer", "_device", "_spec", "_work")
+    __slots__ = ("_buffer", "_device", "_work")
 
-    def __init__(self, work: Work | None, buffer: Tensor, spec: TensorSpec, device: torch.device) -> None:
-        self._work, self._buffer, self._spec, self._device = work, buffer, spec, device
+    def __init__(self, work: Work | None, buffer: Tensor, device: torch.device) -> None:
+        self._work, self._buffer, self._device = work, buffer, device
 
     def wait(self) -> Tensor:
         """Block until the tensor is here; raise GenerationAborted when the generation ends first."""
         if self._work is not None:
             _wait(self._work)
-        return from_bytes(self._buffer, self._spec).to(self._device)
+        return self._buffer.to(self._device)
 
 
 class Transport:
@@ -86,15 +86,15 @@ class Transport:
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send ``tensor``; it is kept alive until :meth:`flush`."""
-        data = as_bytes(tensor)
+        data = tensor.detach().to("cpu").contiguous()
         if data.numel():
             self._sends.append((self._start(lambda: self._group.send([data], destination, tag)), data))
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Post a receive for a tensor of exactly ``spec``."""
-        buffer = torch.empty(spec.num_bytes, dtype=torch.uint8)
+        buffer = torch.empty(spec.shape, dtype=spec.dtype)
         work = self._start(lambda: self._group.recv([buffer], source, tag)) if buffer.numel() else None
-        return PendingTensor(work, buffer, spec, device)
+        return PendingTensor(work, buffer, device)
 
     def flush(self) -> None:
         """Wait until every send of this step has been taken by its receiver."""
