@@ -8,7 +8,7 @@ distinct one once, and a spec refers to them by slot.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,6 +33,10 @@ class CacheRef:
     slot: int
 
 
+_LEAVES: Final = frozenset({SideInput, CacheRef, type(None), bool, int, float, str})
+"""What most arguments are: no containers, so that looking into them can be left out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """The arguments of a block without its hidden states: leaves are constants, SideInput or CacheRef."""
@@ -44,8 +48,11 @@ class Template:
 
     def fill(self, leaf: Callable[[Any], Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return args and kwargs with ``leaf`` applied to every leaf; the hidden states are still missing."""
-        args, kwargs = pytree.tree_map(leaf, (list(self.args), self.kwargs))
-        return args, kwargs
+
+        def fill(value: Any) -> Any:  # Any: an argument
+            return leaf(value) if type(value) in _LEAVES else pytree.tree_map(leaf, value)
+
+        return [fill(value) for value in self.args], {name: fill(value) for name, value in self.kwargs.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +78,14 @@ class Ambient:
         autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in device_types if _autocast_is_on(kind))
         return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> AbstractContextManager[None]:
         """Put the calling thread into this state."""
+        if not self.inference and not self.autocast:
+            return torch.set_grad_enabled(self.grad)
+        return self._entered()
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
         with ExitStack() as stack:
             if self.inference:
                 stack.enter_context(torch.inference_mode())
