@@ -27,8 +27,9 @@ from ..engine.program import compile_program
 from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec, Transport
 from ..engine.wire import block_tensors
-from ..schedule import Action, Event, NetworkCost, Schedule, Timeline, validate
+from ..schedule import Action, Event, NetworkCost, Schedule, Timeline, find_transfers, validate
 from .backward import GradientControl, mergeable
+from .clocks import WorkerClocks
 from .layout import Layout
 from .links import Link, Links
 from .proxies import BlockProxies, StackCall
@@ -91,6 +92,7 @@ class Pipeline:
         self.collect_timeline = False
         self.timeline: Timeline | None = None
         """What the last training step measured, when :attr:`collect_timeline` was set; first driver only."""
+        self._clocks = WorkerClocks(links)
         self._store = store
         self._generations = generations
         self._rendezvous = rendezvous
@@ -121,6 +123,7 @@ class Pipeline:
     def form(self) -> None:
         """Start a generation: form the groups anew with every worker that is there."""
         self._generation = next(self._generations)
+        self._clocks.forget()
         self.links.start_generation(self._generation)
         if self.leads:
             for link in self.links:
@@ -403,6 +406,8 @@ class Pipeline:
         assert transport is not None
         run.step = self._step = self._step + 1
         timeline = self.collect_timeline and name == TRAINING
+        if timeline and self.leads:
+            self._clocks.read()
         self.links.broadcast(
             "step",
             {
@@ -419,7 +424,7 @@ class Pipeline:
         done = self.links.expect_all("done")
         if timeline and self.leads:
             remote = {rank: message.fields["timeline"] for rank, message in done.items()}
-            self.timeline = _timeline(events, remote)
+            self.timeline = _timeline(schedule, [*events, *_remote_events(remote, self._clocks)])
 
     def _step_run(self, task: StepTask, name: str) -> StepRun:
         kinds = ("cpu",) if self.device.type == "cpu" else ("cpu", self.device.type)
@@ -488,10 +493,16 @@ class _private_random_state:
             torch.cuda.set_rng_state(self._cuda, self._device)
 
 
-def _timeline(events: Sequence[Event], remote: Mapping[int, Sequence[Any]]) -> Timeline:
-    everything = list(events)
+def _remote_events(remote: Mapping[int, Sequence[Any]], clocks: WorkerClocks) -> Iterator[Event]:
+    """Read the workers' events, as the driver's clock saw them."""
     for rank, entries in remote.items():
-        everything += [Event(rank, Action.parse(text), start, end) for text, start, end in entries]
-    origin = min((event.start_s for event in everything), default=0.0)
-    shifted = [Event(e.rank, e.action, e.start_s - origin, e.end_s - origin) for e in everything]
-    return Timeline(tuple(sorted(shifted, key=lambda event: (event.start_s, event.rank))), (), "measured")
+        ahead_s = clocks.offset_s(rank)
+        for text, start, end in entries:
+            yield Event(rank, Action.parse(text), start - ahead_s, end - ahead_s)
+
+
+def _timeline(schedule: Schedule, events: Sequence[Event]) -> Timeline:
+    origin = min((event.start_s for event in events), default=0.0)
+    shifted = [Event(e.rank, e.action, e.start_s - origin, e.end_s - origin) for e in events]
+    shifted.sort(key=lambda event: (event.start_s, event.rank))
+    return Timeline(tuple(shifted), find_transfers(schedule, shifted), "measured")

@@ -5,6 +5,7 @@ Pure Python without torch, processes or network; everything else of the package 
 
 from skippipe_plugin.schedule.cost import ComputeCost, CostModel, NetworkCost
 from skippipe_plugin.schedule.derive import forward_only
+from skippipe_plugin.schedule.fit import find_transfers, fit_costs
 from skippipe_plugin.schedule.full import FULL_SCHEDULES, full_schedule, gpipe, one_f_one_b
 from skippipe_plugin.schedule.ir import (
     DRIVER_STAGE,
@@ -20,6 +21,7 @@ from skippipe_plugin.schedule.ir import (
     rank_of,
 )
 from skippipe_plugin.schedule.order import list_schedule
+from skippipe_plugin.schedule.picture import draw
 from skippipe_plugin.schedule.simulate import lower_bound_s, simulate
 from skippipe_plugin.schedule.timeline import Event, Timeline, Transfer
 from skippipe_plugin.schedule.validate import in_order_links, peak_activations, topological_order, validate
@@ -41,6 +43,9 @@ __all__ = [
     "Transfer",
     "Visit",
     "dependencies",
+    "draw",
+    "find_transfers",
+    "fit_costs",
     "forward_only",
     "full_schedule",
     "gpipe",

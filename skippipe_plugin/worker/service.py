@@ -13,6 +13,7 @@ import pickle
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import astuple
 from typing import Any, Final
@@ -314,6 +315,9 @@ class Worker:
         elif self._optimizer is not None:
             self._optimizer.load_state(decode_optimizer_state(message.fields, message.blobs))
         self._answer("ready", {})
+
+    def _on_clock(self, source: int, message: Message) -> None:
+        self._reply(source, "clock", {"now": time.perf_counter()})
 
     def _on_probe(self, source: int, message: Message) -> None:
         call: Call

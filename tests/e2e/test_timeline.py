@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from skippipe_plugin.schedule import CostModel, Timeline, full_schedule, simulate
+from skippipe_plugin.schedule import CostModel, Timeline, full_schedule, messages, simulate
 from skippipe_plugin.strategies import SkipPipeStrategy
 
 FORWARD_S = 0.02
@@ -71,6 +71,12 @@ def test_measured_and_predicted_timelines(name: str) -> None:
     for rank in range(4):
         assert [e.action for e in measured.of_rank(rank)] == list(schedule.orders[rank])
         assert {e.action for e in measured.of_rank(rank)} == {e.action for e in predicted.of_rank(rank)}
+    sent = {(message.source, message.destination, message.producer) for message in messages(schedule)}
+    found = {(transfer.source, transfer.destination, transfer.action) for transfer in measured.transfers}
+    assert found <= sent
+    assert {
+        entry for entry in sent - found if entry[1] > 0
+    } == set()  # no gradient goes to this driver: its input has none
     assert Timeline.from_json(measured.to_json()) == measured
     # The sleeps are a floor that holds on any machine; how far above it a run is, benchmarks/overhead.py says.
     assert measured.makespan_s >= predicted.makespan_s
