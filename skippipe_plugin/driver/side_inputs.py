@@ -56,8 +56,9 @@ class Digests:
         data = as_bytes(tensor)
         if data.numel() > _HASHED_BYTES:
             return f"#{next(self._unique)}"
-        form = f"{tensor.dtype}{list(tensor.shape)}".encode()
-        return hashlib.blake2b(form + data.numpy().tobytes(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode(), digest_size=16)
+        digest.update(data.numpy().data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

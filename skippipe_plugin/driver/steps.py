@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engine.call import Ambient, BlockMode, Call, Hop, block_seed, seed_everything
 from ..engine.errors import SkipPipeError
+from ..engine.stage import back_propagate
 from ..schedule import Path
 from .layout import Layout
 from .links import Links
@@ -54,9 +55,16 @@ class CallWriter:
         self._digests = Digests()
         self._outboxes = {link.rank: Outbox() for link in links}
 
-    def prepare(self, microbatch: int, path: Path, call: StackCall, proxies: BlockProxies, seed: int) -> PreparedCall:
+    def prepare(
+        self,
+        microbatch: int,
+        path: Path,
+        call: StackCall,
+        proxies: BlockProxies,
+        modes: tuple[BlockMode, ...],
+        seed: int,
+    ) -> PreparedCall:
         """Describe ``call`` for the ranks on ``path``."""
-        modes = proxies.modes()
         spec = proxies.spec(call, self._hops(path, call, modes), modes)
         digests = tuple(map(self._digests.digest, call.side_inputs))
         whole = Call(spec, tuple(call.side_inputs), seed, proxies.cache_use(call))
@@ -122,6 +130,7 @@ class StepRun:
         self._hidden: dict[int, Tensor] = {}
         self._held_back: list[PreparedCall] = []
         self._announced_s = 0.0
+        self._modes: tuple[int, tuple[BlockMode, ...]] | None = None
         self.step = -1
         self.losses: dict[int, Tensor | None] = {}
 
@@ -159,7 +168,8 @@ class StepRun:
             raise SkipPipeError(_SOME_WITHOUT_LOSS)
         stack_call: StackCall = outcome.request
         seed = block_seed(self._task.seed, microbatch)
-        prepared = self._writer.prepare(microbatch, self._paths[microbatch], stack_call, self._proxies, seed)
+        path, modes = self._paths[microbatch], self._modes_of_step()
+        prepared = self._writer.prepare(microbatch, path, stack_call, self._proxies, modes, seed)
         self._calls[index] = prepared.call
         if self._task.training:
             self._hidden[index] = stack_call.hidden
@@ -191,7 +201,7 @@ class StepRun:
         loss = self._task.loss_of(outcome.value)
         self.losses[index] = None if loss is None else loss.detach()
         if loss is not None:
-            torch.autograd.backward(loss * self._task.weights[index])
+            back_propagate(loss, torch.full_like(loss, self._task.weights[index]))
         if not leaf.requires_grad:
             return None
         return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
@@ -199,9 +209,15 @@ class StepRun:
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
         hidden = self._hidden.pop(microbatch - self._first)
         if gradient is not None and hidden.requires_grad:
-            torch.autograd.backward(hidden, gradient)
+            back_propagate(hidden, gradient)
 
     # -------------------------------------------------------------- pieces
+
+    def _modes_of_step(self) -> tuple[BlockMode, ...]:
+        """Read the blocks' flags once for all microbatches: large models have thousands."""
+        if self._modes is None or self._modes[0] != self.step:
+            self._modes = (self.step, self._proxies.modes())
+        return self._modes[1]
 
     def _start(self, index: int) -> None:
         if self._task.training:
