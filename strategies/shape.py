@@ -13,7 +13,6 @@ from ..schedule import FULL_SCHEDULES, Path, Schedule, Visit, forward_only, full
 class PipelineShape:
     """The settings that decide how a pipeline is laid out; see :class:`SkipPipeStrategy` for their meaning."""
 
-    skip_ratio: float
     schedule: str | Schedule
     num_microbatches: int | None
     replicas: int
@@ -21,8 +20,6 @@ class PipelineShape:
     driver_stage: bool
 
     def __post_init__(self) -> None:
-        if self.skip_ratio != 0.0:
-            raise ValueError(f"skip_ratio={self.skip_ratio}: partial pipelines are not available yet; use skip_ratio=0")
         if not isinstance(self.schedule, Schedule) and self.schedule not in ("auto", *FULL_SCHEDULES):
             known = ", ".join(map(repr, ("auto", *FULL_SCHEDULES)))
             raise ValueError(f"schedule={self.schedule!r} is unknown; choose {known}, or pass a Schedule")

@@ -5,22 +5,16 @@ This module adapts; what a pipeline is lives in :mod:`skippipe_plugin.driver`. O
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
-from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available, _sync_ddp_if_available
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,28 +26,29 @@ from ..driver.layout import Layout
 from ..driver.links import Links
 from ..driver.microbatch import BatchError, batch_size, merge, split, split_sizes
 from ..driver.optimizer import RemoteOptimizer, to_device
-from ..driver.pipeline import TRAINING, Pipeline
+from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
 from ..driver.proxies import BlockProxies
 from ..driver.steps import StepTask
-from ..engine.c10d import PrefixStore
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from ..partition import check_no_shared_parameters, cut, driver_share, estimate_costs, find_blocks
-from ..schedule import Schedule, Timeline
+from ..schedule import Schedule, Timeline, forward_only
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .checks import check_fit
 from .compiled import CompiledParts, originals
-from .config import NetworkConfig
-from .job import DriverJob, Launcher, driver_job, worker_job
+from .config import NetworkConfig, PathConfig
+from .drivers import DriversStrategy, start_alike
+from .job import DriverJob, driver_job, worker_job
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .outputs import loss_of, training_output
 from .shape import PipelineShape
+from .skipping import PathPlanner, SkipRatio, check_ratio, skips
 
 ScheduleName = Literal["auto", "gpipe", "1f1b"]
 
 
-class SkipPipeStrategy(SingleDeviceStrategy):
+class SkipPipeStrategy(DriversStrategy):
     """Train an unchanged LightningModule as a pipeline of stages on other processes.
 
     ``Trainer(devices=N, strategy=SkipPipeStrategy())`` uses N processes: one driver, which runs the Trainer, the
@@ -61,7 +56,8 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     ``Trainer(devices=1)``, to floating-point reordering.
 
     Args:
-        skip_ratio: The share of stages that every path leaves out; only 0 (exact) is available so far.
+        skip_ratio: The share of stages that every path leaves out: a number (0: exact), ``{step: ratio}`` with the
+            optimizer step from which each ratio holds, or a function of the step.
         schedule: ``"1f1b"`` (also ``"auto"``), ``"gpipe"``, or a :class:`~skippipe_plugin.schedule.Schedule`.
         num_microbatches: Into how many microbatches a batch is cut; four per stage by default. A batch with fewer
             samples makes fewer.
@@ -71,6 +67,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         driver_stage: Whether the driver holds the first stage itself, so that N processes make N stages.
         gradient_scale: Whether the gradient of a stage is the mean over all microbatches of the batch (``"batch"``)
             or over those that visited the stage (``"visit"``); the same when nothing is skipped.
+        paths: Limits of partial paths, and where their planner's costs come from.
         network: Where the processes meet.
 
     Example:
@@ -88,7 +85,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def __init__(
         self,
         *,
-        skip_ratio: float = 0.0,
+        skip_ratio: SkipRatio = 0.0,
         schedule: ScheduleName | Schedule = "auto",
         num_microbatches: int | None = None,
         replicas: int = 1,
@@ -96,27 +93,28 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         blocks: str | None = None,
         driver_stage: bool = False,
         gradient_scale: GradientScale = "batch",
+        paths: PathConfig | None = None,
         network: NetworkConfig | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(drivers)
         self._shape = PipelineShape(
-            skip_ratio=skip_ratio,
             schedule=schedule,
             num_microbatches=num_microbatches,
             replicas=replicas,
             drivers=drivers,
             driver_stage=driver_stage,
         )
-        self.drivers = drivers
         self.blocks = blocks
         if gradient_scale not in get_args(GradientScale):
             raise ValueError(f"gradient_scale={gradient_scale!r} is unknown; choose one of {get_args(GradientScale)}")
         self.gradient_scale: GradientScale = gradient_scale
+        check_ratio(skip_ratio)
+        if skips(skip_ratio) and isinstance(schedule, Schedule):
+            raise ValueError("skip_ratio and a schedule of your own both choose the paths; give one of them")
+        self.skip_ratio = skip_ratio
+        self.paths = paths or PathConfig()
+        self._planner: PathPlanner | None = None
         self.network = network or NetworkConfig()
-        # The Trainer fills these in; their presence is how Lightning tells a strategy for several processes.
-        self.parallel_devices: list[torch.device] | None = None
-        self.cluster_environment: Any = None  # Any: Lightning's ClusterEnvironment
-        self.num_nodes = 1
         self._pipeline: Pipeline | None = None
         self._job: DriverJob | None = None
         self._links = Links()
@@ -126,6 +124,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         self._block_names: tuple[str, ...] = ()
         self._restore_late = False
         self._record_timeline = False
+        self._costs_are_measured = False
         self._timeline: Timeline | None = None
 
     # ------------------------------------------------------- what Lightning reads
@@ -162,16 +161,6 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         return self._pipeline.schedules[TRAINING] if self._pipeline is not None else None
 
     @property
-    def num_processes(self) -> int:
-        """Drivers and workers together, over all nodes."""
-        return len(self.parallel_devices or [None]) * self.num_nodes
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        return self.parallel_devices[self.local_rank] if self.parallel_devices else self._root_device
-
-    @property
     @override
     def restore_checkpoint_after_setup(self) -> bool:
         # Weights that were never made on the driver (meta device) can only be loaded where the blocks are.
@@ -180,38 +169,6 @@ class SkipPipeStrategy(SingleDeviceStrategy):
             self._restore_late = any(parameter.is_meta for parameter in module.parameters())
         return self._restore_late
 
-    @property
-    def is_distributed(self) -> bool:
-        """Whether several drivers share the data (Lightning asks before it injects a DistributedSampler)."""
-        return self.drivers > 1
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """The data is shared among the drivers only."""
-        return {"num_replicas": self.drivers, "rank": self.global_rank}
-
-    def set_world_ranks(self) -> None:
-        """Learn this process's rank from the launcher; called by the Trainer."""
-        launcher = self._read_launcher()
-        self.global_rank = launcher.rank if launcher is not None else 0
-        self.local_rank = self.cluster_environment.local_rank() if launcher is not None else 0
-        self.world_size = self.drivers
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-
-    def _read_launcher(self) -> Launcher | None:
-        environment = self.cluster_environment
-        if environment is None or isinstance(environment, LightningEnvironment):
-            return None
-        hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return Launcher(
-            environment.global_rank(), environment.main_address, environment.main_port, hosts_store=hosts_store
-        )
-
-    @property
-    @override
-    def is_global_zero(self) -> bool:
-        return self.global_rank == 0
-
     @override
     def _configure_launcher(self) -> None:
         self._launcher = SkipPipeLauncher(self)
@@ -219,7 +176,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def launched(self, function: Callable[[], Any], trainer: Trainer | None) -> Any:
         """Run what the Trainer launches, or serve as a worker in its place (called by the launcher)."""
         _ = self.num_stages  # devices that do not fit are an error before anything starts
-        launcher = self._read_launcher()
+        launcher = self.read_launcher()
         if launcher is not None:
             self.cluster_environment.validate_settings(len(self.parallel_devices or ()), self.num_nodes)
             if launcher.rank >= self.drivers:
@@ -245,45 +202,9 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         # The workers import torch while the user's hooks prepare model and data.
-        self._job = driver_job(self.network.host, self.network.port, self.drivers, self._read_launcher())
+        self._job = driver_job(self.network.host, self.network.port, self.drivers, self.read_launcher())
         self._job.prepare(self.num_processes - self.drivers)
-        if self.drivers > 1 and not dist.is_initialized():
-            store = PrefixStore("skippipe/drivers", self._job.pool.store)
-            dist.init_process_group("gloo", store=store, rank=self.global_rank, world_size=self.drivers)
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if isinstance(tensor, Tensor) and self.drivers > 1:
-            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
-        return tensor
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self.drivers == 1:
-            return decision
-        votes = int(self.reduce(torch.tensor(float(decision)), reduce_op="sum"))
-        return votes == self.drivers if all else votes > 0
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self.drivers > 1 and dist.is_initialized():
-            dist.barrier()
-
-    def block_backward_sync(self) -> AbstractContextManager[None]:
-        """Gradients of drivers are summed inside the step; there is nothing to hold back."""
-        return nullcontext()
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if self.drivers == 1 or not dist.is_initialized():
-            return obj
-        objects = [obj]
-        dist.broadcast_object_list(objects, src)
-        return objects[0]
+        self.form_default_group(self._job.pool.store)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -368,10 +289,11 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         self._remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
         self.model_to_device()
         if self.drivers > 1:
-            _start_alike(module)
+            start_alike(module)
         self._pipeline = self._make_pipeline(layout)
         self._pipeline.collect_timeline = self._record_timeline
         self._pipeline.gradients.scale = self.gradient_scale
+        self._plan_paths(self._pipeline)
         self._pipeline.form()
         self._block_names = _names_in(module, blocks)
         kinds = ("cpu",) if self.root_device.type == "cpu" else ("cpu", self.root_device.type)
@@ -381,6 +303,29 @@ class SkipPipeStrategy(SingleDeviceStrategy):
             self._compiled.options,
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )
+
+    def _plan_paths(self, pipeline: Pipeline) -> None:
+        self._planner = None
+        if skips(self.skip_ratio):
+            self._planner = PathPlanner(self.skip_ratio, self.paths, pipeline.schedules[TRAINING])
+        if self.paths.eval_skip_ratio:
+            planner = PathPlanner(0.0, dataclasses.replace(self.paths, costs="uniform"), pipeline.schedules[TRAINING])
+            pipeline.use_schedule(EVALUATION, forward_only(planner.plan(self.paths.eval_skip_ratio)))
+
+    def _choose_paths(self) -> None:
+        """Before a training step: take up measured costs, and the paths that the skip ratio asks for."""
+        planner, pipeline = self._planner, self._running()
+        if planner is None:
+            return
+        if planner.cost is None and self._costs_are_measured:
+            planner.cost = self.broadcast(pipeline.measured_costs())
+            pipeline.collect_timeline, self._costs_are_measured = self._record_timeline, False
+        if planner.measures:
+            pipeline.collect_timeline = self._costs_are_measured = True
+        assert self.lightning_module is not None
+        schedule = planner.next(self.lightning_module.trainer.global_step)
+        if schedule is not None:
+            pipeline.use_schedule(TRAINING, schedule)
 
     def _cut(self, module: LightningModule, blocks: Sequence[nn.Module]) -> tuple[range, ...]:
         share = driver_share(module, blocks, self.num_stages) if self._shape.driver_stage else 1.0
@@ -422,6 +367,7 @@ class SkipPipeStrategy(SingleDeviceStrategy):
         ]
         weights = [size / sum(sizes) / self.drivers for size in sizes]
         task = StepTask(functions, weights, loss_of, self._seed(), training=True)
+        self._choose_paths()
         with self.precision_plugin.train_step_context(), averaged.installed():
             values, loss = self._running().train(task)
         return training_output(values, loss, sizes)
@@ -510,18 +456,6 @@ class SkipPipeStrategy(SingleDeviceStrategy):
     def _full_name(self, name: str) -> str:
         block, _, parameter = name.partition("\t")
         return f"{self._block_names[int(block)]}.{parameter}"
-
-
-# Lightning gives a DistributedSampler to subclasses of ParallelStrategy only; with one driver it makes no difference.
-ParallelStrategy.register(SkipPipeStrategy)
-
-
-def _start_alike(module: LightningModule) -> None:
-    """Give every driver the weights of the first."""
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if not tensor.is_meta:
-                dist.broadcast(tensor, 0)
 
 
 def _names_in(module: LightningModule, blocks: Sequence[nn.Module]) -> tuple[str, ...]:

@@ -27,7 +27,17 @@ from ..engine.program import compile_program
 from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec, Transport
 from ..engine.wire import block_tensors
-from ..schedule import Action, Event, NetworkCost, Schedule, Timeline, find_transfers, validate
+from ..schedule import (
+    Action,
+    CostModel,
+    Event,
+    NetworkCost,
+    Schedule,
+    Timeline,
+    find_transfers,
+    fit_costs,
+    validate,
+)
 from .backward import GradientControl, mergeable
 from .clocks import WorkerClocks
 from .layout import Layout
@@ -302,6 +312,15 @@ class Pipeline:
             for a, b in ((cost.first, cost.second), (cost.second, cost.first)):
                 latency[a][b], bandwidth[a][b] = cost.latency_s, cost.bandwidth_Bps
         return NetworkCost(tuple(map(tuple, latency)), tuple(map(tuple, bandwidth)))
+
+    def measured_costs(self) -> CostModel:
+        """Return the cost model of the last measured training step and of the links; all drivers call it alike."""
+        num_bytes = self._proxies_now().hidden_bytes
+        network = self.measure_links(num_bytes)
+        if self.timeline is None:  # a further driver: the first one's model is what counts
+            return CostModel.uniform(len(self.layout.stage_blocks), self.layout.size)
+        fitted = fit_costs(self.timeline, self.schedules[TRAINING])
+        return CostModel(fitted.compute, network, num_bytes)
 
     def first_replicas(self) -> list[Link]:
         """Return one link for each remote stage."""

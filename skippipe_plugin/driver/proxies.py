@@ -66,6 +66,8 @@ class BlockProxies:
         self._modules = [list(block.modules()) for block in blocks]
         self._parameters = [list(block.parameters()) for block in blocks]
         self._open: weakref.WeakKeyDictionary[Any, StackCall] = weakref.WeakKeyDictionary()
+        self.hidden_bytes = 0
+        """Bytes of the hidden states that the last call began with."""
         self._outside = _Outside()
         self.detached = False
         """True while the driver holds no weights of its remote blocks."""
@@ -155,6 +157,7 @@ class BlockProxies:
         if hidden is None:
             raise SkipPipeError(f"{self.names[0]} was called without a tensor of hidden states")
         call = StackCall(hidden, Ambient.current(self._device_types), placeholder=hidden)
+        self.hidden_bytes = TensorSpec.of(hidden).num_bytes
         call.specs.append(TensorSpec.of(hidden))
         return call
 

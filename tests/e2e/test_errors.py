@@ -226,7 +226,6 @@ def test_a_port_in_use() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"skip_ratio": 0.25}, "skip_ratio=0.25"),
         ({"schedule": "2f2b"}, "schedule='2f2b' is unknown; choose 'auto'"),
         ({"num_microbatches": 0}, "num_microbatches=0 must be a positive integer"),
         ({"replicas": -1}, "replicas=-1"),

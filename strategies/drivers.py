@@ -1,0 +1,130 @@
+"""Several drivers, as Lightning sees them: ranks, the drivers' own process group, and what they share.
+
+With one driver this is a single-device strategy. With more, torch's default group holds the drivers, and only them.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available, _sync_ddp_if_available
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
+from torch import Tensor
+from typing_extensions import override
+
+from ..engine.c10d import PrefixStore, Store
+from .job import Launcher
+
+
+class DriversStrategy(SingleDeviceStrategy):
+    """The part of the strategy that knows of other drivers; abstract."""
+
+    def __init__(self, drivers: int) -> None:
+        super().__init__()
+        self.drivers = drivers
+        # The Trainer fills these in; their presence is how Lightning tells a strategy for several processes.
+        self.parallel_devices: list[torch.device] | None = None
+        self.cluster_environment: Any = None  # Any: Lightning's ClusterEnvironment
+        self.num_nodes = 1
+
+    @property
+    def num_processes(self) -> int:
+        """Drivers and workers together, over all nodes."""
+        return len(self.parallel_devices or [None]) * self.num_nodes
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[self.local_rank] if self.parallel_devices else self._root_device
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether several drivers share the data (Lightning asks before it injects a DistributedSampler)."""
+        return self.drivers > 1
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """The data is shared among the drivers only."""
+        return {"num_replicas": self.drivers, "rank": self.global_rank}
+
+    def set_world_ranks(self) -> None:
+        """Learn this process's rank from the launcher; called by the Trainer."""
+        launcher = self.read_launcher()
+        self.global_rank = launcher.rank if launcher is not None else 0
+        self.local_rank = self.cluster_environment.local_rank() if launcher is not None else 0
+        self.world_size = self.drivers
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    def read_launcher(self) -> Launcher | None:
+        """Return what an external launcher says about this process; None when there is none."""
+        environment = self.cluster_environment
+        if environment is None or isinstance(environment, LightningEnvironment):
+            return None
+        hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return Launcher(
+            environment.global_rank(), environment.main_address, environment.main_port, hosts_store=hosts_store
+        )
+
+    @property
+    @override
+    def is_global_zero(self) -> bool:
+        return self.global_rank == 0
+
+    def form_default_group(self, store: Store) -> None:
+        """Form torch's default group of the drivers, unless there is only one or the user has formed it."""
+        if self.drivers > 1 and not dist.is_initialized():
+            prefixed = PrefixStore("skippipe/drivers", store)
+            dist.init_process_group("gloo", store=prefixed, rank=self.global_rank, world_size=self.drivers)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if isinstance(tensor, Tensor) and self.drivers > 1:
+            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+        return tensor
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self.drivers == 1:
+            return decision
+        votes = int(self.reduce(torch.tensor(float(decision)), reduce_op="sum"))
+        return votes == self.drivers if all else votes > 0
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self.drivers > 1 and dist.is_initialized():
+            dist.barrier()
+
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """Gradients of drivers are summed inside the step; there is nothing to hold back."""
+        return nullcontext()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self.drivers == 1 or not dist.is_initialized():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+
+# Lightning gives a DistributedSampler to subclasses of ParallelStrategy only; with one driver it makes no difference.
+ParallelStrategy.register(DriversStrategy)
+
+
+def start_alike(module: LightningModule) -> None:
+    """Give every driver the weights of the first."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not tensor.is_meta:
+                dist.broadcast(tensor, 0)
