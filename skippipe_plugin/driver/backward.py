@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..engine import gradients
 from ..engine.gradients import GradientWindow
 from ..engine.stage import Stage
+from ..engine.wire import norm_answer
 from ..schedule import Schedule
 from .layout import Layout
 from .links import Links
@@ -43,6 +44,7 @@ class GradientControl:
         self._zero_first = False
         self._expected_norm: float | None = None
         self._norm_under_way = False
+        self._num_norms = 0
 
     def own(self, parameters: Sequence[nn.Parameter], hosted: Mapping[int, Stage]) -> None:
         """Take charge of this driver's parameters, those of hosted stages among them."""
@@ -74,24 +76,24 @@ class GradientControl:
 
     def merge(self, scale: float) -> None:
         """Add the last step's gradients, times ``scale``, to the accumulated ones, here and on the workers."""
-        self._drop_norm()  # of an earlier step of the same accumulation window
         for stage, held in self._hosted.items():
             gradients.scale_gradients(self.window.new_of(held.parameters()), self._stage_scales.get(stage, 1.0))
         self.window.merge(scale)
         zero, self._zero_first = self._zero_first, False
+        fields = {"scale": scale, "zero": zero, "stage_scales": list(self._stage_scales.items())}
+        request = self._norm_request(self._expected_norm)
         if self._leads:
-            fields = {"scale": scale, "zero": zero, "norm_type": self._expected_norm}
-            self._links.broadcast("merge", fields | {"stage_scales": list(self._stage_scales.items())})
+            self._links.broadcast("merge", fields | request)
         self._norm_under_way = self._expected_norm is not None
 
     def norm(self, local: Sequence[nn.Parameter], norm_type: float) -> float:
         """Return the norm of the accumulated gradients of the ``local`` parameters and of all workers."""
         norm_type = float(norm_type)
-        if self._expected_norm != norm_type:
-            self._drop_norm()
-        if not self._norm_under_way and self._leads:
-            self._links.broadcast("norm", {"norm_type": norm_type})
-        answers = self._links.expect_all("norm")
+        if not self._norm_under_way or self._expected_norm != norm_type:
+            request = self._norm_request(norm_type)
+            if self._leads:
+                self._links.broadcast("norm", request)
+        answers = self._links.expect_all(norm_answer(self._num_norms))
         self._norm_under_way = False
         # A run that clips once clips always: from now on workers measure as soon as they have merged.
         self._expected_norm = norm_type
@@ -101,17 +103,16 @@ class GradientControl:
 
     def step_optimizers(self, hyperparameters: Sequence[Any], scale: float | None, value: float | None) -> None:
         """Let every worker step its optimizer, after clipping."""
-        self._drop_norm()
+        self._norm_under_way = False
         zero, self._zero_first = self._zero_first, False
         if self._leads:
             fields = {"scale": scale, "value": value, "zero": zero}
             self._links.broadcast("optimizer_step", fields, [pickle.dumps(list(hyperparameters))])
 
-    def _drop_norm(self) -> None:
-        """Take an answer that nobody asked for, so that the next one is not mistaken for it."""
-        if self._norm_under_way:
-            self._links.expect_all("norm")
-            self._norm_under_way = False
+    def _norm_request(self, norm_type: float | None) -> dict[str, Any]:
+        """Number a request: the answers of steps that were not clipped must not be taken for that of a later one."""
+        self._num_norms += 1
+        return {"norm_type": norm_type, "norm": self._num_norms}
 
 
 class MergeOnBackward(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """How calls and states look on the control channel; both ends import this module and nothing else of each other.
 
 Kinds from a driver: ``configure load schedule ping step calls merge norm optimizer optimizer_step get put probe abort
-release exit``. Kinds from a worker: ``hello ready links done norm state probe error``. Commands come from the first
-driver, ``calls`` and ``probe`` from each; answers go to every driver, so that all know the same.
+release exit``. Kinds from a worker: ``hello ready links done norm1 norm2... state probe error``. Commands come from
+the first driver, ``calls`` and ``probe`` from each; answers go to every driver, so that all know the same.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from .call import NO_CACHES, CacheUse, Call, CallSpec
 from .channel import Buffer, Message
 from .handover import pack_tensors, unpack_tensors
 from .optimizer import ParameterKey
+
+
+def norm_answer(number: int) -> str:
+    """Name the answer to a numbered request for a gradient norm."""
+    return f"norm{number}"
 
 
 @dataclass(frozen=True, slots=True)

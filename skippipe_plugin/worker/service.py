@@ -34,7 +34,7 @@ from ..engine.ping import measure_links
 from ..engine.program import Instruction, compile_program
 from ..engine.stage import Stage
 from ..engine.transport import Transport
-from ..engine.wire import CallDecoder, block_tensors, decode_optimizer_state, encode_optimizer_state
+from ..engine.wire import CallDecoder, block_tensors, decode_optimizer_state, encode_optimizer_state, norm_answer
 from ..schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -280,7 +280,7 @@ class Worker:
 
     def _on_norm(self, source: int, message: Message) -> None:
         power = gradients.norm_power(self._window.parameters, float(message.fields["norm_type"]))
-        self._answer("norm", {"power": power})
+        self._answer(norm_answer(message.fields["norm"]), {"power": power})
 
     def _on_schedule(self, source: int, message: Message) -> None:
         schedule = Schedule.from_json(message.fields["text"])
