@@ -1,1 +1,5 @@
-"""Lightning callbacks of skippipe: recovery, balance and monitoring (none yet)."""
+"""Lightning callbacks of skippipe: monitoring so far; recovery and balance are to come."""
+
+from .monitor import PipelineMonitor
+
+__all__ = ["PipelineMonitor"]

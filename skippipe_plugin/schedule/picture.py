@@ -316,7 +316,7 @@ class _Panel:
                     [self._x(before.end_s), self._x(after.start_s)],
                     [self._row[before.rank], self._row[after.rank]],
                 )
-                self._axes.plot(xs, ys, color=color, linewidth=1.3, linestyle=dashes, zorder=7)
+                self._axes.plot(xs, ys, color=color, linewidth=1.3, linestyle=dashes, zorder=5)
                 self._axes.plot(xs[1:], ys[1:], color=color, marker="o", markersize=2.6, zorder=7)
 
 

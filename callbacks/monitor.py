@@ -1,0 +1,169 @@
+"""PipelineMonitor: what the pipeline did in a training step, as numbers, a picture and a trace.
+
+It decides which steps are measured and where the results go. Measuring is the strategy's, fitting, simulating and
+drawing are the plan layer's.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from ..schedule import Schedule, Timeline, draw, fit_costs, simulate
+from ..schedule.picture import require_matplotlib
+from ..strategies import SkipPipeStrategy
+
+
+class PipelineMonitor(Callback):
+    """Measure every n-th training step of a pipeline, log its utilisation, and draw it.
+
+    Logs, under names that stay: ``pipeline/utilisation``, the mean share of the step in which the workers ran actions;
+    ``pipeline/bubble``, the mean share in which they waited; ``pipeline/makespan_s``, the seconds from the step's first
+    action to its last. The picture shows the measured step above the one that the simulator predicts from the step's
+    own median costs: where they differ, something other than the schedule cost time. Losses do not change.
+
+    Args:
+        every_n_steps: Which optimizer steps are measured: the n-th, the 2n-th, and so on. The others cost nothing.
+        folder: Where pictures and traces go; the Trainer's ``log_dir``, or else its ``default_root_dir``, when None.
+        picture: Whether to write ``pipeline-step<step>.png``; needs ``pip install "skippipe-plugin[plot]"``.
+        trace: Whether to write ``pipeline-step<step>.trace.json`` for https://ui.perfetto.dev, with an arrow for each
+            message.
+
+    Example:
+        >>> from skippipe_plugin.callbacks import PipelineMonitor
+        >>> PipelineMonitor(every_n_steps=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: every_n_steps=0; measure every step (1) or every n-th
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        folder: str | PathLike[str] | None = None,
+        picture: bool = True,
+        trace: bool = False,
+    ) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}; measure every step (1) or every n-th")
+        self.every_n_steps = every_n_steps
+        self.folder = None if folder is None else Path(folder)
+        self.picture = picture
+        self.trace = trace
+        self._target = Path()
+        self._before: Timeline | None = None
+        self._recorded_before = False
+        self._sampling = False
+        self._last_step = -1
+        """The last step that was measured, counted from 1."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _strategy_of(trainer)
+        if self.picture:
+            require_matplotlib()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._target = self.folder or Path(trainer.log_dir or trainer.default_root_dir)
+        self._last_step = -1
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step + 1
+        # With accumulation several batches make a step: the first one stands for it.
+        self._sampling = step % self.every_n_steps == 0 and step != self._last_step
+        if self._sampling:
+            strategy = _strategy_of(trainer)
+            self._last_step, self._before = step, strategy.timeline
+            self._recorded_before, strategy.record_timeline = strategy.record_timeline, True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._sampling:
+            return
+        self._stop(trainer)
+        strategy = _strategy_of(trainer)
+        timeline, schedule = strategy.timeline, strategy.training_schedule
+        if timeline is None or timeline is self._before or schedule is None or not timeline.events:
+            return  # a further driver, or a step that did not call the blocks
+        self._log(trainer, pl_module, utilisation(timeline, schedule), timeline.makespan_s)
+        self._write(timeline, schedule)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._sampling:
+            self._stop(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._last_step < 0 and trainer.is_global_zero:
+            warnings.warn(
+                f"PipelineMonitor measured nothing: it samples every {self.every_n_steps} steps, the run ended after "
+                f"step {trainer.global_step}; choose a smaller every_n_steps",
+                stacklevel=2,
+            )
+
+    def _stop(self, trainer: Trainer) -> None:
+        self._sampling = False
+        _strategy_of(trainer).record_timeline = self._recorded_before
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, share: float, makespan_s: float) -> None:
+        metrics = {"pipeline/utilisation": share, "pipeline/bubble": 1.0 - share, "pipeline/makespan_s": makespan_s}
+        for name, value in metrics.items():
+            # The logger gets them below: by itself the Trainer would drop them between its own logging steps.
+            pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _write(self, measured: Timeline, schedule: Schedule) -> None:
+        if not (self.picture or self.trace):
+            return
+        self._target.mkdir(parents=True, exist_ok=True)
+        stem = f"pipeline-step{self._last_step:06}"
+        if self.picture:
+            predicted = predict(measured, schedule)
+            panels = [measured] if predicted is None else [measured, predicted]
+            draw(panels, self._target / f"{stem}.png", title=f"Step {self._last_step}, schedule {schedule.name or '?'}")
+        if self.trace:
+            (self._target / f"{stem}.trace.json").write_text(json.dumps(measured.chrome_trace()), encoding="utf-8")
+
+
+def utilisation(timeline: Timeline, schedule: Schedule) -> float:
+    """Return the mean busy share of the workers; of the drivers where they do all the work."""
+    ranks = set(range(schedule.num_ranks)) - set(schedule.drivers) or set(schedule.drivers)
+    return sum(map(timeline.busy_share, ranks)) / len(ranks)
+
+
+def predict(measured: Timeline, schedule: Schedule) -> Timeline | None:
+    """Simulate a schedule at the median costs of its measured step.
+
+    None when the step did not run the whole schedule (a short last batch): then there is nothing to compare.
+    """
+    ran = {(event.rank, event.action) for event in measured.events}
+    measured_ranks = set(measured.ranks)
+    wanted = {
+        (rank, action) for rank, order in enumerate(schedule.orders) if rank in measured_ranks for action in order
+    }
+    if ran != wanted:
+        return None
+    return replace(simulate(schedule, fit_costs(measured, schedule)), label="predicted from its median costs")
+
+
+def _strategy_of(trainer: Trainer) -> SkipPipeStrategy:
+    if not isinstance(trainer.strategy, SkipPipeStrategy):
+        raise TypeError(
+            f"PipelineMonitor watches pipelines, and this Trainer runs {type(trainer.strategy).__name__}: "
+            "use Trainer(strategy=SkipPipeStrategy(...)) or leave the callback out"
+        )
+    return trainer.strategy
