@@ -64,8 +64,11 @@ class CacheLedger:
         return freed
 
     def count(self, cache: Any, hidden: Tensor, num_blocks: int) -> None:
-        """Let the driver's cache know how many tokens passed, with keys and values of no size."""
-        nothing = torch.empty(*hidden.shape[:1], 1, hidden.shape[1], 0, device=hidden.device)
+        """Let the driver's cache know how many tokens passed, with keys and values of one byte per token.
+
+        Without any, a cache would take itself to be empty, and the masks of padded prompts would be too short.
+        """
+        nothing = torch.zeros(hidden.shape[0], 1, hidden.shape[1], 1, dtype=torch.bool, device=hidden.device)
         for layer in range(num_blocks):
             cache.update(nothing, nothing, layer)
 

@@ -1,6 +1,7 @@
 """Networks for the tests, as users write them. Imports torch only, because workers import this module."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,3 +94,23 @@ class Telling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.linear(x) * (2.0 if torch.compiler.is_compiling() else self.plain)
+
+
+class SignMomentum(torch.optim.Optimizer):
+    """An optimizer of the user's own."""
+
+    def __init__(self, params: Any, lr: float, beta: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in filter(lambda p: p.grad is not None, group["params"]):
+                state = self.state[parameter]
+                state["mean"] = state.get("mean", torch.zeros_like(parameter)).lerp(parameter.grad, 1 - group["beta"])
+                parameter.add_(torch.tanh(state["mean"] * 100), alpha=-group["lr"])
+        return loss

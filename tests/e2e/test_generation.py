@@ -100,6 +100,25 @@ def test_other_ways_to_generate(name: str, case: str) -> None:
     assert torch.equal(predict(make, data, 3), predict(make, data, 1))
 
 
+class Padded(Writer):
+    """Prompts of several lengths, padded on the left."""
+
+    def predict_step(self, batch: Tensor) -> Tensor:
+        mask = (torch.arange(batch.shape[1]) >= batch[:, :1] % 4).long()
+        return self.model.generate(
+            input_ids=batch.where(mask > 0, 2), attention_mask=mask, max_new_tokens=LENGTH, pad_token_id=2
+        )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_prompts_of_several_lengths(name: str) -> None:
+    def make() -> Writer:
+        return Padded(DECODERS[name]())
+
+    data = loader(prompts(), batch_size=6)
+    assert torch.equal(predict(make, data, 3), predict(make, data, 1))
+
+
 def test_generation_between_training_steps() -> None:
     """The second call starts from an empty cache; training after it is not disturbed."""
 

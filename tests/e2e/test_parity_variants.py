@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from .models import Transformer, tokens
+from .models import SignMomentum, Transformer, tokens
 from .modules import BATCH, OPTIMIZERS, STEPS, LanguageModel, Pretrained, adamw, cosine, loader, momentum, two_groups
 from .support import Run, assert_same_run, train
 from .zoo import gpt2, language
@@ -29,9 +30,37 @@ def both(
     return train(make, data, devices, strategy, **options), train(make, data, 1, **options)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+MORE_OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "fused": lambda module: AdamW(module.parameters(), lr=1e-2, eps=1e-5, fused=True),
+    "named": lambda module: AdamW(module.named_parameters(), lr=1e-2, eps=1e-5),
+    "tensor_lr": lambda module: AdamW(module.parameters(), lr=torch.tensor(1e-2), eps=1e-5, foreach=False),
+    "of_ones_own": lambda module: SignMomentum(module.parameters(), lr=3e-3),
+}
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *MORE_OPTIMIZERS])
 def test_optimizers_and_schedulers(name: str) -> None:
-    assert_same_run(*both(lambda: LanguageModel(Transformer(), OPTIMIZERS[name])))
+    optimizer = (OPTIMIZERS | MORE_OPTIMIZERS)[name]
+    assert_same_run(*both(lambda: LanguageModel(Transformer(), optimizer)))
+
+
+class Stepping(LanguageModel):
+    """Steps, clips and warms up by hand, in the hooks that Lightning has for it."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (self.trainer.global_step + 1)
+        if batch_idx % 2 == 0:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+
+
+def test_hooks_that_step_and_clip() -> None:
+    assert_same_run(*both(lambda: Stepping(Transformer(), momentum), max_steps=5))
 
 
 TRAINER_OPTIONS: dict[str, dict[str, Any]] = {
