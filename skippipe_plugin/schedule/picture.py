@@ -168,7 +168,7 @@ def _figure(panels: Sequence[Timeline], title: str, traced: Sequence[int], width
             row_in * len(ranks) / height_in,
         )
         axes = figure.add_axes(box)
-        axes.set_xlim(0, end_s * scale)
+        axes.set_xlim(0, end_s * scale * 1.005)
         inch = (width_in - left_in - right_in) / (end_s * scale)
         _Panel(axes, panel, ranks, scale, inch, row_in).draw(panels, traced, unit)
         last = index == len(panels) - 1
