@@ -1,8 +1,8 @@
 """The SkipPipe planner: chooses paths, orders and, if it may, the placement, to make the step short.
 
-SkipPipe (arXiv 2502.19913) lets each microbatch skip some stages and swap neighbours. `plan` first anneals coarse
-paths (drivers with nodes of their own), then the path of each microbatch, then the order on each node; what it returns
-has been proved to run under its caps.
+SkipPipe (arXiv 2502.19913) lets each microbatch skip some stages and swap neighbours. `plan` anneals coarse paths
+first (drivers with nodes of their own), then the path of each microbatch, then the order on each node. What it returns
+has been proved to run under its caps. The parts live in `problem`, `routes`, `search`, `polish`, `play`, `bounds`.
 """
 
 import time
@@ -12,8 +12,8 @@ from itertools import pairwise
 from math import inf
 
 from skippipe_plugin.schedule.bounds import lower_bound_s
-from skippipe_plugin.schedule.ir import Action, Op, Path, Schedule, Visit
-from skippipe_plugin.schedule.play import Played
+from skippipe_plugin.schedule.ir import DRIVER_STAGE, Action, Op, Path, Schedule, ScheduleError, Visit
+from skippipe_plugin.schedule.play import Chain, Played
 from skippipe_plugin.schedule.polish import polish
 from skippipe_plugin.schedule.problem import UNREACHABLE_S, Instance, PlanProblem, reordered
 from skippipe_plugin.schedule.routes import deal_stages, visit_targets
@@ -21,11 +21,10 @@ from skippipe_plugin.schedule.search import Clock, Evaluator, PathSearch, State,
 from skippipe_plugin.schedule.simulate import simulate
 from skippipe_plugin.schedule.validate import validate
 
-_WORK_PER_SECOND = 500_000
-"""Tasks played per second of budget: less than half of what one core does, so that the clock rarely ends a plan."""
-
-
-Candidate = tuple[State, dict[tuple[int, ...], Played]]
+_WORK_PER_SECOND = 400_000
+"""Tasks played per second of budget: about half of what one core does, so that the clock rarely ends a plan."""
+_ENOUGH = 1 + 1e-9
+"""A plan within this factor of the lower bound is not improved further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Plan:
     lower_bound_s: float
     """No legal plan of the problem is faster."""
     idle_share: tuple[float, ...]
-    """By rank: the share of the makespan in which it waits."""
+    """By rank: the share of the simulated step in which it waits."""
     visits: tuple[int, ...]
     """By block stage: how many paths visit it. Sum these over plans and pass them to the next as ``history``."""
 
@@ -55,43 +54,162 @@ def plan(
     problem: PlanProblem,
     *,
     budget_s: float = 10.0,
-    seed: int = 0,
     max_iterations: int | None = None,
+    seed: int = 0,
     history: Sequence[int] = (),
     turn: int = 0,
 ) -> Plan:
-    """Plan a step.
+    """Plan a step: choose paths and orders, and the placement where the problem leaves it open.
 
-    The budget is spent as work first, and as time only where the machine is slower than expected: equal seeds give
-    equal plans unless the clock had to end the search.
+    Equal arguments give equal plans: the budget is converted to work, about half of what a core does in that time,
+    and the clock ends the search only where the machine is slower than that.
+
+    Args:
+        problem: What to plan.
+        budget_s: Seconds after which the search ends at the latest; it ends earlier at the lower bound.
+        max_iterations: The work itself, in tasks played, in place of ``budget_s``: no clock, same plan anywhere.
+        seed: Of the search.
+        history: By block stage, the visits of all earlier plans. Where stages cannot be visited equally often, those
+            with fewest visits get one more; so over successive plans all are skipped equally often.
+        turn: The number of the plan, which decides among equal histories; enough without a history.
+
+    Raises:
+        ValueError: No plan exists, or a part of the problem is out of range; the message names the constraint.
     """
-    started_s = time.monotonic()
+    if not (0 < budget_s < inf) or (max_iterations is not None and max_iterations < 1):
+        raise ValueError(f"budget_s={budget_s}, max_iterations={max_iterations}: give the search some positive budget")
+    if history and len(history) != problem.num_stages:
+        raise ValueError(f"history has {len(history)} entries for {problem.num_stages} block stages")
+    end_s = time.monotonic() + budget_s if max_iterations is None else inf
     work = budget_s * _WORK_PER_SECOND if max_iterations is None else float(max_iterations)
-    late = (lambda: time.monotonic() - started_s > budget_s) if max_iterations is None else (lambda: False)
-    clock = Clock(work, late)
-    available = [stage for stage in problem.available]
-    targets = visit_targets(
-        problem.num_microbatches, problem.num_visits, available, problem.constraints.required, history, turn
-    )
     instance = Instance(problem)
+    required = problem.constraints.required
+    targets = visit_targets(problem.num_microbatches, problem.num_visits, problem.available, required, history, turn)
     bound_s = lower_bound_s(instance, targets)
     if bound_s >= UNREACHABLE_S:
-        raise ValueError("unreachable")
-    evaluator = Evaluator(instance, clock)
-    state, outcomes = _search(evaluator, targets, seed, bound_s)
-    print(["%.3f"%o.finish_s for o in outcomes.values()], clock.spent/clock.work)
-    return _finish(instance, state, outcomes, bound_s, targets)
+        raise ValueError(
+            "unreachable links: some driver has no round trip over links of finite cost through "
+            f"{problem.num_visits} stages; connect it, or place the stages elsewhere"
+        )
+    search = _Search(Evaluator(instance, Clock(work, lambda: time.monotonic() > end_s)), targets, bound_s, seed)
+    return _finish(instance, search.run(), bound_s, targets)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """Paths with the best known orders of each group of drivers that share nodes."""
+
+    state: State
+    outcomes: dict[tuple[int, ...], Played]
+
+    @property
+    def finish_s(self) -> float:
+        return max((played.finish_s for played in self.outcomes.values()), default=inf)
+
+
+class _Search:
+    """Spends the budget: rounds of annealing from coarse to fine, each polished, and the rest for the best one."""
+
+    def __init__(self, evaluator: Evaluator, targets: dict[int, int], bound_s: float, seed: int) -> None:
+        self.evaluator = evaluator
+        self.clock = evaluator.clock
+        self.problem = evaluator.instance.problem
+        self.targets = targets
+        self.bound_s = bound_s
+        self.seed = seed
+
+    def run(self) -> _Candidate:
+        sizes = _unit_sizes(self.problem)
+        first = _first_state(self.evaluator.instance, self.targets, sizes[0])
+        best = self._polished(first, 0.01)
+        start = 0
+        while self.clock.spent < 0.75 * self.clock.work and not self._is_done(best):
+            coarse = []
+            for start in range(start + 1, start + 4):
+                coarse.append(self._anneal(first, 0.04, start, heat=0.04))
+            state = min(coarse, key=self.evaluator.energy)
+            best = min(best, self._polished(state, 0.02), key=lambda candidate: candidate.finish_s)
+            for size, finer in pairwise(sizes):
+                if self._is_done(best):
+                    break
+                state = self._anneal(_split(state, size // finer), 0.15 / (len(sizes) - 1), start, heat=0.01)
+                best = min(best, self._polished(state, 0.02), key=lambda candidate: candidate.finish_s)
+        return self._polished(best.state, 1.0, best.outcomes)
+
+    def _is_done(self, best: _Candidate) -> bool:
+        return self.clock.over() or best.finish_s <= self.bound_s * _ENOUGH
+
+    def _anneal(self, state: State, share: float, start: int, *, heat: float) -> State:
+        search = PathSearch(self.evaluator, self.seed * 1000 + start)
+        return search.run(state, share * self.clock.work, target_s=self.bound_s, heat=heat)
+
+    def _polished(
+        self, state: State, share: float, outcomes: dict[tuple[int, ...], Played] | None = None
+    ) -> _Candidate:
+        """Improve the orders of the group that finishes last, again and again, as long as the share of work lasts."""
+        groups = {tuple(group): self.evaluator.chains(state, group) for group in self.evaluator.groups(state)}
+        if not outcomes:
+            played = {group: self.evaluator.best_play(chains) for group, chains in groups.items()}
+            outcomes = {group: outcome for group, outcome in played.items() if outcome is not None}
+            if len(outcomes) < len(groups):
+                return _Candidate(state, {})
+        best, end = _Candidate(state, dict(outcomes)), self.clock.spent + share * self.clock.work
+        tries, caps = dict.fromkeys(groups, 0), self.evaluator.instance.machine.caps
+        while not self.clock.over(end) and best.finish_s > self.bound_s * _ENOUGH:
+            group = max(best.outcomes, key=lambda group: best.outcomes[group].finish_s)
+            if tries[group] == 6:
+                break
+            tries[group] += 1
+            played_better = self._polish_group(groups[group], best.outcomes[group], tries[group], end)
+            for other, chains in groups.items():
+                twin = played_better if other == group else _as_twin(groups[group], played_better, chains, caps)
+                if twin is not None and twin.finish_s <= best.outcomes[other].finish_s:
+                    best.outcomes[other] = twin
+        return best
+
+    def _polish_group(self, chains: list[Chain], played: Played, tries: int, end: float) -> Played:
+        tasks = len(chains) * len(chains[0].nodes)
+        plays = int(min((end - self.clock.spent) / (0.4 * tasks), (500 + 10 * tasks) * 2**tries))
+        self.clock.spent += plays * 0.4 * tasks + tasks
+        return polish(
+            chains,
+            self.evaluator.instance.machine,
+            played,
+            plays=plays,
+            target_s=self.bound_s,
+            seed=self.seed + tries,
+            heat=0.01 if tries % 2 else 0.03,
+            out_of_time=self.clock.is_late,
+        )
+
+
+def _as_twin(chains: Sequence[Chain], played: Played, others: Sequence[Chain], caps: Sequence[float]) -> Played | None:
+    """Return the outcome for other chains that differ in the names of their nodes only, or None if they differ more."""
+    names: dict[int, int] = {}
+    if len(chains) != len(others):
+        return None
+    for mine, theirs in zip(chains, others, strict=True):
+        if (mine.durations_s, mine.hops_s, mine.tails_s) != (theirs.durations_s, theirs.hops_s, theirs.tails_s):
+            return None
+        for a, b in zip(mine.nodes, theirs.nodes, strict=True):
+            if names.setdefault(a, b) != b:
+                return None
+    if len(set(names.values())) < len(names) or any(caps[a] > caps[b] for a, b in names.items()):
+        return None
+    orders: list[list[int]] = [[] for _ in played.orders]
+    for a, b in names.items():
+        orders[b] = played.orders[a]
+    return Played(played.finish_s, played.finishes_s, orders)
 
 
 def _unit_sizes(problem: PlanProblem) -> list[int]:
-    """Return how many microbatches may share a path such that all stages are still visited equally often, largest first."""
+    """Return how many microbatches may share a path while all stages are still visited equally often; 1 is last."""
     count, required = problem.microbatches_per_driver, len(problem.constraints.required)
-    free = len(problem.available) - required
-    drivers, visits = len(problem.drivers), problem.num_visits - required
+    free, visits = len(problem.available) - required, problem.num_visits - required
     sizes: list[int] = []
     for size in range(count, 1, -1):
         fits = (sizes[-1] if sizes else count) % size == 0
-        if fits and (not free or (drivers * (count // size) * visits) % free == 0):
+        if fits and (not free or (len(problem.drivers) * (count // size) * visits) % free == 0):
             sizes.append(size)
     return [*sizes, 1]
 
@@ -102,16 +220,15 @@ def _first_state(instance: Instance, targets: dict[int, int], size: int) -> Stat
     drivers, each = len(problem.drivers), problem.microbatches_per_driver // size
     fewer = {stage: count // size for stage, count in targets.items()}
     dealt = deal_stages(fewer, drivers * each, problem.num_visits, problem.constraints)
-    load: dict[int, float] = {}
+    load = [0.0] * instance.num_nodes
     units: list[Unit] = []
     for number, stages in enumerate(dealt):
         nodes = []
         for stage in stages:
+            work = [f + b for f, b in zip(instance.forward_s[stage], instance.backward_s[stage], strict=True)]
             able = [node for node in problem.placement[stage] if caps[node] >= 1] or problem.placement[stage]
-            work = {n: load.get(n, 0.0) + instance.forward_s[stage][n] + instance.backward_s[stage][n] for n in able}
-            node = min(able, key=lambda n: (work[n], load.get(n, 0.0)))
-            load[node] = work[node] + 1e-9
-            nodes.append(node)
+            nodes.append(min(able, key=lambda node: load[node] + work[node]))
+            load[nodes[-1]] += work[nodes[-1]]
         units.append((number % drivers, tuple(stages), tuple(nodes)))
     return State(problem.placement, tuple(sorted(units, key=lambda unit: unit[0])))
 
@@ -120,98 +237,48 @@ def _split(state: State, ratio: int) -> State:
     return State(state.holders, tuple(unit for unit in state.units for _ in range(ratio)))
 
 
-def _search(evaluator: Evaluator, targets: dict[int, int], seed: int, bound_s: float) -> Candidate:
-    """Anneal coarse paths a few times, then finer ones from the best, and return the best after a little polish."""
-    problem, clock = evaluator.instance.problem, evaluator.clock
-    sizes = _unit_sizes(problem)
-    first = _first_state(evaluator.instance, targets, sizes[0])
-    best: Candidate = (first, {})
-    start = 0
-    while clock.spent < 0.75 * clock.work and not clock.over() and _finish_s(best) > bound_s * (1 + 1e-12):
-        coarse = []
-        for start in range(start + 1, start + 4):
-            search = PathSearch(evaluator, seed * 1000 + start)
-            coarse.append(search.run(first, 0.04 * clock.work, target_s=bound_s, heat=0.04))
-        state = min(coarse, key=evaluator.energy)
-        best = min(best, _polished(evaluator, state, bound_s, seed, 0.02 * clock.work), key=_finish_s)
-        for size, finer in pairwise(sizes):
-            state = _split(state, size // finer)
-            state = search.run(state, 0.15 * clock.work / (len(sizes) - 1), target_s=bound_s, heat=0.01)
-            best = min(best, _polished(evaluator, state, bound_s, seed, 0.02 * clock.work), key=_finish_s)
-        print(start, round(clock.spent/clock.work,2), round(evaluator.energy(state),3), round(_finish_s(best),3))
-    return _polished(evaluator, best[0], bound_s, seed, clock.work - clock.spent, best[1])
-
-
-def _finish_s(candidate: Candidate) -> float:
-    return max((played.finish_s for played in candidate[1].values()), default=inf)
-
-
-def _polished(
-    evaluator: Evaluator,
-    state: State,
-    bound_s: float,
-    seed: int,
-    work: float,
-    outcomes: dict[tuple[int, ...], Played] | None = None,
-) -> Candidate:
-    """Improve the orders of the groups of drivers that finish last, as long as that helps and the work lasts."""
-    clock, machine = evaluator.clock, evaluator.instance.machine
-    if outcomes is None:
-        outcomes = {}
-        for group in evaluator.groups(state):
-            played = evaluator.best_play(evaluator.chains(state, group))
-            if played is None:
-                return state, {}
-            outcomes[tuple(group)] = played
-    outcomes, end, tries = dict(outcomes), clock.spent + work, dict.fromkeys(outcomes, 0)
-    while not clock.over(end):
-        group = max(outcomes, key=lambda group: outcomes[group].finish_s)
-        if outcomes[group].finish_s <= bound_s * (1 + 1e-12) or tries[group] >= 4:
-            break
-        tries[group] += 1
-        chains = evaluator.chains(state, group)
-        tasks = len(chains) * len(chains[0].nodes)
-        plays = int(min((end - clock.spent) / (0.4 * tasks), (500 + 10 * tasks) * 2 ** tries[group]))
-        better = polish(
-            chains, machine, outcomes[group], plays=plays, target_s=bound_s, seed=seed + tries[group],
-            out_of_time=clock.is_late,
-        )
-        clock.spent += plays * 0.4 * tasks + tasks
-        outcomes[group] = better
-    return state, outcomes
-
-
-def _finish(
-    instance: Instance,
-    state: State,
-    outcomes: dict[tuple[int, ...], Played],
-    bound_s: float,
-    targets: dict[int, int],
-) -> Plan:
+def _finish(instance: Instance, best: _Candidate, bound_s: float, targets: dict[int, int]) -> Plan:
+    """Turn the search's result into a schedule, and prove that it runs."""
     problem = instance.problem
-    drivers = state.holders[0]
+    if not best.outcomes:
+        raise ValueError(
+            f"caps too small: under the memory caps {problem.memory_caps} even one microbatch at a time locks up; "
+            "raise them"
+        )
+    if best.finish_s >= UNREACHABLE_S:
+        raise ValueError(
+            "unreachable links: no plan was found that visits all stages equally often over links of finite cost; "
+            "connect more nodes, place the stages elsewhere, or give a larger budget"
+        )
+    schedule, nodes = _schedule(instance, best)
+    caps = problem.memory_caps
+    try:
+        validate(schedule, memory_caps=None if caps is None else [caps[node] for node in nodes])
+    except ScheduleError as error:
+        raise AssertionError(f"the planner made an invalid schedule: {error}") from error
+    timeline = simulate(schedule, reordered(problem.cost, nodes), links=problem.links)
+    visits = tuple(targets.get(stage, 0) for stage in range(1, problem.num_stages + 1))
+    idle_share = tuple(timeline.idle_share(rank) for rank in range(len(nodes)))
+    return Plan(schedule, nodes, best.finish_s, min(bound_s, best.finish_s), idle_share, visits)
+
+
+def _schedule(instance: Instance, best: _Candidate) -> tuple[Schedule, tuple[int, ...]]:
+    holders, count = best.state.holders, instance.problem.microbatches_per_driver
+    drivers = holders[DRIVER_STAGE]
     nodes = (*drivers, *(node for node in range(instance.num_nodes) if node not in drivers))
-    rank = {node: r for r, node in enumerate(nodes)}
-    count = problem.microbatches_per_driver
-    each = count * len(drivers) // len(state.units)
-    paths = []
-    for place, stages, hosts in state.units:
+    rank = {node: at for at, node in enumerate(nodes)}
+    each = count * len(drivers) // len(best.state.units)
+    paths: list[Path] = []
+    for place, stages, hosts in best.state.units:
         visits = tuple(Visit(stage, rank[node]) for stage, node in zip(stages, hosts, strict=True))
         paths += [Path(place, visits)] * each
     orders: list[tuple[Action, ...]] = [()] * len(nodes)
-    for group, played in outcomes.items():
+    for group, played in best.outcomes.items():
         for node, order in enumerate(played.orders):
             if order:
                 orders[rank[node]] = tuple(_action(task, group, count, paths) for task in order)
-    placement = tuple(tuple(rank[node] for node in holders) for holders in state.holders)
-    schedule = Schedule(placement, tuple(paths), tuple(orders), name="skippipe")
-    caps = problem.memory_caps
-    validate(schedule, memory_caps=None if caps is None else [caps[node] for node in nodes])
-    timeline = simulate(schedule, reordered(problem.cost, nodes))
-    makespan_s = max(played.finish_s for played in outcomes.values())
-    visits = tuple(targets.get(stage, 0) for stage in range(1, problem.num_stages + 1))
-    idle = tuple(timeline.idle_share(r) for r in range(len(nodes)))
-    return Plan(schedule, nodes, makespan_s, bound_s, idle, visits)
+    placement = tuple(tuple(rank[node] for node in stage) for stage in holders)
+    return Schedule(placement, tuple(paths), tuple(orders), name="skippipe"), nodes
 
 
 def _action(task: int, group: Sequence[int], count: int, paths: Sequence[Path]) -> Action:
@@ -219,9 +286,9 @@ def _action(task: int, group: Sequence[int], count: int, paths: Sequence[Path]) 
     length = 2 * len(paths[0].visits) + 3
     number, at = divmod(task, length)
     microbatch = group[number % len(group)] * count + number // len(group)
-    stages = (0, *paths[microbatch].stages)
+    stages = (DRIVER_STAGE, *paths[microbatch].stages)
     if at < len(stages):
         return Action(stages[at], Op.F, microbatch)
     if at == len(stages):
-        return Action(0, Op.L, microbatch)
+        return Action(DRIVER_STAGE, Op.L, microbatch)
     return Action(stages[length - 1 - at], Op.B, microbatch)

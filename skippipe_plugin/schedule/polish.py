@@ -7,12 +7,12 @@ than a cap or that deadlock are never accepted.
 
 import random
 from collections.abc import Callable, Sequence
-from math import exp, inf, log
+from math import inf, log
 
 from skippipe_plugin.schedule.play import Chain, Machine, Played
 
-_FIRST_TEMPERATURE, _LAST_TEMPERATURE = 0.01, 0.0003
-"""As shares of the makespan."""
+_LAST_TEMPERATURE = 0.0003
+"""As a share of the makespan, like the first one, `heat`."""
 
 
 class Static:
@@ -91,7 +91,7 @@ class Static:
         ]
         return Played(finish, finishes, [list(order) for order in orders])
 
-    def critical(self, finish_s: float) -> list[int]:
+    def critical(self) -> list[int]:
         """Return the tasks of one critical path of the last play, the last first."""
         task = max(range(len(self.ends)), key=lambda task: self.ends[task] + self.tail[task])
         path = []
@@ -111,8 +111,15 @@ class Static:
 
 
 def polish(
-    chains: Sequence[Chain], machine: Machine, played: Played, *, plays: int, target_s: float, seed: int,
-    out_of_time: Callable[[], bool],
+    chains: Sequence[Chain],
+    machine: Machine,
+    played: Played,
+    *,
+    plays: int,
+    target_s: float,
+    seed: int,
+    heat: float = 0.01,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> Played:
     """Return the best orders found from ``played`` in that many plays; stop early at ``target_s``."""
     static, chance = Static(chains, machine), random.Random(seed)
@@ -120,13 +127,13 @@ def polish(
     place = {task: at for order in orders for at, task in enumerate(order)}
     now_s = static.play(orders)
     best_s, best = now_s, [list(order) for order in orders]
-    moves = _moves(static, now_s, place)
-    heat = _FIRST_TEMPERATURE * now_s
-    cooling = (_LAST_TEMPERATURE / _FIRST_TEMPERATURE) ** (1 / max(1, plays))
+    moves = _moves(static, place)
+    temperature = heat * now_s
+    cooling = (_LAST_TEMPERATURE / heat) ** (1 / max(1, plays))
     for count in range(plays):
         if not moves or best_s <= target_s or (count % 64 == 0 and out_of_time()):
             break
-        heat *= cooling
+        temperature *= cooling
         first, second = moves[int(chance.random() * len(moves))]
         node = static.node[first]
         order = orders[node]
@@ -134,10 +141,10 @@ def polish(
         order[at], order[at + 1] = second, first
         rises = static.change[first] < static.change[second]
         new_s = inf if rises and not static.fits(order, machine.caps[node]) else static.play(orders)
-        if new_s <= now_s or (new_s < inf and now_s - new_s > heat * log(chance.random() + 1e-300)):
+        if new_s <= now_s or (new_s < inf and now_s - new_s > temperature * log(chance.random() + 1e-300)):
             now_s = new_s
             place[first], place[second] = at + 1, at
-            moves = _moves(static, now_s, place)
+            moves = _moves(static, place)
             if now_s < best_s - 1e-9:
                 best_s, best = now_s, [list(order) for order in orders]
         else:
@@ -145,9 +152,9 @@ def polish(
     return static.played(best)
 
 
-def _moves(static: Static, finish_s: float, place: dict[int, int]) -> list[tuple[int, int]]:
+def _moves(static: Static, place: dict[int, int]) -> list[tuple[int, int]]:
     """Return the pairs of neighbours in an order, (first, second), both critical and not of one microbatch."""
-    path = static.critical(finish_s)
+    path = static.critical()
     length, node = static.length, static.node
     return [
         (before, task)

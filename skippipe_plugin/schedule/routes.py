@@ -130,7 +130,12 @@ class PathConstraints:
 
 
 def visit_targets(
-    num_paths: int, num_visits: int, available: Sequence[int], required: Sequence[int], history: Sequence[int], turn: int
+    num_paths: int,
+    num_visits: int,
+    available: Sequence[int],
+    required: Sequence[int],
+    history: Sequence[int],
+    turn: int,
 ) -> dict[int, int]:
     """Return how many paths visit each stage: equally many (+-1), the odd ones where fewest visits were so far.
 
@@ -153,7 +158,9 @@ def visit_targets(
     return targets
 
 
-def deal_stages(targets: dict[int, int], num_paths: int, num_visits: int, constraints: PathConstraints) -> list[list[int]]:
+def deal_stages(
+    targets: dict[int, int], num_paths: int, num_visits: int, constraints: PathConstraints
+) -> list[list[int]]:
     """Return ascending stages for each path, such that each stage is in as many paths as ``targets`` says.
 
     Swaps do not matter here: a set of stages can be visited legally in some order if it can be in ascending order.
@@ -197,8 +204,8 @@ def _deal_exactly(
     targets: dict[int, int], num_paths: int, num_visits: int, constraints: PathConstraints
 ) -> list[list[int]]:
     """Deal as a flow of ``num_paths`` through (position, stage), the flow through each stage given."""
-    import numpy as np  # noqa: PLC0415 - the planner's ordinary way needs neither
-    from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
 
     stages = sorted(targets)
     steps = [
@@ -213,9 +220,7 @@ def _deal_exactly(
         rows.append([float(step[2] == stage) for step in steps])
         sums.append(targets[stage])
         for at in range(1, num_visits):
-            rows.append(
-                [float(s[:2] == (at, stage)) - float((s[0], s[2]) == (at - 1, stage)) for s in steps]
-            )
+            rows.append([float(s[:2] == (at, stage)) - float((s[0], s[2]) == (at - 1, stage)) for s in steps])
             sums.append(0)
     flow = None
     if steps:

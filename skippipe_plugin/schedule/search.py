@@ -13,11 +13,10 @@ from math import exp, inf
 from skippipe_plugin.schedule.play import BACKWARD_FIRST, FORWARD_FIRST, Chain, Played, dispatch, dispatch_safely
 from skippipe_plugin.schedule.problem import Instance
 
-_FIRST_TEMPERATURE, _LAST_TEMPERATURE = 0.04, 0.001
-"""As shares of the energy."""
-MIX = None
-_SHARPNESS = 16
-"""Exponent of the norm over the drivers' times: they should all be short, but the longest one counts."""
+_LAST_TEMPERATURE = 0.001
+"""As a share of the energy, like the first one, `heat`."""
+_MEAN_WEIGHT = 0.3
+"""What the mean of the drivers' times counts beside the longest: a move that helps another driver is still a gain."""
 
 Unit = tuple[int, tuple[int, ...], tuple[int, ...]]
 """The driver's place in the list of drivers, the stages and the nodes of a path."""
@@ -86,7 +85,7 @@ class Evaluator:
         return [c for row in zip(*columns, strict=True) for c in row]
 
     def times_s(self, state: State) -> list[float]:
-        """Return when each group is done... by driver."""
+        """Return by driver when its microbatches are done."""
         times = [0.0] * len(state.holders[0])
         for group in self.groups(state):
             chains = self.chains(state, group)
@@ -100,10 +99,7 @@ class Evaluator:
         longest = max(times)
         if longest == inf or longest == 0:
             return longest
-        if MIX is not None:
-            return longest + MIX * sum(times) / len(times)
-        norm = sum((time / longest) ** _SHARPNESS for time in times) / len(times)
-        return longest * float(norm ** (1 / _SHARPNESS))
+        return longest + _MEAN_WEIGHT * sum(times) / len(times)
 
     def _group_times(self, chains: list[Chain], size: int) -> tuple[float, ...]:
         key: object = tuple(map(id, chains))
@@ -150,18 +146,15 @@ class PathSearch:
         self.problem = evaluator.instance.problem
         self.chance = random.Random(seed)
         self._legal: dict[tuple[int, ...], bool] = {}
-        self._usable = [
-            node for node, cap in enumerate(evaluator.instance.machine.caps) if cap >= 1
-        ]
 
-    def run(self, state: State, work: float, *, target_s: float, heat: float = _FIRST_TEMPERATURE) -> State:
+    def run(self, state: State, work: float, *, target_s: float, heat: float) -> State:
         """Return the best state that was met with that much work."""
         evaluator, clock, chance = self.evaluator, self.evaluator.clock, self.chance
         begun, end = clock.spent, clock.spent + work
         now = best = evaluator.energy(state)
         best_state = state
         moves = self._moves()
-        while not clock.over(end) and best > target_s:
+        while not clock.over(end) and best > target_s * (1 + _MEAN_WEIGHT):
             clock.spent += 3
             share = (clock.spent - begun) / work
             temperature = heat * (_LAST_TEMPERATURE / heat) ** share * best

@@ -1,10 +1,11 @@
 """Schedule x cost model -> timeline, and the time that no order of the same paths can beat.
 
 Each rank runs its own order, one action at a time; an action starts when its rank is free and its input has arrived.
-Messages leave when their producer ends and do not contend.
+Messages leave when their producer ends and do not contend, unless links are told to be shared.
 """
 
 from itertools import pairwise
+from typing import Literal
 
 from skippipe_plugin.schedule.cost import CostModel
 from skippipe_plugin.schedule.ir import Action, Op, Schedule, chains, dependencies, messages, rank_of
@@ -12,8 +13,14 @@ from skippipe_plugin.schedule.timeline import Event, Timeline, Transfer
 from skippipe_plugin.schedule.validate import topological_order
 
 
-def simulate(schedule: Schedule, cost: CostModel) -> Timeline:
+def simulate(schedule: Schedule, cost: CostModel, *, links: Literal["free", "shared"] = "free") -> Timeline:
     """Predict when each action runs and each message travels.
+
+    Args:
+        schedule: What runs.
+        cost: On which costs.
+        links: "free": any number of messages travel on a link at once. "shared": each directed link carries one at a
+            time, in the order they are sent, for its whole cost.
 
     Raises:
         ScheduleError: The schedule deadlocks, or lacks an action or has one too many; the message names them.
@@ -23,6 +30,7 @@ def simulate(schedule: Schedule, cost: CostModel) -> Timeline:
     sent = {message.producer: message for message in messages(schedule)}
     inputs, ranks = dependencies(schedule), rank_of(schedule)
     free_s = [0.0] * schedule.num_ranks
+    link_free_s: dict[tuple[int, int], float] = {}
     arrival_s: dict[Action, float] = {}
     events: list[Event] = []
     transfers: list[Transfer] = []
@@ -36,8 +44,12 @@ def simulate(schedule: Schedule, cost: CostModel) -> Timeline:
         events.append(Event(rank, action, start_s, end_s))
         if action in sent:
             message = sent[action]
-            arrival_s[action] += cost.message_s(rank, message.destination, message.activation_stage)
-            transfers.append(Transfer(rank, message.destination, action, end_s, arrival_s[action]))
+            link = (rank, message.destination)
+            # A link's messages come from one rank, whose actions are met here in the order they run.
+            sent_s = max(end_s, link_free_s.get(link, 0.0)) if links == "shared" else end_s
+            arrival_s[action] = sent_s + cost.message_s(*link, message.activation_stage)
+            link_free_s[link] = arrival_s[action]
+            transfers.append(Transfer(*link, action, sent_s, arrival_s[action]))
     return Timeline(tuple(events), tuple(transfers), label=schedule.name)
 
 
