@@ -29,17 +29,19 @@ class _Look:
     face: str
     text: str = "#1b1b1b"
     hatch: str = ""
+    edge: str = "#444444"
+    """Of the box and of its hatching."""
 
 
+_ORANGE: Final = "#b5702a"
 # From light to dark: F, W, B, I, L. Hatches that do not hide a number.
 _LOOKS: Final[Mapping[Op, _Look]] = {
     Op.F: _Look("F  forward (driver: embedding)", "#b4d4f1"),
-    Op.B: _Look("B  backward", "#e8a04c", hatch="////"),
-    Op.I: _Look("I  backward, input half", "#c9742b", hatch="////"),
-    Op.W: _Look("W  backward, weight half", "#f9e3bd", hatch="...."),
+    Op.B: _Look("B  backward", "#e8a04c", hatch="////", edge=_ORANGE),
+    Op.I: _Look("I  backward, input half", "#d98536", hatch="\\\\\\\\", edge="#6b3609"),
+    Op.W: _Look("W  backward, weight half", "#f9e3bd", hatch="....", edge=_ORANGE),
     Op.L: _Look("L  head and loss", "#3d2b56", text="#ffffff"),
 }
-_HATCH: Final = "#b5702a"
 _EDGE: Final = "#444444"
 _IDLE: Final = "#f7f7f7"
 _MESSAGE: Final = "#2a9d8f"
@@ -97,9 +99,9 @@ def draw(
         "svg.fonttype": "none",
         "svg.hashsalt": "skippipe",
         "hatch.linewidth": 0.6,
-        "hatch.color": _HATCH,
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
     }
-    style |= {"font.family": "DejaVu Sans", "font.size": 9}
     with mpl.rc_context(style):
         figure = _figure(panels, title, traced, width_in or _width_in(panels))
         metadata = {"Date": None} if FilePath(path).suffix == ".svg" else None
@@ -252,8 +254,7 @@ class _Panel:
             wide = [event for event in events if self._inches(event) >= _NARROW_IN]
             narrow = [event for event in events if self._inches(event) < _NARROW_IN]
             # In a box that is all edge the hatching and the edge would hide the colour.
-            edge = _HATCH if look.hatch else _EDGE
-            self._bars(wide, zorder=3, facecolor=look.face, edgecolor=edge, linewidth=0.6, hatch=look.hatch)
+            self._bars(wide, zorder=3, facecolor=look.face, edgecolor=look.edge, linewidth=0.6, hatch=look.hatch)
             self._bars(narrow, zorder=3, facecolor=look.face, edgecolor=look.face, linewidth=0.3)
             for event in wide:
                 self._write(event, look)
@@ -353,8 +354,7 @@ def _handles(panels: Sequence[Timeline], traced: Sequence[int]) -> Iterator[Any]
     used = {event.action.op for panel in panels for event in panel.events}
     for op, look in _LOOKS.items():
         if op in used:
-            edge = _HATCH if look.hatch else _EDGE
-            yield Patch(facecolor=look.face, edgecolor=edge, hatch=look.hatch, linewidth=0.6, label=look.name)
+            yield Patch(facecolor=look.face, edgecolor=look.edge, hatch=look.hatch, linewidth=0.6, label=look.name)
     yield Patch(facecolor=_IDLE, edgecolor="#cccccc", label="waiting")
     if any(transfer.end_s > transfer.start_s for panel in panels for transfer in panel.transfers):
         yield Line2D(
