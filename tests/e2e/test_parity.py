@@ -14,7 +14,7 @@ SCHEDULES = ("gpipe", "1f1b")
 
 def _run(case: str, devices: int, schedule: str = "auto") -> Run:
     samples = BATCH * STEPS
-    strategy = {"schedule": schedule, "num_microbatches": 4}
+    strategy = {"schedule": schedule, "num_microbatches": 4} if devices > 1 else None
     if case == "transformer":
         return train(lambda: LanguageModel(Transformer()), loader(tokens(samples)), devices, strategy)
     if case == "mlp":
