@@ -21,7 +21,10 @@ from skippipe_plugin.schedule.ir import (
     rank_of,
 )
 from skippipe_plugin.schedule.order import list_schedule
+from skippipe_plugin.schedule.partial import Plan, plan, plan_paths
 from skippipe_plugin.schedule.picture import draw
+from skippipe_plugin.schedule.problem import PlanProblem
+from skippipe_plugin.schedule.routes import PathConstraints
 from skippipe_plugin.schedule.simulate import lower_bound_s, simulate
 from skippipe_plugin.schedule.timeline import Event, Timeline, Transfer
 from skippipe_plugin.schedule.validate import in_order_links, peak_activations, topological_order, validate
@@ -37,6 +40,9 @@ __all__ = [
     "NetworkCost",
     "Op",
     "Path",
+    "PathConstraints",
+    "Plan",
+    "PlanProblem",
     "Schedule",
     "ScheduleError",
     "Timeline",
@@ -55,6 +61,8 @@ __all__ = [
     "messages",
     "one_f_one_b",
     "peak_activations",
+    "plan",
+    "plan_paths",
     "rank_of",
     "simulate",
     "topological_order",

@@ -6,13 +6,13 @@ from math import inf, isinf
 
 from skippipe_plugin.schedule.problem import Instance
 
-_MAX_SEQUENCES = 2000
+_MAX_SEQUENCES = 1000
 
 Host = tuple[int, int]
 """A stage and the node that computes it."""
 
 
-def lower_bound_s(instance: Instance, targets: dict[int, int]) -> float:
+def plan_bound_s(instance: Instance, targets: dict[int, int]) -> float:
     """Return a time that no legal plan can beat.
 
     The larger of: what the slowest driver needs for its microbatches at the cheapest round trip, its cap, its gaps and

@@ -212,12 +212,14 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` writes.
+        """Read what `to_json` writes, also under the key ``schedule`` of a plan file.
 
         Raises:
             ScheduleError: Not JSON, another format or version, or a key that is missing or of the wrong type.
         """
         data = _read_json(text, dict)
+        if isinstance(data.get("schedule"), dict):
+            data = data["schedule"]
         if (data.get("format"), data.get("version")) != (_FORMAT, _VERSION):
             raise ScheduleError(
                 f"not a {_FORMAT} of version {_VERSION}: {data.get('format')!r} {data.get('version')!r}"
@@ -236,7 +238,7 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
-        """Read a file that `save` wrote; raises ScheduleError like `from_json`."""
+        """Read a file that `save` wrote, or a plan file; raises ScheduleError like `from_json`."""
         return cls.from_json(FilePath(path).read_text(encoding="utf-8"))
 
 

@@ -6,23 +6,26 @@ has been proved to run under its caps. The parts live in `problem`, `routes`, `s
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
 
-from skippipe_plugin.schedule.bounds import lower_bound_s
+from skippipe_plugin.schedule.bounds import plan_bound_s
+from skippipe_plugin.schedule.cost import CostModel
 from skippipe_plugin.schedule.ir import DRIVER_STAGE, Action, Op, Path, Schedule, ScheduleError, Visit
 from skippipe_plugin.schedule.play import Chain, Played
 from skippipe_plugin.schedule.polish import polish
 from skippipe_plugin.schedule.problem import UNREACHABLE_S, Instance, PlanProblem, reordered
-from skippipe_plugin.schedule.routes import deal_stages, visit_targets
-from skippipe_plugin.schedule.search import Clock, Evaluator, PathSearch, State, Unit
+from skippipe_plugin.schedule.routes import PathConstraints, visit_targets
+from skippipe_plugin.schedule.search import Clock, Evaluator, PathSearch, State
 from skippipe_plugin.schedule.simulate import simulate
+from skippipe_plugin.schedule.start import first_states, split, unit_sizes
 from skippipe_plugin.schedule.validate import validate
 
-_WORK_PER_SECOND = 400_000
-"""Tasks played per second of budget: about half of what one core does, so that the clock rarely ends a plan."""
+_WORK_PER_SECOND = 250_000
+"""Tasks played per second of budget: about a quarter of what one core does, so that the clock rarely ends a plan."""
 _ENOUGH = 1 + 1e-9
 """A plan within this factor of the lower bound is not improved further."""
 
@@ -57,11 +60,11 @@ def plan(
     max_iterations: int | None = None,
     seed: int = 0,
     history: Sequence[int] = (),
-    turn: int = 0,
+    turn: int | None = None,
 ) -> Plan:
     """Plan a step: choose paths and orders, and the placement where the problem leaves it open.
 
-    Equal arguments give equal plans: the budget is converted to work, about half of what a core does in that time,
+    Equal arguments give equal plans: the budget is converted to work, about a quarter of what a core does in that time,
     and the clock ends the search only where the machine is slower than that.
 
     Args:
@@ -71,7 +74,8 @@ def plan(
         seed: Of the search.
         history: By block stage, the visits of all earlier plans. Where stages cannot be visited equally often, those
             with fewest visits get one more; so over successive plans all are skipped equally often.
-        turn: The number of the plan, which decides among equal histories; enough without a history.
+        turn: The number of the plan, which decides among equal histories, also without any. By default the search
+            decides, which is best for a single plan.
 
     Raises:
         ValueError: No plan exists, or a part of the problem is out of range; the message names the constraint.
@@ -84,15 +88,73 @@ def plan(
     work = budget_s * _WORK_PER_SECOND if max_iterations is None else float(max_iterations)
     instance = Instance(problem)
     required = problem.constraints.required
-    targets = visit_targets(problem.num_microbatches, problem.num_visits, problem.available, required, history, turn)
-    bound_s = lower_bound_s(instance, targets)
+    targets, tied = visit_targets(
+        problem.num_microbatches, problem.num_visits, problem.available, required, history, turn
+    )
+    bound_s = plan_bound_s(instance, {stage: count - (stage in tied) for stage, count in targets.items()})
     if bound_s >= UNREACHABLE_S:
         raise ValueError(
             "unreachable links: some driver has no round trip over links of finite cost through "
             f"{problem.num_visits} stages; connect it, or place the stages elsewhere"
         )
-    search = _Search(Evaluator(instance, Clock(work, lambda: time.monotonic() > end_s)), targets, bound_s, seed)
-    return _finish(instance, search.run(), bound_s, targets)
+    search = _Search(Evaluator(instance, Clock(work, lambda: time.monotonic() > end_s)), targets, tied, bound_s, seed)
+    return _finish(instance, search.run(), bound_s)
+
+
+def plan_paths(
+    cost: CostModel,
+    placement: Sequence[Sequence[int]],
+    microbatches_per_driver: int,
+    *,
+    constraints: PathConstraints | None = None,
+    driver_in_flight: int | None = None,
+    allreduce_s: Sequence[float] = (),
+    history: Sequence[int] = (),
+    turn: int | None = None,
+    seed: int = 0,
+    max_iterations: int = 60_000,
+) -> Schedule:
+    """Plan a step quickly and deterministically, for use while training.
+
+    >>> cost = CostModel.uniform(num_stages=4, num_ranks=5)
+    >>> schedule = plan_paths(cost, [[0], [1], [2], [3], [4]], 8, constraints=PathConstraints(skip_ratio=0.25))
+    >>> {len(path.visits) for path in schedule.paths}
+    {3}
+
+    Args:
+        cost: The measured costs.
+        placement: By stage, the ranks that hold it: entry 0 the drivers 0, 1, ..., an empty one a hole.
+        microbatches_per_driver: Number of microbatches of each driver.
+        constraints: What paths must keep; nothing skipped by default.
+        driver_in_flight: The most microbatches that a driver may have under way, which bounds the activations
+            everywhere; by default twice the number of ranks for each driver.
+        allreduce_s: By stage, seconds of its gradient sum.
+        history: As in `plan`.
+        turn: As in `plan`.
+        seed: Of the search.
+        max_iterations: Work in tasks played; the default takes a tenth of a second or two.
+
+    Raises:
+        ValueError: No plan exists; the message names the violated constraint.
+    """
+    drivers = tuple(placement[DRIVER_STAGE]) if placement else ()
+    if drivers != tuple(range(len(drivers))):
+        raise ValueError(f"the drivers are ranks {drivers}; number the ranks so that drivers are 0, 1, ...")
+    in_flight = 2 * cost.num_ranks if driver_in_flight is None else driver_in_flight
+    if in_flight < 1:
+        raise ValueError(f"driver_in_flight is {in_flight}; a driver needs at least 1 microbatch in flight")
+    own = Counter(rank for ranks in placement for rank in ranks)
+    enough = len(drivers) * microbatches_per_driver * len(placement)
+    caps = [in_flight * own[rank] if rank in drivers else enough for rank in range(cost.num_ranks)]
+    problem = PlanProblem(
+        placement=tuple(map(tuple, placement)),
+        microbatches_per_driver=microbatches_per_driver,
+        cost=cost,
+        constraints=constraints or PathConstraints(),
+        memory_caps=tuple(caps),
+        allreduce_s=tuple(allreduce_s),
+    )
+    return plan(problem, seed=seed, max_iterations=max_iterations, history=history, turn=turn).schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,29 +172,31 @@ class _Candidate:
 class _Search:
     """Spends the budget: rounds of annealing from coarse to fine, each polished, and the rest for the best one."""
 
-    def __init__(self, evaluator: Evaluator, targets: dict[int, int], bound_s: float, seed: int) -> None:
+    def __init__(
+        self, evaluator: Evaluator, targets: dict[int, int], tied: frozenset[int], bound_s: float, seed: int
+    ) -> None:
         self.evaluator = evaluator
         self.clock = evaluator.clock
         self.problem = evaluator.instance.problem
         self.targets = targets
+        self.tied = tied
         self.bound_s = bound_s
         self.seed = seed
 
     def run(self) -> _Candidate:
-        sizes = _unit_sizes(self.problem)
-        first = _first_state(self.evaluator.instance, self.targets, sizes[0])
+        sizes = unit_sizes(self.problem)
+        first = min(first_states(self.evaluator.instance, self.targets, sizes[0]), key=self.evaluator.energy)
         best = self._polished(first, 0.01)
         start = 0
         while self.clock.spent < 0.75 * self.clock.work and not self._is_done(best):
-            coarse = []
-            for start in range(start + 1, start + 4):
-                coarse.append(self._anneal(first, 0.04, start, heat=0.04))
+            coarse = [self._anneal(first, 0.04, start + number, heat=0.04) for number in range(3)]
+            start += len(coarse)
             state = min(coarse, key=self.evaluator.energy)
             best = min(best, self._polished(state, 0.02), key=lambda candidate: candidate.finish_s)
             for size, finer in pairwise(sizes):
                 if self._is_done(best):
                     break
-                state = self._anneal(_split(state, size // finer), 0.15 / (len(sizes) - 1), start, heat=0.01)
+                state = self._anneal(split(state, size // finer), 0.15 / (len(sizes) - 1), start, heat=0.01)
                 best = min(best, self._polished(state, 0.02), key=lambda candidate: candidate.finish_s)
         return self._polished(best.state, 1.0, best.outcomes)
 
@@ -140,7 +204,7 @@ class _Search:
         return self.clock.over() or best.finish_s <= self.bound_s * _ENOUGH
 
     def _anneal(self, state: State, share: float, start: int, *, heat: float) -> State:
-        search = PathSearch(self.evaluator, self.seed * 1000 + start)
+        search = PathSearch(self.evaluator, self.seed * 1000 + start, self.tied)
         return search.run(state, share * self.clock.work, target_s=self.bound_s, heat=heat)
 
     def _polished(
@@ -202,42 +266,7 @@ def _as_twin(chains: Sequence[Chain], played: Played, others: Sequence[Chain], c
     return Played(played.finish_s, played.finishes_s, orders)
 
 
-def _unit_sizes(problem: PlanProblem) -> list[int]:
-    """Return how many microbatches may share a path while all stages are still visited equally often; 1 is last."""
-    count, required = problem.microbatches_per_driver, len(problem.constraints.required)
-    free, visits = len(problem.available) - required, problem.num_visits - required
-    sizes: list[int] = []
-    for size in range(count, 1, -1):
-        fits = (sizes[-1] if sizes else count) % size == 0
-        if fits and (not free or (len(problem.drivers) * (count // size) * visits) % free == 0):
-            sizes.append(size)
-    return [*sizes, 1]
-
-
-def _first_state(instance: Instance, targets: dict[int, int], size: int) -> State:
-    """Return legal paths in ascending order, each visit on the node of its stage that has least to do."""
-    problem, caps = instance.problem, instance.machine.caps
-    drivers, each = len(problem.drivers), problem.microbatches_per_driver // size
-    fewer = {stage: count // size for stage, count in targets.items()}
-    dealt = deal_stages(fewer, drivers * each, problem.num_visits, problem.constraints)
-    load = [0.0] * instance.num_nodes
-    units: list[Unit] = []
-    for number, stages in enumerate(dealt):
-        nodes = []
-        for stage in stages:
-            work = [f + b for f, b in zip(instance.forward_s[stage], instance.backward_s[stage], strict=True)]
-            able = [node for node in problem.placement[stage] if caps[node] >= 1] or problem.placement[stage]
-            nodes.append(min(able, key=lambda node: load[node] + work[node]))
-            load[nodes[-1]] += work[nodes[-1]]
-        units.append((number % drivers, tuple(stages), tuple(nodes)))
-    return State(problem.placement, tuple(sorted(units, key=lambda unit: unit[0])))
-
-
-def _split(state: State, ratio: int) -> State:
-    return State(state.holders, tuple(unit for unit in state.units for _ in range(ratio)))
-
-
-def _finish(instance: Instance, best: _Candidate, bound_s: float, targets: dict[int, int]) -> Plan:
+def _finish(instance: Instance, best: _Candidate, bound_s: float) -> Plan:
     """Turn the search's result into a schedule, and prove that it runs."""
     problem = instance.problem
     if not best.outcomes:
@@ -257,7 +286,8 @@ def _finish(instance: Instance, best: _Candidate, bound_s: float, targets: dict[
     except ScheduleError as error:
         raise AssertionError(f"the planner made an invalid schedule: {error}") from error
     timeline = simulate(schedule, reordered(problem.cost, nodes), links=problem.links)
-    visits = tuple(targets.get(stage, 0) for stage in range(1, problem.num_stages + 1))
+    counts = Counter(stage for path in schedule.paths for stage in path.stages)
+    visits = tuple(counts[stage] for stage in range(1, problem.num_stages + 1))
     idle_share = tuple(timeline.idle_share(rank) for rank in range(len(nodes)))
     return Plan(schedule, nodes, best.finish_s, min(bound_s, best.finish_s), idle_share, visits)
 
@@ -269,9 +299,9 @@ def _schedule(instance: Instance, best: _Candidate) -> tuple[Schedule, tuple[int
     rank = {node: at for at, node in enumerate(nodes)}
     each = count * len(drivers) // len(best.state.units)
     paths: list[Path] = []
-    for place, stages, hosts in best.state.units:
+    for place, stages, hosts in split(best.state, each).units:
         visits = tuple(Visit(stage, rank[node]) for stage, node in zip(stages, hosts, strict=True))
-        paths += [Path(place, visits)] * each
+        paths.append(Path(place, visits))
     orders: list[tuple[Action, ...]] = [()] * len(nodes)
     for group, played in best.outcomes.items():
         for node, order in enumerate(played.orders):

@@ -102,7 +102,10 @@ def dispatch(
         else:
             node = code - count
             waking[node] = False
-            if free[node] > now:
+            if free[node] > now:  # an arrival at the same moment came first
+                if forwards[node] or backwards[node]:
+                    waking[node] = True
+                    heappush(events, (free[node], code))
                 continue
         f, b = forwards[node], backwards[node]
         if b and (not f or held[node] >= caps[node] or b[0] + bias[node] <= f[0]):
@@ -149,7 +152,7 @@ def dispatch(
 
 
 def dispatch_safely(chains: Sequence[Chain], machine: Machine, rule: int = BACKWARD_FIRST) -> Played | None:
-    """`dispatch` with fewer and fewer microbatches under way until the caps no longer lock up; None if they always do."""
+    """Dispatch with fewer and fewer microbatches under way until the caps no longer lock up; None if they always do."""
     limit: float = inf
     while True:
         played = dispatch(chains, machine, rule, limit=limit)

@@ -7,6 +7,7 @@ than a cap or that deadlock are never accepted.
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import inf, log
 
 from skippipe_plugin.schedule.play import Chain, Machine, Played
@@ -158,6 +159,6 @@ def _moves(static: Static, place: dict[int, int]) -> list[tuple[int, int]]:
     length, node = static.length, static.node
     return [
         (before, task)
-        for task, before in zip(path, path[1:], strict=False)
+        for task, before in pairwise(path)
         if node[task] == node[before] and task // length != before // length and place[task] == place[before] + 1
     ]

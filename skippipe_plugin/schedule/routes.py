@@ -6,6 +6,8 @@ The convergence constraints of SkipPipe (arXiv 2502.19913) on sequences of stage
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathConstraints:
@@ -21,7 +23,7 @@ class PathConstraints:
     skip_ratio: float | None = None
     """Share of the stages that each path leaves out; it visits ``round((1 - skip_ratio) * S)``."""
     path_length: int | None = None
-    """Number of visits of each path plus one for its driver, in place of ``skip_ratio``. Neither: nothing is skipped."""
+    """Number of visits of each path plus one for its driver, in place of ``skip_ratio``; neither: no skipping."""
     max_jump: int = 4
     """How many stages a visit may lie beyond the furthest one so far (the driver is 0): 1 forbids skipping."""
     max_swaps: int | None = None
@@ -119,6 +121,9 @@ class PathConstraints:
         max_swaps = self.swaps(num_visits, num_stages)
 
         def extend(prefix: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+            lowest = max(prefix, default=0) - self.max_back
+            if sum(stage >= lowest and stage not in prefix for stage in available) < num_visits - len(prefix):
+                return  # what is left is too far back
             for stages in ((*prefix, stage) for stage in available):
                 if self.why_no_start(stages, max_swaps) is None:
                     if len(stages) < num_visits:
@@ -134,9 +139,9 @@ def visit_targets(
     num_visits: int,
     available: Sequence[int],
     required: Sequence[int],
-    history: Sequence[int],
-    turn: int,
-) -> dict[int, int]:
+    history: Sequence[int] = (),
+    turn: int | None = None,
+) -> tuple[dict[int, int], frozenset[int]]:
     """Return how many paths visit each stage: equally many (+-1), the odd ones where fewest visits were so far.
 
     Args:
@@ -145,17 +150,23 @@ def visit_targets(
         available: The stages that may be visited.
         required: Those that all paths visit.
         history: By stage, from stage 1 on: the visits of earlier plans; empty for none.
-        turn: The plan's number, which rotates ties.
+        turn: The plan's number, which rotates ties; None leaves ties to the search.
+
+    Returns:
+        The visits of each stage, and the stages among which the odd visits may move.
     """
     free = [stage for stage in available if stage not in required]
     base, odd = divmod(num_paths * (num_visits - len(required)), len(free)) if free else (0, 0)
     targets = dict.fromkeys(required, num_paths) | dict.fromkeys(free, base)
     seen = dict(enumerate(history, start=1))
-    shift = turn * odd
+    shift = (turn or 0) * odd
     order = sorted(range(len(free)), key=lambda i: (seen.get(free[i], 0), (i - shift) % len(free)))
     for i in order[:odd]:
         targets[free[i]] += 1
-    return targets
+    if turn is not None or not odd:
+        return targets, frozenset()
+    last = seen.get(free[order[odd - 1]], 0)
+    return targets, frozenset(stage for stage in free if seen.get(stage, 0) == last)
 
 
 def deal_stages(
@@ -176,8 +187,12 @@ def _deal_greedily(need: dict[int, int], num_paths: int, num_visits: int, max_ju
     stages = sorted(need)
     paths: list[list[int]] = []
     for left in range(num_paths, 0, -1):
-        # Those still needed by all remaining paths must be taken now; else those needed most.
-        worth = {stage: need[stage] + (10**6 if need[stage] == left else 0) for stage in stages if need[stage] > 0}
+        # Those still needed by all remaining paths must be taken now; else those needed most, ties far apart.
+        worth = {
+            stage: 1000 * need[stage] + (10**9 if need[stage] == left else 0) + round(997 * (stage * _GOLDEN % 1))
+            for stage in stages
+            if need[stage] > 0
+        }
         path = _best_path(worth, num_visits, max_jump)
         if path is None or any(need[stage] == left and stage not in path for stage in stages):
             return None

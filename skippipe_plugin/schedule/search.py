@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import exp, inf
 
 from skippipe_plugin.schedule.play import BACKWARD_FIRST, FORWARD_FIRST, Chain, Played, dispatch, dispatch_safely
+from skippipe_plugin.schedule.polish import Static
 from skippipe_plugin.schedule.problem import Instance
 
 _LAST_TEMPERATURE = 0.001
@@ -29,7 +30,7 @@ class State:
     holders: tuple[tuple[int, ...], ...]
     """By stage; entry 0 is the drivers."""
     units: tuple[Unit, ...]
-    """By driver, then by age; all stand for equally many microbatches."""
+    """By driver, then by age; all stand for equally many microbatches, in which the driver's units take turns."""
 
 
 @dataclass(slots=True)
@@ -81,7 +82,7 @@ class Evaluator:
         columns = []
         for place in group:
             own = [chain(drivers[place], unit[1], unit[2]) for unit in state.units if unit[0] == place]
-            columns.append([c for c in own for _ in range(each)])
+            columns.append(own * each)
         return [c for row in zip(*columns, strict=True) for c in row]
 
     def times_s(self, state: State) -> list[float]:
@@ -134,15 +135,18 @@ class Evaluator:
         outcomes = [dispatch(chains, machine, rule, driver_rule) for rule in rules for driver_rule in rules]
         finished = [played for played in outcomes if played is not None]
         if not finished:
-            return dispatch_safely(chains, machine)
+            cautious = dispatch_safely(chains, machine)
+            return cautious and Static(chains, machine).played(cautious.orders)
         return min(finished, key=lambda played: played.finish_s)
 
 
 class PathSearch:
     """Anneals a state; `run` may be called again on what it returned, or on a split of it."""
 
-    def __init__(self, evaluator: Evaluator, seed: int) -> None:
+    def __init__(self, evaluator: Evaluator, seed: int, tied: frozenset[int] = frozenset()) -> None:
         self.evaluator = evaluator
+        self.tied = tied
+        """The stages among which odd visits may move."""
         self.problem = evaluator.instance.problem
         self.chance = random.Random(seed)
         self._legal: dict[tuple[int, ...], bool] = {}
@@ -170,8 +174,10 @@ class PathSearch:
         return best_state
 
     def _moves(self) -> list[Callable[[State], State | None]]:
-        moves = [self._other_node, self._exchange_nodes, self._exchange_stages, self._exchange_stages]
-        moves += [self._reorder, self._exchange_paths]
+        moves: list[Callable[[State], State | None]] = [self._other_node, self._exchange_nodes, self._exchange_paths]
+        moves += [self._reorder, self._exchange_stages, self._exchange_stages]
+        if self.tied:
+            moves += [self._other_stage] * 2
         if self.problem.placement_mode == "plan":
             moves += [self._exchange_roles] * 5
         return moves
@@ -200,6 +206,20 @@ class PathSearch:
         if node == nodes[step] or self.evaluator.instance.machine.caps[node] < 1:
             return None
         return self._with(state, (at, (place, stages, (*nodes[:step], node, *nodes[step + 1 :]))))
+
+    def _other_stage(self, state: State) -> State | None:
+        """Let one unit visit another stage, if one is visited once more and the other once less than they could be."""
+        at = self._pick(len(state.units))
+        place, stages, nodes = state.units[at]
+        out, stage = self._pick(len(stages)), self.chance.choice(sorted(self.tied))
+        if stages[out] not in self.tied or stage in stages:
+            return None
+        visits = [sum(wanted in unit[1] for unit in state.units) for wanted in (stages[out], stage)]
+        if visits[0] != visits[1] + 1:
+            return None
+        holders = state.holders[stage]
+        new = self._insert(stages, nodes, out, stage, holders[self._pick(len(holders))])
+        return new and self._with(state, (at, (place, *new)))
 
     def _exchange_nodes(self, state: State) -> State | None:
         """Let two units exchange the nodes on which they visit the same stage."""
