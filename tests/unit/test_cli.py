@@ -1,0 +1,222 @@
+"""The command line: plans of cases can be simulated and read back, and bad input is one clear line."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from skippipe_plugin.cli import main
+from skippipe_plugin.schedule import CostModel, Schedule, full_schedule, validate
+from skippipe_plugin.schedule.casefile import read_case, read_plan
+
+CASE = {
+    "nodes": 8,
+    "partitions": [[6, 2], [0, 4], [3, 1], [7, 5]],
+    "cost_s": [[0.0 if a == b else 0.2 + 0.3 * abs(a % 3 - b % 3) for b in range(8)] for a in range(8)],
+    "wm_s": [0.4, 0.5, 0.4, 0.4, 0.6, 0.4, 0.4, 0.4],
+    "loss_factor": 0.25,
+    "backward_factor": 1.5,
+    "gap_s": 0.1,
+    "memory": [2, 2, 3, 3, 2, 2, 3, 2],
+    "path_length": 3,
+    "microbatches_per_home": 3,
+    "max_jump_from_frontier": 3,
+    "swap_limits": {"total_distance": 2, "furthest": 1, "count": 2},
+}
+MISSING = object()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, data: object) -> str:
+        path = tmp_path / name
+        path.write_text(data if isinstance(data, str) else json.dumps(data))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def planned(write, tmp_path) -> tuple[str, str]:
+    """A case and its plan."""
+    case, out = write("case.json", CASE), str(tmp_path / "plan.json")
+    assert main(["plan", case, "--out", out, "--budget", "0.2"]) == 0
+    return case, out
+
+
+def changed(**changes: object) -> dict[str, object]:
+    return {key: value for key, value in (CASE | changes).items() if value is not MISSING}
+
+
+def replay_s(case: dict, plan: dict) -> float:
+    """When a plan file's last task ends, by relaxing start times until nothing changes."""
+    wait: dict[tuple[str, int, int], list[tuple[tuple[str, int, int], float]]] = {}
+    length: dict[tuple[str, int, int], float] = {}
+    for m, path in plan["paths"].items():
+        steps = [("F", int(m), n) for n in path] + [("L", int(m), path[0])] + [("B", int(m), n) for n in path[::-1]]
+        for step in steps:
+            factor = {"F": 1.0, "L": case["loss_factor"], "B": case["backward_factor"]}[step[0]]
+            length[step] = factor * case["wm_s"][step[2]]
+        for a, b in pairwise(steps):
+            wait.setdefault(b, []).append((a, case["cost_s"][a[2]][b[2]] if a[2] != b[2] else 0.0))
+    for node, order in plan["orders"].items():
+        for a, b in pairwise([(task[-1], int(task[:-1]), int(node)) for task in order]):
+            wait.setdefault(b, []).append((a, case["gap_s"]))
+    start = dict.fromkeys(length, 0.0)
+    for _ in range(len(start)):
+        start = {
+            step: max((start[a] + length[a] + more for a, more in wait.get(step, ())), default=0.0) for step in start
+        }
+    return max(start[step] + length[step] for step in start)
+
+
+def test_a_plan_is_what_it_says(capsys, planned):
+    case, out = planned
+    plan = json.loads(Path(out).read_text())
+    assert plan["makespan_s"] == pytest.approx(replay_s(CASE, plan))
+    assert plan["partitions"] == CASE["partitions"]
+    promise = f"makespan {plan['makespan_s']:.3f} s"
+    assert capsys.readouterr().out.startswith(promise)
+    assert main(["simulate", case, out]) == 0
+    simulated = capsys.readouterr().out
+    assert simulated.startswith(promise)
+    assert "rank actions" in simulated
+
+
+def test_a_plan_reads_back_as_a_schedule(planned):
+    case, out = planned
+    schedule = Schedule.load(out)
+    validate(schedule)
+    again, _ = read_plan(out, read_case(case))
+    assert (again.placement, again.paths, again.orders) == (schedule.placement, schedule.paths, schedule.orders)
+
+
+def test_equal_seeds_write_equal_plans(planned, tmp_path):
+    case, out = planned
+    again = str(tmp_path / "again.json")
+    assert main(["plan", case, "--out", again, "--budget", "0.2", "--seed", "0"]) == 0
+    assert Path(again).read_text() == Path(out).read_text()
+
+
+@pytest.mark.parametrize("options", [["--placement", "plan"], ["--links", "shared"]])
+def test_the_planner_has_two_freedoms(write, tmp_path, options, capsys):
+    case, out = write("case.json", CASE), str(tmp_path / "plan.json")
+    assert main(["plan", case, "--out", out, "--budget", "0.2", *options]) == 0
+    plan = json.loads(Path(out).read_text())
+    assert [len(nodes) for nodes in plan["partitions"]] == [2, 2, 2, 2]
+    assert sorted(node for nodes in plan["partitions"] for node in nodes) == list(range(8))
+    links = options if "--links" in options else []
+    assert main(["simulate", case, out, *links]) == 0
+    assert f"makespan {plan['makespan_s']:.3f} s" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_a_schedule_is_shown_and_simulated(write, capsys):
+    schedule = full_schedule("1f1b", num_stages=2, num_microbatches=3)
+    path, cost = write("schedule.json", schedule.to_json()), write("cost.json", CostModel.uniform(2, 3).to_json())
+    assert main(["schedule", "show", path]) == 0
+    assert Schedule.parse(capsys.readouterr().out) == schedule
+    assert main(["simulate", path, cost]) == 0
+    assert "makespan 12.000 s" in capsys.readouterr().out
+    assert main(["simulate", write("schedule.txt", str(schedule)), cost]) == 0
+
+
+def test_the_schedule_of_a_plan_is_shown(planned, capsys):
+    capsys.readouterr()
+    assert main(["schedule", "show", planned[1]]) == 0
+    assert Schedule.parse(capsys.readouterr().out) == Schedule.load(planned[1])
+
+
+BAD_CASES = [
+    (changed(cost_s=MISSING), "lacks 'cost_s'"),
+    (changed(path_length=MISSING), "lacks 'path_length'"),
+    (changed(partitions=MISSING), "lacks 'partitions'"),
+    (changed(wm_s=[0.4, -0.5, *CASE["wm_s"][2:]]), "wm_s[1] is -0.5"),
+    (changed(wm_s=[0.4, "x", *CASE["wm_s"][2:]]), "wm_s[1] is 'x'"),
+    (changed(wm_s=CASE["wm_s"][1:]), "wm_s has 7 entries for 8 nodes"),
+    (changed(cost_s=[[-1.0] * 8, *CASE["cost_s"][1:]]), "cost_s[0][0] is -1.0"),
+    (changed(cost_s=[[float("nan")] * 8, *CASE["cost_s"][1:]]), "cost_s[0][0] is nan"),
+    (changed(cost_s=CASE["cost_s"][1:]), "cost_s has 7 rows"),
+    (changed(cost_s=[[0.1], *CASE["cost_s"][1:]]), "cost_s[0] has 1 entries"),
+    (changed(cost_s=[[None] * 8 for _ in range(8)]), "unreachable links"),
+    (changed(loss_factor=True), "loss_factor is True"),
+    (changed(backward_factor=-1), "backward_factor is -1"),
+    (changed(gap_s=-0.1), "gap_s is -0.1"),
+    (changed(memory=0), "caps too small"),
+    (changed(memory=[2, 2]), "2 memory caps for 8 nodes"),
+    (changed(memory=1.5), "memory is 1.5"),
+    (changed(path_length=9), "stages too few"),
+    (changed(path_length=1), "leaves no stage"),
+    (changed(max_jump_from_frontier=1), "max_jump=1 is too short"),
+    (changed(microbatches_per_home=0), "at least 1"),
+    (changed(partitions=[[6, 9], [0, 4], [3, 1], [7, 5]]), "names node 9"),
+    (changed(partitions=[[6, 2]]), "at least one stage"),
+    (changed(partitions=3), "partitions is 3"),
+    (changed(swap_limits=3), "swap_limits is 3"),
+    ([], "does not hold a JSON object"),
+    ("{", "is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("case", "reason"), BAD_CASES, ids=[reason for _, reason in BAD_CASES])
+def test_a_bad_case_is_one_clear_line(write, tmp_path, capsys, case, reason):
+    status = main(["plan", write("case.json", case), "--out", str(tmp_path / "plan.json"), "--budget", "0.1"])
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == (2, 1)
+    assert reason in error
+    assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"paths": {"0": [6, 99]}}, "names node 99"),
+        ({"paths": {"0": [0, 3]}}, "starts at a driver"),
+        ({"paths": {"1": [6, 0, 3]}}, "number its entries 0, 1"),
+        ({"paths": None}, "lacks 'paths'"),
+        ({"orders": {"99": []}}, "names node 99"),
+        ({"orders": {"6": ["0X"]}}, "'0X' is not a task"),
+        ({"orders": {}}, "never runs 0F0"),
+        ({"partitions": [[6, 2], [0, 4], [3, 1]]}, "for another case"),
+    ],
+)
+def test_a_plan_for_something_else_is_refused(planned, write, capsys, change, reason):
+    case, out = planned
+    wrong = write("wrong.json", json.loads(Path(out).read_text()) | change)
+    assert main(["simulate", case, wrong]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_other_mistakes_are_one_line_too(planned, write, tmp_path, capsys):
+    case, out = planned
+    schedule = write("schedule.json", full_schedule("gpipe", num_stages=2, num_microbatches=2).to_json())
+    four = write("cost.json", CostModel.uniform(2, 4).to_json())
+    for arguments, reason in [
+        (["plan", str(tmp_path / "none.json"), "--out", out], "No such file"),
+        (["plan", case, "--out", str(tmp_path / "none" / "plan.json")], "no such folder"),
+        (["plan", case, "--out", out, "--budget", "0"], "budget"),
+        (["plan", case, "--out", out, "--budget", "nan"], "budget"),
+        (["simulate", schedule, four], "for 3 ranks, the cost model for 4"),
+        (["simulate", schedule, write("bad.json", {})], "not a skippipe-cost"),
+        (["schedule", "show", case], "skippipe-schedule"),
+    ]:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert reason in error
+
+
+def test_wrong_options_exit_with_2(capsys):
+    for arguments in [[], ["plan"], ["plan", "x", "--out", "y", "--links", "odd"]]:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+
+
+def test_the_commands_start_without_torch():
+    script = "import sys, skippipe_plugin.cli; print([m for m in ('torch', 'lightning', 'scipy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
