@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engine.call import CacheOp
+from ..engine.errors import SkipPipeError
 from ..engine.kvcache import CREATE
 
 _REPEATED_METHODS: Final = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
@@ -23,6 +24,15 @@ def is_cache(value: object) -> bool:
     """Whether ``value`` is a key-value cache of transformers (which need not be installed)."""
     module = sys.modules.get("transformers.cache_utils")
     return module is not None and isinstance(value, module.Cache)
+
+
+def _num_tokens(cache: Any) -> int:
+    try:
+        return int(cache.get_seq_length())
+    except ValueError as error:
+        raise SkipPipeError(
+            f"a cache without attention layers ({error}) cannot be kept on the workers; generate with use_cache=False"
+        ) from error
 
 
 class CacheLedger:
@@ -37,8 +47,8 @@ class CacheLedger:
     def key(self, cache: Any) -> int:
         """Return the number of ``cache``, watching it from now on."""
         if cache not in self._keys:
-            if cache.get_seq_length() > 0:
-                raise NotImplementedError(
+            if _num_tokens(cache) > 0:
+                raise SkipPipeError(
                     "a key-value cache that was filled outside of the pipeline cannot be used in it; "
                     "start the generation with an empty one"
                 )

@@ -173,6 +173,11 @@ class StepRun:
         self._calls[index] = prepared.call
         if self._task.training:
             self._hidden[index] = stack_call.hidden
+        elif prepared.call.spec.hops[-1].requires_grad:
+            raise SkipPipeError(
+                "the blocks of the pipeline were called with gradients enabled in validation, test or prediction; "
+                "there is no way back through them outside of training_step. Call them under torch.no_grad()"
+            )
         self._held_back.append(prepared)
         if time.monotonic() - self._announced_s > _HELD_BACK_S:
             self.announce()

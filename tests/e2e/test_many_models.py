@@ -153,6 +153,16 @@ def test_vision(name: str) -> None:
     check_training(lambda: build(name, "ImageClassification", changes), zoo.images(BATCH * STEPS))
 
 
+@pytest.mark.slow
+def test_a_state_space_model() -> None:
+    """It trains; its cache has no keys and values to keep on the workers."""
+    changes = {"state_size": 4, "expand": 2}
+    check_training(lambda: build("Mamba", "CausalLM", changes), zoo.language(BATCH * STEPS))
+    data = loader(zoo.language(6)["input_ids"], batch_size=6)
+    with pytest.raises(SkipPipeError, match="use_cache=False"):
+        trainer_for(3, PIPELINE).predict(Padded(build("Mamba", "CausalLM", changes)), data)
+
+
 def t5() -> nn.Module:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 4, "num_heads": 2}
     special = {"decoder_start_token_id": 0, "pad_token_id": 2}

@@ -28,6 +28,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MaxMetric, MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from skippipe_plugin.engine.errors import SkipPipeError
+
 from .models import Transformer, next_token_loss, tokens
 from .modules import BATCH, LanguageModel, cosine, loader
 from .support import Run, assert_same_run, assert_same_weights, train, trainer_for
@@ -402,3 +404,42 @@ def test_the_next_trainer_takes_the_workers_over() -> None:
     workers = run()
     assert len(workers) >= 2
     assert run() == run() == workers
+
+
+class Sensitive(LanguageModel):
+    """Asks for gradients while it is evaluated."""
+
+    def validation_step(self, batch: Tensor) -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(self.loss(batch), self.model.embedding.weight)
+
+
+def test_gradients_in_validation_are_refused() -> None:
+    with pytest.raises(SkipPipeError, match="no way back"):
+        trainer_for(3, PIPELINE, inference_mode=False).validate(Sensitive(Transformer()), loader(tokens(8)))
+
+
+def test_validation_without_inference_mode() -> None:
+    results = []
+    for devices in (3, 1):
+        torch.manual_seed(0)
+        trainer = trainer_for(devices, PIPELINE if devices > 1 else None, inference_mode=False)
+        results.append(trainer.validate(LanguageModel(Transformer()), loader(tokens(20)), verbose=False)[0])
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"profiler": "simple"}, {"detect_anomaly": True}, {"enable_model_summary": True}], ids=str
+)
+def test_aids_to_debugging(options: dict[str, Any]) -> None:
+    class WithExample(LanguageModel):
+        """The summary runs it on its example, outside of any step."""
+
+        def __init__(self) -> None:
+            super().__init__(Transformer())
+            self.example_input_array = tokens(2)
+
+        def forward(self, batch: Tensor) -> Tensor:
+            return self.model(batch)
+
+    assert_same_run(*both(WithExample, max_steps=3, **options))
