@@ -423,21 +423,20 @@ class Pipeline:
     def _execute(self, name: str, run: StepRun, live: Sequence[int]) -> None:
         transport, schedule = self._transport, self.schedules[name]
         assert transport is not None
-        run.step = self._step = self._step + 1
+        self._step += 1
         timeline = self.collect_timeline and name == TRAINING
         if timeline and self.leads:
             self._clocks.read()
-        self.links.broadcast(
-            "step",
-            {
-                "step": self._step,
-                "program": name,
-                "live": list(live),
-                "training": schedule.backward,
-                "timeline": timeline,
-                "forget_caches": self._proxies_now().ledger.take_freed(),
-            },
-        )
+        opening = {
+            "program": name,
+            "live": list(live),
+            "training": schedule.backward,
+            "timeline": timeline,
+            "forget_caches": self._proxies_now().ledger.take_freed(),
+        }
+        run.open(self._step, opening)
+        if not live:
+            run.announce()
         executor = Executor(transport, self._hosted, self.device, driver=run)
         events = executor.run(self._programs[name], set(live), NoFeed())
         done = self.links.expect_all("done")

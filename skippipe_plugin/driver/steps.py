@@ -70,13 +70,16 @@ class CallWriter:
         whole = Call(spec, tuple(call.side_inputs), seed, proxies.cache_use(call))
         return PreparedCall(microbatch, whole, self._numbers.number(spec), digests)
 
-    def send(self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path]) -> None:
-        """Announce calls to the workers on their paths."""
+    def send(
+        self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path], opening: Mapping[str, object] | None
+    ) -> None:
+        """Announce calls to the workers on their paths, and the step itself to all if ``opening`` describes it."""
         for link in self._links:
             visiting = [call for call in calls if any(v.rank == link.rank for v in paths[call.microbatch].visits)]
-            if visiting:
+            if visiting or opening is not None:
                 fields, blobs = self._outboxes[link.rank].encode(step, visiting)
-                link.send("calls", fields, blobs)  # type: ignore[arg-type]
+                kind = "calls" if opening is None else "step"
+                link.send(kind, fields | dict(opening or {}), blobs)  # type: ignore[arg-type]
 
     def _hops(self, path: Path, call: StackCall, modes: Sequence[BlockMode]) -> tuple[Hop, ...]:
         self._check_forms(path, call)
@@ -131,10 +134,15 @@ class StepRun:
         self._held_back: list[PreparedCall] = []
         self._announced_s = 0.0
         self._modes: tuple[int, tuple[BlockMode, ...]] | None = None
+        self._opening: Mapping[str, object] | None = None
         self.step = -1
         self.losses: dict[int, Tensor | None] = {}
 
     # ------------------------------------------------------ life of a step
+
+    def open(self, step: int, opening: Mapping[str, object]) -> None:
+        """Begin step number ``step``; ``opening`` is told to the workers together with the first call."""
+        self.step, self._opening = step, opening
 
     def start_all(self) -> None:
         """Run every function up to its first call of the blocks."""
@@ -184,9 +192,10 @@ class StepRun:
         return prepared.call, stack_call.hidden
 
     def announce(self) -> None:
-        if self._held_back:
+        if self._held_back or self._opening is not None:
             held_back, self._held_back = self._held_back, []
-            self._writer.send(self.step, held_back, self._paths)
+            opening, self._opening = self._opening, None
+            self._writer.send(self.step, held_back, self._paths, opening)
             self._announced_s = time.monotonic()
 
     def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:

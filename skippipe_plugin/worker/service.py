@@ -234,6 +234,7 @@ class Worker:
 
     def _on_step(self, source: int, message: Message) -> None:
         """Note a driver's part of a step; run it when every driver has announced its own."""
+        self._keep_calls(source, message)
         self._steps[source] = message.fields
         if len(self._steps) < len(self._channels):
             return
