@@ -289,6 +289,7 @@ def _finish(instance: Instance, best: _Candidate, bound_s: float) -> Plan:
     counts = Counter(stage for path in schedule.paths for stage in path.stages)
     visits = tuple(counts[stage] for stage in range(1, problem.num_stages + 1))
     idle_share = tuple(timeline.idle_share(rank) for rank in range(len(nodes)))
+    assert bound_s <= best.finish_s * _ENOUGH, f"a plan of {best.finish_s} s is below the proven bound of {bound_s} s"
     return Plan(schedule, nodes, best.finish_s, min(bound_s, best.finish_s), idle_share, visits)
 
 

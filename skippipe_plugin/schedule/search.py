@@ -149,6 +149,7 @@ class PathSearch:
         """The stages among which odd visits may move."""
         self.problem = evaluator.instance.problem
         self.chance = random.Random(seed)
+        self._held = sorted(node for nodes in self.problem.placement for node in nodes)
         self._legal: dict[tuple[int, ...], bool] = {}
 
     def run(self, state: State, work: float, *, target_s: float, heat: float) -> State:
@@ -283,11 +284,10 @@ class PathSearch:
 
     def _exchange_roles(self, state: State) -> State | None:
         """Let two nodes exchange all they do."""
-        num_nodes = self.evaluator.instance.num_nodes
-        a, b = self._pick(num_nodes), self._pick(num_nodes)
+        a, b = self.chance.choice(self._held), self.chance.choice(self._held)
         if a == b:
             return None
-        swap = list(range(num_nodes))
+        swap = list(range(self.evaluator.instance.num_nodes))
         swap[a], swap[b] = b, a
         holders = tuple(tuple(swap[node] for node in nodes) for nodes in state.holders)
         units = tuple(

@@ -1,7 +1,7 @@
 """Plans are legal, balanced, deterministic, simulated as promised, and near the optimum where it can be enumerated."""
 
 import random
-from itertools import pairwise, permutations, product
+from itertools import chain, pairwise, permutations, product
 from math import inf
 
 import pytest
@@ -74,6 +74,7 @@ def check_legal(problem: PlanProblem, found: Plan) -> None:
     placement = [[found.nodes[rank] for rank in ranks] for ranks in schedule.placement]
     assert sorted(found.nodes) == list(range(problem.cost.num_ranks))
     assert [len(nodes) for nodes in placement] == [len(nodes) for nodes in problem.placement]
+    assert sorted(chain.from_iterable(placement)) == sorted(chain.from_iterable(problem.placement))
     if problem.placement_mode == "given":
         assert [set(nodes) for nodes in placement] == [set(nodes) for nodes in problem.placement]
     counts = dict.fromkeys((s for s, nodes in enumerate(problem.placement) if s and nodes), 0)
