@@ -180,7 +180,7 @@ def deal_stages(
         ValueError: There are no such paths, because ``max_jump`` is too short.
     """
     paths = _deal_greedily(dict(targets), num_paths, num_visits, constraints.max_jump)
-    return paths or _deal_exactly(targets, num_paths, num_visits, constraints)
+    return paths if paths is not None else _deal_exactly(targets, num_paths, num_visits, constraints)
 
 
 def _deal_greedily(need: dict[int, int], num_paths: int, num_visits: int, max_jump: int) -> list[list[int]] | None:

@@ -64,7 +64,7 @@ def _rotated(targets: dict[int, int], num_paths: int, problem: PlanProblem) -> l
         return []
     rounds, rest = divmod(num_paths, len(stages))
     left = {stage: count - rounds * visits for stage, count in targets.items()}
-    return windows * rounds + [tuple(path) for path in deal_stages(left, rest, visits, problem.constraints) if rest]
+    return windows * rounds + [tuple(path) for path in deal_stages(left, rest, visits, problem.constraints)]
 
 
 def _spread(dealt: Sequence[tuple[int, ...]], problem: PlanProblem) -> list[tuple[int, ...]]:
