@@ -101,20 +101,11 @@ class Taking(LightningModule):
         return AdamW(self.parameters(), lr=1e-2)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", [BATCH, 5])
+@pytest.mark.parametrize(("form", "size"), [*((form, 5) for form in FORMS), ("tuple", BATCH), ("strings", 1)])
 def test_batches(form: str, size: int) -> None:
     build, read = FORMS[form]
     data = DataLoader(
         [build(*_xy(index, size)) for index in range(STEPS)], batch_size=None, collate_fn=lambda item: item
     )
-    pipeline = train(lambda: Taking(read), data, 3, {"num_microbatches": 4}, max_steps=STEPS)
-    assert_same_run(pipeline, train(lambda: Taking(read), data, 1, max_steps=STEPS))
-
-
-def test_a_batch_that_one_microbatch_holds() -> None:
-    x, y = _xy(0, 1)
-    data = DataLoader([(x, y)] * STEPS, batch_size=None)
-    read = FORMS["tuple"][1]
     pipeline = train(lambda: Taking(read), data, 3, {"num_microbatches": 4}, max_steps=STEPS)
     assert_same_run(pipeline, train(lambda: Taking(read), data, 1, max_steps=STEPS))

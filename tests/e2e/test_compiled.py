@@ -138,6 +138,7 @@ def test_blocks_are_compiled_where_they_are(form: str, strategy: dict[str, Any])
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "lora"])
 def test_compiled_models_of_transformers(name: str) -> None:
     entry = zoo.ZOO[name]

@@ -443,3 +443,26 @@ def test_aids_to_debugging(options: dict[str, Any]) -> None:
             return self.model(batch)
 
     assert_same_run(*both(WithExample, max_steps=3, **options))
+
+
+class Interrupted(LanguageModel):
+    """The user presses Ctrl-C in the third step."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # type: ignore[override]
+        loss = super().training_step(batch)
+        if batch_idx == 2:
+            raise KeyboardInterrupt
+        return loss
+
+
+def test_an_interrupted_run_leaves_the_trained_weights() -> None:
+    weights = []
+    for devices in (3, 1):
+        torch.manual_seed(0)
+        module = Interrupted(Transformer())
+        trainer = trainer_for(devices, PIPELINE if devices > 1 else None, max_steps=5)
+        with pytest.raises(SystemExit):
+            trainer.fit(module, loader(tokens(BATCH * 5)))
+        assert trainer.interrupted
+        weights.append(module.state_dict())
+    assert_same_weights(weights[0], weights[1])
