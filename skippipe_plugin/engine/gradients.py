@@ -108,7 +108,7 @@ def clip(parameters: Sequence[nn.Parameter], *, scale: float | None, value: floa
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if scale is not None:
         scale_gradients(gradients, scale)
-    if value is not None:
+    if value is not None and gradients:
         torch.nn.utils.clip_grad_value_(list(parameters), value)
 
 
