@@ -112,6 +112,12 @@ def test_frozen_parameters(name: str) -> None:
     assert_same_run(*both(frozen(*FROZEN[name])))
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clipping_where_a_worker_trains_nothing(algorithm: str) -> None:
+    clip = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm}
+    assert_same_run(*both(frozen("blocks"), **clip))
+
+
 def test_tied_embeddings() -> None:
     assert_same_run(*both(lambda: LanguageModel(Transformer(tied=True))))
 
