@@ -4,12 +4,14 @@ import functools
 
 import pytest
 
+from skippipe_plugin.schedule import FULL_SCHEDULES
+
 from .models import Transformer, mlp, tokens
 from .modules import BATCH, STEPS, Classifier, LanguageModel, Pretrained, loader, points
 from .support import Run, assert_same_run, train
 from .zoo import ZOO
 
-SCHEDULES = ("gpipe", "1f1b")
+SCHEDULES = tuple(FULL_SCHEDULES)
 
 
 def _run(case: str, devices: int, schedule: str = "auto") -> Run:
