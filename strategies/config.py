@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..schedule import PathConstraints
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
@@ -38,5 +40,6 @@ class PathConfig:
     """Equal seeds and costs give equal plans."""
 
     def __post_init__(self) -> None:
+        PathConstraints(max_jump=self.max_jump, max_swaps=self.max_swaps, max_back=self.max_back)  # raises ValueError
         if not 0 <= self.eval_skip_ratio < 1:
             raise ValueError(f"eval_skip_ratio={self.eval_skip_ratio} is out of range; it is at least 0 and below 1")

@@ -27,6 +27,8 @@ class PipelineShape:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive integer")
+        if isinstance(self.schedule, Schedule):
+            _check_own(self.schedule, self.num_microbatches)
 
     def num_stages(self, num_processes: int) -> int:
         """Return how many block stages the processes make; ValueError when they do not fit."""
@@ -71,6 +73,23 @@ class PipelineShape:
             driver_stage=self.driver_stage,
             backward=backward,
         )
+
+
+def _check_own(schedule: Schedule, num_microbatches: int | None) -> None:
+    """Refuse a schedule that the user passed and that cannot train, or that contradicts another setting."""
+    if num_microbatches not in (None, schedule.num_microbatches):
+        raise ValueError(
+            f"the schedule has {schedule.num_microbatches} microbatches, num_microbatches={num_microbatches}; leave "
+            "num_microbatches out, or plan for that number"
+        )
+    if not schedule.backward:
+        raise ValueError("the schedule has no backward actions, so it cannot train; pass one with backward=True")
+    validate(schedule)
+    for stage, ranks in enumerate(schedule.placement):
+        if not ranks:
+            raise ValueError(
+                f"no rank of the schedule holds stage {stage}, which has blocks; plan with every stage placed"
+            )
 
 
 def _whole(schedule: Schedule) -> Schedule:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path as FilePath
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from ..schedule import CostModel, Schedule
+from ..schedule import CostModel, Plan, Schedule, peak_activations
 from ..schedule.partial import plan
 from ..schedule.problem import PlanProblem
 from ..schedule.routes import PathConstraints
@@ -26,9 +27,14 @@ def ratio_at(skip_ratio: SkipRatio, step: int) -> float:
 
     >>> ratio_at({100: 0.25, 900: 0.0}, 99), ratio_at({100: 0.25, 900: 0.0}, 500)
     (0.0, 0.25)
+
+    Raises:
+        ValueError: A function returned what is no ratio.
     """
     if callable(skip_ratio):
-        return float(skip_ratio(step))
+        ratio = skip_ratio(step)
+        _check(f"skip_ratio({step})", ratio)
+        return float(ratio)
     if isinstance(skip_ratio, Mapping):
         begun = [start for start in skip_ratio if start <= step]
         return float(skip_ratio[max(begun)]) if begun else 0.0
@@ -37,28 +43,45 @@ def ratio_at(skip_ratio: SkipRatio, step: int) -> float:
 
 def check_ratio(skip_ratio: SkipRatio) -> None:
     """Raise ValueError for a ratio that cannot be (functions are checked when they are called)."""
-    if callable(skip_ratio):
-        return
-    for ratio in skip_ratio.values() if isinstance(skip_ratio, Mapping) else [skip_ratio]:
-        PathConstraints(skip_ratio=ratio)
-    if isinstance(skip_ratio, Mapping) and any(step < 0 for step in skip_ratio):
-        raise ValueError(f"skip_ratio={dict(skip_ratio)} begins before step 0")
+    if isinstance(skip_ratio, Mapping):
+        for step, ratio in skip_ratio.items():
+            if isinstance(step, bool) or not isinstance(step, int):
+                raise ValueError(f"skip_ratio={dict(skip_ratio)} maps {step!r}; it maps optimizer steps to ratios")
+            if step < 0:
+                raise ValueError(f"skip_ratio={dict(skip_ratio)} begins before step 0")
+            _check(f"skip_ratio[{step}]", ratio)
+    elif not callable(skip_ratio):
+        _check("skip_ratio", skip_ratio)
+
+
+def _check(name: str, ratio: object) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise ValueError(f"{name}={ratio!r} is not a number; give a share of the stages")
+    if not 0 <= ratio < 1:
+        raise ValueError(f"{name}={ratio} is out of range; it is at least 0 and below 1")
 
 
 def skips(skip_ratio: SkipRatio) -> bool:
     """Whether any stage may ever be skipped."""
-    if callable(skip_ratio):
-        return True
-    return any(skip_ratio.values()) if isinstance(skip_ratio, Mapping) else skip_ratio > 0
+    return callable(skip_ratio) or any(_known_ratios(skip_ratio))
+
+
+def _known_ratios(skip_ratio: SkipRatio) -> Iterator[float]:
+    """The ratios above 0 that are sure to come."""
+    if not callable(skip_ratio):
+        yield from filter(None, skip_ratio.values() if isinstance(skip_ratio, Mapping) else [skip_ratio])
 
 
 class PathPlanner:
-    """Plans a run's training paths anew when the ratio changes or the costs become known.
+    """Plans a run's paths anew when the ratio changes, or when what it needs to know becomes known.
 
     Args:
         skip_ratio: The ratio over the steps.
         config: Constraints, and where the costs come from.
         exact: The schedule that skips nothing; its placement is kept.
+
+    Raises:
+        ValueError: No plan can exist for a ratio, or the costs cannot be used; the message names the reason.
     """
 
     def __init__(self, skip_ratio: SkipRatio, config: PathConfig, exact: Schedule) -> None:
@@ -66,48 +89,116 @@ class PathPlanner:
         self._config = config
         self._exact = exact
         self._steps = 0
-        self._planned: float | None = None
-        self._visits = (0,) * exact.num_stages
-        self.cost: CostModel | None = None
+        self._ratio: float | None = None
+        self._visits: Counter[int] = Counter()
+        """By stage: the visits of all steps."""
+        self._visits_per_step: Counter[int] = Counter()
+        self.required: tuple[int, ...] | None = None
+        """The stages that change the form of the hidden states, which every path visits; None until they are known."""
+        self.cost = _costs(config, exact)
         """What plans are made from; None until it has been measured."""
-        if config.costs == "uniform":
-            self.cost = CostModel.uniform(exact.num_stages, exact.num_ranks)
-        elif config.costs != "measure":
-            self.cost = CostModel.from_json(FilePath(config.costs).read_text(encoding="utf-8"))
-            self.cost.check_covers(exact.num_stages, exact.num_ranks)
+        for ratio in _known_ratios(skip_ratio):  # what cannot be planned must not wait for the measured costs
+            plan(self.problem(ratio, CostModel.uniform(exact.num_stages, exact.num_ranks)), max_iterations=1)
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether costs must be measured before anything is skipped."""
+        return self.cost is None and skips(self._skip_ratio)
 
     @property
     def measures(self) -> bool:
         """Whether the coming step is the one to take the costs from."""
-        return self.cost is None and self._steps + 1 == _MEASURED_STEP
+        return self.needs_costs and self._steps + 1 == _MEASURED_STEP
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether the step to take the costs from has begun before."""
+        return self.needs_costs and self._steps >= _MEASURED_STEP
 
     def next(self, step: int) -> Schedule | None:
         """Return the schedule of the coming training step, or None when it is that of the step before.
 
-        Until the costs are known every stage is visited.
+        Until costs and forms are known every stage is visited.
 
         Args:
             step: The number of optimizer steps so far.
         """
         self._steps += 1
-        ratio = ratio_at(self._skip_ratio, step) if self.cost is not None else 0.0
-        if ratio == self._planned:
-            return None
-        self._planned = ratio
-        return self.plan(ratio) if ratio else self._exact
+        is_ready = self.cost is not None and self.required is not None
+        ratio = ratio_at(self._skip_ratio, step) if is_ready else 0.0
+        schedule = None
+        if ratio != self._ratio:
+            self._ratio = ratio
+            schedule = self.plan(ratio, self.cost).schedule if ratio and self.cost is not None else self._exact
+            self.adopt(schedule)
+        self._visits += self._visits_per_step
+        return schedule
 
-    def plan(self, ratio: float) -> Schedule:
-        """Plan paths of a skip ratio; stages that earlier plans skipped more often come first."""
-        assert self.cost is not None
-        config = self._config
-        problem = PlanProblem(
-            placement=self._exact.placement,
-            microbatches_per_driver=self._exact.num_microbatches // len(self._exact.drivers),
-            cost=self.cost,
+    def adopt(self, schedule: Schedule) -> None:
+        """Count the visits of the following steps by this schedule."""
+        self._visits_per_step = Counter(stage for path in schedule.paths for stage in path.stages)
+
+    def plan(self, ratio: float, cost: CostModel) -> Plan:
+        """Plan paths of a skip ratio; stages that earlier steps skipped more often come first."""
+        history = [self._visits[stage] for stage in range(1, self._exact.num_stages + 1)]
+        return plan(self.problem(ratio, cost), max_iterations=_WORK, seed=self._config.seed, history=history)
+
+    def replan(self, cost: CostModel) -> Plan:
+        """Plan the present ratio on other costs; nothing changes before :meth:`adopt`."""
+        return self.plan(self._ratio or 0.0, cost)
+
+    def problem(self, ratio: float, cost: CostModel) -> PlanProblem:
+        """Return what the planner is asked; at ratio 0 it chooses replicas and orders, within the schedule's memory."""
+        self._check_required(ratio)
+        exact, config = self._exact, self._config
+        swaps = config.max_swaps if ratio else 0
+        return PlanProblem(
+            placement=exact.placement,
+            microbatches_per_driver=exact.num_microbatches // len(exact.drivers),
+            cost=cost,
             constraints=PathConstraints(
-                skip_ratio=ratio, max_jump=config.max_jump, max_swaps=config.max_swaps, max_back=config.max_back
+                skip_ratio=ratio,
+                max_jump=config.max_jump,
+                max_swaps=swaps,
+                max_back=config.max_back,
+                required=self.required or (),
             ),
+            memory_caps=None if ratio else _caps(exact),
         )
-        found = plan(problem, max_iterations=_WORK, seed=config.seed, history=self._visits)
-        self._visits = tuple(map(sum, zip(self._visits, found.visits, strict=True)))
-        return found.schedule
+
+    def _check_required(self, ratio: float) -> None:
+        num_stages = self._exact.num_stages
+        visits, required = PathConstraints(skip_ratio=ratio).num_visits(num_stages), self.required or ()
+        least = min(len(required) + 1, num_stages)  # with one more each other stage is visited by some path
+        if visits < least:
+            raise ValueError(
+                f"skip_ratio={ratio} makes paths of {visits} stages, but the stages {required} change the form of the "
+                f"hidden states, so every path visits them, and the other {num_stages - len(required)} stages would "
+                f"never be visited; lower the ratio to {math.floor(100 * (num_stages - least) / num_stages) / 100}"
+            )
+
+
+def _costs(config: PathConfig, exact: Schedule) -> CostModel | None:
+    stages, ranks = exact.num_stages, exact.num_ranks
+    if config.costs == "uniform":
+        return CostModel.uniform(stages, ranks)
+    if config.costs == "measure":
+        return None
+    try:
+        cost = CostModel.load(config.costs)
+    except FileNotFoundError:
+        raise ValueError(f"costs={config.costs!r}: no such file; give a cost model, 'measure' or 'uniform'") from None
+    except ValueError as error:
+        raise ValueError(f"costs={config.costs!r}: {error}") from error
+    if (cost.num_stages, cost.num_ranks) != (stages, ranks):
+        raise ValueError(
+            f"costs={config.costs!r} is for {cost.num_stages} block stages and {cost.num_ranks} ranks, and this run "
+            f"has {stages} and {ranks}; measure its costs (costs='measure')"
+        )
+    return cost
+
+
+def _caps(schedule: Schedule) -> tuple[int, ...]:
+    """By rank, what a schedule may hold beside ``schedule``: each worker as much as the fullest one there."""
+    peaks, num_drivers = peak_activations(schedule), len(schedule.drivers)
+    return peaks[:num_drivers] + (max(peaks[num_drivers:], default=1),) * (len(peaks) - num_drivers)

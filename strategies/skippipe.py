@@ -32,7 +32,7 @@ from ..driver.steps import StepTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from ..partition import check_no_shared_parameters, cut, driver_share, estimate_costs, find_blocks
-from ..schedule import Schedule, Timeline, forward_only
+from ..schedule import CostModel, Schedule, Timeline, forward_only
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .checks import check_fit
@@ -114,6 +114,7 @@ class SkipPipeStrategy(DriversStrategy):
         self.skip_ratio = skip_ratio
         self.paths = paths or PathConfig()
         self._planner: PathPlanner | None = None
+        self._evaluation_planner: PathPlanner | None = None
         self.network = network or NetworkConfig()
         self._pipeline: Pipeline | None = None
         self._job: DriverJob | None = None
@@ -124,7 +125,6 @@ class SkipPipeStrategy(DriversStrategy):
         self._block_names: tuple[str, ...] = ()
         self._restore_late = False
         self._record_timeline = False
-        self._costs_are_measured = False
         self._timeline: Timeline | None = None
 
     # ------------------------------------------------------- what Lightning reads
@@ -149,6 +149,22 @@ class SkipPipeStrategy(DriversStrategy):
     def timeline(self) -> Timeline | None:
         """What the last measured training step did when, on every rank; None before, and on further drivers."""
         return self._timeline if self._pipeline is None else self._pipeline.timeline
+
+    def measure_step(self) -> None:
+        """Measure the coming training step, and leave its :attr:`timeline`; every driver calls this alike."""
+        self._running().measure_next = True
+
+    def measure_costs(self) -> CostModel:
+        """Measure the links between all ranks, and return them with the last measured step's seconds of compute.
+
+        Every driver calls this alike, between two training steps, and gets the same.
+        """
+        return self.broadcast(self._running().measured_costs())  # type: ignore[no-any-return]
+
+    @property
+    def costs(self) -> CostModel | None:
+        """What paths are planned from (``costs.table()``, ``costs.save(file)``); None until it is known."""
+        return self._planner.cost if self._planner is not None else None
 
     @property
     def visit_counts(self) -> dict[int, int]:
@@ -293,7 +309,7 @@ class SkipPipeStrategy(DriversStrategy):
         self._pipeline = self._make_pipeline(layout)
         self._pipeline.collect_timeline = self._record_timeline
         self._pipeline.gradients.scale = self.gradient_scale
-        self._plan_paths(self._pipeline)
+        self._plan_paths(self._pipeline.schedules[TRAINING])
         self._pipeline.form()
         self._block_names = _names_in(module, blocks)
         kinds = ("cpu",) if self.root_device.type == "cpu" else ("cpu", self.root_device.type)
@@ -304,28 +320,40 @@ class SkipPipeStrategy(DriversStrategy):
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )
 
-    def _plan_paths(self, pipeline: Pipeline) -> None:
-        self._planner = None
-        if skips(self.skip_ratio):
-            self._planner = PathPlanner(self.skip_ratio, self.paths, pipeline.schedules[TRAINING])
+    def _plan_paths(self, exact: Schedule) -> None:
+        self._planner = self._evaluation_planner = None
+        if not isinstance(self._shape.schedule, Schedule):
+            self._planner = PathPlanner(self.skip_ratio, self.paths, exact)
         if self.paths.eval_skip_ratio:
-            planner = PathPlanner(0.0, dataclasses.replace(self.paths, costs="uniform"), pipeline.schedules[TRAINING])
-            pipeline.use_schedule(EVALUATION, forward_only(planner.plan(self.paths.eval_skip_ratio)))
+            uniform = dataclasses.replace(self.paths, costs="uniform")
+            self._evaluation_planner = PathPlanner(self.paths.eval_skip_ratio, uniform, exact)
 
     def _choose_paths(self) -> None:
-        """Before a training step: take up measured costs, and the paths that the skip ratio asks for."""
+        """At the start of a training step: take up what became known, and the paths that the skip ratio asks for."""
         planner, pipeline = self._planner, self._running()
         if planner is None:
             return
-        if planner.cost is None and self._costs_are_measured:
-            planner.cost = self.broadcast(pipeline.measured_costs())
-            pipeline.collect_timeline, self._costs_are_measured = self._record_timeline, False
+        if planner.has_measured and not pipeline.measure_next:
+            planner.cost = self.measure_costs()
         if planner.measures:
-            pipeline.collect_timeline = self._costs_are_measured = True
+            self.measure_step()
+        self._learn_forms(planner)
         assert self.lightning_module is not None
         schedule = planner.next(self.lightning_module.trainer.global_step)
         if schedule is not None:
             pipeline.use_schedule(TRAINING, schedule)
+
+    def _choose_evaluation_paths(self) -> None:
+        planner = self._evaluation_planner
+        if planner is not None:
+            self._learn_forms(planner)
+            schedule = planner.next(0)
+            if schedule is not None:
+                self._running().use_schedule(EVALUATION, forward_only(schedule))
+
+    def _learn_forms(self, planner: PathPlanner) -> None:
+        if planner.required is None:
+            planner.required = self.broadcast(self._running().shaping_stages)
 
     def _cut(self, module: LightningModule, blocks: Sequence[nn.Module]) -> tuple[range, ...]:
         share = driver_share(module, blocks, self.num_stages) if self._shape.driver_stage else 1.0
@@ -367,9 +395,8 @@ class SkipPipeStrategy(DriversStrategy):
         ]
         weights = [size / sum(sizes) / self.drivers for size in sizes]
         task = StepTask(functions, weights, loss_of, self._seed(), training=True)
-        self._choose_paths()
         with self.precision_plugin.train_step_context(), averaged.installed():
-            values, loss = self._running().train(task)
+            values, loss = self._running().train(task, self._choose_paths)
         return training_output(values, loss, sizes)
 
     @override
@@ -398,7 +425,7 @@ class SkipPipeStrategy(DriversStrategy):
         ]
         task = StepTask(functions, [size / sum(sizes) for size in sizes], loss_of, self._seed(), training=False)
         with averaged.installed():
-            values = self._running().evaluate(task)
+            values = self._running().evaluate(task, self._choose_evaluation_paths)
         return merge(values, sizes)
 
     def _step_arguments(self, args: tuple[Any, ...]) -> tuple[LightningModule, Any, tuple[Any, ...]]:

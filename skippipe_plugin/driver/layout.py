@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -45,6 +46,11 @@ class Layout:
     def hosted(self, rank: int) -> list[int]:
         """Return the blocks that ``rank`` holds, in order."""
         return [block for stage in self.stages_of(rank) for block in self.blocks(stage)]
+
+    def shaping_stages(self, forms: Sequence[object]) -> tuple[int, ...]:
+        """Return the stages that change the form of the hidden states, by the forms around its blocks."""
+        stages = enumerate(self.stage_blocks, start=1)
+        return tuple(stage for stage, blocks in stages if forms[blocks.start] != forms[blocks.stop])
 
     @property
     def replica_groups(self) -> list[tuple[int, tuple[int, ...]]]:

@@ -66,6 +66,10 @@ class Rendezvous:
     """The control addresses of the drivers after the first."""
 
 
+def _keep() -> None:
+    """Keep the schedule."""
+
+
 class Pipeline:
     """A block stack spread over stages, seen from one driver.
 
@@ -101,7 +105,9 @@ class Pipeline:
         self.rank = rank
         self.collect_timeline = False
         self.timeline: Timeline | None = None
-        """What the last training step measured, when :attr:`collect_timeline` was set; first driver only."""
+        """What the last measured training step did; first driver only."""
+        self.measure_next = False
+        """Whether the coming training step is measured though :attr:`collect_timeline` is off."""
         self._clocks = WorkerClocks(links)
         self._store = store
         self._generations = generations
@@ -315,12 +321,19 @@ class Pipeline:
 
     def measured_costs(self) -> CostModel:
         """Return the cost model of the last measured training step and of the links; all drivers call it alike."""
-        num_bytes = self._proxies_now().hidden_bytes
-        network = self.measure_links(num_bytes)
+        forms = self._proxies_now().forms
+        sizes = tuple(forms[block].num_bytes for block in (0, *(blocks.stop for blocks in self.layout.stage_blocks)))
+        network = self.measure_links(max(sizes))
         if self.timeline is None:  # a further driver: the first one's model is what counts
             return CostModel.uniform(len(self.layout.stage_blocks), self.layout.size)
         fitted = fit_costs(self.timeline, self.schedules[TRAINING])
-        return CostModel(fitted.compute, network, num_bytes)
+        return CostModel(fitted.compute, network, sizes)
+
+    @property
+    def shaping_stages(self) -> tuple[int, ...] | None:
+        """The stages that change the form of the hidden states; None until the blocks were called."""
+        forms = self._proxies_now().forms
+        return self.layout.shaping_stages(forms) if forms else None
 
     def first_replicas(self) -> list[Link]:
         """Return one link for each remote stage."""
@@ -364,17 +377,23 @@ class Pipeline:
 
     # --------------------------------------------------------------- steps
 
-    def train(self, task: StepTask) -> tuple[list[Any], Tensor | None]:
+    def train(self, task: StepTask, choose: Callable[[], None] = _keep) -> tuple[list[Any], Tensor | None]:
         """Run a training step; return what the functions returned, and the loss of the batch.
 
         The loss is a scalar whose ``backward`` merges the step's gradients, scaled by the gradient it receives.
+
+        Args:
+            task: What to do.
+            choose: Called when the first function has called the blocks (if it does) and the workers know nothing of
+                the step yet: the last moment for :meth:`use_schedule`. Every driver calls it.
         """
         self._heal()
-        run = self._step_run(task, TRAINING)
+        run = self._step_run(task)
         with _private_random_state(self.device):
             self.gradients.window.open()
             try:
                 live = self._live(run, task)
+                choose()
                 if live or self.layout.num_drivers > 1:
                     self._execute(TRAINING, run, live)
             except BaseException as error:
@@ -387,12 +406,16 @@ class Pipeline:
         loss = merged_loss(run, task.weights)
         return run.values(), None if loss is None else mergeable(loss, self.gradients)
 
-    def evaluate(self, task: StepTask) -> list[Any]:
-        """Run functions that may call the blocks any number of times, without gradients; return their results."""
+    def evaluate(self, task: StepTask, choose: Callable[[], None] = _keep) -> list[Any]:
+        """Run functions that may call the blocks any number of times, without gradients; return their results.
+
+        ``choose`` is called as by :meth:`train`.
+        """
         self._heal()
-        run = self._step_run(task, EVALUATION)
+        run = self._step_run(task)
         try:
             run.start_all()
+            choose()
             while self._anybody(live := run.waiting()):
                 self._execute(EVALUATION, run, live)
         except BaseException as error:
@@ -424,7 +447,7 @@ class Pipeline:
         transport, schedule = self._transport, self.schedules[name]
         assert transport is not None
         self._step += 1
-        timeline = self.collect_timeline and name == TRAINING
+        timeline = (self.collect_timeline or self.measure_next) and name == TRAINING
         if timeline and self.leads:
             self._clocks.read()
         opening = {
@@ -434,7 +457,7 @@ class Pipeline:
             "timeline": timeline,
             "forget_caches": self._proxies_now().ledger.take_freed(),
         }
-        run.open(self._step, opening)
+        run.open(self._step, schedule.paths, opening)
         if not live:
             run.announce()
         executor = Executor(transport, self._hosted, self.device, driver=run)
@@ -443,13 +466,14 @@ class Pipeline:
         if timeline and self.leads:
             remote = {rank: message.fields["timeline"] for rank, message in done.items()}
             self.timeline = _timeline(schedule, [*events, *_remote_events(remote, self._clocks)])
+        if timeline:
+            self.measure_next = False
 
-    def _step_run(self, task: StepTask, name: str) -> StepRun:
+    def _step_run(self, task: StepTask) -> StepRun:
         kinds = ("cpu",) if self.device.type == "cpu" else ("cpu", self.device.type)
         return StepRun(
             task,
             first=self.microbatches.start,
-            paths=self.schedules[name].paths,
             threads=self._threads,
             proxies=self._proxies_now(),
             writer=self._writer,

@@ -66,8 +66,8 @@ class BlockProxies:
         self._modules = [list(block.modules()) for block in blocks]
         self._parameters = [list(block.parameters()) for block in blocks]
         self._open: weakref.WeakKeyDictionary[Any, StackCall] = weakref.WeakKeyDictionary()
-        self.hidden_bytes = 0
-        """Bytes of the hidden states that the last call began with."""
+        self.forms: tuple[TensorSpec, ...] = ()
+        """Of the last call: what entered each block, and what left the stack; empty before."""
         self._outside = _Outside()
         self.detached = False
         """True while the driver holds no weights of its remote blocks."""
@@ -135,6 +135,7 @@ class BlockProxies:
             call.placeholder = _placeholder(call.hidden, probe.output)
             return probe.structure.wrap(call.placeholder)
         del self._open[owner]
+        self.forms = tuple(call.specs)
         result = self._forward(call)
         if not call.ambient.grad:
             for cache in call.caches.values():
@@ -157,7 +158,6 @@ class BlockProxies:
         if hidden is None:
             raise SkipPipeError(f"{self.names[0]} was called without a tensor of hidden states")
         call = StackCall(hidden, Ambient.current(self._device_types), placeholder=hidden)
-        self.hidden_bytes = TensorSpec.of(hidden).num_bytes
         call.specs.append(TensorSpec.of(hidden))
         return call
 

@@ -65,7 +65,7 @@ class CallWriter:
         seed: int,
     ) -> PreparedCall:
         """Describe ``call`` for the ranks on ``path``."""
-        spec = proxies.spec(call, self._hops(path, call, modes), modes)
+        spec = proxies.spec(call, self._hops(microbatch, path, call, modes), modes)
         digests = tuple(map(self._digests.digest, call.side_inputs))
         whole = Call(spec, tuple(call.side_inputs), seed, proxies.cache_use(call))
         return PreparedCall(microbatch, whole, self._numbers.number(spec), digests)
@@ -81,8 +81,8 @@ class CallWriter:
                 kind = "calls" if opening is None else "step"
                 link.send(kind, fields | dict(opening or {}), blobs)  # type: ignore[arg-type]
 
-    def _hops(self, path: Path, call: StackCall, modes: Sequence[BlockMode]) -> tuple[Hop, ...]:
-        self._check_forms(path, call)
+    def _hops(self, microbatch: int, path: Path, call: StackCall, modes: Sequence[BlockMode]) -> tuple[Hop, ...]:
+        self._check_forms(microbatch, path, call)
         requires_grad = call.ambient.grad and call.hidden.requires_grad
         hops = [Hop(call.specs[0], requires_grad)]
         for visit in path.visits:
@@ -92,17 +92,28 @@ class CallWriter:
             hops.append(Hop(call.specs[blocks.stop], requires_grad))
         return tuple(hops)
 
-    def _check_forms(self, path: Path, call: StackCall) -> None:
-        """A path that leaves out or swaps stages needs hidden states that any stage takes."""
-        if path.stages == tuple(range(1, len(self._layout.stage_blocks) + 1)):
-            return
-        for stage, blocks in enumerate(self._layout.stage_blocks, start=1):
-            if call.specs[blocks.start] != call.specs[blocks.stop]:
-                raise SkipPipeError(
-                    f"stage {stage} turns {call.specs[blocks.start]} into {call.specs[blocks.stop]}, so stages around "
-                    "it can be neither skipped nor swapped; use skip_ratio=0, or name a stack of blocks that keep the "
-                    "form of their input with blocks=..."
-                )
+    def _check_forms(self, microbatch: int, path: Path, call: StackCall) -> None:
+        """A path has to visit the stages that change the form of the hidden states, in their order."""
+        forms, form = call.specs, call.specs[0]
+        for visit in path.visits:
+            blocks = self._layout.blocks(visit.stage)
+            if form != forms[blocks.start]:
+                break
+            form = forms[blocks.stop]
+        else:
+            if form == forms[-1]:
+                return
+        shaping = self._layout.shaping_stages(forms)
+        changes = ", ".join(
+            f"stage {stage} turns {forms[blocks.start]} into {forms[blocks.stop]}"
+            for stage in shaping
+            for blocks in [self._layout.blocks(stage)]
+        )
+        raise SkipPipeError(
+            f"the path of microbatch {microbatch} ({path}) does not visit the stages {shaping} in this order, which "
+            f"every path must: they change the form of the hidden states ({changes}). Visit them, use skip_ratio=..., "
+            "which does, or name a stack of blocks that keep the form of their input with blocks=..."
+        )
 
 
 class StepRun:
@@ -113,7 +124,6 @@ class StepRun:
         task: StepTask,
         *,
         first: int,
-        paths: Sequence[Path],
         threads: StepThreads,
         proxies: BlockProxies,
         writer: CallWriter,
@@ -122,7 +132,7 @@ class StepRun:
     ) -> None:
         self._task = task
         self._first = first
-        self._paths = paths
+        self._paths: Sequence[Path] = ()
         self._threads = threads
         self._proxies = proxies
         self._writer = writer
@@ -140,9 +150,9 @@ class StepRun:
 
     # ------------------------------------------------------ life of a step
 
-    def open(self, step: int, opening: Mapping[str, object]) -> None:
+    def open(self, step: int, paths: Sequence[Path], opening: Mapping[str, object]) -> None:
         """Begin step number ``step``; ``opening`` is told to the workers together with the first call."""
-        self.step, self._opening = step, opening
+        self.step, self._paths, self._opening = step, paths, opening
 
     def start_all(self) -> None:
         """Run every function up to its first call of the blocks."""

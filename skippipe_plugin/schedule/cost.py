@@ -52,7 +52,8 @@ class ComputeCost:
             )
         for name in ("forward_s", "backward_s", "rank_factor"):
             _check_all(name, getattr(self, name))
-        _check_all("loss_s, gap_s, input_share", (self.loss_s, self.gap_s, self.input_share))
+        for name in ("loss_s", "gap_s", "input_share"):
+            _check_one(name, getattr(self, name))
         if self.input_share > 1:
             raise ValueError(f"input_share is {self.input_share}; it is a share between 0 and 1")
 
@@ -79,12 +80,8 @@ class NetworkCost:
             matrix: Matrix = getattr(self, name)
             if any(len(row) != len(self.latency_s) for row in matrix) or len(matrix) != len(self.latency_s):
                 raise ValueError(f"{name} is not a square matrix over the {len(self.latency_s)} ranks of latency_s")
-        for rank, row in enumerate(self.latency_s):
-            _check_all(f"latency_s[{rank}]", row)
-        for rank, row in enumerate(self.bandwidth_Bps):
-            if not all(value > 0 for value in row):
-                raise ValueError(f"bandwidth_Bps[{rank}] is {row}; a bandwidth is positive (inf for no limit)")
-        _check_all("overhead_s", (self.overhead_s,))
+        _check_links(self)
+        _check_one("overhead_s", self.overhead_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +100,10 @@ class CostModel:
 
     def __post_init__(self) -> None:
         sizes = self.activation_bytes if isinstance(self.activation_bytes, tuple) else (self.activation_bytes,)
-        _check_all("activation_bytes", sizes)
+        if self.activation_bytes is sizes:
+            _check_all("activation_bytes", sizes)
+        else:
+            _check_one("activation_bytes", sizes[0])
         if isinstance(self.activation_bytes, tuple) and len(sizes) != len(self.compute.forward_s):
             raise ValueError(f"activation_bytes has {len(sizes)} entries for {len(self.compute.forward_s)} stages")
         if self.compute.rank_factor and len(self.compute.rank_factor) != self.num_ranks:
@@ -228,9 +228,27 @@ class CostModel:
 
 
 def _check_all(name: str, values: Sequence[float]) -> None:
-    for value in values:
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} holds {value}; costs are finite and not negative")
+    for at, value in enumerate(values):
+        _check_one(f"{name}[{at}]", value)
+
+
+def _check_one(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value}; costs are finite and not negative")
+
+
+def _check_links(network: NetworkCost) -> None:
+    ranks = range(len(network.latency_s))
+    for a, b in ((a, b) for a in ranks for b in ranks):
+        latency_s, bandwidth = network.latency_s[a][b], network.bandwidth_Bps[a][b]
+        if a != b and (latency_s == math.inf or bandwidth == 0):
+            raise ValueError(
+                f"the link from rank {a} to rank {b} has latency_s={latency_s} and bandwidth_Bps={bandwidth}, so rank "
+                f"{b} cannot be reached from rank {a}; connect them, or leave one out of the run"
+            )
+        _check_one(f"latency_s[{a}][{b}]", latency_s)
+        if not bandwidth > 0:
+            raise ValueError(f"bandwidth_Bps[{a}][{b}] is {bandwidth}; a bandwidth is positive (inf for no limit)")
 
 
 def _read(text: str) -> dict[str, Any]:  # Any: JSON

@@ -42,6 +42,17 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
+class Widen(nn.Module):
+    """A block that changes the width of the hidden states."""
+
+    def __init__(self, width: int, wider: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, wider)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(self.project(x))
+
+
 class Transformer(nn.Module):
     """A hand-written language model; ``tied`` makes head and embedding one matrix."""
 

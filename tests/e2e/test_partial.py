@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.schedule import Path, Schedule, list_schedule
 
 from .models import Block, next_token_loss, tokens
@@ -97,20 +96,3 @@ def test_paths_equal_their_emulation(name: str, scale: str) -> None:
 @pytest.mark.parametrize("scale", ["batch", "visit"])
 def test_replicas_share_the_visits(scale: str) -> None:
     compare([Path.parse(text) for text in ("0: 1@1 2@2", "0: 1@4 3@3", "0: 2@2 3@3", "0: 1@4 2@2 3@3")], scale, 2)
-
-
-def test_blocks_that_change_the_form_cannot_be_skipped() -> None:
-    class Growing(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return self.net(batch).pow(2).mean()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    schedule = schedule_of([Path.parse("0: 1@1 3@3")])
-    with pytest.raises(SkipPipeError, match=r"stage 1 turns float32\[4, 4\] into float32\[4, 8\].*skip_ratio=0"):
-        train(Growing, loader(torch.randn(8, 4), 4), 4, {"schedule": schedule})

@@ -1,34 +1,25 @@
 """`skip_ratio` on an unchanged module: planned paths, over time, with measured costs, and in evaluation."""
 
+import json
+import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
-from skippipe_plugin.schedule import CostModel, Schedule
+from skippipe_plugin.schedule import CostModel, Path, Schedule, full_schedule, list_schedule
 from skippipe_plugin.strategies import PathConfig, SkipPipeStrategy
+from skippipe_plugin.strategies.skipping import PathPlanner
 
+from .emulation import Watch
 from .models import Transformer, tokens
 from .modules import BATCH, LanguageModel, loader
 from .support import Run, train, trainer_for
 
 UNIFORM = PathConfig(costs="uniform")
-
-
-class Watch(Callback):
-    """Notes the schedule and the visits of every step."""
-
-    def __init__(self) -> None:
-        self.schedules: list[Schedule] = []
-        self.visits: list[dict[int, int]] = []
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        assert isinstance(trainer.strategy, SkipPipeStrategy)
-        assert trainer.strategy.training_schedule is not None
-        self.schedules.append(trainer.strategy.training_schedule)
-        self.visits.append(trainer.strategy.visit_counts)
 
 
 def run(
@@ -82,13 +73,6 @@ def test_costs_from_a_file(tmp_path: FilePath) -> None:
     assert lengths(watch.schedules[0]) == {3}
 
 
-def test_costs_for_another_number_of_stages(tmp_path: FilePath) -> None:
-    file = tmp_path / "costs.json"
-    file.write_text(CostModel.uniform(2, 3).to_json())
-    with pytest.raises(ValueError, match=r"stage|rank"):
-        run(0.25, paths=PathConfig(costs=str(file)))
-
-
 def validation_loss(devices: int, **strategy: Any) -> float:
     seed_everything(0, verbose=False)
     module, data = LanguageModel(Transformer()), loader(tokens(BATCH))
@@ -104,19 +88,101 @@ def test_validation_visits_every_stage_unless_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("skip_ratio", "message"),
     [
-        ({"skip_ratio": 1.0}, r"skip_ratio=1.0 is out of range"),
-        ({"skip_ratio": -0.1}, r"skip_ratio=-0.1 is out of range"),
-        ({"skip_ratio": {-1: 0.25}}, "begins before step 0"),
-        ({"skip_ratio": {3: 2.0}}, r"skip_ratio=2.0 is out of range"),
+        (1.0, r"skip_ratio=1.0 is out of range"),
+        (-0.1, r"skip_ratio=-0.1 is out of range"),
+        (math.nan, "skip_ratio=nan is out of range"),
+        ("0.25", "skip_ratio='0.25' is not a number"),
+        (True, "skip_ratio=True is not a number"),
+        ({-1: 0.25}, "begins before step 0"),
+        ({3: 2.0}, r"skip_ratio\[3\]=2.0 is out of range"),
+        ({0.5: 0.25}, r"maps 0.5; it maps optimizer steps to ratios"),
     ],
 )
-def test_ratios_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+def test_ratios_that_cannot_be(skip_ratio: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SkipPipeStrategy(**arguments)
+        SkipPipeStrategy(skip_ratio=skip_ratio)
 
 
-def test_a_ratio_that_leaves_no_stage() -> None:
-    with pytest.raises(ValueError, match="leaves no stage"):
-        run(0.9, devices=3)
+@pytest.mark.parametrize(("result", "message"), [(1.5, "=1.5 is out of range"), (None, "=None is not a number")])
+def test_a_function_that_returns_no_ratio(result: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=r"skip_ratio\(2\)" + message):
+        run(lambda step: 0.0 if step < 2 else result)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_jump": 0}, "max_jump=0 lets no path leave its driver"),
+        ({"max_swaps": 2, "max_back": 0}, "max_swaps=2 contradicts max_back=0"),
+        ({"max_swaps": -1}, "max_swaps=-1 is negative"),
+        ({"eval_skip_ratio": 1.0}, "eval_skip_ratio=1.0 is out of range"),
+    ],
+)
+def test_limits_that_cannot_be(limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PathConfig(**limits)
+
+
+def exact(**changes: Any) -> Schedule:
+    return full_schedule("1f1b", **{"num_stages": 4, "num_microbatches": 8, **changes})
+
+
+@pytest.mark.parametrize(
+    ("skip_ratio", "paths", "message"),
+    [
+        (0.9, PathConfig(), "skip_ratio=0.9 leaves no stage of 4"),
+        ({0: 0.25, 500: 0.9}, PathConfig(), "skip_ratio=0.9 leaves no stage of 4"),
+        (0.5, PathConfig(max_jump=1, max_swaps=0), "max_jump=1 is too short"),
+    ],
+)
+def test_what_cannot_be_planned_fails_before_costs_are_measured(skip_ratio: Any, paths: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PathPlanner(skip_ratio, paths, exact())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"forward_s": [1.0, math.nan, 1.0, 1.0, 1.0]}, r"forward_s\[1\] is nan"),
+        ({"forward_s": [1.0, -1.0, 1.0, 1.0, 1.0]}, r"forward_s\[1\] is -1.0"),
+        ({"backward_s": None}, "lacks 'backward_s'"),
+        ({"latency_s": [[0.0, math.inf, 0.0, 0.0, 0.0]] + [[0.0] * 5] * 4}, r"rank 0 to rank 1.*cannot be reached"),
+        ({"bandwidth_Bps": [[1.0] * 5] * 4 + [[1.0, 0.0, 1.0, 1.0, 1.0]]}, r"rank 4 to rank 1.*cannot be reached"),
+        ({"rank_factor": [1.0, 1.0]}, "rank_factor has 2 entries for 5 ranks"),
+    ],
+)
+def test_cost_files_that_cannot_be_used(tmp_path: FilePath, change: dict[str, Any], message: str) -> None:
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps(json.loads(CostModel.uniform(4, 5).to_json()) | change))
+    with pytest.raises(ValueError, match=rf"costs='.*costs.json': .*{message}"):
+        PathPlanner(0.25, PathConfig(costs=str(file)), exact())
+
+
+def test_cost_files_of_something_else(tmp_path: FilePath) -> None:
+    file = tmp_path / "costs.json"
+    with pytest.raises(ValueError, match="no such file; give a cost model"):
+        PathPlanner(0.25, PathConfig(costs=str(file)), exact())
+    CostModel.uniform(6, 7).save(file)
+    with pytest.raises(ValueError, match="is for 6 block stages and 7 ranks, and this run has 4 and 5"):
+        PathPlanner(0.25, PathConfig(costs=str(file)), exact())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "message"),
+    [
+        (exact(), {"num_microbatches": 4}, "the schedule has 8 microbatches, num_microbatches=4"),
+        (exact(backward=False), {}, "no backward actions"),
+        (list_schedule([[0], [1], []], [Path.parse("0: 1@1")]), {}, "no rank of the schedule holds stage 2"),
+        (replace(exact(), orders=((),) * 5), {}, "rank 0 never runs 0F0"),
+    ],
+)
+def test_schedules_of_ones_own_that_do_not_fit(schedule: Schedule, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SkipPipeStrategy(schedule=schedule, **options)
+
+
+def test_a_schedule_for_another_number_of_processes() -> None:
+    with pytest.raises(ValueError, match=r"for 5 ranks with 1 drivers, not for devices=4.*use devices=5"):
+        train(lambda: LanguageModel(Transformer()), loader(tokens(BATCH)), 4, {"schedule": exact()}, max_steps=1)
