@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path as FilePath
+from typing import get_args
 
 from skippipe_plugin.schedule.casefile import load_schedule, read_case, read_json, read_plan, save_plan
-from skippipe_plugin.schedule.cost import CostModel
+from skippipe_plugin.schedule.cost import CostModel, Links
 from skippipe_plugin.schedule.ir import Schedule
 from skippipe_plugin.schedule.partial import plan
 from skippipe_plugin.schedule.problem import reordered
@@ -61,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_links(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--links",
-        choices=("free", "shared"),
+        choices=get_args(Links),
         default="free",
-        help="shared: a directed link carries one message at once",
+        help="queued: bytes of messages wait for each other on a directed link; shared: messages do (free)",
     )
 
 

@@ -164,6 +164,7 @@ class PathPlanner:
                 required=self.required or (),
             ),
             memory_caps=None if ratio else _caps(exact),
+            links="queued",
         )
 
     def _check_required(self, ratio: float) -> None:

@@ -3,7 +3,7 @@
 Pure Python without torch, processes or network; everything else of the package builds on this one.
 """
 
-from skippipe_plugin.schedule.cost import ComputeCost, CostModel, NetworkCost
+from skippipe_plugin.schedule.cost import ComputeCost, CostModel, Links, NetworkCost
 from skippipe_plugin.schedule.derive import forward_only
 from skippipe_plugin.schedule.fit import find_transfers, fit_costs
 from skippipe_plugin.schedule.full import FULL_SCHEDULES, full_schedule, gpipe, one_f_one_b
@@ -36,6 +36,7 @@ __all__ = [
     "ComputeCost",
     "CostModel",
     "Event",
+    "Links",
     "Message",
     "NetworkCost",
     "Op",

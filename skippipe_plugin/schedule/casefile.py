@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any, Literal, TypeVar
 
-from skippipe_plugin.schedule.cost import ComputeCost, CostModel, NetworkCost
+from skippipe_plugin.schedule.cost import ComputeCost, CostModel, Links, NetworkCost
 from skippipe_plugin.schedule.ir import Action, Op, Path, Schedule, ScheduleError, Visit
 from skippipe_plugin.schedule.partial import Plan
 from skippipe_plugin.schedule.problem import PlanProblem
@@ -30,7 +30,7 @@ def read_case(
     path: str | PathLike[str],
     *,
     placement_mode: Literal["given", "plan"] = "given",
-    links: Literal["free", "shared"] = "free",
+    links: Links = "free",
 ) -> PlanProblem:
     """Read a case.
 
@@ -41,10 +41,12 @@ def read_case(
     ``count``, ``furthest``, ``total_distance``. Other keys are ignored.
 
     Raises:
-        CaseError: An entry is missing, negative, not a number or out of range.
+        CaseError: An entry is missing, negative, not a number or out of range; or links are to be queued.
         ValueError: The case is complete, but no plan can exist.
         OSError: The file cannot be read.
     """
+    if links == "queued":
+        raise CaseError("a case says what a message costs, not which part of it is bandwidth; use links free or shared")
     data = read_json(path)
     partitions = tuple(
         tuple(_whole(f"partitions[{i}]", node) for node in _list(f"partitions[{i}]", nodes))

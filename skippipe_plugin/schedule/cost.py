@@ -1,7 +1,7 @@
 """What things cost: seconds per action and stage, latency and bandwidth per link, bytes per activation.
 
-Frozen data with two questions to answer, `CostModel.action_s` and `CostModel.message_s`. Links do not contend in
-this model: any number of messages may be under way on one link at once. Measuring costs is done elsewhere.
+Frozen data that answers how long an action or a message takes. What messages on one link do to each other is not
+known here: see `Links`. Measuring costs is done elsewhere.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path as FilePath
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from skippipe_plugin.schedule.ir import DRIVER_STAGE, Action, Op
 
@@ -21,6 +21,11 @@ _FORMAT = "skippipe-cost"
 _VERSION = 1
 
 Matrix = tuple[tuple[float, ...], ...]
+
+Links = Literal["free", "queued", "shared"]
+"""What messages on one directed link do to each other. "free": nothing, any number travels at once. "queued": their
+bytes leave one after the other at the link's bandwidth, and then share its latency, as on a long wire. "shared": each
+has the link for its whole cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +139,20 @@ class CostModel:
         """Return the seconds from the end of the producer to the arrival of a stage's output (or its gradient)."""
         if source == destination:
             return 0.0
+        transfer_s = self.transfer_s(source, destination, stage)
+        return self.network.latency_s[source][destination] + transfer_s + self.network.overhead_s
+
+    def transfer_s(self, source: int, destination: int, stage: int = DRIVER_STAGE) -> float:
+        """Return the seconds in which the bytes of a stage's output leave: the part that bandwidth is to blame for."""
         size = self.activation_bytes if isinstance(self.activation_bytes, int) else self.activation_bytes[stage]
-        network = self.network
-        transfer_s = size / network.bandwidth_Bps[source][destination]
-        return network.latency_s[source][destination] + transfer_s + network.overhead_s
+        return size / self.network.bandwidth_Bps[source][destination]
+
+    def occupied_s(self, links: Links, source: int, destination: int, stage: int = DRIVER_STAGE) -> float:
+        """Return for how long a message keeps the next one on its link waiting."""
+        if links == "free" or source == destination:
+            return 0.0
+        cost_s = self.transfer_s if links == "queued" else self.message_s
+        return cost_s(source, destination, stage)
 
     @classmethod
     def uniform(

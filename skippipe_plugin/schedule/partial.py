@@ -253,7 +253,7 @@ def _as_twin(chains: Sequence[Chain], played: Played, others: Sequence[Chain], c
     if len(chains) != len(others):
         return None
     for mine, theirs in zip(chains, others, strict=True):
-        if (mine.durations_s, mine.hops_s, mine.tails_s) != (theirs.durations_s, theirs.hops_s, theirs.tails_s):
+        if mine.costs != theirs.costs:
             return None
         for a, b in zip(mine.nodes, theirs.nodes, strict=True):
             if names.setdefault(a, b) != b:

@@ -22,8 +22,15 @@ class Chain:
     durations_s: tuple[float, ...]
     hops_s: tuple[float, ...]
     """From the end of each task to the arrival of its result at the next one; the last is not used."""
+    occupied_s: tuple[float, ...]
+    """For how long each of these messages keeps the next one on its link waiting; the last is not used."""
     tails_s: tuple[float, ...]
     """What must follow each task before the step is over, beyond the chain: gradients summed over replicas."""
+
+    @property
+    def costs(self) -> tuple[tuple[float, ...], ...]:
+        """All seconds of the chain."""
+        return self.durations_s, self.hops_s, self.occupied_s, self.tails_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +40,8 @@ class Machine:
     caps: tuple[float, ...]
     """By node: the most microbatches between the start of their F and the end of their B there; `inf` for no cap."""
     gap_s: float = 0.0
-    shared_links: bool = False
-    """Whether a directed link carries one message at a time, in the order they are sent, rather than any number."""
+    contended_links: bool = False
+    """Whether messages on a directed link wait for each other, in the order they are sent."""
 
 
 @dataclass(slots=True)
@@ -73,7 +80,7 @@ def dispatch(
     if driver_rule is not None:
         for chain in chains:
             bias[chain.nodes[0]] = driver_rule
-    caps, gap_s, shared = machine.caps, machine.gap_s, machine.shared_links
+    caps, gap_s, contended = machine.caps, machine.gap_s, machine.contended_links
     position, finishes = [0] * count, [0.0] * count
     free, held, waking = [0.0] * num_nodes, [0] * num_nodes, [False] * num_nodes
     forwards: list[list[int]] = [[] for _ in range(num_nodes)]
@@ -130,11 +137,11 @@ def dispatch(
         at += 1
         position[microbatch] = at
         if at < length:
-            if shared and chain.nodes[at] != node:
+            if contended and chain.nodes[at] != node:
                 link = (node, chain.nodes[at])
-                end = links[link] = max(end, links.get(link, 0.0)) + chain.hops_s[at - 1]
-            else:
-                end += chain.hops_s[at - 1]
+                end = max(end, links.get(link, 0.0))
+                links[link] = end + chain.occupied_s[at - 1]
+            end += chain.hops_s[at - 1]
             heappush(events, (end, microbatch))
         elif waiting:
             admitted = waiting.pop()

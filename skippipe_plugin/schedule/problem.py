@@ -3,13 +3,14 @@
 Also the same problem as plain numbers, `Instance`, from which the search takes its chains.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf
-from typing import Literal
+from typing import Literal, get_args
 
-from skippipe_plugin.schedule.cost import CostModel, NetworkCost
+from skippipe_plugin.schedule.cost import CostModel, Links, NetworkCost
 from skippipe_plugin.schedule.ir import DRIVER_STAGE, Action, Op
 from skippipe_plugin.schedule.play import Chain, Machine
 from skippipe_plugin.schedule.routes import PathConstraints
@@ -37,8 +38,8 @@ class PlanProblem:
     """By node: the most (stage, microbatch) pairs that may live there at once; None for no caps."""
     placement_mode: Literal["given", "plan"] = "given"
     """"plan": which node holds which stage may change, the drivers included; how many hold each stage may not."""
-    links: Literal["free", "shared"] = "free"
-    """Whether a directed link carries any number of messages at once, or one."""
+    links: Links = "free"
+    """What messages on one directed link do to each other."""
     unreachable: frozenset[tuple[int, int]] = frozenset()
     """The directed links (from, to) that do not exist."""
     allreduce_s: tuple[float, ...] = ()
@@ -103,20 +104,15 @@ class Instance:
         self.problem = problem
         self.num_nodes = problem.cost.num_ranks
         caps: Sequence[float] = problem.memory_caps or (inf,) * self.num_nodes
-        self.machine = Machine(tuple(caps), problem.cost.compute.gap_s, problem.links == "shared")
+        self.machine = Machine(tuple(caps), problem.cost.compute.gap_s, problem.links != "free")
         nodes, stages = range(self.num_nodes), range(problem.num_stages + 1)
         second = problem.cost.action_s
         self.forward_s = [[second(Action(stage, Op.F, 0), node) for node in nodes] for stage in stages]
         self.backward_s = [[second(Action(stage, Op.B, 0), node) for node in nodes] for stage in stages]
         self.loss_s = [second(Action(DRIVER_STAGE, Op.L, 0), node) for node in nodes]
-        sizes = problem.cost.activation_bytes
-        tables: dict[int, list[list[float]]] = {}
-        self.hop_s: list[list[list[float]]] = []
-        for stage in stages:
-            size = sizes if isinstance(sizes, int) else sizes[stage]
-            if size not in tables:
-                tables[size] = [[self._hop_s(a, b, stage) for b in nodes] for a in nodes]
-            self.hop_s.append(tables[size])
+        self.hop_s = self._tables(self._hop_s)
+        """By stage whose output travels, then from node to node."""
+        self.occupied_s = self._tables(functools.partial(problem.cost.occupied_s, problem.links))
         self.allreduce_s = problem.allreduce_s or (0.0,) * len(stages)
         self._chains: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Chain] = {}
 
@@ -124,6 +120,18 @@ class Instance:
         if (source, destination) in self.problem.unreachable:
             return UNREACHABLE_S
         return self.problem.cost.message_s(source, destination, stage)
+
+    def _tables(self, seconds: Callable[[int, int, int], float]) -> list[list[list[float]]]:
+        """Tabulate what a message costs from node to node; stages of equal size share one table."""
+        sizes, nodes = self.problem.cost.activation_bytes, range(self.num_nodes)
+        tables: dict[int, list[list[float]]] = {}
+        result = []
+        for stage in range(self.problem.num_stages + 1):
+            size = sizes if isinstance(sizes, int) else sizes[stage]
+            if size not in tables:
+                tables[size] = [[seconds(a, b, stage) for b in nodes] for a in nodes]
+            result.append(tables[size])
+        return result
 
     def chain(self, driver: int, stages: tuple[int, ...], nodes: tuple[int, ...]) -> Chain:
         """Return the tasks of a microbatch that visits the stages on the nodes."""
@@ -139,9 +147,12 @@ class Instance:
         durations += [self.loss_s[driver], *(self.backward_s[stage][node] for stage, node in reversed(visits))]
         tails = [0.0] * (len(visits) + 1) + [self.allreduce_s[stage] for stage in reversed(visited)]
         ways = [*pairwise(hosts), (hosts[-1], driver)]
-        hops = [self.hop_s[stage][a][b] for stage, (a, b) in zip(visited, ways, strict=True)]
-        hops += [self.hop_s[stage][b][a] for stage, (a, b) in reversed(list(zip(visited, ways, strict=True)))]
-        return Chain((*hosts, driver, *reversed(hosts)), tuple(durations), (*hops, 0.0), tuple(tails))
+        messages = [(stage, a, b) for stage, (a, b) in zip(visited, ways, strict=True)]
+        messages += [(stage, b, a) for stage, a, b in reversed(messages)]
+        hops = [self.hop_s[stage][a][b] for stage, a, b in messages]
+        occupied = [self.occupied_s[stage][a][b] for stage, a, b in messages]
+        nodes = (*hosts, driver, *reversed(hosts))
+        return Chain(nodes, tuple(durations), (*hops, 0.0), (*occupied, 0.0), tuple(tails))
 
     def round_trip_s(self, driver: int, stages: tuple[int, ...], nodes: tuple[int, ...]) -> float:
         """Return what one microbatch alone takes."""
@@ -154,10 +165,10 @@ def _check_counts(problem: PlanProblem) -> None:
         raise ValueError("the placement has no driver; its entry 0 lists the nodes that hold stage 0")
     if problem.microbatches_per_driver < 1:
         raise ValueError(f"microbatches_per_driver is {problem.microbatches_per_driver}; give at least 1")
-    if problem.placement_mode not in ("given", "plan") or problem.links not in ("free", "shared"):
+    if problem.placement_mode not in ("given", "plan") or problem.links not in get_args(Links):
         raise ValueError(
             f"placement_mode={problem.placement_mode!r}, links={problem.links!r}; "
-            "choose 'given' or 'plan', and 'free' or 'shared'"
+            "choose 'given' or 'plan', and 'free', 'queued' or 'shared'"
         )
     problem.cost.check_covers(problem.num_stages, 1 + max(max(nodes, default=0) for nodes in problem.placement))
     if problem.allreduce_s and len(problem.allreduce_s) != len(problem.placement):

@@ -109,7 +109,7 @@ class Evaluator:
             caps = self.instance.machine.caps
             one = chains[0]
             # Nodes that cost the same give the same time, whichever they are.
-            alike = (one.durations_s, one.hops_s, one.tails_s, tuple(caps[node] for node in one.nodes))
+            alike = (one.costs, tuple(caps[node] for node in one.nodes))
             if len(set(one.nodes)) * 2 + 1 == len(one.nodes):
                 known = self._known.get(alike)
                 if known is None:

@@ -1,26 +1,24 @@
 """Schedule x cost model -> timeline, and the time that no order of the same paths can beat.
 
 Each rank runs its own order, one action at a time; an action starts when its rank is free and its input has arrived.
-Messages leave when their producer ends and do not contend, unless links are told to be shared.
+Messages leave when their producer ends and do not contend, unless links are told to be queued or shared.
 """
 
 from itertools import pairwise
-from typing import Literal
 
-from skippipe_plugin.schedule.cost import CostModel
+from skippipe_plugin.schedule.cost import CostModel, Links
 from skippipe_plugin.schedule.ir import Action, Op, Schedule, chains, dependencies, messages, rank_of
 from skippipe_plugin.schedule.timeline import Event, Timeline, Transfer
 from skippipe_plugin.schedule.validate import topological_order
 
 
-def simulate(schedule: Schedule, cost: CostModel, *, links: Literal["free", "shared"] = "free") -> Timeline:
+def simulate(schedule: Schedule, cost: CostModel, *, links: Links = "free") -> Timeline:
     """Predict when each action runs and each message travels.
 
     Args:
         schedule: What runs.
         cost: On which costs.
-        links: "free": any number of messages travel on a link at once. "shared": each directed link carries one at a
-            time, in the order they are sent, for its whole cost.
+        links: What messages on one directed link do to each other; they pass it in the order they are sent.
 
     Raises:
         ScheduleError: The schedule deadlocks, or lacks an action or has one too many; the message names them.
@@ -46,9 +44,9 @@ def simulate(schedule: Schedule, cost: CostModel, *, links: Literal["free", "sha
             message = sent[action]
             link = (rank, message.destination)
             # A link's messages come from one rank, whose actions are met here in the order they run.
-            sent_s = max(end_s, link_free_s.get(link, 0.0)) if links == "shared" else end_s
+            sent_s = max(end_s, link_free_s.get(link, 0.0)) if links != "free" else end_s
             arrival_s[action] = sent_s + cost.message_s(*link, message.activation_stage)
-            link_free_s[link] = arrival_s[action]
+            link_free_s[link] = sent_s + cost.occupied_s(links, *link, message.activation_stage)
             transfers.append(Transfer(*link, action, sent_s, arrival_s[action]))
     return Timeline(tuple(events), tuple(transfers), label=schedule.name)
 

@@ -35,7 +35,8 @@ LITTLE = 40_000
 
 def network(chance: random.Random, num_nodes: int, scale: float = 1.0) -> NetworkCost:
     rows = [[0.0 if a == b else scale * chance.uniform(0.1, 2) for b in range(num_nodes)] for a in range(num_nodes)]
-    return NetworkCost(tuple(map(tuple, rows)), ((inf,) * num_nodes,) * num_nodes)
+    widths = [[chance.uniform(0.5, 4) / scale for _ in range(num_nodes)] for _ in range(num_nodes)]
+    return NetworkCost(tuple(map(tuple, rows)), tuple(map(tuple, widths)))
 
 
 def random_problem(chance: random.Random, **changes) -> PlanProblem:
@@ -56,13 +57,13 @@ def random_problem(chance: random.Random, **changes) -> PlanProblem:
     settings = {
         "placement": placement,
         "microbatches_per_driver": chance.randint(1, 5),
-        "cost": CostModel(compute, network(chance, num_nodes), 0),
+        "cost": CostModel(compute, network(chance, num_nodes), chance.choice([0, 1])),
         "constraints": PathConstraints(
             path_length=visits + 1, max_jump=num_stages, max_swaps=chance.randint(0, 2), max_back=chance.randint(1, 2)
         ),
         "memory_caps": chance.choice([None, (chance.randint(1, 3),) * num_nodes]),
         "placement_mode": chance.choice(["given", "plan"]),
-        "links": chance.choice(["free", "shared"]),
+        "links": chance.choice(["free", "queued", "shared"]),
         "allreduce_s": chance.choice([(), tuple(chance.random() for _ in sizes)]),
     }
     return PlanProblem(**settings | changes)
@@ -305,6 +306,15 @@ def test_shared_links_are_charged_one_message_at_a_time():
     assert all(a[1] <= b[0] for a, b in pairwise(sent))
 
 
+def test_queued_messages_wait_for_the_bytes_before_them_and_share_the_latency():
+    compute = ComputeCost((0.0, 1.0), (0.0, 1.0), 0.0)
+    network = NetworkCost(((0.0, 10.0), (5.0, 0.0)), ((inf, 2.0), (4.0, inf)))
+    schedule = list_schedule([[0], [1]], [Path(0, (Visit(1, 1),))] * 3)
+    timeline = simulate(schedule, CostModel(compute, network, 8), links="queued")
+    arrivals = [(t.start_s, t.end_s) for t in timeline.transfers if str(t.action).startswith("0F")]
+    assert arrivals == [(0.0, 14.0), (4.0, 18.0), (8.0, 22.0)]  # 4 s of bytes each, then 10 s of latency
+
+
 def problem_with(**changes) -> PlanProblem:
     base = {
         "placement": ((0,), (1,), (2,), (3,)),
@@ -347,7 +357,7 @@ def problem_with(**changes) -> PlanProblem:
         ({"unreachable": frozenset({(3, 0), (2, 3), (3, 2)})}, "unreachable links"),
         ({"allreduce_s": (1.0,)}, "1 entries for 4 stages"),
         ({"allreduce_s": (1.0, 1.0, 1.0, inf)}, "finite"),
-        ({"links": "some"}, "'free' or 'shared'"),
+        ({"links": "some"}, "'free', 'queued' or 'shared'"),
     ],
 )
 def test_what_cannot_be_planned_names_the_violated_constraint(changes, reason):
