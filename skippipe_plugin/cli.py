@@ -1,7 +1,10 @@
-"""The command line: ``skippipe plan | simulate | schedule show``.
+"""The command line: ``skippipe plan | simulate | schedule show | timeline | export``.
 
-Bad input ends with one line on standard error and exit status 2. No command here starts a process or imports torch.
+Bad input ends with one line on standard error and exit status 2. No command starts a process, and only ``export``
+imports torch.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -9,15 +12,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path as FilePath
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
+from skippipe_plugin.panels import panels_of
 from skippipe_plugin.schedule.casefile import load_schedule, read_case, read_json, read_plan, save_plan
 from skippipe_plugin.schedule.cost import CostModel, Links
 from skippipe_plugin.schedule.ir import Schedule
 from skippipe_plugin.schedule.partial import plan
+from skippipe_plugin.schedule.picture import draw
 from skippipe_plugin.schedule.problem import reordered
 from skippipe_plugin.schedule.simulate import lower_bound_s, simulate
 from skippipe_plugin.schedule.validate import peak_activations, validate
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # it has no public name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"skippipe: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"skippipe: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -39,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="skippipe", description="Plan and inspect pipelines.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_plan, _add_simulate, _add_schedule, _add_timeline, _add_export):
+        add(commands)
+    return parser
+
+
+def _add_plan(commands: Commands) -> None:
     planner = commands.add_parser("plan", help="plan paths, orders and perhaps the placement of a case")
     planner.add_argument("case", help="the case, JSON")
     planner.add_argument("--out", required=True, help="the plan file to write")
@@ -47,16 +61,55 @@ def _parser() -> argparse.ArgumentParser:
     planner.add_argument("--placement", choices=("given", "plan"), default="given", help="who places stages on nodes")
     _add_links(planner)
     planner.set_defaults(run=_plan)
+
+
+def _add_simulate(commands: Commands) -> None:
     simulator = commands.add_parser("simulate", help="time a plan of a case, or a schedule on a cost model")
     simulator.add_argument("case", help="the case, or the schedule")
     simulator.add_argument("plan", help="the plan of the case, or the cost model of the schedule")
     _add_links(simulator)
     simulator.set_defaults(run=_simulate)
+
+
+def _add_schedule(commands: Commands) -> None:
     schedule = commands.add_parser("schedule", help="inspect schedules").add_subparsers(required=True, metavar="ACTION")
     show = schedule.add_parser("show", help="print a schedule, or the schedule of a plan, as text")
     show.add_argument("file")
     show.set_defaults(run=_show)
-    return parser
+
+
+def _add_timeline(commands: Commands) -> None:
+    timeline = commands.add_parser(
+        "timeline",
+        help="draw what a step did or would do",
+        description="Draw a step, one row per rank. What a file is can be told from its content: a plan with its case, "
+        "a schedule (with its cost model; all costs alike without), a measured timeline or a trace that "
+        "PipelineMonitor wrote. Of a trace and the schedule that ran, the measured step is drawn above the predicted.",
+    )
+    timeline.add_argument("files", nargs="+", metavar="FILE", help="what to draw, and what it needs")
+    timeline.add_argument("--out", required=True, help="the picture to write, .png or .svg")
+    timeline.add_argument("--trace", type=_numbers, metavar="M,M", help="microbatches whose way is drawn")
+    timeline.add_argument("--title", default="", help="written above the picture")
+    _add_links(timeline)
+    timeline.set_defaults(run=_timeline)
+
+
+def _add_export(commands: Commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a smaller, ordinary checkpoint without some stages or blocks",
+        description="Leave stages or blocks out of a Lightning checkpoint, or of a folder that save_pretrained wrote. "
+        "What is left is renumbered and loads into a model with fewer layers.",
+    )
+    export.add_argument("checkpoint", help="a Lightning checkpoint, or a folder with config.json and weights")
+    export.add_argument("out", help="the file or folder to write")
+    export.add_argument("--skip-stages", type=_numbers, default=(), metavar="N,N", help="stages to leave out, from 1")
+    export.add_argument("--num-stages", type=int, metavar="N", help="how many block stages the pipeline had")
+    export.add_argument("--skip-blocks", type=_numbers, default=(), metavar="N,N", help="blocks to leave out, from 0")
+    export.add_argument("--blocks", metavar="NAME", help="the name of the block stack, such as model.layers")
+    export.add_argument("--config", metavar="FILE", help="config.json of the transformers model inside: resize it too")
+    export.add_argument("--trust", action="store_true", help="read objects of any class, which can run code")
+    export.set_defaults(run=_export)
 
 
 def _add_links(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +164,38 @@ def _check_world(schedule: Schedule, cost: CostModel, name: str) -> None:
 
 def _show(options: argparse.Namespace) -> str:
     return str(load_schedule(options.file))
+
+
+def _timeline(options: argparse.Namespace) -> str:
+    out = FilePath(options.out)
+    if out.suffix not in (".png", ".svg"):
+        raise ValueError(f"--out {out}: the suffix chooses the kind of picture; name it .png or .svg")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: there is no such folder")
+    panels = panels_of(options.files, links=options.links)
+    draw(panels, out, title=options.title, trace=options.trace)
+    return "\n\n".join(panel.table() for panel in panels) + f"\nwrote {out}"
+
+
+def _export(options: argparse.Namespace) -> str:
+    from skippipe_plugin.export import Omission, export  # imports torch
+
+    omission = Omission(
+        skip_stages=options.skip_stages,
+        num_stages=options.num_stages,
+        skip_blocks=options.skip_blocks,
+        blocks=options.blocks,
+    )
+    config = None if options.config is None else FilePath(options.config)
+    return export(FilePath(options.checkpoint), FilePath(options.out), omission, config=config, trust=options.trust)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Read numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 2,4") from None
 
 
 if __name__ == "__main__":

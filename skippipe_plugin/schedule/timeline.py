@@ -164,6 +164,23 @@ class Timeline:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"a {_FORMAT} with an entry of another form: {error!r}") from error
 
+    @classmethod
+    def from_chrome_trace(cls, trace: Mapping[str, Any]) -> Self:  # Any: JSON
+        """Read the events of what `chrome_trace` returns; a trace does not hold when its messages arrived.
+
+        Raises:
+            ValueError: A trace of something else.
+        """
+        try:
+            slices = [entry for entry in trace["traceEvents"] if entry["ph"] == "X"]
+            events = tuple(
+                Event(s["pid"], Action.parse(s["name"]), s["ts"] / _MICROSECONDS, (s["ts"] + s["dur"]) / _MICROSECONDS)
+                for s in slices
+            )
+            return cls(events, label=trace.get("otherData", {}).get("label", ""))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"a trace of something else than a pipeline: {error!r}") from error
+
 
 def _row(events: Iterable[Event], origin: float, slot_s: float, width: int) -> str:
     row = ["."] * width

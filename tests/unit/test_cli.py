@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from skippipe_plugin.cli import main
-from skippipe_plugin.schedule import CostModel, Schedule, full_schedule, validate
+from skippipe_plugin.panels import panels_of
+from skippipe_plugin.schedule import CostModel, Schedule, Timeline, full_schedule, simulate, validate
 from skippipe_plugin.schedule.casefile import read_case, read_plan
 
 CASE = {
@@ -129,6 +130,99 @@ def test_the_schedule_of_a_plan_is_shown(planned, capsys):
     assert Schedule.parse(capsys.readouterr().out) == Schedule.load(planned[1])
 
 
+@pytest.fixture
+def step(write) -> dict[str, str]:
+    """A schedule, its costs, and one measured step as timeline and as trace."""
+    schedule, cost = full_schedule("1f1b", num_stages=3, num_microbatches=4), CostModel.uniform(3, 4, latency_s=0.25)
+    timeline = simulate(schedule, cost)
+    return {
+        "schedule": write("schedule.json", schedule.to_json()),
+        "text": write("schedule.txt", str(schedule)),
+        "cost": write("cost.json", cost.to_json()),
+        "timeline": write("timeline.json", timeline.to_json()),
+        "trace": write("step.trace.json", timeline.chrome_trace()),
+        "other": write("other.json", full_schedule("gpipe", num_stages=3, num_microbatches=5).to_json()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "labels"),
+    [
+        (["schedule", "cost"], ["simulated: 1f1b on cost"]),
+        (["text"], ["simulated: 1f1b, all costs alike"]),
+        (["trace"], ["1f1b"]),
+        (["timeline", "trace"], ["1f1b", "1f1b"]),
+        (["schedule", "trace"], ["1f1b", "predicted from the measured median costs"]),
+        (["cost", "timeline", "other"], ["1f1b", "simulated: gpipe on cost"]),
+    ],
+)
+def test_timelines_are_drawn_from_what_is_at_hand(step, tmp_path, capsys, files, labels):
+    out = tmp_path / "step.svg"
+    assert main(["timeline", *(step[file] for file in files), "--out", str(out), "--trace", "0,2"]) == 0
+    printed, picture = capsys.readouterr().out, out.read_text()
+    for label in labels:
+        assert f"{label}: " in printed
+        assert f"{label}:  makespan" in picture
+    assert picture.count("makespan") == len(labels)
+    assert "way of microbatch 2" in picture
+
+
+def test_a_prediction_from_a_measured_step_is_that_step(step):
+    measured, predicted = panels_of([step["trace"], step["schedule"]])
+    whole = Timeline.from_json(Path(step["timeline"]).read_text())
+    assert {event.action for event in measured.events} == {event.action for event in predicted.events}
+    assert predicted.makespan_s == pytest.approx(whole.makespan_s)
+    assert len(measured.transfers) == len(whole.transfers)
+
+
+def test_the_timeline_of_a_plan(planned, tmp_path, capsys):
+    out = tmp_path / "plan.png"
+    assert main(["timeline", *planned, "--out", str(out), "--title", "A plan"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    makespan_s = json.loads(Path(planned[1]).read_text())["makespan_s"]
+    assert f"simulated: plan: {makespan_s:.6g} s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (["cost"], "nothing to draw in"),
+        (["trace", "cost"], "is of no use without a plan or a schedule"),
+        (["schedule", "text"], "are both a schedule; give one"),
+        (["schedule", "cost", "cost"], "are both a cost model; give one"),
+        (["trace", "timeline", "schedule"], "one measured step"),
+        (["trace", "other"], "did not run this schedule"),
+        (["case"], "nothing to draw in"),
+        (["case", "schedule"], "a case belongs to a plan"),
+        (["neither"], "is no case, plan, schedule, cost model, timeline or trace"),
+        (["browser"], "a trace of something else"),
+        (["missing"], "No such file"),
+    ],
+)
+def test_files_that_make_no_timeline(step, write, tmp_path, capsys, files, reason):
+    step |= {
+        "case": write("case.json", CASE),
+        "neither": write("neither.json", {"a": 1}),
+        "browser": write("browser.json", {"traceEvents": [{"ph": "X", "name": "paint", "pid": 1, "ts": 0, "dur": 1}]}),
+        "missing": str(tmp_path / "missing.json"),
+    }
+    assert main(["timeline", *(step[file] for file in files), "--out", str(tmp_path / "step.svg")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert reason in error
+    assert not (tmp_path / "step.svg").exists()
+
+
+def test_pictures_that_cannot_be_written(step, tmp_path, capsys):
+    for options, reason in [
+        (["--out", str(tmp_path / "step.txt")], "name it .png or .svg"),
+        (["--out", str(tmp_path / "none" / "step.png")], "no such folder"),
+        (["--out", str(tmp_path / "step.png"), "--trace", "9"], "microbatch 9 cannot be traced"),
+    ]:
+        assert main(["timeline", step["trace"], *options]) == 2
+        assert reason in capsys.readouterr().err
+
+
 BAD_CASES = [
     (changed(cost_s=MISSING), "lacks 'cost_s'"),
     (changed(path_length=MISSING), "lacks 'path_length'"),
@@ -210,7 +304,12 @@ def test_other_mistakes_are_one_line_too(planned, write, tmp_path, capsys):
 
 
 def test_wrong_options_exit_with_2(capsys):
-    for arguments in [[], ["plan"], ["plan", "x", "--out", "y", "--links", "odd"]]:
+    for arguments in [
+        [],
+        ["plan"],
+        ["plan", "x", "--out", "y", "--links", "odd"],
+        ["export", "x", "y", "--skip-blocks", "a"],
+    ]:
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == 2

@@ -35,6 +35,14 @@ def test_json_round_trip():
     assert Timeline.from_json(timeline().to_json()) == timeline()
 
 
+def test_a_trace_reads_back_without_its_messages():
+    again = Timeline.from_chrome_trace(json.loads(json.dumps(timeline().chrome_trace())))
+    assert again.label == timeline().label
+    assert [(e.rank, e.action) for e in again.events] == [(e.rank, e.action) for e in timeline().events]
+    assert [e.start_s for e in again.events] == pytest.approx([e.start_s for e in timeline().events])
+    assert again.transfers == ()
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
