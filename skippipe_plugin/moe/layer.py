@@ -64,11 +64,15 @@ class MoELayer(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the layer's output for ``hidden`` [..., dim], in the same shape."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        for router in self.routers:
+        for router in self.own_routers():
             _, weights, index = router(tokens)
             output = self.experts(tokens, index, weights)
             tokens = output if len(self.routers) == 1 else tokens + output
         return tokens.view(hidden.shape)
+
+    def own_routers(self) -> list[MoERouter]:
+        """List the routers, one for each iteration."""
+        return [router for router in self.routers if isinstance(router, MoERouter)]
 
 
 class MoERouter(nn.Module):

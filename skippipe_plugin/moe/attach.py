@@ -1,0 +1,310 @@
+"""Watch and steer the routers of a model without changing it: a forward hook on each router instance.
+
+Classes, parameter names and state dicts stay the model's. The hooks travel with the blocks when they are pickled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from skippipe_plugin.moe.balance import add_auxiliary_loss, load_balancing_loss
+from skippipe_plugin.moe.config import MoEConfig
+from skippipe_plugin.moe.experts import ExpertWeights, run_experts
+from skippipe_plugin.moe.families import RouterSite, find_routers, find_unknown
+from skippipe_plugin.moe.routers import find_router
+from skippipe_plugin.moe.routing import (
+    Router,
+    Routing,
+    check_logits,
+    count_loads,
+    expert_capacity,
+    limit_capacity,
+    num_null,
+    route,
+    warn_unless_causal,
+)
+
+_log = logging.getLogger(__name__)
+IMPLEMENTATION = "skippipe"
+"""The name of our expert compute among the experts implementations of transformers."""
+_MAX_REMEMBERED = 256
+
+
+@dataclass(slots=True)
+class RouterStatistics:
+    """What a router did since it was last asked, over all microbatches that trained through it."""
+
+    loads: Tensor
+    """[experts], int64: how many tokens visited each expert."""
+    num_tokens: int = 0
+    num_empty: int = 0
+    """Slots without an expert: null experts and dropped tokens."""
+    entropy: float = 0.0
+    """The sum over tokens of the entropy, in nats, of a softmax over the logits."""
+
+    def __add__(self, other: RouterStatistics) -> RouterStatistics:
+        """Add up what two replicas or two steps saw."""
+        return RouterStatistics(
+            self.loads + other.loads,
+            self.num_tokens + other.num_tokens,
+            self.num_empty + other.num_empty,
+            self.entropy + other.entropy,
+        )
+
+
+class RouterHook:
+    """The forward hook of one router: counts, and where asked chooses in the router's place."""
+
+    def __init__(self, name: str, site: RouterSite, config: MoEConfig) -> None:
+        """Prepare for the router called ``name``; nothing is registered yet."""
+        self.name = name
+        self.num_experts = site.num_experts
+        self.top_k = config.top_k or site.top_k
+        self.rule: Router | None = site.rule if config.router == "model" else find_router(config.router)
+        self.capacity_factor = config.capacity_factor
+        self.loss_coefficient = 0.0
+        """Times the load-balancing loss of each microbatch is added to the model's gradient."""
+        self.loss_scale = 1.0
+        """What the model's own loss of a microbatch is multiplied by before its backward."""
+        self._replaces = config.router != "model" or self.top_k != site.top_k
+        self._bias_name = site.bias
+        self._bias: Tensor | None = None
+        self._statistics = self._empty()
+        self._remembered: deque[tuple[Tensor, Tensor]] | None = None
+        self._handle: RemovableHandle | None = None
+        self._check(site)
+
+    def _check(self, site: RouterSite) -> None:
+        if self._replaces and self.rule is None:
+            raise ValueError(
+                f"the rule of {self.name} ({type(site.router).__name__}) is not known, so its top_k cannot change; "
+                "name a router, or register the family with its rule"
+            )
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} is out of range for {self.name}; it is at least 1 and at most {self.num_experts}"
+            )
+        if self._replaces and self.rule is not None and num_null(self.rule):
+            raise ValueError(
+                f"the router {self.rule} needs logits of its own for null experts, and {self.name} has none: new "
+                "parameters would change the model's checkpoints. Use it with MoELayer"
+            )
+
+    # ------------------------------------------------------------ the hook
+
+    def register(self, router: nn.Module) -> None:
+        """Begin to listen to ``router``."""
+        self._handle = router.register_forward_hook(self)
+
+    def remove(self) -> None:
+        """Stop listening."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def __call__(self, router: nn.Module, args: Any, output: Any) -> Any:  # Any: what hooks get, and return
+        """Return the router's output with our choice in place of its own."""
+        logits, *given = output
+        routing = self._route(router, logits, Routing(*given[:2]))
+        if _recomputes():
+            routing = self._replay(logits, routing)
+        elif router.training:
+            self._count(logits, routing)
+            self._remember(logits, routing)
+        if self.loss_coefficient and router.training and logits.requires_grad:
+            routing = self._with_loss(logits, routing)
+        return (logits, routing.weights, routing.experts, *given[2:])
+
+    def _route(self, router: nn.Module, logits: Tensor, own: Routing) -> Routing:
+        if self._replaces or self._bias is not None:
+            assert self.rule is not None, "checked when the hook was made and when the bias was set"
+            bias = self.bias(router)
+            routing = route(self.rule, logits, self.top_k, bias, where=self.name)
+            routing = Routing(routing.weights.to(own.weights.dtype), routing.experts)
+        else:
+            check_logits(logits, self.name)
+            routing = own
+        if self.capacity_factor is None:
+            return routing
+        capacity = expert_capacity(len(logits), self.top_k, self.num_experts, self.capacity_factor)
+        return limit_capacity(routing, self.num_experts, capacity)
+
+    # ------------------------------------------------------------ the bias
+
+    def bias(self, router: nn.Module) -> Tensor | None:
+        """Return the router's selection bias, its own or the one that was set here: [experts]."""
+        if self._bias_name is not None:
+            bias: Tensor = getattr(router, self._bias_name)
+            return bias
+        return self._bias
+
+    def set_bias(self, router: nn.Module, bias: Tensor) -> None:
+        """Write the router's own selection bias; give one to a router that has none.
+
+        Raises:
+            ValueError: The shape is wrong, or the router has no bias and its rule is not known.
+        """
+        if bias.shape != (self.num_experts,):
+            raise ValueError(f"a bias {tuple(bias.shape)} does not fit the {self.num_experts} experts of {self.name}")
+        if self._bias_name is not None:
+            with torch.no_grad():
+                getattr(router, self._bias_name).copy_(bias)
+        elif self.rule is None:
+            raise ValueError(
+                f"{self.name} ({type(router).__name__}) has no selection bias and its rule is not known, so no bias "
+                "can move its choice; name a router in MoEConfig, or register the family with its rule"
+            )
+        else:
+            self._bias = bias.detach().to(router.weight.device)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------- what happened
+
+    def take(self) -> RouterStatistics:
+        """Return what happened since the last call, and begin anew."""
+        taken, self._statistics = self._statistics, self._empty()
+        if self._remembered is not None:
+            self._remembered.clear()
+        return taken
+
+    def _empty(self) -> RouterStatistics:
+        return RouterStatistics(torch.zeros(self.num_experts, dtype=torch.int64))
+
+    @torch.no_grad()
+    def _count(self, logits: Tensor, routing: Routing) -> None:
+        loads = count_loads(routing.experts, self.num_experts).cpu()
+        log_scores = logits.detach().float().log_softmax(-1)
+        self._statistics += RouterStatistics(
+            loads,
+            len(logits),
+            routing.experts.numel() - int(loads.sum()),
+            float(-(log_scores.exp() * log_scores).sum()),
+        )
+
+    # ------------------------------------------------------- recomputation
+
+    def _remember(self, logits: Tensor, routing: Routing) -> None:
+        if self._remembered is not None:
+            self._remembered.append((logits.detach(), routing.experts))
+
+    @torch.no_grad()  # what autograd saved here would be one tensor too many for the checkpoint
+    def _replay(self, logits: Tensor, routing: Routing) -> Routing:
+        """Choose as the first forward did: a near tie that falls otherwise changes the shapes that autograd saved.
+
+        The first forward is the one with the closest logits. Selections are kept from the first recomputation on.
+        """
+        if self._remembered is None:
+            self._remembered = deque(maxlen=_MAX_REMEMBERED)
+        fitting = [entry for entry in self._remembered if entry[0].shape == logits.shape]
+        if not fitting:
+            return routing
+        entry = min(fitting, key=lambda entry: float((entry[0] - logits).abs().max()))
+        if not torch.allclose(entry[0], logits, rtol=1e-2, atol=1e-3):
+            return routing
+        self._remembered = deque((e for e in self._remembered if e is not entry), maxlen=_MAX_REMEMBERED)
+        return Routing(routing.weights, entry[1])
+
+    # ------------------------------------------------------- auxiliary loss
+
+    def _with_loss(self, logits: Tensor, routing: Routing) -> Routing:
+        loss = load_balancing_loss(logits.softmax(-1), self._statistics.loads.to(logits.device))
+        weights = add_auxiliary_loss(routing.weights, self.loss_coefficient * self.loss_scale * loss)
+        return Routing(weights, routing.experts)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in another process, where our expert compute may not be known yet."""
+        self.__dict__.update(state)
+        _register_implementation()
+
+
+def _recomputes() -> bool:
+    """Tell whether this forward runs inside a backward, as activation checkpointing does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+# ------------------------------------------------------------ whole models
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """The hooks on a model's routers, by the routers' names."""
+
+    hooks: dict[str, RouterHook]
+    routers: dict[str, nn.Module]
+    implementations: tuple[tuple[Any, str | None], ...]  # Any: a config of transformers
+
+    def detach(self) -> None:
+        """Leave the model as it was found."""
+        for hook in self.hooks.values():
+            hook.remove()
+        for config, implementation in self.implementations:
+            config._experts_implementation = implementation
+
+
+def attach(model: nn.Module, config: MoEConfig | None = None) -> Attached:
+    """Watch, and as ``config`` says steer, every router of ``model`` that is recognised.
+
+    What looks like experts but is not recognised stays untouched and is listed in one warning of the log.
+
+    Raises:
+        ValueError: Nothing is recognised, or the config does not fit a router.
+    """
+    config = config or MoEConfig()
+    sites = find_routers(model)
+    unknown = find_unknown(model)
+    if unknown:
+        _log.warning("experts of unknown families run as they are: %s", ", ".join(unknown))
+    if not sites:
+        raise ValueError(
+            f"{type(model).__name__} has no mixture of experts of a known family"
+            + (f" (but {', '.join(unknown)})" if unknown else "")
+            + "; leave moe out, use MoELayer, or add the family with skippipe_plugin.moe.register_family"
+        )
+    hooks = {name: RouterHook(name, site, config) for name, site in sites.items()}
+    if config.causal and config.router != "model":
+        warn_unless_causal(find_router(config.router))
+    for name, site in sites.items():
+        hooks[name].register(site.router)
+    routers = {name: site.router for name, site in sites.items()}
+    return Attached(hooks, routers, _set_implementation(sites, config))
+
+
+def _set_implementation(sites: dict[str, RouterSite], config: MoEConfig) -> tuple[tuple[Any, str | None], ...]:
+    """Let the experts of transformers compute our way; return what their configs said before."""
+    configs = {id(c): c for site in sites.values() if (c := getattr(site.experts, "config", None)) is not None}
+    if config.experts == "model" or not configs:
+        return ()
+    _register_implementation()
+    before = tuple((each, each._experts_implementation) for each in configs.values())
+    for each in configs.values():
+        each._experts_implementation = IMPLEMENTATION
+    return before
+
+
+def _register_implementation() -> None:
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:  # only models of transformers need it
+        return
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, transformers_experts)
+
+
+def transformers_experts(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Run an experts module of transformers; ``self`` (Any: each family has its own class) is that module."""
+    up = self.gate_up_proj if self.has_gate else self.up_proj
+    prefix = "gate_up_proj" if self.has_gate else "up_proj"
+    experts = ExpertWeights(
+        up,
+        self.down_proj,
+        self._apply_gate if self.has_gate else self.act_fn,
+        up_bias=getattr(self, f"{prefix}_bias") if self.has_bias else None,
+        down_bias=self.down_proj_bias if self.has_bias else None,
+        transposed=self.is_transposed,
+        norm=self.post_expert_norm if self.has_post_expert_norm else None,
+    )
+    return run_experts(hidden, Routing(weights, index), experts)

@@ -1,0 +1,45 @@
+"""Settings of the mixture of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from skippipe_plugin.moe.routers import check_capacity_factor, find_router
+from skippipe_plugin.moe.routing import Router
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEConfig:
+    """How the experts of a model are routed and computed.
+
+    >>> MoEConfig(router="sigmoid", capacity_factor=2.0).router
+    'sigmoid'
+    """
+
+    router: str | Router = "model"
+    """``"model"`` keeps the model's own routers; a name of :data:`~skippipe_plugin.moe.ROUTERS` or any callable
+    ``(logits, top_k, bias) -> (weights, index)`` chooses from their logits in their place."""
+    top_k: int | None = None
+    """How many experts a token chooses; None keeps the model's number."""
+    capacity_factor: float | None = None
+    """How many times its even share an expert takes; later tokens are dropped beyond it. None drops no token."""
+    experts: Literal["auto", "model"] = "auto"
+    """``"auto"`` computes the experts of transformers our way, ``"model"`` leaves them as they are."""
+    causal: bool = True
+    """Whether no token may depend on a later one; routers that break this are warned about."""
+
+    def __post_init__(self) -> None:
+        if self.capacity_factor is not None:
+            check_capacity_factor(self.capacity_factor)
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} is out of range; it is at least 1, or None for the model's own")
+        if self.experts not in ("auto", "model"):
+            raise ValueError(f"experts={self.experts!r} is unknown; choose 'auto' or 'model'")
+        if self.router == "cosine":
+            raise ValueError(
+                "router='cosine' has parameters of its own, which would change the model's checkpoints; use it with "
+                "MoELayer(router='cosine')"
+            )
+        if self.router != "model":
+            find_router(self.router)
