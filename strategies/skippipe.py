@@ -28,9 +28,11 @@ from ..driver.microbatch import BatchError, batch_size, merge, split, split_size
 from ..driver.optimizer import RemoteOptimizer, to_device
 from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
 from ..driver.proxies import BlockProxies
+from ..driver.routers import RouterControl
 from ..driver.steps import StepTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
+from ..moe import Attached, MoEConfig, attach
 from ..partition import check_no_shared_parameters, cut, driver_share, estimate_costs, find_blocks
 from ..schedule import CostModel, Schedule, Timeline, forward_only
 from ..worker import end_with_parent
@@ -69,6 +71,7 @@ class SkipPipeStrategy(DriversStrategy):
             or over those that visited the stage (``"visit"``); the same when nothing is skipped.
         paths: Limits of partial paths, and where their planner's costs come from.
         network: Where the processes meet.
+        moe: How the experts of the model are routed and computed; None leaves them alone.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -95,6 +98,7 @@ class SkipPipeStrategy(DriversStrategy):
         gradient_scale: GradientScale = "batch",
         paths: PathConfig | None = None,
         network: NetworkConfig | None = None,
+        moe: MoEConfig | None = None,
     ) -> None:
         super().__init__(drivers)
         self._shape = PipelineShape(
@@ -116,6 +120,10 @@ class SkipPipeStrategy(DriversStrategy):
         self._planner: PathPlanner | None = None
         self._evaluation_planner: PathPlanner | None = None
         self.network = network or NetworkConfig()
+        self.moe = moe
+        if moe is not None and driver_stage and drivers > 1:
+            raise ValueError("moe with driver_stage=True takes one driver: each would count its own experts only")
+        self._attached: Attached | None = None
         self._pipeline: Pipeline | None = None
         self._job: DriverJob | None = None
         self._links = Links()
@@ -165,6 +173,11 @@ class SkipPipeStrategy(DriversStrategy):
     def costs(self) -> CostModel | None:
         """What paths are planned from (``costs.table()``, ``costs.save(file)``); None until it is known."""
         return self._planner.cost if self._planner is not None else None
+
+    @property
+    def routers(self) -> RouterControl:
+        """The routers of the model's experts, with ``moe=MoEConfig(...)``: what they did, and their biases."""
+        return self._running().routers
 
     @property
     def visit_counts(self) -> dict[int, int]:
@@ -290,6 +303,9 @@ class SkipPipeStrategy(DriversStrategy):
             self._job.pool.release(list(self._links))
         self._links = Links()
         self._remote_blocks = ()
+        if self._attached is not None:
+            self._attached.detach()
+            self._attached = None
         if self._compiled is not None:
             self._compiled.restore()
             self._compiled = None
@@ -302,6 +318,7 @@ class SkipPipeStrategy(DriversStrategy):
         self._compiled = CompiledParts(module, blocks)
         layout = self._shape.layout(self._cut(module, blocks))
         hosted = set(layout.hosted(self.global_rank))
+        self._attached = attach(module, self.moe) if self.moe is not None else None
         self._remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
         self.model_to_device()
         if self.drivers > 1:

@@ -44,6 +44,7 @@ from .layout import Layout
 from .links import Link, Links
 from .proxies import BlockProxies, StackCall
 from .remote import detach, reattach
+from .routers import RouterControl
 from .side_inputs import dump_probe
 from .steps import CallWriter, NoFeed, StepRun, StepTask, merged_loss
 from .suspend import StepThreads, current_thread
@@ -121,6 +122,7 @@ class Pipeline:
         self._proxies: BlockProxies | None = None
         self._hosted: dict[int, Stage] = {}
         self.gradients = GradientControl(links, layout, leads=rank == 0)
+        self.routers = RouterControl(links, leads=rank == 0)
         links.on_failure = self._wake
 
     @property
@@ -228,6 +230,7 @@ class Pipeline:
         self._detach_remote()
         local = [parameter for parameter in model.parameters() if not parameter.is_meta]
         self.gradients.own(local, self._hosted)
+        self.routers.own(model)
 
     def unload(self) -> list[str]:
         """Bring the weights back into the driver's model and remove the proxies.
@@ -394,6 +397,7 @@ class Pipeline:
             try:
                 live = self._live(run, task)
                 choose()
+                self.routers.board.open(1 / max(1, len(live) * self.layout.num_drivers))
                 if live or self.layout.num_drivers > 1:
                     self._execute(TRAINING, run, live)
             except BaseException as error:
@@ -402,6 +406,7 @@ class Pipeline:
             if self.layout.num_drivers > 1:
                 sum_over_holders(self.gradients.window.parameters, self._sum_over_drivers)
             self.gradients.window.close()
+            self.routers.board.close()
         self.gradients.count_visits(self.schedules[TRAINING], task.weights)
         loss = merged_loss(run, task.weights)
         return run.values(), None if loss is None else mergeable(loss, self.gradients)

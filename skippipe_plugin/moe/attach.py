@@ -69,7 +69,7 @@ class RouterHook:
         self.top_k = config.top_k or site.top_k
         self.rule: Router | None = site.rule if config.router == "model" else find_router(config.router)
         self.capacity_factor = config.capacity_factor
-        self.loss_coefficient = 0.0
+        self.loss_coefficient = config.auxiliary_loss
         """Times the load-balancing loss of each microbatch is added to the model's gradient."""
         self.loss_scale = 1.0
         """What the model's own loss of a microbatch is multiplied by before its backward."""
@@ -142,6 +142,11 @@ class RouterHook:
         if self._bias_name is not None:
             bias: Tensor = getattr(router, self._bias_name)
             return bias
+        return self._bias
+
+    @property
+    def given_bias(self) -> Tensor | None:
+        """The bias that was set here because the model has none of its own to save it in: [experts]."""
         return self._bias
 
     def set_bias(self, router: nn.Module, bias: Tensor) -> None:

@@ -26,6 +26,9 @@ class MoEConfig:
     """How many times its even share an expert takes; later tokens are dropped beyond it. None drops no token."""
     experts: Literal["auto", "model"] = "auto"
     """``"auto"`` computes the experts of transformers our way, ``"model"`` leaves them as they are."""
+    auxiliary_loss: float = 0.0
+    """Times the load-balancing loss of each router that is added to the model's gradient, on the statistics of all
+    microbatches of the step so far; the model's own auxiliary loss is not touched. 0.01 is common."""
     causal: bool = True
     """Whether no token may depend on a later one; routers that break this are warned about."""
 
@@ -34,6 +37,8 @@ class MoEConfig:
             check_capacity_factor(self.capacity_factor)
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} is out of range; it is at least 1, or None for the model's own")
+        if not 0 <= self.auxiliary_loss < float("inf"):
+            raise ValueError(f"auxiliary_loss={self.auxiliary_loss} is out of range; it is 0 (none) or positive")
         if self.experts not in ("auto", "model"):
             raise ValueError(f"experts={self.experts!r} is unknown; choose 'auto' or 'model'")
         if self.router == "cosine":

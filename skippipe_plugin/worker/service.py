@@ -35,6 +35,7 @@ from ..engine.program import Instruction, compile_program
 from ..engine.stage import Stage
 from ..engine.transport import Transport
 from ..engine.wire import CallDecoder, block_tensors, decode_optimizer_state, encode_optimizer_state, norm_answer
+from ..moe.board import RouterBoard
 from ..schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Worker:
         self._replica_groups: dict[int, str] = {}
         self._optimizer: StageOptimizer | None = None
         self._window = GradientWindow([])
+        self._routers = RouterBoard()
         self._device = torch.device("cpu")
         self._decoders: list[CallDecoder] = []
         self._calls: dict[int, list[tuple[int, Call]]] = {}
@@ -230,6 +232,7 @@ class Worker:
         self._stages[message.fields["stage"]] = Stage(message.fields["stage"], blocks, self._device)
         if message.fields["last"]:
             self._window = GradientWindow([p for stage in self._stages.values() for p in stage.parameters()])
+            self._routers = RouterBoard(self._blocks().values())
             self._answer("ready", {})
 
     def _on_step(self, source: int, message: Message) -> None:
@@ -249,11 +252,13 @@ class Worker:
             stage.forget_caches(key for part in parts for key in part["forget_caches"])
         if fields["training"]:
             self._window.open()
+            self._routers.open(1 / max(1, len(live)))
         executor = Executor(self._transport, self._stages, self._device)
         events = executor.run(self._programs[fields["program"]], live, _Feed(self))
         if fields["training"]:
             self._sum_over_replicas()
             self._window.close()
+            self._routers.close()
         timeline = [[str(event.action), event.start_s, event.end_s] for event in events] if fields["timeline"] else []
         self._answer("done", {"step": self._step, "timeline": timeline})
 
@@ -263,6 +268,9 @@ class Worker:
         for stage, group in self._replica_groups.items():
             parameters = self._stages[stage].parameters()
             gradients.sum_over_holders(parameters, functools.partial(transport.all_reduce, name=group))
+
+    def _on_routers(self, source: int, message: Message) -> None:
+        self._answer("routers", self._routers.obey(message.fields))
 
     def _on_ping(self, source: int, message: Message) -> None:
         assert self._transport is not None, "links are measured in a generation"

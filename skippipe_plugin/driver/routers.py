@@ -1,0 +1,49 @@
+"""The routers of a pipeline's experts, seen from a driver: what they did, and their selection biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..moe.attach import RouterStatistics
+from ..moe.board import RouterBoard, add_statistics
+from .links import Links
+
+
+class RouterControl:
+    """Asks the routers on the workers and on this driver; the first driver commands, every driver calls alike."""
+
+    def __init__(self, links: Links, *, leads: bool) -> None:
+        self.board = RouterBoard()
+        """The routers on this driver."""
+        self._links = links
+        self._leads = leads
+
+    def own(self, model: nn.Module) -> None:
+        """Take charge of the routers of ``model`` whose weights are on this driver."""
+        self.board = RouterBoard([model])
+
+    def take(self) -> dict[str, RouterStatistics]:
+        """Return by router what happened since the last call, over all microbatches, replicas and paths."""
+        return add_statistics(self._ask({"take": True}))
+
+    def update_biases(self, loads: Mapping[str, Sequence[int]], rule: str, rate: float) -> dict[str, list[float]]:
+        """Apply a rule of :data:`~skippipe_plugin.moe.BIAS_RULES` wherever the routers are.
+
+        Returns:
+            The biases of routers whose model has none of its own and so does not save them.
+        """
+        answers = self._ask({"rule": rule, "rate": rate, "loads": {name: list(each) for name, each in loads.items()}})
+        return {name: bias for answer in answers for name, bias in answer["biases"].items()}
+
+    def set_biases(self, biases: Mapping[str, Sequence[float]]) -> None:
+        """Set the biases that :meth:`update_biases` returned, as when a run is resumed."""
+        self._ask({"biases": {name: list(bias) for name, bias in biases.items()}})
+
+    def _ask(self, order: dict[str, Any]) -> list[Mapping[str, Any]]:
+        if self._leads:
+            self._links.broadcast("routers", order)
+        own = self.board.obey(order)
+        return [own, *(message.fields for message in self._links.expect_all("routers").values())]

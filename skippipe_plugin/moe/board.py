@@ -1,0 +1,88 @@
+"""All routers of one process: what they did in the steps that count, and orders for them, as plain JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from skippipe_plugin.moe.attach import RouterHook, RouterStatistics
+from skippipe_plugin.moe.balance import BIAS_RULES
+
+
+class RouterBoard:
+    """The hooks on the routers of some modules.
+
+    Forwards count only between :meth:`open` and :meth:`close`, which frame a training step: a probe of a block or a
+    step that was given up leaves nothing behind.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        """Find the hooks; routers whose weights are elsewhere (on the meta device) are left to others."""
+        self._routers = {hook.name: (router, hook) for module in modules for router, hook in _hooks(module)}
+        self._totals: dict[str, RouterStatistics] = {}
+
+    def open(self, loss_scale: float) -> None:
+        """Begin a step in which the model's loss of a microbatch is scaled by ``loss_scale``."""
+        for _, hook in self._routers.values():
+            hook.take()
+            hook.loss_scale = loss_scale
+
+    def close(self) -> None:
+        """End a step: what happened since :meth:`open` counts."""
+        for name, (_, hook) in self._routers.items():
+            taken = hook.take()
+            self._totals[name] = self._totals[name] + taken if name in self._totals else taken
+
+    def obey(self, order: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON
+        """Carry an order out and answer.
+
+        ``{"take": true}`` returns the statistics since the last such order; ``{"rule", "rate", "loads"}`` updates the
+        selection biases by the loads of all replicas; ``{"biases"}`` sets them. The answer to each has the biases that
+        the model itself does not save.
+        """
+        answer: dict[str, Any] = {}
+        if order.get("take"):
+            totals, self._totals = self._totals, {}
+            answer["statistics"] = {name: pack_statistics(total) for name, total in totals.items()}
+        for name, loads in order.get("loads", {}).items():
+            if name in self._routers:
+                self._update(name, order["rule"], order["rate"], torch.tensor(loads))
+        for name, bias in order.get("biases", {}).items():
+            if name in self._routers:
+                router, hook = self._routers[name]
+                hook.set_bias(router, torch.tensor(bias))
+        answer["biases"] = {
+            name: hook.given_bias.tolist() for name, (_, hook) in self._routers.items() if hook.given_bias is not None
+        }
+        return answer
+
+    def _update(self, name: str, rule: str, rate: float, loads: torch.Tensor) -> None:
+        router, hook = self._routers[name]
+        bias = hook.bias(router)
+        before = torch.zeros(hook.num_experts) if bias is None else bias.detach().float()
+        hook.set_bias(router, BIAS_RULES[rule](before, loads.to(before.device), rate))
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, RouterHook]]:
+    for router in module.modules():
+        for hook in router._forward_hooks.values():
+            if isinstance(hook, RouterHook) and not any(parameter.is_meta for parameter in router.parameters()):
+                yield router, hook
+
+
+def pack_statistics(statistics: RouterStatistics) -> list[Any]:
+    """Return the statistics as JSON values."""
+    return [statistics.loads.tolist(), statistics.num_tokens, statistics.num_empty, statistics.entropy]
+
+
+def add_statistics(answers: Iterable[Mapping[str, Any]]) -> dict[str, RouterStatistics]:
+    """Sum the packed statistics of several processes by router; replicas of a stage add up."""
+    totals: dict[str, RouterStatistics] = {}
+    for answer in answers:
+        for name, (loads, *rest) in answer["statistics"].items():
+            statistics = RouterStatistics(torch.tensor(loads), *rest)
+            totals[name] = totals[name] + statistics if name in totals else statistics
+    return totals
