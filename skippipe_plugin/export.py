@@ -8,7 +8,7 @@ import copy
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Final
@@ -240,11 +240,14 @@ def _smaller(state: Mapping[str, Any], omission: Omission) -> tuple[NamedStack, 
 
 
 def _report(stack: NamedStack, skipped: tuple[int, ...], omission: Omission) -> str:
-    gone = ", ".join(map(str, skipped))
-    what = f"blocks {gone}" if len(skipped) > 1 else f"block {gone}"
+    what = _named("block", skipped)
     if omission.skip_stages:
-        what = f"stages {', '.join(map(str, sorted(set(omission.skip_stages))))} of {omission.num_stages} ({what})"
+        what = f"{_named('stage', sorted(set(omission.skip_stages)))} of {omission.num_stages} ({what})"
     return f"{stack}; left out {what}, kept {len(stack) - len(skipped)}"
+
+
+def _named(kind: str, numbers: Sequence[int]) -> str:
+    return f"{kind}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _write_complete(target: FilePath, write: Callable[[FilePath], None]) -> None:

@@ -87,6 +87,9 @@ def find_stack(state: Mapping[str, Tensor], blocks: str | None = None) -> NamedS
 def stage_blocks(stack: NamedStack, num_stages: int) -> tuple[range, ...]:
     """Return the blocks of each stage, stage 1 first: the cut of a pipeline with so many block stages.
 
+    A pipeline weighs blocks by what tokens are multiplied with. Names do not tell embedding tables and buffers from
+    other tensors, so a block that holds more of them than the others may be cut elsewhere here.
+
     Raises:
         PartitionError: There are fewer blocks than stages.
     """
