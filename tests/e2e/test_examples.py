@@ -1,4 +1,4 @@
-"""The example does what the README says: the same module, in one process and as a pipeline, ends at the same loss."""
+"""The examples do what the README says: the same module, in one process and as a pipeline, ends at the same loss."""
 
 import os
 import re
@@ -12,12 +12,16 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--steps", "12", "--layers", "3", "--width", "32", "--batch-size", "8"]
 
 
-def train_lm(folder: Path, *arguments: str) -> str:
+def run_example(name: str, *arguments: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "examples/train_lm.py"), *SMALL, "--output", str(folder), *arguments]
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def train_lm(folder: Path, *arguments: str) -> str:
+    return run_example("train_lm.py", *SMALL, "--output", str(folder), *arguments)
 
 
 def validation_loss(output: str) -> float:
@@ -35,3 +39,29 @@ def test_the_example_trains_the_same_model_either_way(tmp_path: Path) -> None:
     assert "a sample:\nThe " in pipeline
     (checkpoint,) = (tmp_path / "pipeline").rglob("*.ckpt")
     assert checkpoint.stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_stages_are_left_out_of_models(tmp_path: Path) -> None:
+    picture = tmp_path / "omission.svg"
+    output = run_example(
+        "omission.py",
+        *(
+            "--stages",
+            "3",
+            "--layers",
+            "3",
+            "--width",
+            "32",
+            "--steps",
+            "6",
+            "--skip-ratio",
+            "0.33",
+            "--output",
+            str(picture),
+        ),
+    )
+    assert [line.split()[:3] for line in output.splitlines() if " of 3 " in line] == [
+        [kept, "of", "3"] for kept in "321"
+    ]
+    assert "trained skipping 33%" in picture.read_text()
