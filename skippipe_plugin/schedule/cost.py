@@ -23,9 +23,10 @@ _VERSION = 1
 Matrix = tuple[tuple[float, ...], ...]
 
 Links = Literal["free", "queued", "shared"]
-"""What messages on one directed link do to each other. "free": nothing, any number travels at once. "queued": their
-bytes leave one after the other at the link's bandwidth, and then share its latency, as on a long wire. "shared": each
-has the link for its whole cost."""
+"""What messages on one directed link wait for. "free": nothing, any number travels at once. "queued": their bytes leave
+one after the other at the link's bandwidth, and then share its latency, as on a long wire; and as in the engine, none
+leaves before its receiver, once told of the microbatch by the driver, has asked for it. "shared": each has the link for
+its whole cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,14 @@ class CostModel:
             return 0.0
         cost_s = self.transfer_s if links == "queued" else self.message_s
         return cost_s(source, destination, stage)
+
+    def request_s(self, links: Links, driver: int, source: int, destination: int) -> float:
+        """Return the seconds from the end of ``0F`` on a driver until a receiver's request is at the sender."""
+        if links != "queued" or source == destination:
+            return 0.0
+        latency_s = self.network.latency_s
+        told_s = 0.0 if destination == driver else latency_s[driver][destination]
+        return told_s + latency_s[destination][source]
 
     @classmethod
     def uniform(

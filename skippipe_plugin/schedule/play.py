@@ -24,13 +24,15 @@ class Chain:
     """From the end of each task to the arrival of its result at the next one; the last is not used."""
     occupied_s: tuple[float, ...]
     """For how long each of these messages keeps the next one on its link waiting; the last is not used."""
+    requests_s: tuple[float, ...]
+    """From the end of the first task until each of these messages may leave; the last is not used."""
     tails_s: tuple[float, ...]
     """What must follow each task before the step is over, beyond the chain: gradients summed over replicas."""
 
     @property
     def costs(self) -> tuple[tuple[float, ...], ...]:
         """All seconds of the chain."""
-        return self.durations_s, self.hops_s, self.occupied_s, self.tails_s
+        return self.durations_s, self.hops_s, self.occupied_s, self.requests_s, self.tails_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def dispatch(
         for chain in chains:
             bias[chain.nodes[0]] = driver_rule
     caps, gap_s, contended = machine.caps, machine.gap_s, machine.contended_links
-    position, finishes = [0] * count, [0.0] * count
+    position, begun, finishes = [0] * count, [0.0] * count, [0.0] * count
     free, held, waking = [0.0] * num_nodes, [0] * num_nodes, [False] * num_nodes
     forwards: list[list[int]] = [[] for _ in range(num_nodes)]
     backwards: list[list[int]] = [[] for _ in range(num_nodes)]
@@ -134,12 +136,14 @@ def dispatch(
             finishes[microbatch] = end + chain.tails_s[at]
             if finishes[microbatch] > finish:
                 finish = finishes[microbatch]
+        if not at:
+            begun[microbatch] = end
         at += 1
         position[microbatch] = at
         if at < length:
             if contended and chain.nodes[at] != node:
                 link = (node, chain.nodes[at])
-                end = max(end, links.get(link, 0.0))
+                end = max(end, links.get(link, 0.0), begun[microbatch] + chain.requests_s[at - 1])
                 links[link] = end + chain.occupied_s[at - 1]
             end += chain.hops_s[at - 1]
             heappush(events, (end, microbatch))

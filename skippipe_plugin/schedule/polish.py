@@ -27,6 +27,7 @@ class Static:
         self.duration = [duration for chain in chains for duration in chain.durations_s]
         self.hop = [hop for chain in chains for hop in chain.hops_s]
         self.occupied = [occupied for chain in chains for occupied in chain.occupied_s]
+        self.request = [request for chain in chains for request in chain.requests_s]
         self.tail = [tail for chain in chains for tail in chain.tails_s]
         loss_at = (self.length - 1) // 2
         self.change = [(at < loss_at) - (at > loss_at) for at in range(self.length)] * self.count
@@ -36,7 +37,8 @@ class Static:
     def play(self, orders: Sequence[Sequence[int]]) -> float:
         """Return the makespan, `inf` for a deadlock; keep the ends and the critical predecessor of each task."""
         length, gap_s, contended = self.length, self.machine.gap_s, self.machine.contended_links
-        node_of, duration, hop, occupied, tail = self.node, self.duration, self.hop, self.occupied, self.tail
+        node_of, duration, hop, tail = self.node, self.duration, self.hop, self.tail
+        occupied, request = self.occupied, self.request
         total = len(node_of)
         arrival = [-1.0] * total
         for first in range(0, total, length):
@@ -71,7 +73,8 @@ class Static:
                     other = node_of[following]
                     sent = now
                     if contended and other != node:
-                        sent = max(now, links.get((node, other), 0.0))
+                        asked = ends[task - task % length] + request[task]
+                        sent = max(now, links.get((node, other), 0.0), asked)
                         links[node, other] = sent + occupied[task]
                     arrival[following] = sent + hop[task]
                     if waits_for[other] == following and other != node:

@@ -39,7 +39,7 @@ class PlanProblem:
     placement_mode: Literal["given", "plan"] = "given"
     """"plan": which node holds which stage may change, the drivers included; how many hold each stage may not."""
     links: Links = "free"
-    """What messages on one directed link do to each other."""
+    """What messages on one directed link wait for."""
     unreachable: frozenset[tuple[int, int]] = frozenset()
     """The directed links (from, to) that do not exist."""
     allreduce_s: tuple[float, ...] = ()
@@ -151,8 +151,9 @@ class Instance:
         messages += [(stage, b, a) for stage, a, b in reversed(messages)]
         hops = [self.hop_s[stage][a][b] for stage, a, b in messages]
         occupied = [self.occupied_s[stage][a][b] for stage, a, b in messages]
+        requests = [self.problem.cost.request_s(self.problem.links, driver, a, b) for _, a, b in messages]
         nodes = (*hosts, driver, *reversed(hosts))
-        return Chain(nodes, tuple(durations), (*hops, 0.0), (*occupied, 0.0), tuple(tails))
+        return Chain(nodes, tuple(durations), (*hops, 0.0), (*occupied, 0.0), (*requests, 0.0), tuple(tails))
 
     def round_trip_s(self, driver: int, stages: tuple[int, ...], nodes: tuple[int, ...]) -> float:
         """Return what one microbatch alone takes."""

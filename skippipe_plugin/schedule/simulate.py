@@ -29,6 +29,7 @@ def simulate(schedule: Schedule, cost: CostModel, *, links: Links = "free") -> T
     inputs, ranks = dependencies(schedule), rank_of(schedule)
     free_s = [0.0] * schedule.num_ranks
     link_free_s: dict[tuple[int, int], float] = {}
+    begun_s: dict[int, float] = {}
     arrival_s: dict[Action, float] = {}
     events: list[Event] = []
     transfers: list[Transfer] = []
@@ -39,12 +40,17 @@ def simulate(schedule: Schedule, cost: CostModel, *, links: Links = "free") -> T
         start_s = max([free_s[rank], *(arrival_s[needed] for needed in awaited)])
         end_s = arrival_s[action] = start_s + cost.action_s(action, rank)
         free_s[rank] = end_s + cost.compute.gap_s
+        begun_s.setdefault(action.microbatch, end_s)
         events.append(Event(rank, action, start_s, end_s))
         if action in sent:
             message = sent[action]
             link = (rank, message.destination)
             # A link's messages come from one rank, whose actions are met here in the order they run.
-            sent_s = max(end_s, link_free_s.get(link, 0.0)) if links != "free" else end_s
+            sent_s = end_s
+            if links != "free":
+                driver = schedule.paths[action.microbatch].driver
+                asked_s = begun_s[action.microbatch] + cost.request_s(links, driver, *link)
+                sent_s = max(end_s, link_free_s.get(link, 0.0), asked_s)
             arrival_s[action] = sent_s + cost.message_s(*link, message.activation_stage)
             link_free_s[link] = sent_s + cost.occupied_s(links, *link, message.activation_stage)
             transfers.append(Transfer(*link, action, sent_s, arrival_s[action]))

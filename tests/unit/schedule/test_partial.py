@@ -306,13 +306,14 @@ def test_shared_links_are_charged_one_message_at_a_time():
     assert all(a[1] <= b[0] for a, b in pairwise(sent))
 
 
-def test_queued_messages_wait_for_the_bytes_before_them_and_share_the_latency():
+def test_queued_messages_wait_for_their_request_and_the_bytes_before_them():
     compute = ComputeCost((0.0, 1.0), (0.0, 1.0), 0.0)
     network = NetworkCost(((0.0, 10.0), (5.0, 0.0)), ((inf, 2.0), (4.0, inf)))
     schedule = list_schedule([[0], [1]], [Path(0, (Visit(1, 1),))] * 3)
     timeline = simulate(schedule, CostModel(compute, network, 8), links="queued")
     arrivals = [(t.start_s, t.end_s) for t in timeline.transfers if str(t.action).startswith("0F")]
-    assert arrivals == [(0.0, 14.0), (4.0, 18.0), (8.0, 22.0)]  # 4 s of bytes each, then 10 s of latency
+    # 10 s until the worker is told, 5 s until its request is back; then 4 s of bytes each, and 10 s of latency.
+    assert arrivals == [(15.0, 29.0), (19.0, 33.0), (23.0, 37.0)]
 
 
 def problem_with(**changes) -> PlanProblem:
