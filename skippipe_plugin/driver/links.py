@@ -46,6 +46,11 @@ class Link:
         """Make this the link to ``rank`` of the pipeline that ``board`` belongs to."""
         self.rank, self.stages, self._board = rank, tuple(stages), board
 
+    @property
+    def round_trip_s(self) -> float:
+        """The shortest round trip to the worker; 0 where that is not known."""
+        return self._channel.round_trip_s
+
     def send(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> None:
         """Send a message; raise the first failure when the worker is gone."""
         try:

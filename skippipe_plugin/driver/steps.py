@@ -22,6 +22,9 @@ from .suspend import Outcome, Returned, StepThreads, Suspended
 
 _HELD_BACK_S: Final = 0.002
 """For how long announcements are collected before they are sent, so that cheap embeddings share one message."""
+_FIRST_SHARE: Final = 1 / 8
+"""For what share of the longest round trip the first ones of a step are collected. A worker that already waits for a
+tensor hears of further microbatches, and asks for theirs, only when it has come: a round trip later."""
 _EMBED: Final = 1 << 20
 _LOSS: Final = _EMBED + 1
 """Numbers of the driver's own parts where blocks have theirs, for :func:`block_seed`."""
@@ -54,6 +57,11 @@ class CallWriter:
         self._numbers = SpecNumbers()
         self._digests = Digests()
         self._outboxes = {link.rank: Outbox() for link in links}
+
+    @property
+    def round_trip_s(self) -> float:
+        """The longest round trip to a worker."""
+        return max((link.round_trip_s for link in self._links), default=0.0)
 
     def prepare(
         self,
@@ -142,7 +150,7 @@ class StepRun:
         self._calls: dict[int, Call] = {}
         self._hidden: dict[int, Tensor] = {}
         self._held_back: list[PreparedCall] = []
-        self._announced_s = 0.0
+        self._announced_s = self._first_s = 0.0
         self._modes: tuple[int, tuple[BlockMode, ...]] | None = None
         self._opening: Mapping[str, object] | None = None
         self.step = -1
@@ -153,6 +161,7 @@ class StepRun:
     def open(self, step: int, paths: Sequence[Path], opening: Mapping[str, object]) -> None:
         """Begin step number ``step``; ``opening`` is told to the workers together with the first call."""
         self.step, self._paths, self._opening = step, paths, opening
+        self._first_s = time.monotonic() + self._writer.round_trip_s * _FIRST_SHARE
 
     def start_all(self) -> None:
         """Run every function up to its first call of the blocks."""
@@ -197,7 +206,7 @@ class StepRun:
                 "there is no way back through them outside of training_step. Call them under torch.no_grad()"
             )
         self._held_back.append(prepared)
-        if time.monotonic() - self._announced_s > _HELD_BACK_S:
+        if time.monotonic() > max(self._announced_s + _HELD_BACK_S, self._first_s):
             self.announce()
         return prepared.call, stack_call.hidden
 

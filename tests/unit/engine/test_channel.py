@@ -60,6 +60,15 @@ def test_messages_arrive_whole_and_in_order(ends: tuple[Channel, Channel]) -> No
     sender.join()
 
 
+def test_the_round_trip_is_known_after_a_message_and_unknown_at_the_end(ends: tuple[Channel, Channel]) -> None:
+    driver, worker = ends
+    worker.send("hello")
+    driver.receive()
+    assert 0 <= driver.round_trip_s < 1
+    driver.close()
+    assert driver.round_trip_s == 0
+
+
 def test_the_other_end_leaving_is_noticed(ends: tuple[Channel, Channel]) -> None:
     driver, worker = ends
     driver.close()
