@@ -1,5 +1,6 @@
-"""Lightning callbacks of skippipe: monitoring so far; recovery and balance are to come."""
+"""Lightning callbacks of skippipe: monitoring and load balance so far; recovery is to come."""
 
+from .balancer import LoadBalancer
 from .monitor import PipelineMonitor
 
-__all__ = ["PipelineMonitor"]
+__all__ = ["LoadBalancer", "PipelineMonitor"]

@@ -17,8 +17,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from ..schedule import Schedule, Timeline, draw, fit_costs, simulate
+from ..schedule.fit import ran_whole
 from ..schedule.picture import require_matplotlib
-from ..strategies import SkipPipeStrategy
+from .common import log_now, strategy_of
 
 
 class PipelineMonitor(Callback):
@@ -60,14 +61,13 @@ class PipelineMonitor(Callback):
         self.trace = trace
         self._target = Path()
         self._before: Timeline | None = None
-        self._recorded_before = False
         self._sampling = False
         self._last_step = -1
         """The last step that was measured, counted from 1."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _strategy_of(trainer)
+        strategy_of(trainer, self)
         if self.picture:
             require_matplotlib()
 
@@ -82,9 +82,9 @@ class PipelineMonitor(Callback):
         # With accumulation several batches make a step: the first one stands for it.
         self._sampling = step % self.every_n_steps == 0 and step != self._last_step
         if self._sampling:
-            strategy = _strategy_of(trainer)
+            strategy = strategy_of(trainer, self)
             self._last_step, self._before = step, strategy.timeline
-            self._recorded_before, strategy.record_timeline = strategy.record_timeline, True
+            strategy.measure_step()
 
     @override
     def on_train_batch_end(
@@ -92,18 +92,13 @@ class PipelineMonitor(Callback):
     ) -> None:
         if not self._sampling:
             return
-        self._stop(trainer)
-        strategy = _strategy_of(trainer)
+        self._sampling = False
+        strategy = strategy_of(trainer, self)
         timeline, schedule = strategy.timeline, strategy.training_schedule
         if timeline is None or timeline is self._before or schedule is None or not timeline.events:
             return  # a further driver, or a step that did not call the blocks
         self._log(trainer, pl_module, utilisation(timeline, schedule), timeline.makespan_s)
         self._write(timeline, schedule)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._sampling:
-            self._stop(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,17 +109,9 @@ class PipelineMonitor(Callback):
                 stacklevel=2,
             )
 
-    def _stop(self, trainer: Trainer) -> None:
-        self._sampling = False
-        _strategy_of(trainer).record_timeline = self._recorded_before
-
     def _log(self, trainer: Trainer, pl_module: LightningModule, share: float, makespan_s: float) -> None:
         metrics = {"pipeline/utilisation": share, "pipeline/bubble": 1.0 - share, "pipeline/makespan_s": makespan_s}
-        for name, value in metrics.items():
-            # The logger gets them below: by itself the Trainer would drop them between its own logging steps.
-            pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        log_now(trainer, pl_module, metrics)
 
     def _write(self, measured: Timeline, schedule: Schedule) -> None:
         if not (self.picture or self.trace):
@@ -150,20 +137,6 @@ def predict(measured: Timeline, schedule: Schedule) -> Timeline | None:
 
     None when the step did not run the whole schedule (a short last batch): then there is nothing to compare.
     """
-    ran = {(event.rank, event.action) for event in measured.events}
-    measured_ranks = set(measured.ranks)
-    wanted = {
-        (rank, action) for rank, order in enumerate(schedule.orders) if rank in measured_ranks for action in order
-    }
-    if ran != wanted:
+    if not ran_whole(measured, schedule):
         return None
     return replace(simulate(schedule, fit_costs(measured, schedule)), label="predicted from its median costs")
-
-
-def _strategy_of(trainer: Trainer) -> SkipPipeStrategy:
-    if not isinstance(trainer.strategy, SkipPipeStrategy):
-        raise TypeError(
-            f"PipelineMonitor watches pipelines, and this Trainer runs {type(trainer.strategy).__name__}: "
-            "use Trainer(strategy=SkipPipeStrategy(...)) or leave the callback out"
-        )
-    return trainer.strategy

@@ -101,6 +101,11 @@ class PathPlanner:
             plan(self.problem(ratio, CostModel.uniform(exact.num_stages, exact.num_ranks)), max_iterations=1)
 
     @property
+    def ratio(self) -> float:
+        """The skip ratio of the last step."""
+        return self._ratio or 0.0
+
+    @property
     def needs_costs(self) -> bool:
         """Whether costs must be measured before anything is skipped."""
         return self.cost is None and skips(self._skip_ratio)
@@ -129,7 +134,7 @@ class PathPlanner:
         schedule = None
         if ratio != self._ratio:
             self._ratio = ratio
-            schedule = self.plan(ratio, self.cost).schedule if ratio and self.cost is not None else self._exact
+            schedule = self.plan(self.cost).schedule if ratio and self.cost is not None else self._exact
             self.adopt(schedule)
         self._visits += self._visits_per_step
         return schedule
@@ -138,14 +143,10 @@ class PathPlanner:
         """Count the visits of the following steps by this schedule."""
         self._visits_per_step = Counter(stage for path in schedule.paths for stage in path.stages)
 
-    def plan(self, ratio: float, cost: CostModel) -> Plan:
-        """Plan paths of a skip ratio; stages that earlier steps skipped more often come first."""
+    def plan(self, cost: CostModel) -> Plan:
+        """Plan paths of the present skip ratio; stages that earlier steps skipped more often come first."""
         history = [self._visits[stage] for stage in range(1, self._exact.num_stages + 1)]
-        return plan(self.problem(ratio, cost), max_iterations=_WORK, seed=self._config.seed, history=history)
-
-    def replan(self, cost: CostModel) -> Plan:
-        """Plan the present ratio on other costs; nothing changes before :meth:`adopt`."""
-        return self.plan(self._ratio or 0.0, cost)
+        return plan(self.problem(self.ratio, cost), max_iterations=_WORK, seed=self._config.seed, history=history)
 
     def problem(self, ratio: float, cost: CostModel) -> PlanProblem:
         """Return what the planner is asked; at ratio 0 it chooses replicas and orders, within the schedule's memory."""

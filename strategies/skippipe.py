@@ -170,6 +170,22 @@ class SkipPipeStrategy(DriversStrategy):
         return self.broadcast(self._running().measured_costs())  # type: ignore[no-any-return]
 
     @property
+    def planner(self) -> PathPlanner | None:
+        """What plans the paths of training steps; None with a schedule of your own."""
+        return self._planner
+
+    def take_up(self, costs: CostModel, schedule: Schedule | None = None) -> None:
+        """Plan from other costs from now on, and run the next steps by another schedule of the same stages, if given.
+
+        Every driver calls this alike, between two training steps.
+        """
+        assert self._planner is not None, "paths are not planned"
+        self._planner.cost = costs
+        if schedule is not None:
+            self._planner.adopt(schedule)
+            self._running().use_schedule(TRAINING, schedule)
+
+    @property
     def costs(self) -> CostModel | None:
         """What paths are planned from (``costs.table()``, ``costs.save(file)``); None until it is known."""
         return self._planner.cost if self._planner is not None else None

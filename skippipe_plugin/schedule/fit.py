@@ -51,19 +51,42 @@ def fit_costs(timeline: Timeline, schedule: Schedule) -> CostModel:
     """
     if not timeline.events:
         raise ValueError("a timeline without events says nothing about costs; record a step that calls the blocks")
-    factors = _rank_factors(timeline.events, schedule.num_ranks)
-    medians = _medians(timeline.events, factors)
+    pause_s = gap_s(timeline, schedule)
+    compute = fit_compute(timeline.events, schedule.num_stages, schedule.num_ranks, pause_s)
+    return CostModel(compute, _network(schedule, timeline.events), 0)
+
+
+def fit_compute(events: Iterable[Event], num_stages: int, num_ranks: int, gap_s: float) -> ComputeCost:
+    """Return the compute profile that is nearest to the durations of some events, by their medians."""
+    events = list(events)
+    factors = _rank_factors(events, num_ranks)
+    medians = _medians(events, factors)
     forward = {stage: value for (stage, op), value in medians.items() if op is Op.F}
-    backward = dict(_backwards(medians, schedule.num_stages))
-    compute = ComputeCost(
-        _by_stage(forward, schedule.num_stages),
-        _by_stage(backward, schedule.num_stages),
+    backward = dict(_backwards(medians, num_stages))
+    return ComputeCost(
+        _by_stage(forward, num_stages),
+        _by_stage(backward, num_stages),
         medians.get((DRIVER_STAGE, Op.L), 0.0),
         input_share=_input_share(medians),
-        rank_factor=tuple(factors[rank] for rank in range(schedule.num_ranks)),
-        gap_s=_gap_s(timeline, schedule),
+        rank_factor=tuple(factors[rank] for rank in range(num_ranks)),
+        gap_s=gap_s,
     )
-    return CostModel(compute, _network(schedule, timeline.events), 0)
+
+
+def ran_whole(timeline: Timeline, schedule: Schedule) -> bool:
+    """Tell whether the ranks of a timeline ran all their actions of the schedule; a short last batch does not."""
+    measured = set(timeline.ranks)
+    wanted = {(rank, action) for rank, order in enumerate(schedule.orders) if rank in measured for action in order}
+    return bool(measured) and {(event.rank, event.action) for event in timeline.events} == wanted
+
+
+def awaited_s(timeline: Timeline, schedule: Schedule) -> dict[Link, float]:
+    """Return by link the median seconds of the messages that were waited for, which alone show what a link takes."""
+    seconds: dict[Link, list[float]] = defaultdict(list)
+    for hop in _hops(schedule, timeline.events):
+        if hop.waited:
+            seconds[hop.link].append(hop.travel_s)
+    return {link: median(values) for link, values in seconds.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +209,8 @@ def _by_stage(seconds: Mapping[int, float], num_stages: int) -> tuple[float, ...
     return (seconds.get(DRIVER_STAGE, 0.0), *(seconds.get(stage, unknown_s) for stage in range(1, num_stages + 1)))
 
 
-def _gap_s(timeline: Timeline, schedule: Schedule) -> float:
-    """The median pause before actions that await no message; without any, the shortest pause between two actions."""
+def gap_s(timeline: Timeline, schedule: Schedule) -> float:
+    """Return the median pause before actions that await no message; without any, the shortest between two actions."""
     awaits = {(message.destination, message.consumer) for message in messages(schedule)}
     pauses: list[float] = []
     free: list[float] = []

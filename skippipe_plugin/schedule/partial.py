@@ -87,11 +87,8 @@ def plan(
     end_s = time.monotonic() + budget_s if max_iterations is None else inf
     work = budget_s * _WORK_PER_SECOND if max_iterations is None else float(max_iterations)
     instance = Instance(problem)
-    required = problem.constraints.required
-    targets, tied = visit_targets(
-        problem.num_microbatches, problem.num_visits, problem.available, required, history, turn
-    )
-    bound_s = plan_bound_s(instance, {stage: count - (stage in tied) for stage, count in targets.items()})
+    targets, tied = _targets(problem, history, turn)
+    bound_s = _bound_s(instance, targets, tied)
     if bound_s >= UNREACHABLE_S:
         raise ValueError(
             "unreachable links: some driver has no round trip over links of finite cost through "
@@ -99,6 +96,23 @@ def plan(
         )
     search = _Search(Evaluator(instance, Clock(work, lambda: time.monotonic() > end_s)), targets, tied, bound_s, seed)
     return _finish(instance, search.run(), bound_s)
+
+
+def least_s(problem: PlanProblem) -> float:
+    """Return a time that no plan of the problem can beat, whatever was visited before."""
+    targets, tied = _targets(problem)
+    return _bound_s(Instance(problem), targets, tied)
+
+
+def _targets(
+    problem: PlanProblem, history: Sequence[int] = (), turn: int | None = None
+) -> tuple[dict[int, int], frozenset[int]]:
+    required = problem.constraints.required
+    return visit_targets(problem.num_microbatches, problem.num_visits, problem.available, required, history, turn)
+
+
+def _bound_s(instance: Instance, targets: dict[int, int], tied: frozenset[int]) -> float:
+    return plan_bound_s(instance, {stage: count - (stage in tied) for stage, count in targets.items()})
 
 
 def plan_paths(
@@ -185,8 +199,8 @@ class _Search:
 
     def run(self) -> _Candidate:
         sizes = unit_sizes(self.problem)
-        first = min(first_states(self.evaluator.instance, self.targets, sizes[0]), key=self.evaluator.energy)
-        best = self._polished(first, 0.01)
+        first, finest = map(self._first, (sizes[0], sizes[-1]))
+        best = min(self._polished(first, 0.01), self._polished(finest, 0.01), key=lambda candidate: candidate.finish_s)
         start = 0
         while self.clock.spent < 0.75 * self.clock.work and not self._is_done(best):
             coarse = [self._anneal(first, 0.04, start + number, heat=0.04) for number in range(3)]
@@ -199,6 +213,9 @@ class _Search:
                 state = self._anneal(split(state, size // finer), 0.15 / (len(sizes) - 1), start, heat=0.01)
                 best = min(best, self._polished(state, 0.02), key=lambda candidate: candidate.finish_s)
         return self._polished(best.state, 1.0, best.outcomes)
+
+    def _first(self, size: int) -> State:
+        return min(first_states(self.evaluator.instance, self.targets, size), key=self.evaluator.energy)
 
     def _is_done(self, best: _Candidate) -> bool:
         return self.clock.over() or best.finish_s <= self.bound_s * _ENOUGH

@@ -9,12 +9,16 @@ from skippipe_plugin.schedule.search import State, Unit
 
 
 def unit_sizes(problem: PlanProblem) -> list[int]:
-    """Return how many microbatches may share a path while all stages are still visited equally often; 1 is last."""
+    """Return how many microbatches may share a path; 1 is last.
+
+    All stages are still visited equally often, and there are as many paths as a stage has replicas.
+    """
     count, required = problem.microbatches_per_driver, len(problem.constraints.required)
     free, visits = len(problem.available) - required, problem.num_visits - required
+    replicas = max(len(nodes) for nodes in problem.placement[1:])
     sizes: list[int] = []
     for size in range(count, 1, -1):
-        fits = (sizes[-1] if sizes else count) % size == 0
+        fits = (sizes[-1] if sizes else count) % size == 0 and len(problem.drivers) * (count // size) >= replicas
         if fits and (not free or (len(problem.drivers) * (count // size) * visits) % free == 0):
             sizes.append(size)
     return [*sizes, 1]

@@ -1,0 +1,147 @@
+"""LoadBalancer: keeps the paths right while workers and links change.
+
+It decides when to measure and where decisions are told. The costs (`schedule.rolling`) and the decision
+(`schedule.balance`) are the plan layer's, running by other paths is the strategy's.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from ..schedule import CostModel, Timeline
+from ..schedule.balance import Balancer, Decision, SwitchRule
+from ..schedule.fit import ran_whole
+from ..schedule.rolling import RollingCosts
+from ..strategies import SkipPipeStrategy
+from .common import log_now, strategy_of
+
+log = logging.getLogger(__name__)
+
+
+class LoadBalancer(Callback):
+    """Plan the paths of a pipeline anew while it trains, when measured costs say that it pays.
+
+    Every n-th step is measured, and rolling medians are kept of each rank's forward and backward and of each link.
+    The running schedule and a new plan (other replicas, with a skip ratio also other paths) are simulated on these
+    costs; when the plan saves ``min_gain``, and saves it on the costs of the next measured step too, it takes over.
+    Each change is one line of the logger ``skippipe_plugin``, at level INFO. The Trainer's loggers get
+    ``balance/present_s``, the simulated step, ``balance/planned_s``, that of a plan where one was looked at, and
+    ``balance/changes``, the number of changes so far.
+
+    With nothing skipped results stay exact. A worker that no path visits any more is not measured either; it is tried
+    again when ``memory`` more steps have been measured.
+
+    Args:
+        stages: Whether to balance stages, over replicas and paths.
+        every_n_steps: Which optimizer steps are measured: the n-th, the 2n-th, and so on. The others cost nothing; a
+            measured one costs a few clock readings, and a plan, where one is made, a few tenths of a second.
+        min_gain: The share of the step that a new plan must save.
+        min_steps: How many steps a schedule runs at least.
+        window: Over how many measured steps medians are taken.
+        memory: For how many measured steps it is remembered what is not used any more.
+
+    Example:
+        >>> from skippipe_plugin.callbacks import LoadBalancer
+        >>> LoadBalancer(min_gain=1.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: min_gain=1.5 is out of range; it is a share between 0 and 1
+    """
+
+    def __init__(
+        self,
+        stages: bool = True,
+        every_n_steps: int = 10,
+        min_gain: float = 0.05,
+        min_steps: int = 20,
+        window: int = 5,
+        memory: int = 40,
+    ) -> None:
+        super().__init__()
+        if not stages:
+            raise ValueError("stages=False leaves nothing to balance; leave the callback out")
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}; measure every step (1) or every n-th")
+        if window < 1 or memory < 1:
+            raise ValueError(f"window={window}, memory={memory}: measured steps are counted from 1 on")
+        self.every_n_steps = every_n_steps
+        self.rule = SwitchRule(min_gain=min_gain, min_steps=min_steps)
+        self.window = window
+        self.memory = memory
+        self.changes = 0
+        """How often the schedule was replaced."""
+        self._balancer = Balancer(self.rule)
+        self._costs: RollingCosts | None = None
+        self._last_step = -1
+        self._before: Timeline | None = None
+        self._sampling = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        strategy_of(trainer, self)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if strategy_of(trainer, self).planner is None:
+            raise ValueError(
+                "LoadBalancer chooses paths, and the strategy was given a schedule of your own; leave one of them out"
+            )
+        self._balancer, self._costs, self.changes, self._last_step = Balancer(self.rule), None, 0, -1
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step + 1
+        # The first step still warms up.
+        self._sampling = step > 1 and step % self.every_n_steps == 0 and step != self._last_step
+        if self._sampling:
+            strategy = strategy_of(trainer, self)
+            self._last_step, self._before = step, strategy.timeline
+            strategy.measure_step()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._sampling:
+            return
+        strategy = strategy_of(trainer, self)
+        if not strategy.broadcast(self._was_measured(strategy)):
+            return  # a short batch, or one that did not call the blocks: later steps will tell
+        if self._costs is None:
+            self._costs = RollingCosts(strategy.measure_costs(), window=self.window, memory=self.memory)
+        # The first driver alone knows the timeline, so it decides for all.
+        decided = self._decide(strategy, self._costs) if trainer.is_global_zero else None
+        costs, decision = strategy.broadcast(decided)
+        strategy.take_up(costs, decision.schedule)
+        self.changes += decision.schedule is not None
+        self._tell(trainer, pl_module, decision)
+
+    def _was_measured(self, strategy: SkipPipeStrategy) -> bool:
+        timeline, schedule = strategy.timeline, strategy.training_schedule
+        if timeline is None or timeline is self._before or schedule is None:
+            return False
+        return ran_whole(timeline, schedule)
+
+    def _decide(self, strategy: SkipPipeStrategy, rolling: RollingCosts) -> tuple[CostModel, Decision]:
+        planner, schedule, timeline = strategy.planner, strategy.training_schedule, strategy.timeline
+        assert planner is not None
+        assert schedule is not None
+        assert timeline is not None
+        rolling.add(timeline, schedule)
+        costs = rolling.model()
+        problem, latest = planner.problem(planner.ratio, costs), rolling.model(latest=True)
+        return costs, self._balancer.decide(schedule, self._last_step, latest, problem, lambda: planner.plan(costs))
+
+    def _tell(self, trainer: Trainer, pl_module: LightningModule, decision: Decision) -> None:
+        if trainer.is_global_zero:
+            level = logging.DEBUG if decision.schedule is None else logging.INFO
+            verb = "keeps" if decision.schedule is None else "changes"
+            log.log(level, "step %d: LoadBalancer %s the paths: %s", self._last_step, verb, decision.reason)
+        metrics = {"balance/present_s": decision.present_s, "balance/changes": float(self.changes)}
+        if decision.planned_s is not None:
+            metrics["balance/planned_s"] = decision.planned_s
+        log_now(trainer, pl_module, metrics)
