@@ -1,4 +1,4 @@
-"""The command line: ``skippipe plan | simulate | schedule show | timeline | export``.
+"""The command line: ``skippipe plan | simulate | costs | schedule show | timeline | export``.
 
 Bad input ends with one line on standard error and exit status 2. No command starts a process, and only ``export``
 imports torch.
@@ -11,18 +11,24 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, get_args
 
 from skippipe_plugin.panels import panels_of
+from skippipe_plugin.schedule.advice import why_no_gain
 from skippipe_plugin.schedule.casefile import load_schedule, read_case, read_json, read_plan, save_plan
 from skippipe_plugin.schedule.cost import CostModel, Links
 from skippipe_plugin.schedule.ir import Schedule
-from skippipe_plugin.schedule.partial import plan
+from skippipe_plugin.schedule.partial import Plan, plan
 from skippipe_plugin.schedule.picture import draw
-from skippipe_plugin.schedule.problem import reordered
+from skippipe_plugin.schedule.problem import PlanProblem, reordered
+from skippipe_plugin.schedule.routes import PathConstraints
 from skippipe_plugin.schedule.simulate import lower_bound_s, simulate
 from skippipe_plugin.schedule.validate import peak_activations, validate
+
+_LITTLE = 20_000
+"""Iterations for the plan that skips nothing, with which one that does is compared."""
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # it has no public name
@@ -47,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="skippipe", description="Plan and inspect pipelines.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_plan, _add_simulate, _add_schedule, _add_timeline, _add_export):
+    for add in (_add_plan, _add_simulate, _add_costs, _add_schedule, _add_timeline, _add_export):
         add(commands)
     return parser
 
@@ -69,6 +75,12 @@ def _add_simulate(commands: Commands) -> None:
     simulator.add_argument("plan", help="the plan of the case, or the cost model of the schedule")
     _add_links(simulator)
     simulator.set_defaults(run=_simulate)
+
+
+def _add_costs(commands: Commands) -> None:
+    costs = commands.add_parser("costs", help="print a cost model as a table")
+    costs.add_argument("file", help="the cost model, JSON")
+    costs.set_defaults(run=_costs)
 
 
 def _add_schedule(commands: Commands) -> None:
@@ -129,10 +141,23 @@ def _plan(options: argparse.Namespace) -> str:
     result = plan(problem, budget_s=options.budget, seed=options.seed)
     save_plan(result, options.out)
     idle = sorted(result.idle_share[: sum(map(bool, result.schedule.orders))])
-    return (
+    line = (
         f"makespan {result.makespan_s:.3f} s, lower bound {result.lower_bound_s:.3f} s (gap {result.gap:.1%}), "
         f"idle {idle[0]:.0%} to {idle[-1]:.0%}, planned in {time.monotonic() - started_s:.1f} s"
     )
+    advice = _advice(problem, result)
+    return line if advice is None else f"{line}\n{advice}"
+
+
+def _advice(problem: PlanProblem, result: Plan) -> str | None:
+    if problem.num_visits == len(problem.available) or len(problem.available) < problem.num_stages:
+        return None  # nothing is skipped, or nothing could be left unskipped
+    exact = plan(replace(problem, constraints=PathConstraints(max_jump=1)), max_iterations=_LITTLE)
+    return why_no_gain(result.schedule, reordered(problem.cost, result.nodes), exact.makespan_s)
+
+
+def _costs(options: argparse.Namespace) -> str:
+    return CostModel.load(options.file).table()
 
 
 def _simulate(options: argparse.Namespace) -> str:

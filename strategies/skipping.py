@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from ..schedule import CostModel, Plan, Schedule, peak_activations
+from ..schedule import CostModel, Plan, Schedule, peak_activations, simulate
+from ..schedule.advice import why_no_gain
 from ..schedule.partial import plan
 from ..schedule.problem import PlanProblem
 from ..schedule.routes import PathConstraints
@@ -138,6 +139,12 @@ class PathPlanner:
             self.adopt(schedule)
         self._visits += self._visits_per_step
         return schedule
+
+    def advice(self, planned: Schedule) -> str | None:
+        """Say why a plan that skips hardly helps, if the driver is the reason; None else."""
+        if self.cost is None or not self.ratio:
+            return None
+        return why_no_gain(planned, self.cost, simulate(self._exact, self.cost).makespan_s)
 
     def adopt(self, schedule: Schedule) -> None:
         """Count the visits of the following steps by this schedule."""

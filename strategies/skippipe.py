@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -46,6 +47,8 @@ from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .outputs import loss_of, training_output
 from .shape import PipelineShape
 from .skipping import PathPlanner, SkipRatio, check_ratio, skips
+
+log = logging.getLogger(__name__)
 
 ScheduleName = Literal["auto", "gpipe", "1f1b"]
 
@@ -355,6 +358,7 @@ class SkipPipeStrategy(DriversStrategy):
 
     def _plan_paths(self, exact: Schedule) -> None:
         self._planner = self._evaluation_planner = None
+        self._advised = False
         if not isinstance(self._shape.schedule, Schedule):
             self._planner = PathPlanner(self.skip_ratio, self.paths, exact)
         if self.paths.eval_skip_ratio:
@@ -375,6 +379,10 @@ class SkipPipeStrategy(DriversStrategy):
         schedule = planner.next(self.lightning_module.trainer.global_step)
         if schedule is not None:
             pipeline.use_schedule(TRAINING, schedule)
+            advice = planner.advice(schedule)
+            if advice is not None and self.is_global_zero and not self._advised:
+                log.warning(advice)
+                self._advised = True
 
     def _choose_evaluation_paths(self) -> None:
         planner = self._evaluation_planner

@@ -241,6 +241,25 @@ class CostModel:
         network = NetworkCost(_matrix(data, "latency_s"), bandwidth, _number(data, "overhead_s", 0.0))
         return cls(compute, network, _sizes(data))
 
+    def table(self) -> str:
+        """Return the costs as text: compute by stage, speed by rank, and the seconds of a message from rank to rank."""
+        compute, ranks = self.compute, range(self.num_ranks)
+        sizes = self.activation_bytes if isinstance(self.activation_bytes, tuple) else ()
+        lines = [f"{'stage':>8} {'forward s':>11} {'backward s':>11} {'bytes':>11}"]
+        for stage, (forward_s, backward_s) in enumerate(zip(compute.forward_s, compute.backward_s, strict=True)):
+            size = sizes[stage] if sizes else self.activation_bytes
+            lines.append(f"{stage or 'driver':>8} {forward_s:>11.4g} {backward_s:>11.4g} {size:>11}")
+        lines.append(f"{'loss':>8} {compute.loss_s:>11.4g}")
+        lines.append(f"{'pause':>8} {compute.gap_s:>11.4g}")
+        lines.append(f"{'message':>8}" + "".join(f" {f'to {rank}':>9}" for rank in ranks) + f" {'slower by':>10}")
+        for source in ranks:
+            seconds = "".join(
+                f" {self.message_s(source, rank):>9.3g}" if rank != source else f" {'-':>9}" for rank in ranks
+            )
+            factor = compute.rank_factor[source] if compute.rank_factor else 1.0
+            lines.append(f"{f'from {source}':>8}{seconds} {factor:>9.3g}x")
+        return "\n".join(lines)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the model to a file as JSON."""
         FilePath(path).write_text(self.to_json() + "\n", encoding="utf-8")

@@ -169,6 +169,17 @@ def test_cost_files_of_something_else(tmp_path: FilePath) -> None:
         PathPlanner(0.25, PathConfig(costs=str(file)), exact())
 
 
+def test_advice_where_the_driver_is_the_limit(tmp_path: FilePath) -> None:
+    file = tmp_path / "costs.json"
+    for loss_s, helps in ((0.1, True), (100.0, False)):
+        CostModel.uniform(4, 5, loss_s=loss_s).save(file)
+        planner = PathPlanner(0.25, PathConfig(costs=str(file)), exact())
+        planner.required = ()
+        planned = planner.next(0)
+        assert planned is not None
+        assert (planner.advice(planned) is None) == helps
+
+
 @pytest.mark.parametrize(
     ("schedule", "options", "message"),
     [

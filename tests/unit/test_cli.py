@@ -10,7 +10,16 @@ import pytest
 
 from skippipe_plugin.cli import main
 from skippipe_plugin.panels import panels_of
-from skippipe_plugin.schedule import CostModel, Schedule, Timeline, full_schedule, simulate, validate
+from skippipe_plugin.schedule import (
+    ComputeCost,
+    CostModel,
+    NetworkCost,
+    Schedule,
+    Timeline,
+    full_schedule,
+    simulate,
+    validate,
+)
 from skippipe_plugin.schedule.casefile import read_case, read_plan
 
 CASE = {
@@ -319,3 +328,29 @@ def test_the_commands_start_without_torch():
     script = "import sys, skippipe_plugin.cli; print([m for m in ('torch', 'lightning', 'scipy') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_costs_are_shown_as_a_table(tmp_path, capsys):
+    file = tmp_path / "costs.json"
+    compute = ComputeCost((0.001, 0.5, 0.25), (0.002, 1.0, 0.5), 0.125, rank_factor=(1.0, 1.0, 3.0))
+    links = NetworkCost(((0.0, 0.25, 0.5),) * 3, ((1000.0,) * 3,) * 3)
+    CostModel(compute, links, (100, 200, 100)).save(file)
+    assert main(["costs", str(file)]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["stage", "forward", "s", "backward", "s", "bytes"],
+        ["driver", "0.001", "0.002", "100"],
+        ["1", "0.5", "1", "200"],
+        ["2", "0.25", "0.5", "100"],
+        ["loss", "0.125"],
+        ["pause", "0"],
+        ["message", "to", "0", "to", "1", "to", "2", "slower", "by"],
+        ["from", "0", "-", "0.35", "0.6", "1x"],
+        ["from", "1", "0.1", "-", "0.6", "1x"],
+        ["from", "2", "0.1", "0.35", "-", "3x"],
+    ]
+
+
+def test_a_plan_that_the_driver_limits_says_so(write, tmp_path, capsys):
+    case = write("case.json", changed(loss_factor=50.0, backward_factor=0.1))
+    assert main(["plan", case, "--out", str(tmp_path / "plan.json"), "--budget", "0.2"]) == 0
+    assert "the driver's own work (embedding, head, loss" in capsys.readouterr().out.splitlines()[1]
