@@ -1,4 +1,4 @@
-"""A user's training script: ``script.py DEVICES DRIVERS [slow]``. Prints one JSON line per process."""
+"""A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced]``. Prints one JSON line per process."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import sys
 import time
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -63,18 +63,28 @@ def strategy_for(devices: int, drivers: int) -> object:
         return "ddp" if drivers > 1 else "auto"
     from skippipe_plugin.strategies import SkipPipeStrategy
 
-    return SkipPipeStrategy(num_microbatches=4, drivers=drivers)
+    return SkipPipeStrategy(num_microbatches=4, drivers=drivers, replicas=2 if "balanced" in sys.argv else 1)
+
+
+def balancers() -> list[Callback]:
+    if "balanced" not in sys.argv:
+        return []
+    from skippipe_plugin.callbacks import LoadBalancer
+
+    return [LoadBalancer(every_n_steps=1, min_gain=1e-6, min_steps=1, window=1)]  # changes as often as it can
 
 
 def main() -> None:
     devices, drivers = int(sys.argv[1]), int(sys.argv[2])
     seed_everything(1, verbose=False)
+    callbacks = balancers()
     model = Model(delay_s=0.05 if "slow" in sys.argv else 0.0)
     trainer = Trainer(
         accelerator="cpu",
         devices=devices or drivers,
         strategy=strategy_for(devices, drivers),  # type: ignore[arg-type]
         max_steps=10_000 if "slow" in sys.argv else 5,
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -86,6 +96,7 @@ def main() -> None:
         "rank": int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))),
         "is_global_zero": trainer.is_global_zero,
         "losses": model.losses,
+        "changes": sum(callback.changes for callback in callbacks),
         "validated": validated,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }

@@ -40,3 +40,12 @@ def test_two_drivers_share_the_data_like_ddp(launch, data_parallel: list[dict]) 
     for rank in (0, 1):
         assert losses(results, rank) == pytest.approx(losses(data_parallel, rank), rel=1e-5)
     assert results[0]["validated"] == [pytest.approx(data_parallel[0]["validated"][0], rel=1e-5)]
+
+
+@pytest.mark.slow
+def test_two_drivers_change_their_paths_together(data_parallel: list[dict]) -> None:
+    results = run(plain(6, 2, "balanced"))
+    for rank in (0, 1):
+        assert losses(results, rank) == pytest.approx(losses(data_parallel, rank), rel=1e-5)
+    changes = [result["changes"] for result in results]
+    assert changes[0] == changes[1] > 0

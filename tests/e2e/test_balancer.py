@@ -54,7 +54,8 @@ class Forwards(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         by_rank: dict[int, list[float]] = defaultdict(list)
-        for event in trainer.strategy.timeline.events:  # type: ignore[attr-defined]
+        timeline = trainer.strategy.timeline  # type: ignore[attr-defined]
+        for event in timeline.events if timeline is not None else ():
             if (event.action.stage, event.action.op) == (1, "F"):
                 by_rank[event.rank].append(event.duration_s)
         for rank, seconds in by_rank.items():
