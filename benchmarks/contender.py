@@ -1,7 +1,7 @@
 """One process of a contender: it builds what it is told to and runs steps when it is told to.
 
 Commands are JSON lines on standard input, answers JSON lines on standard output; :mod:`measure` has the other end.
-``python contender.py one|torch|engine|trainer``; what else a contender must know stands in its first line.
+``python contender.py one|torch|engine|schedules|trainer``; what else a contender must know stands in its first line.
 """
 
 from __future__ import annotations
@@ -121,7 +121,41 @@ def serve_engine(console: Console, settings: dict[str, Any]) -> None:
         workers.close()
 
 
-SERVERS = {"one": serve_one, "torch": serve_torch, "engine": serve_engine}
+def serve_schedules(console: Console, settings: dict[str, Any]) -> None:
+    """The driver of a skippipe pipeline that measures its costs and runs whatever schedules it is given."""
+    from common import Workers, pipeline_over, pipeline_step
+
+    from skippipe_plugin.driver.pipeline import TRAINING
+    from skippipe_plugin.schedule import Schedule
+
+    workers = Workers(settings["host"], settings["workers"])
+    console.answer(pids=(pids := [os.getpid(), *workers.pids]))
+    commands = console.commands()
+    case = Case.of(next(commands)["case"])
+    model, batch, count = Stack(make_blocks(case)), make_batch(case), case.num_microbatches
+    with pipeline_over(workers, model, model.blocks, "gpipe", count, driver_stage=False) as pipeline:
+        step = pipeline_step(pipeline, model, batch, count)
+        step()
+        console.answer(built=True)
+        for command in commands:
+            if "steps" in command:
+                timer = Timer(command, pids)
+                loss = step()
+                while not timer.over():
+                    loss = step()
+                console.answer(**timer.result(loss))
+            elif "schedule" in command:
+                pipeline.use_schedule(TRAINING, Schedule.from_json(command["schedule"]))
+                console.answer(taken=True)
+            else:
+                pipeline.collect_timeline = True
+                step()
+                pipeline.collect_timeline = False
+                console.answer(cost=pipeline.measured_costs().to_json())
+    workers.close()
+
+
+SERVERS = {"one": serve_one, "torch": serve_torch, "engine": serve_engine, "schedules": serve_schedules}
 
 
 def main() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,25 +104,58 @@ def memory(what: str) -> dict[str, Any]:
 
 def serve_trainer(console: Console, settings: dict[str, Any]) -> None:
     """Fit one case after the other, a batch at a time."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     commands = console.commands()
     console.answer(pids=[os.getpid()])
     command = next(commands, None)
     while command is not None and "case" in command:
-        case = Case.of(command["case"])
         gate = Gate(console, commands, command["warmup"])
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            **_strategy(settings, case),
-            max_epochs=-1,
-            logger=False,
-            callbacks=[gate],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(Module(case, settings.get("optimizer", "sgd")), Repeated(make_batch(case)))
+        with other_ranks(settings, command):
+            fit(settings, Case.of(command["case"]), [gate])
         command = gate.next_case
+
+
+def fit(settings: dict[str, Any], case: Case, callbacks: list[lightning.Callback]) -> None:
+    """Train a case until a callback ends it."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        **_strategy(settings, case),
+        max_epochs=-1,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(case, settings.get("optimizer", "sgd")), Repeated(make_batch(case)))
+
+
+@contextmanager
+def other_ranks(settings: dict[str, Any], command: dict[str, Any]) -> Iterator[None]:
+    """Launch the ranks after the first as torchrun does, each under a command of its own, and wait for their end."""
+    if "ranks" not in settings:
+        yield
+        return
+    host, port = settings["master"]
+    size = settings["devices"]
+    launch = {"MASTER_ADDR": host, "MASTER_PORT": port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+    launch |= {"TORCHELASTIC_RUN_ID": "benchmark", "RANK": 0, "LOCAL_RANK": 0}
+    os.environ.update({name: str(value) for name, value in launch.items()})
+    task = json.dumps({"settings": settings, "case": command["case"]})
+    ranks = []
+    for rank, prefix in enumerate(settings["ranks"], start=1):
+        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = [*prefix, sys.executable, str(Path(__file__).resolve()), task]
+        ranks.append(subprocess.Popen(process, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr))
+    try:
+        yield
+    finally:
+        for process in ranks:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _strategy(settings: dict[str, Any], case: Case) -> dict[str, Any]:
@@ -126,6 +163,18 @@ def _strategy(settings: dict[str, Any], case: Case) -> dict[str, Any]:
         return {"devices": 1}
     from skippipe_plugin.strategies import SkipPipeStrategy
 
-    options = {"schedule": settings["schedule"], "driver_stage": settings["driver_stage"]}
+    names = ("schedule", "driver_stage", "skip_ratio")
+    options = {name: settings[name] for name in names if name in settings}
     strategy = SkipPipeStrategy(num_microbatches=case.num_microbatches, **options)
     return {"devices": settings["devices"], "strategy": strategy}
+
+
+def main() -> None:
+    """Be one of the other ranks."""
+    torch.set_num_threads(1)
+    task = json.loads(sys.argv[1])
+    fit(task["settings"], Case.of(task["case"]), [])
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,15 +58,40 @@ class Matrix:
 
     @classmethod
     def load(cls, path: Path) -> Matrix:
-        """Read ``{"names": ..., "latency_ms": [[...]], "megabytes_per_s": [[...]]}``; the diagonals do not matter."""
+        """Read ``{"names": ..., "latency_ms": [[...]], "megabytes_per_s": [[...]]}``; the diagonals do not matter.
+
+        Raises:
+            LabError: An entry is missing or has the wrong size, a latency is negative, or a bandwidth is not positive.
+        """
         data = json.loads(path.read_text())
-        latency = tuple(tuple(value / 1e3 for value in row) for row in data["latency_ms"])
-        return cls(tuple(data["names"]), latency, tuple(tuple(v * 1e6 for v in row) for row in data["megabytes_per_s"]))
+        for key in ("names", "latency_ms", "megabytes_per_s"):
+            if key not in data:
+                raise LabError(f"{path} lacks {key!r}")
+        names = tuple(data["names"])
+        latency_s = _square(path, data, "latency_ms", len(names), 1e-3, lambda value: value >= 0)
+        return cls(names, latency_s, _square(path, data, "megabytes_per_s", len(names), 1e6, lambda value: value > 0))
 
     @property
     def num_nodes(self) -> int:
         """The number of nodes."""
         return len(self.names)
+
+    def message_s(self, source: int, destination: int, num_bytes: int) -> float:
+        """Seconds of a message that has its link for itself."""
+        return self.latency_s[source][destination] + num_bytes / self.bandwidth_Bps[source][destination]
+
+
+def _square(
+    path: Path, data: dict[str, Any], key: str, size: int, scale: float, is_good: Callable[[float], bool]
+) -> tuple[tuple[float, ...], ...]:
+    rows = data[key]
+    if not isinstance(rows, list) or [len(row) for row in rows] != [size] * size:
+        raise LabError(f"{path}: {key} is not a matrix of {size} x {size}, one row and column for each name")
+    for a, row in enumerate(rows):
+        for b, value in enumerate(row):
+            if a != b and not is_good(value):
+                raise LabError(f"{path}: {key}[{a}][{b}] is {value}, which no link can have")
+    return tuple(tuple(value * scale for value in row) for row in rows)
 
 
 class Lab:
