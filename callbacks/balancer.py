@@ -18,12 +18,13 @@ from ..schedule.fit import ran_whole
 from ..schedule.rolling import RollingCosts
 from ..strategies import SkipPipeStrategy
 from .common import log_now, strategy_of
+from .experts import ExpertBalance, ExpertConfig, ExpertMethod
 
 log = logging.getLogger(__name__)
 
 
 class LoadBalancer(Callback):
-    """Plan the paths of a pipeline anew while it trains, when measured costs say that it pays.
+    """Plan the paths of a pipeline anew while it trains, when measured costs say that it pays; balance experts.
 
     Every n-th step is measured, and rolling medians are kept of each rank's forward and backward and of each link.
     The running schedule and a new plan (other replicas, with a skip ratio also other paths) are simulated on these
@@ -43,6 +44,11 @@ class LoadBalancer(Callback):
         min_steps: How many steps a schedule runs at least.
         window: Over how many measured steps medians are taken.
         memory: For how many measured steps it is remembered what is not used any more.
+        experts: How experts are balanced: ``"bias"`` moves each router's selection bias after every optimizer step
+            (loss-free balancing), ``"loss"`` adds an auxiliary loss on the statistics of the whole step, where the
+            routers live; a tuple does both. The Trainer's loggers get ``moe/max_violation`` (MaxVio, the mean over
+            routers), ``moe/worst_max_violation``, and by router ``max_violation``, ``entropy`` and ``empty_share``.
+        expert_config: The rule and its rate, and the coefficient of the loss.
 
     Example:
         >>> from skippipe_plugin.callbacks import LoadBalancer
@@ -60,10 +66,12 @@ class LoadBalancer(Callback):
         min_steps: int = 20,
         window: int = 5,
         memory: int = 40,
+        experts: ExpertMethod | tuple[ExpertMethod, ...] | None = None,
+        expert_config: ExpertConfig | None = None,
     ) -> None:
         super().__init__()
-        if not stages:
-            raise ValueError("stages=False leaves nothing to balance; leave the callback out")
+        if not stages and experts is None:
+            raise ValueError("stages=False and experts=None leave nothing to balance; leave the callback out")
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps}; measure every step (1) or every n-th")
         if window < 1 or memory < 1:
@@ -79,14 +87,35 @@ class LoadBalancer(Callback):
         self._last_step = -1
         self._before: Timeline | None = None
         self._sampling = False
+        self._stages = stages
+        if expert_config is not None and experts is None:
+            raise ValueError("expert_config has no effect without experts='bias', 'loss' or both")
+        methods = (experts,) if isinstance(experts, str) else experts
+        self.experts = None if methods is None else ExpertBalance(methods, expert_config)
+        """What balances the experts; ``experts.shares`` are the loads of the steps, for :func:`draw_loads`."""
+        self._stepped = -1
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        strategy_of(trainer, self)
+        strategy = strategy_of(trainer, self)
+        if self.experts is not None:
+            self.experts.prepare(strategy)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.experts is None else {"experts": self.experts.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.experts is not None and "experts" in state_dict:
+            self.experts.load_state_dict(state_dict["experts"])
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if strategy_of(trainer, self).planner is None:
+        self._stepped = trainer.global_step
+        if self.experts is not None:
+            self.experts.start(strategy_of(trainer, self))
+        if self._stages and strategy_of(trainer, self).planner is None:
             raise ValueError(
                 "LoadBalancer chooses paths, and the strategy was given a schedule of your own; leave one of them out"
             )
@@ -96,7 +125,7 @@ class LoadBalancer(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step + 1
         # The first step still warms up.
-        self._sampling = step > 1 and step % self.every_n_steps == 0 and step != self._last_step
+        self._sampling = self._stages and step > 1 and step % self.every_n_steps == 0 and step != self._last_step
         if self._sampling:
             strategy = strategy_of(trainer, self)
             self._last_step, self._before = step, strategy.timeline
@@ -106,6 +135,9 @@ class LoadBalancer(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.experts is not None and trainer.global_step > self._stepped:
+            self._stepped = trainer.global_step
+            log_now(trainer, pl_module, self.experts.step(strategy_of(trainer, self), self._stepped))
         if not self._sampling:
             return
         strategy = strategy_of(trainer, self)
