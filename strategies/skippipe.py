@@ -427,6 +427,8 @@ class SkipPipeStrategy(DriversStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         module, batch, rest = self._step_arguments(args)
+        if self._attached is not None:
+            self._attached.begin_step(module.trainer.global_step)
         sizes = self._sizes(batch, training=True)
         pieces = split(batch, sizes)
         averaged = AveragedLog(module, sizes)

@@ -20,6 +20,8 @@ class RouterControl:
         """The routers on this driver."""
         self._links = links
         self._leads = leads
+        self._biases: dict[str, list[float]] = {}
+        """The biases that no model saves; sent with every update, so that a worker that is new has them too."""
 
     def own(self, model: nn.Module) -> None:
         """Take charge of the routers of ``model`` whose weights are on this driver."""
@@ -35,12 +37,15 @@ class RouterControl:
         Returns:
             The biases of routers whose model has none of its own and so does not save them.
         """
-        answers = self._ask({"rule": rule, "rate": rate, "loads": {name: list(each) for name, each in loads.items()}})
-        return {name: bias for answer in answers for name, bias in answer["biases"].items()}
+        counts = {name: list(each) for name, each in loads.items()}
+        answers = self._ask({"biases": self._biases, "rule": rule, "rate": rate, "loads": counts})
+        self._biases |= {name: bias for answer in answers for name, bias in answer["biases"].items()}
+        return dict(self._biases)
 
     def set_biases(self, biases: Mapping[str, Sequence[float]]) -> None:
         """Set the biases that :meth:`update_biases` returned, as when a run is resumed."""
-        self._ask({"biases": {name: list(bias) for name, bias in biases.items()}})
+        self._biases = {name: list(bias) for name, bias in biases.items()}
+        self._ask({"biases": self._biases})
 
     def _ask(self, order: dict[str, Any]) -> list[Mapping[str, Any]]:
         if self._leads:

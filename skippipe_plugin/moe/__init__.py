@@ -4,7 +4,7 @@ Nothing here knows processes or networks. A routing is a value; routers are smal
 adapted by hooks on its router instances.
 """
 
-from skippipe_plugin.moe.attach import Attached, RouterStatistics, attach
+from skippipe_plugin.moe.attach import Attached, RouterStatistics, attach, freeze_routers
 from skippipe_plugin.moe.balance import (
     BIAS_RULES,
     add_auxiliary_loss,
@@ -44,6 +44,7 @@ __all__ = [
     "attach",
     "count_loads",
     "find_routers",
+    "freeze_routers",
     "limit_capacity",
     "load_balancing_loss",
     "max_violation",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,6 +243,12 @@ class Attached:
     hooks: dict[str, RouterHook]
     routers: dict[str, nn.Module]
     implementations: tuple[tuple[Any, str | None], ...]  # Any: a config of transformers
+    freeze_after: int | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Note that optimizer step ``step`` begins; the routers are frozen from ``freeze_after`` on."""
+        if self.freeze_after is not None and step >= self.freeze_after:
+            freeze_routers(self.routers.values())
 
     def detach(self) -> None:
         """Leave the model as it was found."""
@@ -276,7 +283,15 @@ def attach(model: nn.Module, config: MoEConfig | None = None) -> Attached:
     for name, site in sites.items():
         hooks[name].register(site.router)
     routers = {name: site.router for name, site in sites.items()}
-    return Attached(hooks, routers, _set_implementation(sites, config))
+    return Attached(hooks, routers, _set_implementation(sites, config), config.freeze_after)
+
+
+def freeze_routers(routers: Iterable[nn.Module]) -> None:
+    """Stop training routers: their parameters need no gradient any more, and optimizers pass them by."""
+    for router in routers:
+        for parameter in router.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
 
 def _set_implementation(sites: dict[str, RouterSite], config: MoEConfig) -> tuple[tuple[Any, str | None], ...]:

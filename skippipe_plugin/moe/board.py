@@ -39,21 +39,21 @@ class RouterBoard:
     def obey(self, order: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON
         """Carry an order out and answer.
 
-        ``{"take": true}`` returns the statistics since the last such order; ``{"rule", "rate", "loads"}`` updates the
-        selection biases by the loads of all replicas; ``{"biases"}`` sets them. The answer to each has the biases that
-        the model itself does not save.
+        ``{"take": true}`` returns the statistics since the last such order; ``{"biases"}`` sets selection biases, and
+        ``{"rule", "rate", "loads"}`` then updates them by the loads of all replicas. The answer to each has the biases
+        that the model itself does not save.
         """
         answer: dict[str, Any] = {}
         if order.get("take"):
             totals, self._totals = self._totals, {}
             answer["statistics"] = {name: pack_statistics(total) for name, total in totals.items()}
-        for name, loads in order.get("loads", {}).items():
-            if name in self._routers:
-                self._update(name, order["rule"], order["rate"], torch.tensor(loads))
         for name, bias in order.get("biases", {}).items():
             if name in self._routers:
                 router, hook = self._routers[name]
                 hook.set_bias(router, torch.tensor(bias))
+        for name, loads in order.get("loads", {}).items():
+            if name in self._routers:
+                self._update(name, order["rule"], order["rate"], torch.tensor(loads))
         answer["biases"] = {
             name: hook.given_bias.tolist() for name, (_, hook) in self._routers.items() if hook.given_bias is not None
         }

@@ -24,6 +24,9 @@ class MoEConfig:
     """How many experts a token chooses; None keeps the model's number."""
     capacity_factor: float | None = None
     """How many times its even share an expert takes; later tokens are dropped beyond it. None drops no token."""
+    freeze_after: int | None = None
+    """The optimizer step from which the routers' weights do not change any more: the second stage of StableMoE (arXiv
+    2204.08396), in which tokens stop to move between experts. Its first stage's distillation is not part of this."""
     experts: Literal["auto", "model"] = "auto"
     """``"auto"`` computes the experts of transformers our way, ``"model"`` leaves them as they are."""
     auxiliary_loss: float = 0.0
@@ -39,6 +42,8 @@ class MoEConfig:
             raise ValueError(f"top_k={self.top_k} is out of range; it is at least 1, or None for the model's own")
         if not 0 <= self.auxiliary_loss < float("inf"):
             raise ValueError(f"auxiliary_loss={self.auxiliary_loss} is out of range; it is 0 (none) or positive")
+        if self.freeze_after is not None and self.freeze_after < 0:
+            raise ValueError(f"freeze_after={self.freeze_after} is out of range; it counts optimizer steps from 0")
         if self.experts not in ("auto", "model"):
             raise ValueError(f"experts={self.experts!r} is unknown; choose 'auto' or 'model'")
         if self.router == "cosine":

@@ -42,6 +42,14 @@ def test_the_example_trains_the_same_model_either_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_experts_are_balanced_in_a_partial_pipeline(tmp_path: Path) -> None:
+    output = run_example("train_moe.py", *SMALL, "--num-microbatches", "4", "--output", str(tmp_path))
+    assert validation_loss(output) < 6.0
+    assert re.search(r"MaxVio of the last step: [0-9.]+", output)
+    assert (tmp_path / "expert-loads.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_stages_are_left_out_of_models(tmp_path: Path) -> None:
     picture = tmp_path / "omission.svg"
     output = run_example(

@@ -215,6 +215,43 @@ def test_the_auxiliary_losses_of_microbatches_make_a_mean() -> None:
     assert_same_run(fit(3, Watch(config=config)), fit(1, Watch(config=config)))
 
 
+def test_routers_stop_learning_when_told() -> None:
+    """In a pipeline as in one process, where the callback below does what the strategy does."""
+
+    class Freeze(Watch):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if self._plain is not None:
+                self._plain.begin_step(trainer.global_step)
+
+    config = MoEConfig(freeze_after=2)
+    expected = run("mixtral", 1, Freeze(config=config))
+    found = run("mixtral", 3, Watch(config=config))
+    assert_same_run(found, expected)
+    router = "model.model.layers.0.mlp.gate.weight"
+    early, late = (run("mixtral", 3, Watch(config=config), max_steps=steps).weights for steps in (2, 3))
+    assert torch.equal(found.weights[router], early[router])
+    assert torch.equal(found.weights[router], late[router])
+    assert not torch.equal(plain("mixtral")[0].weights[router], early[router])
+    moved = "model.model.layers.0.mlp.experts.down_proj"
+    assert not torch.equal(early[moved], late[moved])
+
+
+def test_a_worker_that_is_new_gets_the_biases_with_the_next_update() -> None:
+    """As after a recovery: here the workers' hooks are given other biases behind the driver's back."""
+
+    class Forgetful(Watch):
+        def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+            if len(self.steps) == 1:
+                routers = trainer.strategy.routers
+                known = dict(routers._biases)
+                routers.set_biases({name: [9.0, 0.0, 0.0, 0.0] for name in known})
+                routers._biases = known
+            super().on_train_batch_end(trainer, *rest)
+
+    watch = Forgetful("sign")
+    assert_same_run(run("mixtral", 3, watch), plain("mixtral", "sign")[0])
+
+
 def test_the_model_is_left_as_it_was() -> None:
     found = run("mixtral", 3, Watch())
     assert not any(module._forward_hooks for module in found.module.modules())

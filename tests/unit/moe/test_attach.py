@@ -349,6 +349,8 @@ def test_nan_logits_name_the_layer() -> None:
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 is out of range"),
         ({"top_k": 0}, "top_k=0 is out of range"),
         ({"experts": "fast"}, "experts='fast' is unknown"),
+        ({"freeze_after": -1}, "freeze_after=-1 is out of range"),
+        ({"auxiliary_loss": -1.0}, "auxiliary_loss=-1.0 is out of range"),
         ({"top_k": 9}, "top_k=9 is out of range for model.layers.0.mlp.gate; .* at most 4"),
         ({"router": "null_experts"}, "needs logits of its own for null experts.*Use it with MoELayer"),
     ],
