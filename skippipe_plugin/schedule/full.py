@@ -56,17 +56,24 @@ def one_f_one_b(placement: Sequence[Sequence[int]], paths: Sequence[Path], *, ba
     """Alternate forward and backward once the pipeline is full.
 
     As fast as GPipe on free links, while the stage at position i of p holds ``min(m, p - i)`` activations only
-    (Narayanan et al. 2021, arXiv 2104.04473). Each driver keeps twice its share of the pipeline in flight, so that
-    its own hop is hidden: with fewer, every slow link is paid for once per microbatch.
+    (Narayanan et al. 2021, arXiv 2104.04473). Each driver keeps at least twice its share of the pipeline in flight,
+    so that its own hop is hidden: with fewer, every slow link is paid for once per microbatch. It begins a share at
+    a time, because each message to the workers costs them more than an embedding costs memory.
 
     Raises:
         ScheduleError: The placement or a path is not legal.
     """
     drivers, length = len(placement[0]), max((len(path.visits) for path in paths), default=1)
     width = max(map(len, placement[1:]), default=1)
-    in_flight = -(-2 * length * width // max(drivers, 1))
+    share = max(1, -(-length * width // max(drivers, 1)))
     return list_schedule(
-        placement, paths, activation_caps="position", driver_in_flight=max(in_flight, 1), backward=backward, name="1f1b"
+        placement,
+        paths,
+        activation_caps="position",
+        driver_in_flight=3 * share,
+        driver_burst=share,
+        backward=backward,
+        name="1f1b",
     )
 
 
