@@ -76,14 +76,15 @@ class Contender:
         self._tell(command)
         return self._answers()
 
-    def close(self) -> None:
-        """End the processes."""
+    def close(self, patience_s: float = 30) -> None:
+        """End the processes; kill those that do not end by themselves in time."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.close()
+        deadline = time.monotonic() + patience_s
         for process in self._processes:
             try:
-                process.wait(30)
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -1,7 +1,7 @@
 """Partial pipelines on an emulated wide-area network: torch, our exact schedules, random and planned skipping.
 
-python benchmarks/partial_wan.py                    # seven cities, about six minutes; needs root
-python benchmarks/partial_wan.py --quick            # about two minutes
+python benchmarks/partial_wan.py                    # seven cities, about seven minutes; needs root
+python benchmarks/partial_wan.py --quick            # about three minutes
 python benchmarks/partial_wan.py --out results.json
 
 One run, in turns: every row trains the same blocks on the same batch with seven processes, one in each city. Beside
@@ -58,12 +58,14 @@ def engine_on(lab: Lab, nodes: Sequence[int]) -> Iterator[Contender]:
 
 @contextmanager
 def running(contender: Contender) -> Iterator[Contender]:
-    """Wait for a contender's processes; end them at last."""
+    """Wait for a contender's processes; end them at last, at once if something went wrong."""
     try:
         contender.await_start()
         yield contender
-    finally:
-        contender.close()
+    except BaseException:
+        contender.close(patience_s=2)
+        raise
+    contender.close()
 
 
 def sample(row: Row, number: int) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def report(result: dict[str, Any], matrix: Matrix) -> None:
             ]
         )
     count = len(samples[BASELINE])
-    print(f"\n{CASE.num_blocks} blocks, {CASE.num_microbatches} microbatches of {CASE.message_bytes} bytes a message, ")
+    print(f"\n{CASE.num_blocks} blocks, {CASE.num_microbatches} microbatches, {CASE.message_bytes} bytes a message,")
     print(f"{matrix.num_nodes} cities, skip ratio {result['skip_ratio']:.3g}; medians of {count} samples\n")
     header = ["", "s", "least", "/ torch 1f1b", "predicted s", "/ predicted", "bound s", "CPU s"]
     print(table(header, rows))
@@ -220,7 +222,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave every with statement, as Ctrl-C does
     found = environment()
     print(json.dumps(found), flush=True)
-    result = run(arguments)
+    try:
+        result = run(arguments)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the network and its processes are gone")
     report(result, Matrix.load(arguments.network))
     if arguments.out:
         arguments.out.write_text(json.dumps({"environment": found, "arguments": sys.argv[1:], **result}, indent=1))
