@@ -150,7 +150,7 @@ class StepRun:
         self._calls: dict[int, Call] = {}
         self._hidden: dict[int, Tensor] = {}
         self._held_back: list[PreparedCall] = []
-        self._announced_s = self._first_s = 0.0
+        self._announced_s = self._first_s = self._held_since_s = 0.0
         self._modes: tuple[int, tuple[BlockMode, ...]] | None = None
         self._opening: Mapping[str, object] | None = None
         self.step = -1
@@ -187,7 +187,7 @@ class StepRun:
     # ----------------------------------------------------- the driver part
 
     def embed(self, microbatch: int) -> tuple[Call, Tensor]:
-        index = microbatch - self._first
+        index, start_s = microbatch - self._first, time.monotonic()
         if index not in self._outcomes:
             self._start(index)
         outcome = self._outcomes[index]
@@ -205,10 +205,14 @@ class StepRun:
                 "the blocks of the pipeline were called with gradients enabled in validation, test or prediction; "
                 "there is no way back through them outside of training_step. Call them under torch.no_grad()"
             )
+        if not self._held_back:
+            self._held_since_s = start_s
         self._held_back.append(prepared)
-        if time.monotonic() > max(self._announced_s + _HELD_BACK_S, self._first_s):
-            self.announce()
+        self._announce_after(0.0 if self._opening is not None else self._held_since_s + _HELD_BACK_S)
         return prepared.call, stack_call.hidden
+
+    def announce_due(self) -> None:
+        self._announce_after(self._announced_s + _HELD_BACK_S)
 
     def announce(self) -> None:
         if self._held_back or self._opening is not None:
@@ -216,6 +220,10 @@ class StepRun:
             opening, self._opening = self._opening, None
             self._writer.send(self.step, held_back, self._paths, opening)
             self._announced_s = time.monotonic()
+
+    def _announce_after(self, moment_s: float) -> None:
+        if time.monotonic() > max(moment_s, self._first_s):
+            self.announce()
 
     def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
         index = microbatch - self._first

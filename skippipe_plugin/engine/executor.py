@@ -44,6 +44,9 @@ class DriverPart(Protocol):
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
         """Back-propagate into what produced the hidden states."""
 
+    def announce_due(self) -> None:
+        """Send the calls that are held back, unless others were sent just before: no embedding follows at once."""
+
     def announce(self) -> None:
         """Send the calls that are still held back, since this rank is about to wait."""
 
@@ -94,6 +97,8 @@ class Executor:
             self._admit(microbatch, call)
         if self._driver is not None and instruction.action.stage == DRIVER_STAGE and instruction.action.op is Op.F:
             return  # this action makes the call
+        if self._driver is not None:
+            self._driver.announce_due()
         while instruction.microbatch not in self._calls:
             for microbatch, call in feed.wait():
                 self._admit(microbatch, call)

@@ -78,6 +78,9 @@ class Driver:
             self.feeds[rank].put(microbatch, call)
         return call, hidden
 
+    def announce_due(self) -> None:
+        pass
+
     def announce(self) -> None:
         pass
 
