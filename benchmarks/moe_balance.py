@@ -1,7 +1,7 @@
 """How evenly experts are loaded, and at what loss: biases, auxiliary loss, and nothing, on the same text.
 
 python benchmarks/moe_balance.py --quick                                     # under two minutes
-python benchmarks/moe_balance.py --out balance.json --plot balance.png       # about ten minutes on one core
+python benchmarks/moe_balance.py --out balance.json --plot balance.png       # about seven minutes on one core
 
 The byte-level mixture of experts of `examples/byte_moe.py` learns Python's language reference, in one process. The
 text's bytes are skewed, and so are the routers. MaxVio is that of the whole validation sample, as in the paper
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--plot", help="draw the curves to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    setting = Setting(steps=120, every=20, seeds=1) if arguments.quick else Setting(steps=500, every=20, seeds=2)
+    setting = Setting(steps=120, every=20, seeds=1) if arguments.quick else Setting(steps=300, every=25, seeds=2)
     text = default_text()
     results = {}
     print(f"{setting.experts} experts, top {setting.top_k}, {setting.layers} layers, {setting.steps} steps, ", end="")

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..driver.routers import RouterControl
 from ..moe import BIAS_RULES, MoEConfig, RouterStatistics, max_violation
 from ..schedule.picture import require_matplotlib
 from ..strategies import SkipPipeStrategy
@@ -18,6 +19,7 @@ ExpertMethod = Literal["bias", "loss"]
 
 RATES = {"sign": 1e-3, "proportional": 1e-2}
 """The rate of each rule for the selection bias: the paper's, and one that is ten times as fast at the start."""
+QUANTILE = "quantile"
 AUXILIARY_LOSS = 0.01
 MAX_REMEMBERED = 1000
 
@@ -28,15 +30,18 @@ class ExpertConfig:
 
     rule: str = "sign"
     """The rule of the selection bias: ``"sign"`` (Wang et al., arXiv 2408.15664) takes one or two hundred steps from a
-    skewed start, ``"proportional"`` a few dozen."""
+    skewed start, ``"proportional"`` a few dozen, ``"quantile"`` a few: it computes for every microbatch the bias that
+    would have balanced it, and takes their mean."""
     rate: float | None = None
-    """The rule's rate; None: 0.001 for ``"sign"``, 0.01 for ``"proportional"``."""
+    """The rule's rate; None: 0.001 for ``"sign"``, 0.01 for ``"proportional"``. ``"quantile"`` has none."""
     auxiliary_loss: float = AUXILIARY_LOSS
     """The coefficient of the auxiliary loss, where it is asked for."""
 
     def __post_init__(self) -> None:
-        if self.rule not in BIAS_RULES:
-            raise ValueError(f"rule={self.rule!r} is unknown; choose one of {', '.join(BIAS_RULES)}")
+        if self.rule not in (*BIAS_RULES, QUANTILE):
+            raise ValueError(f"rule={self.rule!r} is unknown; choose one of {', '.join((*BIAS_RULES, QUANTILE))}")
+        if self.rule == QUANTILE and self.rate is not None:
+            raise ValueError(f"rate={self.rate} has no effect with rule='quantile', which has none")
         for name, value in (("rate", self.rate), ("auxiliary_loss", self.auxiliary_loss)):
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} is out of range; it is positive")
@@ -63,6 +68,8 @@ class ExpertBalance:
         moe = strategy.moe or MoEConfig()
         if "loss" in self.methods and not moe.auxiliary_loss:
             moe = replace(moe, auxiliary_loss=self.config.auxiliary_loss)
+        if "bias" in self.methods and self.config.rule == QUANTILE:
+            moe = replace(moe, quantiles=True)
         strategy.moe = moe
 
     def start(self, strategy: SkipPipeStrategy) -> None:
@@ -74,12 +81,21 @@ class ExpertBalance:
     def step(self, strategy: SkipPipeStrategy, step: int) -> dict[str, float]:
         """After optimizer step number ``step``: move the biases; return what is to be logged."""
         taken = {name: each for name, each in strategy.routers.take().items() if each.num_tokens}
-        loads = {name: each.loads.tolist() for name, each in taken.items()}
-        if "bias" in self.methods and loads:
-            rate = RATES[self.config.rule] if self.config.rate is None else self.config.rate
-            self._biases = strategy.routers.update_biases(loads, self.config.rule, rate)
+        if "bias" in self.methods and taken:
+            self._move(strategy.routers, taken)
         self._remember(step, {name: _shares(each.loads) for name, each in taken.items()})
         return load_metrics(taken)
+
+    def _move(self, routers: RouterControl, taken: Mapping[str, RouterStatistics]) -> None:
+        if self.config.rule == QUANTILE:
+            for name, each in taken.items():
+                if each.quantiles is not None:
+                    self._biases[name] = (each.quantiles / each.num_tokens).tolist()
+            routers.set_biases(self._biases)
+            return
+        rate = RATES[self.config.rule] if self.config.rate is None else self.config.rate
+        loads = {name: each.loads.tolist() for name, each in taken.items()}
+        self._biases = routers.update_biases(loads, self.config.rule, rate)
 
     def _remember(self, step: int, shares: dict[str, list[float]]) -> None:
         if len(self.shares) >= MAX_REMEMBERED:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from skippipe_plugin.moe.balance import add_auxiliary_loss, load_balancing_loss
+from skippipe_plugin.moe.balance import add_auxiliary_loss, load_balancing_loss, quantile_bias
 from skippipe_plugin.moe.config import MoEConfig
 from skippipe_plugin.moe.experts import ExpertWeights, run_experts
 from skippipe_plugin.moe.families import RouterSite, find_routers, find_unknown
-from skippipe_plugin.moe.routers import find_router
+from skippipe_plugin.moe.routers import Sigmoid, Softmax, find_router
 from skippipe_plugin.moe.routing import (
     Router,
     Routing,
@@ -49,6 +49,8 @@ class RouterStatistics:
     """Slots without an expert: null experts and dropped tokens."""
     entropy: float = 0.0
     """The sum over tokens of the entropy, in nats, of a softmax over the logits."""
+    quantiles: Tensor | None = None
+    """[experts]: the sum over tokens of the bias that quantile balancing takes from their microbatch."""
 
     def __add__(self, other: RouterStatistics) -> RouterStatistics:
         """Add up what two replicas or two steps saw."""
@@ -57,6 +59,7 @@ class RouterStatistics:
             self.num_tokens + other.num_tokens,
             self.num_empty + other.num_empty,
             self.entropy + other.entropy,
+            other.quantiles if self.quantiles is None or other.quantiles is None else self.quantiles + other.quantiles,
         )
 
 
@@ -70,6 +73,7 @@ class RouterHook:
         self.top_k = config.top_k or site.top_k
         self.rule: Router | None = site.rule if config.router == "model" else find_router(config.router)
         self.capacity_factor = config.capacity_factor
+        self._quantiles = config.quantiles
         self.loss_coefficient = config.auxiliary_loss
         """Times the load-balancing loss of each microbatch is added to the model's gradient."""
         self.loss_scale = 1.0
@@ -92,11 +96,21 @@ class RouterHook:
             raise ValueError(
                 f"top_k={self.top_k} is out of range for {self.name}; it is at least 1 and at most {self.num_experts}"
             )
+        if self._quantiles and not self._has_quantiles():
+            raise ValueError(
+                f"quantile balancing needs a router that adds its bias to all experts' scores, with top_k below the "
+                f"number of experts; {self.name} has {self.rule} with top_k={self.top_k} of {self.num_experts}"
+            )
         if self._replaces and self.rule is not None and num_null(self.rule):
             raise ValueError(
                 f"the router {self.rule} needs logits of its own for null experts, and {self.name} has none: new "
                 "parameters would change the model's checkpoints. Use it with MoELayer"
             )
+
+    def _has_quantiles(self) -> bool:
+        """Tell whether the router's choice is the best ``scores + bias`` of all experts."""
+        limited = isinstance(self.rule, Sigmoid) and self.rule.top_groups < self.rule.num_groups
+        return isinstance(self.rule, (Softmax, Sigmoid)) and not limited and self.top_k < self.num_experts
 
     # ------------------------------------------------------------ the hook
 
@@ -116,7 +130,7 @@ class RouterHook:
         if _recomputes():
             routing = self._replay(logits, routing)
         elif router.training:
-            self._count(logits, routing)
+            self._count(router, logits, routing)
             self._remember(logits, routing)
         if self.loss_coefficient and router.training and logits.requires_grad:
             routing = self._with_loss(logits, routing)
@@ -182,7 +196,7 @@ class RouterHook:
         return RouterStatistics(torch.zeros(self.num_experts, dtype=torch.int64))
 
     @torch.no_grad()
-    def _count(self, logits: Tensor, routing: Routing) -> None:
+    def _count(self, router: nn.Module, logits: Tensor, routing: Routing) -> None:
         loads = count_loads(routing.experts, self.num_experts).cpu()
         log_scores = logits.detach().float().log_softmax(-1)
         self._statistics += RouterStatistics(
@@ -190,7 +204,14 @@ class RouterHook:
             len(logits),
             routing.experts.numel() - int(loads.sum()),
             float(-(log_scores.exp() * log_scores).sum()),
+            self._count_quantiles(router, logits) if self._quantiles else None,
         )
+
+    def _count_quantiles(self, router: nn.Module, logits: Tensor) -> Tensor:
+        assert isinstance(self.rule, (Softmax, Sigmoid)), "checked when the hook was made"
+        scores, bias = self.rule.scores(logits), self.bias(router)
+        before = scores.new_zeros(self.num_experts) if bias is None else bias.to(scores)
+        return len(logits) * quantile_bias(scores, self.top_k, before).cpu()
 
     # ------------------------------------------------------- recomputation
 

@@ -75,14 +75,16 @@ def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, RouterHook]]:
 
 def pack_statistics(statistics: RouterStatistics) -> list[Any]:
     """Return the statistics as JSON values."""
-    return [statistics.loads.tolist(), statistics.num_tokens, statistics.num_empty, statistics.entropy]
+    quantiles = None if statistics.quantiles is None else statistics.quantiles.tolist()
+    return [statistics.loads.tolist(), statistics.num_tokens, statistics.num_empty, statistics.entropy, quantiles]
 
 
 def add_statistics(answers: Iterable[Mapping[str, Any]]) -> dict[str, RouterStatistics]:
     """Sum the packed statistics of several processes by router; replicas of a stage add up."""
     totals: dict[str, RouterStatistics] = {}
     for answer in answers:
-        for name, (loads, *rest) in answer["statistics"].items():
-            statistics = RouterStatistics(torch.tensor(loads), *rest)
+        for name, (loads, num_tokens, num_empty, entropy, quantiles) in answer["statistics"].items():
+            measured = None if quantiles is None else torch.tensor(quantiles)
+            statistics = RouterStatistics(torch.tensor(loads), num_tokens, num_empty, entropy, measured)
             totals[name] = totals[name] + statistics if name in totals else statistics
     return totals

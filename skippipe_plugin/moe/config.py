@@ -24,6 +24,9 @@ class MoEConfig:
     """How many experts a token chooses; None keeps the model's number."""
     capacity_factor: float | None = None
     """How many times its even share an expert takes; later tokens are dropped beyond it. None drops no token."""
+    quantiles: bool = False
+    """Whether routers note the bias that quantile balancing takes from each microbatch
+    (:func:`~skippipe_plugin.moe.quantile_bias`), for ``LoadBalancer`` with ``rule="quantile"``."""
     freeze_after: int | None = None
     """The optimizer step from which the routers' weights do not change any more: the second stage of StableMoE (arXiv
     2204.08396), in which tokens stop to move between experts. Its first stage's distillation is not part of this."""

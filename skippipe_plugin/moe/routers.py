@@ -50,9 +50,13 @@ class Softmax:
     renormalise: bool = True
     """Let a token's weights sum to one."""
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return what the bias is added to: [tokens, experts]."""
+        return scores_of(logits).softmax(-1)
+
     def __call__(self, logits: Tensor, top_k: int, bias: Tensor | None = None) -> Routing:
         """Route ``logits`` [tokens, experts]."""
-        weights, index = _choose(scores_of(logits).softmax(-1), top_k, bias)
+        weights, index = _choose(self.scores(logits), top_k, bias)
         return Routing(_renormalise(weights) if self.renormalise else weights, index)
 
 
@@ -75,9 +79,13 @@ class Sigmoid:
         if not 1 <= self.top_groups <= self.num_groups:
             raise ValueError(f"top_groups={self.top_groups} is out of range; it is 1 to num_groups={self.num_groups}")
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return what the bias is added to: [tokens, experts]."""
+        return scores_of(logits).sigmoid()
+
     def __call__(self, logits: Tensor, top_k: int, bias: Tensor | None = None) -> Routing:
         """Route ``logits`` [tokens, experts]."""
-        scores = scores_of(logits).sigmoid()
+        scores = self.scores(logits)
         choice = scores if bias is None else scores + bias
         if self.top_groups < self.num_groups:
             choice = choice.masked_fill(~self._open(choice, top_k), float("-inf"))

@@ -1,12 +1,12 @@
 """LoadBalancer(experts=...): the loads it sees, what it does about them, and what it leaves in logs and checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -15,18 +15,38 @@ from skippipe_plugin.callbacks.experts import MAX_REMEMBERED, ExpertBalance, loa
 from skippipe_plugin.moe import MoEConfig, RouterStatistics
 from tests.unit.moe.families import build
 
+from .experts import Own
 from .models import tokens
-from .modules import BATCH, Pretrained, loader
+from .modules import BATCH, LanguageModel, Pretrained, loader
 from .support import Run, train
 
 FAST = ExpertConfig(rule="proportional", rate=0.05)
 
 
-def fit(balancer: LoadBalancer, steps: int, more: Sequence[Callback] = (), **options: Any) -> Run:
+def mixtral() -> LightningModule:
+    return Pretrained(build("mixtral", num_hidden_layers=4))
+
+
+def skewed() -> LightningModule:
+    """A model of our layers in which every token chooses the first expert."""
+    module = LanguageModel(Own())
+    for name, buffer in module.named_buffers():
+        if name.endswith("selection_bias"):
+            buffer[0] = 1.0
+    return module
+
+
+def fit(
+    balancer: LoadBalancer,
+    steps: int,
+    make: Callable[[], LightningModule] = mixtral,
+    more: Sequence[Callback] = (),
+    **options: Any,
+) -> Run:
     ids = tokens(BATCH * steps, 16)
-    data = loader({"input_ids": ids, "labels": ids})
+    data = loader(ids if make is skewed else {"input_ids": ids, "labels": ids})
     return train(
-        lambda: Pretrained(build("mixtral", num_hidden_layers=4)),
+        make,
         data,
         3,
         {"num_microbatches": 4},
@@ -44,26 +64,32 @@ def violations(balancer: LoadBalancer) -> list[float]:
     ]
 
 
-def test_biases_even_out_skewed_experts(tmp_path: Path) -> None:
-    balancer = LoadBalancer(stages=False, experts="bias", expert_config=FAST)
-    alone = LoadBalancer(stages=False, experts=())
-    fit(balancer, 40, logger=CSVLogger(tmp_path))
-    fit(alone, 40)
-    balanced, skewed = violations(balancer), violations(alone)
-    assert len(balanced) == len(skewed) == 40
-    assert balanced[0] == skewed[0]
+@pytest.mark.parametrize(
+    ("config", "steps"), [(FAST, 25), (ExpertConfig(rule="quantile"), 6)], ids=["proportional", "quantile"]
+)
+def test_biases_even_out_skewed_experts(tmp_path: Path, config: ExpertConfig, steps: int) -> None:
+    balancer = LoadBalancer(stages=False, experts="bias", expert_config=config)
+    fit(balancer, steps, skewed, logger=CSVLogger(tmp_path))
+    values = violations(balancer)
+    assert len(values) == steps
+    assert values[0] == pytest.approx(1.0)
     # 64 visits per expert and step: chance alone leaves about 0.2.
-    assert sum(balanced[-10:]) / 10 < 0.3
-    assert sum(skewed[-10:]) > 1.7 * sum(balanced[-10:])
+    assert sum(values[-4:]) / 4 < 0.4
     (log,) = tmp_path.rglob("metrics.csv")
     columns = log.read_text().splitlines()[0].split(",")
-    router = "moe/model.model.layers.0.mlp.gate"
+    router = "moe/model.blocks.0.moe.routers.0"
     assert {"moe/max_violation", "moe/worst_max_violation", f"{router}/max_violation", f"{router}/entropy"} <= set(
         columns
     )
     assert balancer.experts is not None
     draw_loads(balancer.experts.shares, tmp_path / "loads.png", title="Loads")
     assert (tmp_path / "loads.png").stat().st_size > 10_000
+
+
+def test_without_a_method_experts_are_watched_and_left_alone() -> None:
+    watching = LoadBalancer(stages=False, experts=())
+    fit(watching, 6, skewed)
+    assert min(violations(watching)) > 0.9
 
 
 def test_the_auxiliary_loss_evens_out_too() -> None:
@@ -79,7 +105,7 @@ def test_a_resumed_run_has_its_biases_again(tmp_path: Path) -> None:
     straight, first, second = (LoadBalancer(stages=False, experts="bias", expert_config=FAST) for _ in range(3))
     expected = fit(straight, 3, max_steps=6)  # two epochs
     keep = ModelCheckpoint(tmp_path, "half", every_n_train_steps=3)
-    fit(first, 3, enable_checkpointing=True, more=[keep])
+    fit(first, 3, more=[keep], enable_checkpointing=True)
     state = torch.load(tmp_path / "half.ckpt", weights_only=False)
     assert list(state["state_dict"]) == list(expected.weights)
     saved = next(value for name, value in state["callbacks"].items() if name.startswith("LoadBalancer"))
@@ -148,8 +174,10 @@ def test_long_runs_are_thinned_out() -> None:
 def test_nonsense_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoadBalancer(**arguments)
-    with pytest.raises(ValueError, match="rule='best' is unknown; choose one of sign, proportional"):
+    with pytest.raises(ValueError, match="rule='best' is unknown; choose one of sign, proportional, quantile"):
         ExpertConfig(rule="best")
+    with pytest.raises(ValueError, match=r"rate=0\.1 has no effect with rule='quantile'"):
+        ExpertConfig(rule="quantile", rate=0.1)
     with pytest.raises(ValueError, match="rate=0 is out of range"):
         ExpertConfig(rate=0)
     with pytest.raises(ValueError, match="there is nothing to draw"):

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 
-from skippipe_plugin.moe import BIAS_RULES, Attached, MoEConfig, MoELayer, RouterStatistics, attach
+from skippipe_plugin.moe import BIAS_RULES, Attached, MoEConfig, RouterStatistics, attach
 from skippipe_plugin.strategies import PathConfig, SkipPipeStrategy
 from tests.unit.moe.families import build
 
+from .experts import Own
 from .models import tokens
 from .modules import BATCH, LanguageModel, Pretrained, loader
 from .support import Run, assert_same_run, train
@@ -52,30 +52,6 @@ class Watch(Callback):
 
     def loads(self) -> list[dict[str, list[int]]]:
         return [{name: each.loads.tolist() for name, each in sorted(step.items())} for step in self.steps]
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.moe = nn.LayerNorm(width), MoELayer(width, 12, 4, router="sigmoid")
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.moe(self.norm(hidden))
-
-
-class Own(nn.Module):
-    """A hand-written model with our layer."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(32, width), nn.Linear(width, 32)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(4))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.embed(ids)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.head(hidden)
 
 
 def make(case: str) -> LightningModule:

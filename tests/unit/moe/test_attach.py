@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from skippipe_plugin.moe import MoEConfig, MoELayer, Softmax
+from skippipe_plugin.moe import MoEConfig, MoELayer, Softmax, quantile_bias
 from skippipe_plugin.moe.attach import IMPLEMENTATION, attach
 from skippipe_plugin.moe.families import RouterSite, find_routers, find_unknown
 from skippipe_plugin.moe.routing import Routing, count_loads
@@ -171,6 +171,42 @@ def test_statistics_are_those_of_the_training_forwards() -> None:
     assert (taken.num_tokens, taken.num_empty) == (48, 0)
     entropy = torch.distributions.Categorical(logits=logits).entropy().sum().item()
     assert taken.entropy == pytest.approx(2 * entropy, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_quantiles_are_weighted_by_tokens(family: str) -> None:
+    changes = {"n_group": 1, "topk_group": 1} if family == "deepseek_v3" else {}
+    model = eager(family, **changes)
+    attached = attach(model, MoEConfig(quantiles=True))
+    name, hook = next(iter(attached.hooks.items()))
+    router, logits = attached.routers[name], []
+    router.register_forward_hook(lambda module, args, output: logits.append(output[0].detach()))
+    for batch in (1, 3):
+        model(input_ids=tokens(batch=batch))
+    scores = [each.softmax(-1) if family == "mixtral" else each.sigmoid() for each in logits]
+    bias = torch.zeros(4) if family == "mixtral" else router.e_score_correction_bias
+    taken = hook.take()
+    assert taken.num_tokens == 48
+    expected = (12 * quantile_bias(scores[0], 2, bias) + 36 * quantile_bias(scores[1], 2, bias)) / 48
+    torch.testing.assert_close(taken.quantiles / 48, expected)
+
+
+def test_quantiles_need_a_router_that_has_them() -> None:
+    with pytest.raises(ValueError, match="needs a router that adds its bias to all experts' scores"):
+        attach(eager("deepseek_v3"), MoEConfig(quantiles=True))  # limited to groups of experts
+    with pytest.raises(ValueError, match=r"has Softmax\(renormalise=True\) with top_k=4 of 4"):
+        attach(eager("mixtral", num_experts_per_tok=4), MoEConfig(quantiles=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_low_precision_stays_close_to_the_original(family: str, autocast: bool) -> None:
+    model = eager(family)
+    model = model if autocast else model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = run(model)[0]
+        attach(model)
+        assert run(model)[0].item() == pytest.approx(expected.item(), abs=0.03)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
