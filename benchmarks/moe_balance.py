@@ -61,13 +61,12 @@ class Setting:
     lr: float = 5e-3
 
 
-def batches(data: ByteDataset, setting: Setting, seed: int) -> Iterator[Tensor]:
+def batches(windows: Tensor, setting: Setting, seed: int) -> Iterator[Tensor]:
     """Draw windows of the text, the same for every method."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(data), generator=generator).split(setting.batch)
-        for indices in order[:-1]:
-            yield torch.stack([data[int(index)] for index in indices])
+        order = torch.randperm(len(windows), generator=generator).split(setting.batch)
+        yield from (windows[indices] for indices in order[:-1])
 
 
 @torch.no_grad()
@@ -98,12 +97,13 @@ def train(method: Method, setting: Setting, seed: int, text: bytes) -> list[dict
     torch.manual_seed(seed)
     model = ByteMoE(setting.width, setting.layers, num_experts=setting.experts, top_k=setting.top_k)
     hooks = attach(model, MoEConfig(auxiliary_loss=method.auxiliary_loss))
-    split = len(text) * 9 // 10
-    learn, held_out = ByteDataset(text[:split], model.context), ByteDataset(text[split:], model.context)
-    sample = [torch.stack([held_out[i] for i in part]) for part in torch.arange(len(held_out)).split(64)[:12]]
+    data = ByteDataset(text, model.context)
+    windows = torch.stack([data[index] for index in range(len(data))])
+    held_out = torch.arange(len(windows)) % 10 == 0  # all over the text: balance is asked for on the same mixture
+    sample = list(windows[held_out].split(64)[:12])
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, betas=(0.9, 0.95))
     curve = []
-    for step, batch in zip(range(setting.steps + 1), batches(learn, setting, seed), strict=False):
+    for step, batch in zip(range(setting.steps + 1), batches(windows[~held_out], setting, seed), strict=False):
         if step % setting.every == 0:
             loss, violation = validate(model, hooks, sample)
             curve.append({"step": step, "loss": loss, "max_violation": violation})

@@ -123,6 +123,8 @@ class SkipPipeStrategy(DriversStrategy):
         self._planner: PathPlanner | None = None
         self._evaluation_planner: PathPlanner | None = None
         self.network = network or NetworkConfig()
+        if moe is not None and not isinstance(moe, MoEConfig):
+            raise TypeError(f"moe={moe!r} is not a MoEConfig; write moe=MoEConfig(router=...)")
         self.moe = moe
         if moe is not None and driver_stage and drivers > 1:
             raise ValueError("moe with driver_stage=True takes one driver: each would count its own experts only")

@@ -92,7 +92,9 @@ class RouterHook:
                 f"the rule of {self.name} ({type(site.router).__name__}) is not known, so its top_k cannot change; "
                 "name a router, or register the family with its rule"
             )
-        if not 1 <= self.top_k <= self.num_experts:
+        if self._replaces and site.rule is not None and num_null(site.rule):
+            raise ValueError(f"{self.name} has null experts, which its own router {site.rule} knows; leave it that one")
+        if self._replaces and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} is out of range for {self.name}; it is at least 1 and at most {self.num_experts}"
             )
@@ -156,7 +158,7 @@ class RouterHook:
         """Return the router's selection bias, its own or the one that was set here: [experts]."""
         if self._bias_name is not None:
             bias: Tensor = getattr(router, self._bias_name)
-            return bias
+            return bias[: self.num_experts]  # after them come those of null experts
         return self._bias
 
     @property
@@ -174,7 +176,7 @@ class RouterHook:
             raise ValueError(f"a bias {tuple(bias.shape)} does not fit the {self.num_experts} experts of {self.name}")
         if self._bias_name is not None:
             with torch.no_grad():
-                getattr(router, self._bias_name).copy_(bias)
+                getattr(router, self._bias_name)[: self.num_experts].copy_(bias)
         elif self.rule is None:
             raise ValueError(
                 f"{self.name} ({type(router).__name__}) has no selection bias and its rule is not known, so no bias "
@@ -239,7 +241,8 @@ class RouterHook:
     # ------------------------------------------------------- auxiliary loss
 
     def _with_loss(self, logits: Tensor, routing: Routing) -> Routing:
-        loss = load_balancing_loss(logits.softmax(-1), self._statistics.loads.to(logits.device))
+        scores = logits[:, : self.num_experts].softmax(-1)  # balance among true experts
+        loss = load_balancing_loss(scores, self._statistics.loads.to(logits.device))
         weights = add_auxiliary_loss(routing.weights, self.loss_coefficient * self.loss_scale * loss)
         return Routing(weights, routing.experts)
 

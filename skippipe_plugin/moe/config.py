@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from skippipe_plugin.moe.routers import check_capacity_factor, find_router
+from skippipe_plugin.moe.routers import ExpertChoice, GShard, check_capacity_factor, find_router
 from skippipe_plugin.moe.routing import Router
 
 
@@ -54,5 +54,10 @@ class MoEConfig:
                 "router='cosine' has parameters of its own, which would change the model's checkpoints; use it with "
                 "MoELayer(router='cosine')"
             )
-        if self.router != "model":
-            find_router(self.router)
+        router = None if self.router == "model" else find_router(self.router)
+        leaves_empty = self.capacity_factor is not None or isinstance(router, (GShard, ExpertChoice))
+        if self.experts == "model" and leaves_empty:
+            raise ValueError(
+                "experts='model' cannot leave slots empty, which the experts of transformers do not all allow; "
+                "keep experts='auto', or drop no tokens"
+            )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from skippipe_plugin.moe import MoEConfig, MoELayer, Softmax, quantile_bias
+from skippipe_plugin.moe import MoEConfig, MoELayer, NullExperts, Softmax, quantile_bias
 from skippipe_plugin.moe.attach import IMPLEMENTATION, attach
 from skippipe_plugin.moe.families import RouterSite, find_routers, find_unknown
 from skippipe_plugin.moe.routing import Routing, count_loads
@@ -310,6 +310,25 @@ def test_own_layers_are_adapted_too() -> None:
     assert model.state_dict()["0.routers.0.selection_bias"].tolist() == [1.0] * 4
 
 
+def test_null_experts_of_own_layers_are_counted_balanced_and_kept() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(8, 12, 2, top_k=3, router=NullExperts(num_null=2))
+    model, hidden = nn.Sequential(layer), torch.randn(50, 8)
+    expected = model(hidden)
+    attached = attach(model, MoEConfig(auxiliary_loss=0.1))
+    torch.testing.assert_close(model(hidden), expected, atol=0, rtol=0)
+    ((name, hook),) = attached.hooks.items()
+    taken = hook.take()
+    assert taken.num_empty == 150 - int(taken.loads.sum()) > 0
+    hook.set_bias(attached.routers[name], torch.tensor([1.0, 2.0]))
+    assert layer.state_dict()["routers.0.selection_bias"].tolist() == [1.0, 2.0, 0.0, 0.0]
+    assert hook.bias(attached.routers[name]).tolist() == [1.0, 2.0]
+    model(hidden).sum().backward()
+    assert layer.routers[0].gate.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"routers.0 has null experts, which its own router NullExperts\(num_null=2\)"):
+        attach(model, MoEConfig(router="softmax"))
+
+
 class Dbrx(nn.Module):
     """A block of a family that nobody registered."""
 
@@ -385,6 +404,8 @@ def test_nan_logits_name_the_layer() -> None:
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 is out of range"),
         ({"top_k": 0}, "top_k=0 is out of range"),
         ({"experts": "fast"}, "experts='fast' is unknown"),
+        ({"experts": "model", "capacity_factor": 1.0}, "experts='model' cannot leave slots empty"),
+        ({"experts": "model", "router": "gshard"}, "experts='model' cannot leave slots empty"),
         ({"freeze_after": -1}, "freeze_after=-1 is out of range"),
         ({"auxiliary_loss": -1.0}, "auxiliary_loss=-1.0 is out of range"),
         ({"top_k": 9}, "top_k=9 is out of range for model.layers.0.mlp.gate; .* at most 4"),
