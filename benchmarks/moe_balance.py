@@ -1,7 +1,7 @@
 """How evenly experts are loaded, and at what loss: biases, auxiliary loss, and nothing, on the same text.
 
 python benchmarks/moe_balance.py --quick                                     # under two minutes
-python benchmarks/moe_balance.py --out balance.json --plot balance.png       # about seven minutes on one core
+python benchmarks/moe_balance.py --out balance.json --plot balance.png       # about eight minutes on one core
 
 The byte-level mixture of experts of `examples/byte_moe.py` learns Python's language reference, in one process. The
 text's bytes are skewed, and so are the routers. MaxVio is that of the whole validation sample, as in the paper
@@ -43,6 +43,7 @@ METHODS = (
     Method("bias, sign 0.001", "sign", 1e-3),
     Method("bias, sign 0.01", "sign", 1e-2),
     Method("bias, proportional 0.01", "proportional", 1e-2),
+    Method("bias, quantile", "quantile"),
 )
 
 
@@ -86,7 +87,9 @@ def update(hooks: Attached, method: Method) -> None:
     """Move every bias by the loads of the step."""
     for name, statistics in take(hooks).items():
         router, hook = hooks.routers[name], hooks.hooks[name]
-        if method.rule:
+        if statistics.quantiles is not None:
+            hook.set_bias(router, statistics.quantiles / statistics.num_tokens)
+        elif method.rule:
             bias = hook.bias(router)
             assert bias is not None
             hook.set_bias(router, BIAS_RULES[method.rule](bias, statistics.loads, method.rate))
@@ -96,7 +99,7 @@ def train(method: Method, setting: Setting, seed: int, text: bytes) -> list[dict
     """Train from the same start on the same batches; return the curve."""
     torch.manual_seed(seed)
     model = ByteMoE(setting.width, setting.layers, num_experts=setting.experts, top_k=setting.top_k)
-    hooks = attach(model, MoEConfig(auxiliary_loss=method.auxiliary_loss))
+    hooks = attach(model, MoEConfig(auxiliary_loss=method.auxiliary_loss, quantiles=method.rule == "quantile"))
     data = ByteDataset(text, model.context)
     windows = torch.stack([data[index] for index in range(len(data))])
     held_out = torch.arange(len(windows)) % 10 == 0  # all over the text: balance is asked for on the same mixture
@@ -162,6 +165,7 @@ def plot(results: dict[str, list[list[dict[str, float]]]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps, one seed")
+    parser.add_argument("--only", nargs="*", help=f"methods: {', '.join(repr(method.name) for method in METHODS)}")
     parser.add_argument("--out", help="write all curves to this JSON file")
     parser.add_argument("--plot", help="draw the curves to this file")
     arguments = parser.parse_args()
@@ -173,7 +177,7 @@ def main() -> None:
     print(f"{setting.seeds} seeds; floor {floor(setting, 12 * 64 * 64 * setting.top_k):.3f}\n")
     print("| method | first step with MaxVio < 0.1 | MaxVio at the end | validation loss | spread of seeds |")
     print("|---|---|---|---|---|")
-    for method in METHODS:
+    for method in (method for method in METHODS if not arguments.only or method.name in arguments.only):
         results[method.name] = [train(method, setting, seed, text) for seed in range(setting.seeds)]
         row = summary(results[method.name])
         first = "-" if row["first_below"] is None else f"{row['first_below']:.0f}"
