@@ -1,7 +1,8 @@
-"""Lightning callbacks of skippipe: monitoring and load balance so far; recovery is to come."""
+"""Lightning callbacks of skippipe: monitoring, recovery and load balance."""
 
 from .balancer import LoadBalancer
 from .experts import ExpertConfig, draw_loads
 from .monitor import PipelineMonitor
+from .recovery import StageRecovery
 
-__all__ = ["ExpertConfig", "LoadBalancer", "PipelineMonitor", "draw_loads"]
+__all__ = ["ExpertConfig", "LoadBalancer", "PipelineMonitor", "StageRecovery", "draw_loads"]

@@ -38,7 +38,8 @@ class AveragedLog:
         finally:
             del self._module.__dict__["log"]
         for name, entries in self._entries.items():
-            self._replay(name, entries)
+            if entries:
+                self._replay(name, entries)
 
     def within(self, microbatch: int, function: Callable[[], Any]) -> Callable[[], Any]:
         """Return ``function`` such that what it logs counts for ``microbatch``, however it is interleaved."""
@@ -47,6 +48,7 @@ class AveragedLog:
             thread = current_thread()
             assert thread is not None
             thread.label = microbatch
+            self._forget(microbatch)  # an attempt that was given up may have logged already
             return function()
 
         return run
@@ -61,6 +63,10 @@ class AveragedLog:
         elif isinstance(value, Tensor):
             value = value.detach()
         self._entries.setdefault(name, []).append((microbatch, value, kwargs))
+
+    def _forget(self, microbatch: int) -> None:
+        for name, entries in list(self._entries.items()):
+            self._entries[name] = [entry for entry in entries if entry[0] != microbatch]
 
     def _replay(self, name: str, entries: Sequence[_Entry]) -> None:
         _, value, kwargs = entries[0]

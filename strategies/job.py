@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -21,11 +22,14 @@ import cloudpickle
 
 from ..driver.links import Link
 from ..driver.pipeline import Rendezvous
-from ..driver.pool import WorkerPool
+from ..driver.pool import EndedEarly, WorkerPool
 from ..engine.c10d import TCPStore
 from ..engine.channel import connect
 from ..engine.errors import SkipPipeError
+from ..engine.versions import own_versions
 from ..worker import DriverProcesses, Worker, WorkerProcesses
+
+log = logging.getLogger(__name__)
 
 _MEET: Final = timedelta(seconds=180)
 
@@ -91,6 +95,25 @@ class DriverJob:
             self.prepare(num_workers)
         return self.pool.acquire(num_workers, lambda: self._processes.ended_early(self.pool.joined))
 
+    def idle(self) -> list[Link]:
+        """Return the workers that are ready and unused."""
+        return self.pool.idle()
+
+    def take(self, num_workers: int) -> list[Link]:
+        """Return workers that replace others; a process that ends before it has joined is started once more."""
+        try:
+            return self.acquire(num_workers)
+        except EndedEarly as error:
+            log.warning("%s; trying once more", error)
+            return self.acquire(num_workers)
+
+    def fence(self, link: Link) -> None:
+        """End the process of a lost worker, if this driver has started it and it is there still."""
+        if link in self.pool.links:
+            self.pool.links.remove(link)
+        if link.pid is not None:
+            self._processes.kill(link.pid)
+
     def rendezvous(self) -> Rendezvous:
         """Return what workers need to find everybody."""
         others = [_get(self.pool.store, _driver_key(rank)) for rank in range(1, self.num_drivers)]
@@ -124,7 +147,7 @@ class WorkerJob:
     def __init__(self, launcher: Launcher) -> None:
         first = _get(launcher.store(), _driver_key(0))
         channel = connect(first["host"], first["port"], bytes.fromhex(first["secret"]))
-        channel.send("hello", {"rank": launcher.rank, "generation": -1})
+        channel.send("hello", {"rank": launcher.rank, "versions": own_versions()})
         self._worker = Worker(channel)
 
     def serve(self) -> dict[str, Any]:

@@ -29,13 +29,14 @@ from ..driver.microbatch import BatchError, batch_size, merge, split, split_size
 from ..driver.optimizer import RemoteOptimizer, to_device
 from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
 from ..driver.proxies import BlockProxies
+from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
 from ..driver.routers import RouterControl
 from ..driver.steps import StepTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from ..moe import Attached, MoEConfig, attach
 from ..partition import check_no_shared_parameters, cut, driver_share, estimate_costs, find_blocks
-from ..schedule import CostModel, Schedule, Timeline, forward_only
+from ..schedule import CostModel, Schedule, Timeline, forward_only, swap_ends
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .checks import check_fit
@@ -45,6 +46,7 @@ from .drivers import DriversStrategy, start_alike
 from .job import DriverJob, driver_job, worker_job
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .outputs import loss_of, training_output
+from .rewind import rewinder
 from .shape import PipelineShape
 from .skipping import PathPlanner, SkipRatio, check_ratio, skips
 
@@ -137,6 +139,7 @@ class SkipPipeStrategy(DriversStrategy):
         self._remote_blocks: tuple[nn.Module, ...] = ()
         self._block_names: tuple[str, ...] = ()
         self._restore_late = False
+        self._recovery: tuple[RecoveryPolicy, Callable[[RecoveryEvent], None]] | None = None
         self._record_timeline = False
         self._timeline: Timeline | None = None
 
@@ -204,6 +207,38 @@ class SkipPipeStrategy(DriversStrategy):
     def visit_counts(self) -> dict[int, int]:
         """By stage: how many microbatches visited it in the last training step."""
         return self._running().gradients.visit_counts
+
+    @property
+    def lr_factors(self) -> dict[int, float]:
+        """By stage: what its learning rate is multiplied with, for stages that were rebuilt from their neighbours."""
+        return self._running().gradients.lr_factors
+
+    @property
+    def worker_pids(self) -> dict[int, int]:
+        """By rank: the process ids of the workers on this driver's host."""
+        return {link.rank: link.pid for link in self._links if link.pid is not None}
+
+    @property
+    def spare_pids(self) -> list[int]:
+        """The process ids of the idle workers on this driver's host."""
+        return [link.pid for link in self._job.idle() if link.pid is not None] if self._job is not None else []
+
+    @property
+    def num_replicas(self) -> int:
+        """How many workers hold each stage."""
+        return self._shape.replicas
+
+    def use_recovery(self, policy: RecoveryPolicy, report: Callable[[RecoveryEvent], None]) -> None:
+        """Replace workers that are lost from the next run on; called by the StageRecovery callback."""
+        if self.drivers > 1:
+            raise SkipPipeError(f"lost workers can be replaced for one driver only, not for drivers={self.drivers}")
+        if skips(self.skip_ratio):
+            policy = dataclasses.replace(policy, while_missing="skip")
+            if policy.swap_ends:
+                raise ValueError("swap_ends=True exchanges stages on full paths; use skip_ratio=0 or swap_ends=False")
+        self._recovery = policy, report
+        if self._job is not None:
+            self._job.prepare(self.num_processes - self.drivers + policy.spares)
 
     @property
     def training_schedule(self) -> Schedule | None:
@@ -347,6 +382,8 @@ class SkipPipeStrategy(DriversStrategy):
         self._pipeline = self._make_pipeline(layout)
         self._pipeline.collect_timeline = self._record_timeline
         self._pipeline.gradients.scale = self.gradient_scale
+        if self._recovery is not None:
+            self._keep_whole(self._pipeline, *self._recovery)
         self._plan_paths(self._pipeline.schedules[TRAINING])
         self._pipeline.form()
         self._block_names = _names_in(module, blocks)
@@ -357,6 +394,12 @@ class SkipPipeStrategy(DriversStrategy):
             self._compiled.options,
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )
+
+    def _keep_whole(self, pipeline: Pipeline, policy: RecoveryPolicy, report: Callable[[RecoveryEvent], None]) -> None:
+        assert self._job is not None
+        pipeline.keeper = StageKeeper(pipeline, policy, self._job, report)
+        if policy.swap_ends:
+            pipeline.use_schedule(TRAINING, swap_ends(pipeline.schedules[TRAINING]))
 
     def _plan_paths(self, exact: Schedule) -> None:
         self._planner = self._evaluation_planner = None
@@ -439,7 +482,7 @@ class SkipPipeStrategy(DriversStrategy):
             for index, piece in enumerate(pieces)
         ]
         weights = [size / sum(sizes) / self.drivers for size in sizes]
-        task = StepTask(functions, weights, loss_of, self._seed(), training=True)
+        task = StepTask(functions, weights, loss_of, self._seed(), training=True, rewind=self._rewinder(module))
         with self.precision_plugin.train_step_context(), averaged.installed():
             values, loss = self._running().train(task, self._choose_paths)
         return training_output(values, loss, sizes)
@@ -468,10 +511,14 @@ class SkipPipeStrategy(DriversStrategy):
             averaged.within(index, functools.partial(step, piece, *rest, **kwargs))
             for index, piece in enumerate(split(batch, sizes))
         ]
-        task = StepTask(functions, [size / sum(sizes) for size in sizes], loss_of, self._seed(), training=False)
+        weights, rewind = [size / sum(sizes) for size in sizes], self._rewinder(module)
+        task = StepTask(functions, weights, loss_of, self._seed(), training=False, rewind=rewind)
         with averaged.installed():
             values = self._running().evaluate(task, self._choose_evaluation_paths)
         return merge(values, sizes)
+
+    def _rewinder(self, module: LightningModule) -> Callable[[], None]:
+        return rewinder(module) if self._recovery is not None else lambda: None
 
     def _step_arguments(self, args: tuple[Any, ...]) -> tuple[LightningModule, Any, tuple[Any, ...]]:
         assert self.lightning_module is not None

@@ -45,6 +45,12 @@ class GradientControl:
         self._expected_norm: float | None = None
         self._norm_under_way = False
         self._num_norms = 0
+        self.keep_norms = False
+        """Whether workers remember the norms of their gradients, for who must rebuild a stage from its neighbours."""
+        self.hosted_norms: dict[int, float] = {}
+        """By stage on this driver: the norm of its last gradient, before the clipping of all together."""
+        self.lr_factors: dict[int, float] = {}
+        """By stage: what its learning rate is multiplied with, where that is not 1."""
 
     def own(self, parameters: Sequence[nn.Parameter], hosted: Mapping[int, Stage]) -> None:
         """Take charge of this driver's parameters, those of hosted stages among them."""
@@ -93,11 +99,15 @@ class GradientControl:
             request = self._norm_request(norm_type)
             if self._leads:
                 self._links.broadcast("norm", request)
-        answers = self._links.expect_all(norm_answer(self._num_norms))
+        answers = self._links.gather(norm_answer(self._num_norms))
         self._norm_under_way = False
         # A run that clips once clips always: from now on workers measure as soon as they have merged.
         self._expected_norm = norm_type
-        counted = {ranks[0] for stage, ranks in enumerate(self._layout.placement) if stage}
+        counted = {
+            next((rank for rank in ranks if rank in answers), -1)
+            for stage, ranks in enumerate(self._layout.placement)
+            if stage
+        }
         powers = [message.fields["power"] for rank, message in answers.items() if rank in counted]
         return gradients.total_norm([gradients.norm_power(local, norm_type), *powers], norm_type)
 
@@ -105,8 +115,17 @@ class GradientControl:
         """Let every worker step its optimizer, after clipping."""
         self._norm_under_way = False
         zero, self._zero_first = self._zero_first, False
+        if self.keep_norms:
+            powers = {stage: gradients.norm_power(held.parameters(), 2.0) for stage, held in self._hosted.items()}
+            self.hosted_norms = {stage: power**0.5 / (scale or 1.0) for stage, power in powers.items()}
         if self._leads:
-            fields = {"scale": scale, "value": value, "zero": zero}
+            fields = {
+                "scale": scale,
+                "value": value,
+                "zero": zero,
+                "keep_norms": self.keep_norms,
+                "lr_factors": list(self.lr_factors.items()),
+            }
             self._links.broadcast("optimizer_step", fields, [pickle.dumps(list(hyperparameters))])
 
     def _norm_request(self, norm_type: float | None) -> dict[str, Any]:

@@ -32,10 +32,15 @@ class Link:
         self.order = -1
         """The rank a launcher gave the worker; workers of a driver's own have none."""
         self.gone = False
+        self.how_lost = "its process ended or its link broke"
+        self.leaving = False
+        """Whether the worker asked to be relieved of its stages."""
+        self._asked_s: float | None = None
+        self._unanswered = 0
         self._channel = channel
         self._board: Links | None = None
         self._answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._leaving = False
+        self._closing = False
         self._reader = threading.Thread(target=self._read, name="worker", daemon=True)
         self._reader.start()
 
@@ -53,6 +58,8 @@ class Link:
 
     def send(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> None:
         """Send a message; raise the first failure when the worker is gone."""
+        if self.gone:  # the kernel takes what nobody will read
+            self._checked()
         try:
             self._channel.send(kind, fields, blobs)
         except ChannelClosed:
@@ -66,6 +73,17 @@ class Link:
             message = self._answers.get()
             if message is not None and message.kind == kind:
                 return message
+
+    def expect_or_lose(self, kind: str) -> Message | None:
+        """Wait for the answer ``kind``; None when the worker is gone. Failures other than losses are raised."""
+        assert self._board is not None, "a link that no pipeline uses"
+        while not self.gone:
+            if self._board.failed and not self._board.lost:
+                self._checked()
+            message = self._answers.get()
+            if message is not None and message.kind == kind:
+                return message
+        return None
 
     def salvage(self, kind: str, fields: Mapping[str, Any], answer: str) -> Message | None:
         """Ask a survivor of a failed generation; None when it is gone or does not answer."""
@@ -94,9 +112,25 @@ class Link:
         except ChannelClosed:
             self._lost()
 
+    def beat(self, patience: int) -> None:
+        """Ask for a sign of life; give the worker up when ``patience`` calls in a row found no answer.
+
+        Calls are counted rather than seconds, so that a pause of this very process condemns nobody.
+        """
+        if self._asked_s is not None and self._channel.heard_s < self._asked_s:
+            self._unanswered += 1
+            if self._unanswered >= patience:
+                self.how_lost = "it gave no sign of life"
+                self._channel.close()
+            return
+        self._unanswered = 0
+        with contextlib.suppress(ChannelClosed):  # the reader sees that too
+            if self._channel.send_if_free("beat"):
+                self._asked_s = time.monotonic()
+
     def close(self) -> None:
         """Say goodbye, close, and join the reader."""
-        self._leaving = True
+        self._closing = True
         with contextlib.suppress(ChannelClosed):
             self._channel.send("exit")
         self._channel.close()
@@ -109,6 +143,11 @@ class Link:
             except SkipPipeError:
                 self._lost()
                 return
+            if message.kind == "beat":
+                continue
+            if message.kind == "leave":
+                self.leaving = True
+                continue
             board = self._board
             if board is None or message.fields["generation"] < board.generation:
                 continue  # an answer to what was given up
@@ -119,7 +158,7 @@ class Link:
 
     def _lost(self) -> None:
         self.gone = True
-        if not self._leaving and self._board is not None:
+        if not self._closing and self._board is not None:
             self._board.report_lost(self)
 
     def _checked(self) -> None:
@@ -137,6 +176,8 @@ class Links:
         self._broken = threading.Event()
         self._named = threading.Event()
         self.generation = -1
+        self.recovering = False
+        """Whether somebody replaces lost workers: then what comes after a step goes on without them."""
         self.on_failure: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[Link]:
@@ -161,11 +202,33 @@ class Links:
     def broadcast(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> None:
         """Send the same message to every worker."""
         for link in self._links.values():
-            link.send(kind, fields, blobs)
+            if self.recovering:
+                link.tell(kind, fields or {}, blobs)
+            else:
+                link.send(kind, fields, blobs)
 
     def expect_all(self, kind: str) -> dict[int, Message]:
         """Wait for one answer from every worker, by rank."""
         return {rank: link.expect(kind) for rank, link in self._links.items()}
+
+    def gather(self, kind: str) -> dict[int, Message]:
+        """Wait for one answer from every worker; where lost ones are replaced, from every one that is left."""
+        if not self.recovering:
+            return self.expect_all(kind)
+        answers = {rank: link.expect_or_lose(kind) for rank, link in self._links.items()}
+        return {rank: message for rank, message in answers.items() if message is not None}
+
+    def drop_lost(self) -> list[Link]:
+        """Forget the workers that are gone, and return them."""
+        lost = [link for link in self._links.values() if link.gone]
+        for link in lost:
+            del self._links[link.rank]
+            link.close()
+        return lost
+
+    def drop(self, rank: int) -> Link:
+        """Forget the worker at ``rank``, and return it."""
+        return self._links.pop(rank)
 
     @property
     def failed(self) -> bool:
@@ -191,7 +254,7 @@ class Links:
         """Note that a worker is gone."""
         self._fail(
             StageLostError(
-                f"{link} is gone: its process ended or its link broke, so stage {link.stages[0]} is lost. "
+                f"{link} is gone: {link.how_lost}, so stage {link.stages[0]} is lost. "
                 "Without the StageRecovery callback a run cannot go on without it; start again from the last checkpoint"
             )
         )
@@ -210,7 +273,7 @@ class Links:
 
     def start_generation(self, generation: int) -> None:
         """Forget the failure of the generation before, and its answers; a lost worker stays lost."""
-        if self.lost:
+        if any(link.gone for link in self._links.values()):
             self.check()
         with self._lock:
             self.generation = generation

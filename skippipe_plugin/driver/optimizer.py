@@ -37,7 +37,7 @@ class RemoteOptimizer:
         """Make the optimizer an ordinary one again, with the state of all parameters: it may be saved after the run."""
         self._handle.remove()
         self._optimizer.__dict__.pop("zero_grad", None)
-        remote = {} if self._pipeline.links.lost else self._fetch()
+        remote = {} if self._pipeline.beyond_help else self._fetch()
         state = self._optimizer.state
         for parameter in (parameter for group in self._optimizer.param_groups for parameter in group["params"]):
             own = remote.get(self._keys[id(parameter)]) if id(parameter) in self._keys else state.pop(parameter, None)
@@ -93,6 +93,9 @@ class RemoteOptimizer:
         self._pipeline.links.expect_all("ready")
 
     def _fetch(self) -> dict[ParameterKey, dict[str, Any]]:
+        return self._pipeline.surviving(self._fetch_once)
+
+    def _fetch_once(self) -> dict[ParameterKey, dict[str, Any]]:
         state: dict[ParameterKey, dict[str, Any]] = {}
         for link in self._pipeline.first_replicas():
             link.send("get", {"what": "optimizer"})
@@ -116,7 +119,8 @@ class RemoteOptimizer:
         keys = tuple(tuple(self._keys[id(p)] for p in group["params"] if id(p) in self._keys) for group in groups)
         plan = OptimizerPlan(type(self._optimizer), dict(self._optimizer.defaults), keys)
         if self._pipeline.leads:
-            self._pipeline.links.broadcast("optimizer", {}, [cloudpickle.dumps(plan)])
+            self._pipeline.optimizer_plan = cloudpickle.dumps(plan)
+            self._pipeline.links.broadcast("optimizer", {}, [self._pipeline.optimizer_plan])
 
     def _zero(self, set_to_none: bool = True) -> None:
         self._zero_grad(set_to_none)

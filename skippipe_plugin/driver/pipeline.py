@@ -5,13 +5,12 @@ It owns the links to the workers and this rank's end of the groups. Nothing here
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +20,18 @@ from ..engine.call import Ambient, Call, CallSpec
 from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
-from ..engine.handover import pack_blocks, pack_tensors, unpack_tensors
+from ..engine.handover import pack_tensors, unpack_tensors
 from ..engine.ping import LinkCost, measure_links
 from ..engine.program import compile_program
 from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec, Transport
 from ..engine.wire import block_tensors
 from ..schedule import (
-    Action,
     CostModel,
-    Event,
     NetworkCost,
     Schedule,
     Timeline,
-    find_transfers,
+    detour,
     fit_costs,
     validate,
 )
@@ -42,16 +39,30 @@ from .backward import GradientControl, mergeable
 from .clocks import WorkerClocks
 from .layout import Layout
 from .links import Link, Links
+from .measured import measured_timeline, network_cost
 from .proxies import BlockProxies, StackCall
+from .randomness import private_random_state
 from .remote import detach, reattach
 from .routers import RouterControl
 from .side_inputs import dump_probe
+from .stages import Packed, StageSender
 from .steps import CallWriter, NoFeed, StepRun, StepTask, merged_loss
 from .suspend import StepThreads, current_thread
 
 TRAINING: Final = "training"
 EVALUATION: Final = "evaluation"
 _DRIVERS: Final = "drivers"
+_T = TypeVar("_T")
+
+
+class Keeper(Protocol):
+    """Replaces workers that are lost; :class:`skippipe_plugin.driver.recovery.StageKeeper` is the one there is."""
+
+    def attempt(self, action: Callable[[], _T], rewind: Callable[[], None], *, whole: bool) -> _T:
+        """Run ``action``; after a loss restore what it needs, ``rewind``, and run it again."""
+
+    def close(self) -> None:
+        """Stop watching the workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +112,7 @@ class Pipeline:
     ) -> None:
         self.layout = layout
         self.schedules = dict(schedules)
+        """What steps run by name, around workers that are missing."""
         self.links = links
         self.device = device
         self.rank = rank
@@ -120,7 +132,14 @@ class Pipeline:
         self._step = 0
         self._threads = StepThreads()
         self._proxies: BlockProxies | None = None
+        self._sender: StageSender | None = None
         self._hosted: dict[int, Stage] = {}
+        self.keeper: Keeper | None = None
+        """Replaces lost workers; without one a loss is the end of the run. Set it before :meth:`load`."""
+        self.optimizer_plan: bytes | None = None
+        """How workers build their part of the optimizer, as it travels."""
+        self._whole_schedules = dict(schedules)
+        self._missing: frozenset[int] = frozenset()
         self.gradients = GradientControl(links, layout, leads=rank == 0)
         self.routers = RouterControl(links, leads=rank == 0)
         links.on_failure = self._wake
@@ -143,18 +162,24 @@ class Pipeline:
         self._generation = next(self._generations)
         self._clocks.forget()
         self.links.start_generation(self._generation)
-        if self.leads:
-            for link in self.links:
-                link.send("configure", self._configuration(link.rank))
         self._transport = Transport(
             self._store,
             rank=self.rank,
-            size=self.layout.size,
+            members=self._members(),
             generation=self._generation,
             host=self._rendezvous.host,
         )
-        if self.layout.num_drivers > 1:
-            self._transport.form_subgroup(_DRIVERS, self.layout.drivers)
+        self.links.check()  # a failure from now on finds this transport and wakes it
+        if self.leads:
+            for link in self.links:
+                link.send("configure", self._configuration(link.rank))
+        try:
+            self._transport.form()
+            if self.layout.num_drivers > 1:
+                self._transport.form_subgroup(_DRIVERS, self.layout.drivers)
+        except GenerationAborted:
+            self.links.check()
+            raise
         self.links.expect_all("ready")
         self._writer = CallWriter(self.links, self.layout)
 
@@ -173,6 +198,8 @@ class Pipeline:
 
     def close(self) -> None:
         """End the groups and the step threads; the links stay."""
+        if self.keeper is not None:
+            self.keeper.close()
         self._threads.close()
         self.links.on_failure = lambda: None
         self._transport = None
@@ -182,19 +209,52 @@ class Pipeline:
         return {
             "generation": self._generation,
             "rank": rank,
-            "size": self.layout.size,
+            "members": self._members(),
             "store_host": rendezvous.store_host,
             "store_port": rendezvous.store_port,
             "secret": rendezvous.secret,
             "other_drivers": list(rendezvous.other_drivers),
+            "may_leave": self.keeper is not None,
             "sys_path": [path or os.getcwd() for path in sys.path],  # noqa: PTH109 - sys.path holds strings
             "num_threads": 1,
             "device": self._worker_devices.get(rank, "cpu"),
-            "replica_groups": self.layout.replica_groups,
+            "replica_groups": self._replica_groups(),
             "schedules": {name: schedule.to_json() for name, schedule in self.schedules.items()},
             "num_drivers": self.layout.num_drivers,
             "step": self._step,
         }
+
+    def _members(self) -> list[int]:
+        """The ranks that are there: all drivers, and the workers that are linked."""
+        return sorted([*self.layout.drivers, *(link.rank for link in self.links)])
+
+    def _replica_groups(self) -> list[tuple[int, list[int]]]:
+        """The stages that several ranks hold, with those of them that are there."""
+        present = [
+            (stage, [rank for rank in ranks if rank in self.links]) for stage, ranks in self.layout.replica_groups
+        ]
+        return [(stage, ranks) for stage, ranks in present if len(ranks) > 1]
+
+    def go_around(self, missing: Collection[int]) -> None:
+        """Let the next generation's paths avoid some ranks; none: undo it.
+
+        Raises:
+            ScheduleError: A path would have no stage left.
+        """
+        self._missing = frozenset(missing)
+        self.schedules = {name: detour(schedule, missing) for name, schedule in self._whole_schedules.items()}
+        self._programs = {name: compile_program(schedule, self.rank) for name, schedule in self.schedules.items()}
+
+    def surviving(
+        self, action: Callable[[], _T], *, rewind: Callable[[], None] = lambda: None, whole: bool = True
+    ) -> _T:
+        """Run ``action``, and run it again when a worker was lost under it and replaced; see :class:`Keeper`."""
+        return action() if self.keeper is None else self.keeper.attempt(action, rewind, whole=whole)
+
+    @property
+    def beyond_help(self) -> bool:
+        """Whether a worker is lost for good."""
+        return self.links.lost and self.keeper is None
 
     def _wake(self) -> None:
         transport = self._transport
@@ -213,11 +273,11 @@ class Pipeline:
             seed: For blocks that were built on the meta device.
         """
         proxies = proxies_of(probe=self._probe, forward=self._forward)
+        keep = self.keeper is not None
+        self._sender = StageSender(self.layout, proxies.blocks, compile_with, seed, keep_structures=keep)
         if self.leads:
-            self._send_blocks(proxies, compile_with, seed)
-            self.links.expect_all("ready")
-        else:
-            self.links.expect_all("ready")
+            self._sender.send_all(self.links)
+        self.links.expect_all("ready")
         real = proxies.install()
         self._proxies = proxies
         self._hosted = {
@@ -242,7 +302,7 @@ class Pipeline:
         if proxies is None:
             return []
         lost: list[str] = []
-        weights = self._salvage() if self.links.lost else self.weights()
+        weights = self._salvage() if self.beyond_help else self.weights()
         for name, tensor in block_tensors(dict(self._remote_blocks())).items():
             value = weights.get(name)
             if value is None:
@@ -269,7 +329,10 @@ class Pipeline:
 
     def weights(self) -> dict[str, Tensor]:
         """Fetch parameters and buffers of the remote blocks, by ``"<block>\\t<name>"``."""
-        self._heal()
+        return self.surviving(self._fetch_weights)
+
+    def _fetch_weights(self) -> dict[str, Tensor]:
+        self.heal()
         result: dict[str, Tensor] = {}
         for link in self._first_replicas():
             link.send("get", {"what": "weights"})
@@ -288,7 +351,7 @@ class Pipeline:
 
     def put_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite weights of the remote blocks; names as in :meth:`weights`."""
-        self._heal()
+        self.heal()
         for link in self.links if self.leads else ():
             blocks = {str(block) for block in self.layout.hosted(link.rank)}
             own = {name: tensor for name, tensor in tensors.items() if name.split("\t")[0] in blocks}
@@ -300,27 +363,25 @@ class Pipeline:
         """Run the following steps by another schedule with the same placement; every driver calls this alike."""
         validate(schedule)
         assert schedule.placement == self.layout.placement, "blocks do not move with a schedule"
-        self.schedules[name] = schedule
-        self._programs[name] = compile_program(schedule, self.rank)
+        self._whole_schedules[name] = schedule
+        self.schedules[name] = detour(schedule, self._missing)
+        self._programs[name] = compile_program(self.schedules[name], self.rank)
         if self.leads and self._transport is not None:
-            self.links.broadcast("schedule", {"name": name, "text": schedule.to_json()})
+            self.links.broadcast("schedule", {"name": name, "text": self.schedules[name].to_json()})
 
     def measure_links(self, num_bytes: int) -> NetworkCost:
         """Measure latency and bandwidth between every two ranks with messages of ``num_bytes``; all drivers call it."""
-        self._heal()
+        return self.surviving(lambda: self._measure_links(num_bytes))
+
+    def _measure_links(self, num_bytes: int) -> NetworkCost:
+        self.heal()
         assert self._transport is not None
         if self.leads:
             self.links.broadcast("ping", {"num_bytes": num_bytes})
         costs = measure_links(self._transport, num_bytes)
         for message in self.links.expect_all("links").values():
             costs += [LinkCost(*entry) for entry in message.fields["costs"]]
-        size = self.layout.size
-        latency = [[0.0] * size for _ in range(size)]
-        bandwidth = [[math.inf] * size for _ in range(size)]
-        for cost in costs:
-            for a, b in ((cost.first, cost.second), (cost.second, cost.first)):
-                latency[a][b], bandwidth[a][b] = cost.latency_s, cost.bandwidth_Bps
-        return NetworkCost(tuple(map(tuple, latency)), tuple(map(tuple, bandwidth)))
+        return network_cost(costs, self.layout.size)
 
     def measured_costs(self) -> CostModel:
         """Return the cost model of the last measured training step and of the links; all drivers call it alike."""
@@ -340,29 +401,37 @@ class Pipeline:
 
     def first_replicas(self) -> list[Link]:
         """Return one link for each remote stage."""
-        self._heal()
+        self.heal()
         return self._first_replicas()
 
     def _first_replicas(self) -> list[Link]:
-        ranks = [ranks[0] for stage, ranks in enumerate(self.layout.placement) if stage and ranks[0] in self.links]
-        return [self.links[rank] for rank in ranks]
+        firsts = [
+            next((rank for rank in ranks if rank in self.links), None)
+            for stage, ranks in enumerate(self.layout.placement)
+            if stage
+        ]
+        return [self.links[rank] for rank in firsts if rank is not None]
 
-    def _heal(self) -> None:
+    def heal(self) -> None:
         """After an aborted step: a new generation, so that everybody is known to be idle and answers are fresh."""
         if self._transport is None:
             self.form()
 
-    def _send_blocks(self, proxies: BlockProxies, compile_with: Any, seed: int) -> None:
-        for stage, ranks in enumerate(self.layout.placement):
-            remote = [rank for rank in ranks if rank in self.links]
-            if not stage or not remote:
-                continue
-            entries, blobs = pack_blocks({block: proxies.blocks[block] for block in self.layout.blocks(stage)})
-            fields = {"stage": stage, "blocks": entries, "compile": compile_with, "seed": seed + stage}
-            for rank in remote:
-                held = self.layout.stages_of(rank)
-                order = {"first": stage == held[0], "last": stage == held[-1]}
-                self.links[rank].send("load", fields | order, blobs)
+    def send_structures(self, link: Link) -> None:
+        """Send a worker the blocks of its stages without values, which are to follow."""
+        self._sender_now().send_structures(link)
+
+    def sample_structure(self) -> Packed:
+        """Return the structure of some stage, for workers that want to import its classes in advance."""
+        return self._sender_now().sample()
+
+    def _sender_now(self) -> StageSender:
+        assert self._sender is not None, "no model is loaded"
+        return self._sender
+
+    def hosted_stage(self, stage: int) -> Stage | None:
+        """Return a stage that lives on this driver."""
+        return self._hosted.get(stage)
 
     def _detach_remote(self) -> None:
         for _, block in self._remote_blocks():
@@ -390,9 +459,12 @@ class Pipeline:
             choose: Called when the first function has called the blocks (if it does) and the workers know nothing of
                 the step yet: the last moment for :meth:`use_schedule`. Every driver calls it.
         """
-        self._heal()
+        return self.surviving(lambda: self._train(task, choose), rewind=task.rewind, whole=False)
+
+    def _train(self, task: StepTask, choose: Callable[[], None]) -> tuple[list[Any], Tensor | None]:
+        self.heal()
         run = self._step_run(task)
-        with _private_random_state(self.device):
+        with private_random_state(self.device):
             self.gradients.window.open()
             try:
                 live = self._live(run, task)
@@ -416,7 +488,10 @@ class Pipeline:
 
         ``choose`` is called as by :meth:`train`.
         """
-        self._heal()
+        return self.surviving(lambda: self._evaluate(task, choose), rewind=task.rewind)
+
+    def _evaluate(self, task: StepTask, choose: Callable[[], None]) -> list[Any]:
+        self.heal()
         run = self._step_run(task)
         try:
             run.start_all()
@@ -470,7 +545,7 @@ class Pipeline:
         done = self.links.expect_all("done")
         if timeline and self.leads:
             remote = {rank: message.fields["timeline"] for rank, message in done.items()}
-            self.timeline = _timeline(schedule, [*events, *_remote_events(remote, self._clocks)])
+            self.timeline = measured_timeline(schedule, events, remote, self._clocks)
         if timeline:
             self.measure_next = False
 
@@ -522,34 +597,3 @@ def _resume_in_thread(call: StackCall) -> Tensor:
     thread = current_thread()
     assert thread is not None
     return thread.suspend(call)  # type: ignore[no-any-return]
-
-
-class _private_random_state:
-    """Leaves the random state of the user's code as it was: the step seeds its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __enter__(self) -> None:
-        self._host = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self._host)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-
-
-def _remote_events(remote: Mapping[int, Sequence[Any]], clocks: WorkerClocks) -> Iterator[Event]:
-    """Read the workers' events, as the driver's clock saw them."""
-    for rank, entries in remote.items():
-        ahead_s = clocks.offset_s(rank)
-        for text, start, end in entries:
-            yield Event(rank, Action.parse(text), start - ahead_s, end - ahead_s)
-
-
-def _timeline(schedule: Schedule, events: Sequence[Event]) -> Timeline:
-    origin = min((event.start_s for event in events), default=0.0)
-    shifted = [Event(e.rank, e.action, e.start_s - origin, e.end_s - origin) for e in events]
-    shifted.sort(key=lambda event: (event.start_s, event.rank))
-    return Timeline(tuple(shifted), find_transfers(schedule, shifted), "measured")

@@ -1,22 +1,34 @@
 """The workers at a driver's disposal: where they join, and which of them are idle.
 
-Workers outlive a pipeline: the next one, of the same or of another Trainer, takes them over.
+Workers outlive a pipeline: the next one, of the same or of another Trainer, takes them over. Those that nobody has
+taken yet are spares. A thread lets workers in whenever they come; :meth:`WorkerPool.close` joins it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from ..engine.c10d import TCPStore
-from ..engine.channel import Listener
+from ..engine.channel import Channel, ChannelClosed, Listener, Message
 from ..engine.errors import SkipPipeError
+from ..engine.versions import mismatch
 from .links import Link
 
+log = logging.getLogger(__name__)
+
 _JOIN_S: Final = 180.0
+_LOOK_S: Final = 0.2
+
+
+class EndedEarly(SkipPipeError):
+    """A worker process ended before it had joined."""
 
 
 class WorkerPool:
@@ -39,6 +51,10 @@ class WorkerPool:
         self.links: list[Link] = []
         """Every worker that ever joined."""
         self._idle: list[Link] = []
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._door = threading.Thread(target=self._let_in, name="workers join", daemon=True)
+        self._door.start()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -48,8 +64,9 @@ class WorkerPool:
     @property
     def num_idle(self) -> int:
         """How many workers are here and unused."""
-        self._idle = [link for link in self._idle if not link.gone]
-        return len(self._idle)
+        with self._changed:
+            self._idle = [link for link in self._idle if not link.gone]
+            return len(self._idle)
 
     def acquire(self, count: int, ended: Callable[[], Mapping[int, int]] = dict) -> list[Link]:
         """Return ``count`` workers, waiting for those that are still to join.
@@ -59,43 +76,65 @@ class WorkerPool:
             ended: Returns pid and exit status of worker processes that ended, to notice those that never join.
 
         Raises:
-            SkipPipeError: A worker process ended before it joined, or nobody came in time.
+            EndedEarly: A worker process ended before it joined.
+            SkipPipeError: Nobody came in time.
         """
         deadline = time.monotonic() + _JOIN_S
         while self.num_idle < count:
-            if not self._accept() and (dead := ended()):
-                raise SkipPipeError(f"worker processes ended before they joined (pid: exit status): {dict(dead)}")
+            with self._changed:
+                came = self._changed.wait(_LOOK_S)
+            if not came and (dead := ended()):
+                raise EndedEarly(f"worker processes ended before they joined (pid: exit status): {dict(dead)}")
             if time.monotonic() > deadline:
                 host, port = self.address
                 raise SkipPipeError(
                     f"{self.num_idle} of {count} workers joined {host}:{port} within {_JOIN_S:.0f} s; check that the "
                     "other processes were started and can reach this address"
                 )
-        taken, self._idle = self._idle[:count], self._idle[count:]
+        with self._changed:
+            taken, self._idle = self._idle[:count], self._idle[count:]
         return taken
 
     def release(self, links: Sequence[Link]) -> None:
         """Take workers back; those that are gone are forgotten."""
-        self._idle += [link for link in links if not link.gone]
+        with self._changed:
+            self._idle += [link for link in links if not link.gone]
+
+    def idle(self) -> list[Link]:
+        """Return the workers that are here and unused; they stay idle."""
+        with self._changed:
+            return [link for link in self._idle if not link.gone]
 
     def close(self) -> None:
         """Send every worker home and stop accepting."""
+        self._closing.set()
+        self._door.join()
         for link in self.links:
             link.close()
         self.links.clear()
         self._idle.clear()
         self._listener.close()
 
-    def _accept(self) -> bool:
-        channel = self._listener.accept(timeout_s=0.2)
-        if channel is None:
-            return False
-        greeting = channel.receive()
+    def _let_in(self) -> None:
+        while not self._closing.is_set():
+            arrived = self._listener.accept(timeout_s=_LOOK_S)
+            if arrived is not None:
+                self._welcome(*arrived)
+
+    def _welcome(self, channel: Channel, greeting: Message) -> None:
+        reason = mismatch(greeting.fields.get("versions", {}))
+        if reason:
+            log.warning("a worker that wanted to join was turned away: %s", reason)
+            with contextlib.suppress(ChannelClosed):
+                channel.send("refuse", {"reason": reason})
+            channel.close()
+            return
         link = Link(channel, greeting.fields.get("pid"))
-        if link.pid is not None:
-            self.joined.add(link.pid)
         link.order = greeting.fields.get("rank", -1)
-        self.links.append(link)
-        self._idle.append(link)
-        self._idle.sort(key=lambda link: link.order)
-        return True
+        with self._changed:
+            if link.pid is not None:
+                self.joined.add(link.pid)
+            self.links.append(link)
+            self._idle.append(link)
+            self._idle.sort(key=lambda link: link.order)
+            self._changed.notify_all()

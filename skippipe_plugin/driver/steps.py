@@ -46,6 +46,8 @@ class StepTask:
     """Finds the loss in what a function returned."""
     seed: int
     training: bool
+    rewind: Callable[[], None] = lambda: None
+    """Undoes what the functions have changed on the driver, before they run once more."""
 
 
 class CallWriter:

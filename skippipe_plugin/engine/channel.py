@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,8 @@ class Channel:
         connection.settimeout(None)
         self._connection = connection
         self._send_lock = threading.Lock()
+        self.heard_s = time.monotonic()
+        """When the other end last sent anything, be it a part of a message."""
 
     @property
     def local_host(self) -> str:
@@ -85,15 +88,28 @@ class Channel:
 
     def send(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> None:
         """Send one message; raise ChannelClosed when the other end is gone."""
+        with self._send_lock:
+            self._send(kind, fields, blobs)
+
+    def send_if_free(self, kind: str, fields: Mapping[str, Any] | None = None) -> bool:
+        """Send a message unless another thread is sending one; return whether it was sent."""
+        if not self._send_lock.acquire(blocking=False):
+            return False
+        try:
+            self._send(kind, fields, ())
+        finally:
+            self._send_lock.release()
+        return True
+
+    def _send(self, kind: str, fields: Mapping[str, Any] | None, blobs: Sequence[Buffer]) -> None:
         text = json.dumps({"kind": kind, **(fields or {})}, separators=(",", ":")).encode()
         views = [memoryview(blob).cast("B") for blob in blobs]
         head = _HEADER.pack(_MAGIC, PROTOCOL_VERSION, len(views), len(text), sum(view.nbytes for view in views))
         sizes = b"".join(_BLOB.pack(view.nbytes) for view in views)
         try:
-            with self._send_lock:
-                self._connection.sendall(head + sizes + text)
-                for view in views:
-                    self._connection.sendall(view)
+            self._connection.sendall(head + sizes + text)
+            for view in views:
+                self._connection.sendall(view)
         except OSError as error:
             raise ChannelClosed(f"the control connection broke while sending {kind!r}: {error}") from error
 
@@ -121,6 +137,7 @@ class Channel:
             if count == 0:
                 raise ChannelClosed("the other end closed the control connection")
             view = view[count:]
+            self.heard_s = time.monotonic()
         return data
 
     def close(self) -> None:
@@ -143,8 +160,8 @@ class Listener:
             ) from error
         self.host, self.port = self._socket.getsockname()[:2]
 
-    def accept(self, timeout_s: float, handshake_s: float = 5.0) -> Channel | None:
-        """Return the next authenticated channel, or None when ``timeout_s`` is over or a stranger called."""
+    def accept(self, timeout_s: float, handshake_s: float = 5.0) -> tuple[Channel, Message] | None:
+        """Return the next authenticated channel and its first message; None after ``timeout_s`` or for a stranger."""
         self._socket.settimeout(timeout_s)
         try:
             connection, _ = self._socket.accept()
@@ -153,10 +170,14 @@ class Listener:
         connection.settimeout(handshake_s)
         try:
             _authenticate_server(connection, self._secret)
+            channel = Channel(connection)
+            connection.settimeout(handshake_s)
+            greeting = channel.receive()
+            connection.settimeout(None)
         except (OSError, ChannelError):
             connection.close()
             return None
-        return Channel(connection)
+        return channel, greeting
 
     def close(self) -> None:
         """Stop listening."""

@@ -47,8 +47,11 @@ def tensor_from_blob(spec: TensorSpec, blob: Buffer) -> Tensor:
     return from_bytes(torch.frombuffer(data, dtype=torch.uint8), spec)
 
 
-def pack_blocks(blocks: Mapping[int, nn.Module]) -> tuple[list[Any], list[Buffer]]:
-    """Return the JSON entries of the blocks' tensors, and the blobs: the pickled structure first."""
+def pack_blocks(blocks: Mapping[int, nn.Module], *, values: bool = True) -> tuple[list[Any], list[Buffer]]:
+    """Return the JSON entries of the blocks' tensors, and the blobs: the pickled structure first.
+
+    Without ``values`` parameters and buffers travel as on the meta device.
+    """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
     try:
@@ -59,7 +62,8 @@ def pack_blocks(blocks: Mapping[int, nn.Module]) -> tuple[list[Any], list[Buffer
             "locks, open files or the Trainer; keep such things outside of the block"
         ) from error
     tensors = {str(index): tensor for index, tensor in enumerate(pickler.tensors)}
-    real = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    left_out = set() if values else {id(t) for b in blocks.values() for t in (*b.parameters(), *b.buffers())}
+    real = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta and id(tensor) not in left_out}
     entries, blobs = pack_tensors(real)
     meta = [
         [name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items() if name not in real
@@ -131,6 +135,14 @@ def materialize(block: nn.Module, device: torch.device) -> None:
                 "add one, or build the model with real weights"
             )
         reset()
+    block.to(device)
+
+
+def allocate(block: nn.Module, device: torch.device) -> None:
+    """Give memory without values to what is on the meta device; the rest moves to ``device``."""
+    for tensor in dict.fromkeys((*block.parameters(), *block.buffers())):
+        if tensor.is_meta:
+            swap_memory(tensor, torch.empty_like(tensor, device=device))
     block.to(device)
 
 

@@ -38,12 +38,14 @@ class StageOptimizer:
         groups = [{"params": [parameters[key] for key in members]} for members in self._members]
         self._optimizer = _build(plan, groups) if any(self._members) else None
 
-    def step(self, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """Take one step with the driver's current hyperparameters, by group."""
+    def step(self, hyperparameters: Sequence[Hyperparameters], lr_factor: float = 1.0) -> None:
+        """Take one step with the driver's current hyperparameters, by group, the learning rate times a factor."""
         if self._optimizer is None:
             return
         for group, values in zip(self._optimizer.param_groups, hyperparameters, strict=True):
             group.update(values)
+            if lr_factor != 1.0 and "lr" in group:
+                group["lr"] = group["lr"] * lr_factor  # of the driver's rate, so it never compounds
         self._optimizer.step()
 
     def state(self) -> dict[ParameterKey, dict[str, Any]]:

@@ -52,9 +52,10 @@ def measure_links(transport: Transport, num_bytes: int) -> list[LinkCost]:
     round trips with one byte, then with ``num_bytes``.
     """
     costs = []
-    for number, pairs in enumerate(rounds(transport.size)):
+    members = transport.members
+    for number, pairs in enumerate(rounds(len(members))):
         tag = _FIRST_TAG + 2 * number
-        for first, second in pairs:
+        for first, second in ((members[a], members[b]) for a, b in pairs):
             if transport.rank == first:
                 costs.append(_measure(transport, second, tag, num_bytes))
             elif transport.rank == second:

@@ -8,20 +8,25 @@ nothing here waits for a send before :meth:`Transport.flush` at the end of a ste
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 
-from .c10d import Gloo, PrefixStore, ProcessGroupGloo, Store, Work
+from .c10d import Gloo, ProcessGroupGloo, Store, Work
 from .errors import GenerationAborted
+from .rendezvous import AbortableStore
 
-_FORMING = timedelta(seconds=60)
+_FORMING = timedelta(seconds=30)
+_LOOK_S = 0.02
+"""How often a rank that forms groups looks whether it still should."""
 # Failures are found by the control channels, never by this time-out: it only has to be longer than any step.
 _FOREVER = timedelta(days=7)
 _POISON_TAG = (1 << 31) - 1
+_ALL = "all"
 _NOTICE = timedelta(milliseconds=1)
 
 
@@ -72,28 +77,49 @@ class PendingTensor:
 
 
 class Transport:
-    """The point-to-point links of one rank in one generation."""
+    """The point-to-point links of one rank in one generation; useless until :meth:`form`.
 
-    def __init__(self, store: Store, *, rank: int, size: int, generation: int, host: str) -> None:
+    Args:
+        store: Where the members find each other.
+        rank: This rank.
+        members: The ranks of this generation, in ascending order; a schedule must not visit others.
+        generation: The number of the generation.
+        host: The address to bind to.
+    """
+
+    def __init__(self, store: Store, *, rank: int, members: Sequence[int], generation: int, host: str) -> None:
         self.rank = rank
-        self.size = size
+        self.members = tuple(members)
         self.generation = generation
+        self._index = {member: index for index, member in enumerate(self.members)}
+        self._aborted = threading.Event()
         self._store = store
         self._host = host
-        self._group = _form(PrefixStore(f"generation/{generation}", store), rank, size, host)
-        self._subgroups: dict[str, Gloo] = {}
+        self._groups: dict[str, Gloo] = {}
         self._sends: list[tuple[Work, Tensor]] = []
+
+    def form(self) -> None:
+        """Connect to all members.
+
+        Raises:
+            GenerationAborted: :meth:`poison` was called meanwhile, or a member could not be reached.
+        """
+        self._connect(_ALL, self.members)
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send ``tensor``; it is kept alive until :meth:`flush`."""
         data = tensor.detach().to("cpu").contiguous()
         if data.numel():
-            self._sends.append((self._start(lambda: self._group.send([data], destination, tag)), data))
+            self._sends.append(
+                (self._start(lambda: self._groups[_ALL].send([data], self._index[destination], tag)), data)
+            )
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Post a receive for a tensor of exactly ``spec``."""
         buffer = torch.empty(spec.shape, dtype=spec.dtype)
-        work = self._start(lambda: self._group.recv([buffer], source, tag)) if buffer.numel() else None
+        work = (
+            self._start(lambda: self._groups[_ALL].recv([buffer], self._index[source], tag)) if buffer.numel() else None
+        )
         return PendingTensor(work, buffer, device)
 
     def flush(self) -> None:
@@ -104,12 +130,11 @@ class Transport:
 
     def form_subgroup(self, name: str, ranks: Sequence[int]) -> None:
         """Form a group of ``ranks`` for :meth:`all_reduce`; every member calls this in the same order."""
-        store = PrefixStore(f"generation/{self.generation}/{name}", self._store)
-        self._subgroups[name] = _form(store, list(ranks).index(self.rank), len(ranks), self._host)
+        self._connect(name, ranks)
 
     def all_reduce(self, tensor: Tensor, name: str) -> None:
         """Sum the host tensor ``tensor`` in place over the subgroup ``name``."""
-        _wait(self._start(lambda: self._subgroups[name].allreduce([tensor])))
+        _wait(self._start(lambda: self._groups[name].allreduce([tensor])))
 
     def poison(self) -> None:
         """Wake every operation of this generation, from any thread; the groups are useless afterwards.
@@ -117,11 +142,27 @@ class Transport:
         A receive that times out makes gloo close all pairs of its group, and blocked operations raise within
         milliseconds; ``abort`` and ``shutdown`` wake nobody (pytorch#130345).
         """
-        for group in (self._group, *self._subgroups.values()):
-            peer = (group.rank() + 1) % group.size()
-            if peer != group.rank():
+        self._aborted.set()
+        for group in list(self._groups.values()):
+            # A receive from a peer that is gone fails at once, and closes nothing: the next one may do it.
+            for peer in set(range(group.size())) - {group.rank()}:
                 with contextlib.suppress(RuntimeError):
                     group.recv([torch.zeros(1)], peer, _POISON_TAG).wait(_NOTICE)
+
+    def _connect(self, name: str, ranks: Sequence[int]) -> None:
+        """Form a group in a helper thread: gloo's own connecting cannot be interrupted, and takes milliseconds."""
+        store = AbortableStore(self._store, f"generation/{self.generation}/{name}/", self._aborted)
+        index, formed = list(ranks).index(self.rank), _Outcome()
+        thread = threading.Thread(
+            target=formed.run,
+            args=(lambda: _form(store, index, len(ranks), self._host),),
+            name=f"forming generation {self.generation}",
+            daemon=True,
+        )
+        thread.start()
+        self._groups[name] = formed.wait(self._aborted)
+        if self._aborted.is_set():  # poison() may have come too early to see the group
+            raise GenerationAborted(f"generation {self.generation} was given up while it formed")
 
     @staticmethod
     def _start(operation: object) -> Work:
@@ -129,6 +170,30 @@ class Transport:
             return operation()  # type: ignore[operator, no-any-return]
         except RuntimeError as error:
             raise GenerationAborted(str(error)) from error
+
+
+class _Outcome:
+    """What a helper thread comes to, for a caller that may stop waiting."""
+
+    def __init__(self) -> None:
+        self._over = threading.Event()
+        self._group: Gloo = None
+        self._error: RuntimeError | None = None
+
+    def run(self, function: Callable[[], Gloo]) -> None:
+        try:
+            self._group = function()
+        except RuntimeError as error:
+            self._error = error
+        self._over.set()
+
+    def wait(self, aborted: threading.Event) -> Gloo:
+        while not self._over.wait(_LOOK_S):
+            if aborted.is_set():
+                raise GenerationAborted("the generation was given up while it formed")
+        if self._error is not None:
+            raise GenerationAborted(f"the groups could not be formed: {self._error}") from self._error
+        return self._group
 
 
 def _wait(work: Work) -> None:

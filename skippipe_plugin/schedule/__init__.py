@@ -5,6 +5,7 @@ Pure Python without torch, processes or network; everything else of the package 
 
 from skippipe_plugin.schedule.cost import ComputeCost, CostModel, Links, NetworkCost
 from skippipe_plugin.schedule.derive import forward_only
+from skippipe_plugin.schedule.detour import detour, leaves_out, swap_ends
 from skippipe_plugin.schedule.fit import find_transfers, fit_costs
 from skippipe_plugin.schedule.full import FULL_SCHEDULES, full_schedule, gpipe, one_f_one_b
 from skippipe_plugin.schedule.ir import (
@@ -50,6 +51,7 @@ __all__ = [
     "Transfer",
     "Visit",
     "dependencies",
+    "detour",
     "draw",
     "find_transfers",
     "fit_costs",
@@ -57,6 +59,7 @@ __all__ = [
     "full_schedule",
     "gpipe",
     "in_order_links",
+    "leaves_out",
     "list_schedule",
     "lower_bound_s",
     "messages",
@@ -66,6 +69,7 @@ __all__ = [
     "plan_paths",
     "rank_of",
     "simulate",
+    "swap_ends",
     "topological_order",
     "validate",
 ]

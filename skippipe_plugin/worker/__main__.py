@@ -12,6 +12,7 @@ import sys
 
 from ..engine.channel import connect
 from ..engine.errors import SkipPipeError
+from ..engine.versions import own_versions
 from .service import DriverGone, Worker
 
 log = logging.getLogger("skippipe_plugin.worker")
@@ -31,8 +32,9 @@ def main(arguments: list[str]) -> int:
     host, port = arguments[0].rsplit(":", 1)
     try:
         channel = connect(host, int(port), bytes.fromhex(secret))
-        channel.send("hello", {"pid": os.getpid()})
+        channel.send("hello", {"pid": os.getpid(), "versions": own_versions()})
         worker = Worker(channel)
+        signal.signal(signal.SIGTERM, lambda *_: worker.leave() or os._exit(128 + signal.SIGTERM))
         while worker.serve() is not None:
             pass
     except DriverGone:

@@ -38,6 +38,13 @@ class WorkerProcesses:
         ended = [process for process in self._processes if process.poll() is not None and process.pid not in joined]
         return {process.pid: process.returncode for process in ended}
 
+    def kill(self, pid: int) -> None:
+        """End one of them at once."""
+        for process in self._processes:
+            if process.pid == pid:
+                process.kill()
+                process.wait()
+
     def reap(self) -> None:
         """Forget those that served and ended, and those that never came."""
         self._processes = [process for process in self._processes if process.poll() is None]

@@ -6,6 +6,7 @@ only on ``abort`` (wake a blocked main thread) and when a driver is gone (end th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -19,7 +20,6 @@ from dataclasses import astuple
 from typing import Any, Final
 
 import torch
-from torch import nn
 
 from ..engine import gradients
 from ..engine.c10d import TCPStore
@@ -27,16 +27,15 @@ from ..engine.call import Call
 from ..engine.channel import Channel, ChannelClosed, Message, connect
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
 from ..engine.executor import Executor
-from ..engine.gradients import GradientWindow
-from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
-from ..engine.optimizer import ParameterKey, StageOptimizer
+from ..engine.handover import unpack_blocks
 from ..engine.ping import measure_links
 from ..engine.program import Instruction, compile_program
-from ..engine.stage import Stage
 from ..engine.transport import Transport
-from ..engine.wire import CallDecoder, block_tensors, decode_optimizer_state, encode_optimizer_state, norm_answer
+from ..engine.versions import own_versions
+from ..engine.wire import CallDecoder, norm_answer
 from ..moe.board import RouterBoard
 from ..schedule import Schedule
+from .holdings import Holdings
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +55,9 @@ class Worker:
         self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
         self._readers: list[threading.Thread] = []
         self._transport: Transport | None = None
-        self._stages: dict[int, Stage] = {}
+        self._holdings = Holdings()
         self._programs: dict[str, tuple[Instruction, ...]] = {}
         self._replica_groups: dict[int, str] = {}
-        self._optimizer: StageOptimizer | None = None
-        self._window = GradientWindow([])
         self._routers = RouterBoard()
         self._device = torch.device("cpu")
         self._decoders: list[CallDecoder] = []
@@ -68,7 +65,8 @@ class Worker:
         self._generation = self._rank = -1
         self._step = -1
         self._steps: dict[int, Any] = {}  # Any: JSON
-        self._leaving = False
+        self._closing = False
+        self._may_leave = False
         self._doomsday: threading.Timer | None = None
 
     # ---------------------------------------------------------------- life
@@ -86,6 +84,8 @@ class Worker:
                 source, message = self._inbox.get()
                 if message is None:
                     raise DriverGone(f"driver {source} is gone")
+                if message.kind == "refuse":
+                    raise SkipPipeError(f"the driver does not take this worker: {message.fields['reason']}")
                 if message.kind in ("release", "exit"):
                     return self._farewell(message)
                 self._obey(source, message)
@@ -95,7 +95,7 @@ class Worker:
 
     def close(self) -> None:
         """Close the channels and groups; the readers end with them."""
-        self._leaving = True
+        self._closing = True
         if self._transport is not None:
             self._transport.poison()
             self._transport = None
@@ -105,6 +105,17 @@ class Worker:
             reader.join(timeout=_GRACE_S)
         if self._doomsday is not None:
             self._doomsday.cancel()
+
+    def leave(self) -> bool:
+        """Ask to be relieved of the stages at the end of the step; False when nobody would take them over."""
+        if self._may_leave:
+            # In a thread: this may be called from a signal handler, in the middle of a message.
+            threading.Thread(target=self._ask_to_leave, name="leaving", daemon=True).start()
+        return self._may_leave
+
+    def _ask_to_leave(self) -> None:
+        with contextlib.suppress(ChannelClosed):
+            self._channels[0].send("leave")
 
     def _farewell(self, message: Message) -> dict[str, Any] | None:
         if message.kind == "exit":
@@ -124,19 +135,23 @@ class Worker:
             try:
                 message = channel.receive()
             except SkipPipeError:
-                if not self._leaving:
+                if not self._closing:
                     self._doomsday = threading.Timer(_GRACE_S, os._exit, (1,))
                     self._doomsday.daemon = True
                     self._doomsday.start()
                     self._abort()
                     self._inbox.put((source, None))
                 return
+            if message.kind == "beat":
+                with contextlib.suppress(ChannelClosed):
+                    channel.send_if_free("beat")
+                continue
             if message.kind == "abort":
                 self._abort(message.fields["generation"])
             if message.kind == "exit" and source > 0:
                 return  # a further driver ends before the first: nothing to do for it any more
             if message.kind == "exit":
-                self._leaving = True
+                self._closing = True
             self._inbox.put((source, message))
 
     def _abort(self, generation: int | None = None) -> None:
@@ -166,11 +181,9 @@ class Worker:
             self._report(error, aborted=False)
 
     def _report(self, error: BaseException, *, aborted: bool) -> None:
-        for stage in self._stages.values():
-            stage.forget()
-        self._window.discard()
+        self._holdings.give_up_step()
         packed, text = pack_exception(error)
-        self._answer("error", {"aborted": aborted, "traceback": text, "stages": list(self._stages)}, [packed])
+        self._answer("error", {"aborted": aborted, "traceback": text, "stages": list(self._holdings.stages)}, [packed])
 
     def _answer(self, kind: str, fields: dict[str, Any], blobs: Iterable[Any] = ()) -> None:
         payload = list(blobs)
@@ -183,15 +196,14 @@ class Worker:
     def _on_configure(self, source: int, message: Message) -> None:
         fields = message.fields
         self._generation, self._rank = fields["generation"], fields["rank"]
-        for path in fields["sys_path"]:
-            if path not in sys.path:
-                sys.path.append(path)
+        _extend_path(fields["sys_path"])
+        self._may_leave = fields["may_leave"]
         torch.set_num_threads(fields["num_threads"])
         self._device = torch.device(fields["device"])
         secret = bytes.fromhex(fields["secret"])
         for host, port in fields["other_drivers"][len(self._channels) - 1 :]:
             self._channels.append(connect(host, port, secret))
-            self._reply(-1, "hello", {"rank": fields["rank"]})
+            self._reply(-1, "hello", {"rank": fields["rank"], "versions": own_versions()})
             self._start_reader(len(self._channels) - 1)
         self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._channels]
         self._calls.clear()
@@ -204,10 +216,11 @@ class Worker:
         self._transport = Transport(
             store,
             rank=fields["rank"],
-            size=fields["size"],
+            members=fields["members"],
             generation=fields["generation"],
             host=self._channels[0].local_host,
         )
+        self._transport.form()
         self._replica_groups = {}
         for stage, ranks in fields["replica_groups"]:
             if fields["rank"] in ranks:
@@ -220,20 +233,15 @@ class Worker:
         self._step = fields["step"]
 
     def _on_load(self, source: int, message: Message) -> None:
-        torch.manual_seed(message.fields["seed"])
-        blocks = unpack_blocks(message.fields["blocks"], message.blobs)
-        for block in blocks.values():
-            materialize(block, self._device)
-            if message.fields["compile"] is not None:
-                block.compile(**message.fields["compile"])
-        if message.fields["first"]:
-            self._stages = {}
-            self._optimizer = None
-        self._stages[message.fields["stage"]] = Stage(message.fields["stage"], blocks, self._device)
-        if message.fields["last"]:
-            self._window = GradientWindow([p for stage in self._stages.values() for p in stage.parameters()])
-            self._routers = RouterBoard(self._blocks().values())
+        if self._holdings.load(message.fields, message.blobs, self._device):
+            self._routers = RouterBoard(self._holdings.blocks().values())
             self._answer("ready", {})
+
+    def _on_warm(self, source: int, message: Message) -> None:
+        """Import what a stage will need: the blocks' classes, and what torch loads with the first optimizer."""
+        _extend_path(message.fields["sys_path"])
+        unpack_blocks(message.fields["blocks"], message.blobs)
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
 
     def _on_step(self, source: int, message: Message) -> None:
         """Note a driver's part of a step; run it when every driver has announced its own."""
@@ -248,16 +256,16 @@ class Worker:
         assert self._transport is not None, "a step before the groups are formed"
         self._step = fields["step"]
         self._calls = {step: calls for step, calls in self._calls.items() if step >= self._step}
-        for stage in self._stages.values():
+        for stage in self._holdings.stages.values():
             stage.forget_caches(key for part in parts for key in part["forget_caches"])
         if fields["training"]:
-            self._window.open()
+            self._holdings.window.open()
             self._routers.open(1 / max(1, len(live)))
-        executor = Executor(self._transport, self._stages, self._device)
+        executor = Executor(self._transport, self._holdings.stages, self._device)
         events = executor.run(self._programs[fields["program"]], live, _Feed(self))
         if fields["training"]:
             self._sum_over_replicas()
-            self._window.close()
+            self._holdings.window.close()
             self._routers.close()
         timeline = [[str(event.action), event.start_s, event.end_s] for event in events] if fields["timeline"] else []
         self._answer("done", {"step": self._step, "timeline": timeline})
@@ -266,7 +274,7 @@ class Worker:
         transport = self._transport
         assert transport is not None
         for stage, group in self._replica_groups.items():
-            parameters = self._stages[stage].parameters()
+            parameters = self._holdings.stages[stage].parameters()
             gradients.sum_over_holders(parameters, functools.partial(transport.all_reduce, name=group))
 
     def _on_routers(self, source: int, message: Message) -> None:
@@ -278,17 +286,12 @@ class Worker:
         self._answer("links", {"costs": [astuple(cost) for cost in costs]})
 
     def _on_merge(self, source: int, message: Message) -> None:
-        if message.fields["zero"]:
-            self._window.zero()
-        for stage, scale in message.fields["stage_scales"]:
-            if stage in self._stages:
-                gradients.scale_gradients(self._window.new_of(self._stages[stage].parameters()), scale)
-        self._window.merge(message.fields["scale"])
+        self._holdings.merge(message.fields)
         if message.fields["norm_type"] is not None:
             self._on_norm(source, message)
 
     def _on_norm(self, source: int, message: Message) -> None:
-        power = gradients.norm_power(self._window.parameters, float(message.fields["norm_type"]))
+        power = self._holdings.norm_power(float(message.fields["norm_type"]))
         self._answer(norm_answer(message.fields["norm"]), {"power": power})
 
     def _on_schedule(self, source: int, message: Message) -> None:
@@ -296,33 +299,16 @@ class Worker:
         self._programs[message.fields["name"]] = compile_program(schedule, self._rank)
 
     def _on_optimizer(self, source: int, message: Message) -> None:
-        self._optimizer = StageOptimizer(pickle.loads(message.blobs[0]), self._named_parameters())
+        self._holdings.build_optimizer(message.blobs[0])
 
     def _on_optimizer_step(self, source: int, message: Message) -> None:
-        if message.fields["zero"]:
-            self._window.zero()
-        gradients.clip(self._window.parameters, scale=message.fields["scale"], value=message.fields["value"])
-        assert self._optimizer is not None, "an optimizer step before the optimizer"
-        self._optimizer.step(pickle.loads(message.blobs[0]))
-        # What follows is always a new accumulation window: free the memory now rather than during the next step.
-        self._window.zero()
+        self._holdings.step_optimizer(message.fields, message.blobs[0])
 
     def _on_get(self, source: int, message: Message) -> None:
-        if message.fields["what"] == "weights":
-            entries, blobs = pack_tensors(block_tensors(self._blocks()))
-            self._reply(source, "state", {"tensors": entries}, blobs)
-        else:
-            fields, blobs = encode_optimizer_state(self._optimizer.state() if self._optimizer else {})
-            self._reply(source, "state", fields, blobs)
+        self._reply(source, "state", *self._holdings.state(message.fields["what"]))
 
     def _on_put(self, source: int, message: Message) -> None:
-        if message.fields["what"] == "weights":
-            own = block_tensors(self._blocks())
-            with torch.no_grad():
-                for name, tensor in unpack_tensors(message.fields["tensors"], message.blobs).items():
-                    own[name].copy_(tensor)
-        elif self._optimizer is not None:
-            self._optimizer.load_state(decode_optimizer_state(message.fields, message.blobs))
+        self._holdings.put(message.fields["what"], message.fields, message.blobs)
         self._answer("ready", {})
 
     def _on_clock(self, source: int, message: Message) -> None:
@@ -331,19 +317,12 @@ class Worker:
     def _on_probe(self, source: int, message: Message) -> None:
         call: Call
         block, call, enters = pickle.loads(message.blobs[0])
-        stage = next(stage for stage in self._stages.values() if block in stage.blocks)
+        stage = next(stage for stage in self._holdings.stages.values() if block in stage.blocks)
         side_inputs = tuple(tensor.to(self._device) for tensor in call.side_inputs)
         probe = stage.probe(block, Call(call.spec, side_inputs, call.seed), enters)
         self._reply(source, "probe", {}, [pickle.dumps(probe)])
 
     # -------------------------------------------------------------- pieces
-
-    def _blocks(self) -> dict[int, nn.Module]:
-        return {index: block for stage in self._stages.values() for index, block in stage.blocks.items()}
-
-    def _named_parameters(self) -> dict[ParameterKey, nn.Parameter]:
-        stages = self._stages.values()
-        return {(block, name): p for stage in stages for block, name, p in stage.named_parameters()}
 
     def next_calls(self, *, block: bool) -> list[tuple[int, Call]]:
         """Return calls of the step under way: those that came, or with ``block`` at least one message's worth."""
@@ -363,6 +342,10 @@ class Worker:
         pairs = self._decoders[source].decode(message)
         # Another driver may be a step ahead of the first one's "step" message; aborted steps are never asked for.
         self._calls.setdefault(message.fields["step"], []).extend(pairs)
+
+
+def _extend_path(paths: Iterable[str]) -> None:
+    sys.path += [path for path in paths if path not in sys.path]
 
 
 class _Feed:

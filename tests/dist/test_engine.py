@@ -113,7 +113,9 @@ def on_threads(size: int, body: Callable[[int, Transport], None]) -> None:
 
     def rank_body(rank: int) -> None:
         clone = TCPStore(HOST, store.port, is_master=False)
-        body(rank, Transport(clone, rank=rank, size=size, generation=0, host=HOST))
+        transport = Transport(clone, rank=rank, members=range(size), generation=0, host=HOST)
+        transport.form()
+        body(rank, transport)
 
     with ThreadPoolExecutor(size) as threads:
         for result in [threads.submit(rank_body, rank) for rank in range(size)]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skippipe_plugin.engine import channel
-from skippipe_plugin.engine.channel import Channel, ChannelClosed, ChannelError, Listener, connect
+from skippipe_plugin.engine.channel import Channel, ChannelClosed, ChannelError, Listener, Message, connect
 from skippipe_plugin.engine.errors import SkipPipeError
 
 SECRET = b"the job's secret"
@@ -25,13 +25,16 @@ def listener() -> Iterator[Listener]:
 
 @pytest.fixture
 def ends(listener: Listener) -> Iterator[tuple[Channel, Channel]]:
-    accepted: list[Channel | None] = []
+    accepted: list[tuple[Channel, Message] | None] = []
     thread = threading.Thread(target=lambda: accepted.append(listener.accept(timeout_s=5)))
     thread.start()
     worker = connect(listener.host, listener.port, SECRET)
+    worker.send("hello", {"pid": 7})
     thread.join()
-    (driver,) = accepted
-    assert driver is not None
+    (arrived,) = accepted
+    assert arrived is not None
+    driver, greeting = arrived
+    assert (greeting.kind, greeting.fields) == ("hello", {"pid": 7})
     yield driver, worker
     driver.close()
     worker.close()

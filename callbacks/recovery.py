@@ -1,0 +1,135 @@
+"""StageRecovery: a run that goes on when a worker is lost. Policy and report; the mechanism is the driver's."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from ..driver.recovery import RecoveryEvent, RecoveryPolicy, WhileMissing
+from ..recovery import REBUILD_RULES, RebuildRule
+from ..strategies import SkipPipeStrategy
+
+log = logging.getLogger(__name__)
+
+
+class StageRecovery(Callback):
+    """Replace workers that are lost, without a checkpoint; the batch under way is repeated.
+
+    A worker is lost when its process ends, its link breaks, or it gives no sign of life for ``heartbeat_s``. Every
+    other rank leaves what it was doing at once. The new worker gets the stage from another replica, with optimizer
+    state, so that nothing changes; where there is none, from the neighbouring stages (`CheckFree
+    <https://arxiv.org/abs/2506.15461>`_) with a fresh optimizer. An exception in a worker is an error of the model and
+    ends the run as ever. A worker that gets SIGTERM hands its stages over after the step.
+
+    Logs ``recovery/count``, ``recovery/seconds`` and ``recovery/steps_around`` for each event.
+
+    Args:
+        spares: How many idle workers are kept ready on the driver's host. Without one, a replacement must first start
+            (seconds).
+        rule: The weights of the two neighbours in the average: their gradients' norms (``"norm"``, as CheckFree's
+            code), the squares of those (``"squared"``), equal ones (``"mean"``); ``"copy"`` copies the stage before.
+        lr_factor: What the learning rate of a stage that was rebuilt from neighbours is multiplied with from then on,
+            once however often it is lost.
+        while_missing: Whether steps wait for a replacement that is not there yet (``"wait"``), or paths leave the
+            stage out meanwhile (``"skip"``). With a skip ratio they always do, and where another replica is
+            left it takes over, which is exact. Validation and checkpoints always wait.
+        swap_ends: Exchange the first two and the last two stages for every second microbatch (CheckFree+), so that
+            the copy of a neighbour is a good replacement for the first or last stage too. Such training is not exact.
+        heartbeat_s: Seconds without a sign of life after which a worker counts as lost.
+
+    Example:
+        >>> from skippipe_plugin.callbacks import StageRecovery
+        >>> StageRecovery(spares=-1)
+        Traceback (most recent call last):
+        ...
+        ValueError: spares=-1 must be 0 or more
+    """
+
+    def __init__(
+        self,
+        *,
+        spares: int = 1,
+        rule: RebuildRule = "norm",
+        lr_factor: float = 1.1,
+        while_missing: WhileMissing = "wait",
+        swap_ends: bool = False,
+        heartbeat_s: float = 10.0,
+    ) -> None:
+        super().__init__()
+        if spares < 0:
+            raise ValueError(f"spares={spares} must be 0 or more")
+        if rule not in REBUILD_RULES:
+            raise ValueError(f"rule={rule!r} is unknown; choose one of {REBUILD_RULES}")
+        if while_missing not in ("wait", "skip"):
+            raise ValueError(f"while_missing={while_missing!r} is unknown; choose 'wait' or 'skip'")
+        if lr_factor <= 0 or heartbeat_s <= 0:
+            raise ValueError(f"lr_factor={lr_factor} and heartbeat_s={heartbeat_s} must be above 0")
+        self.policy = RecoveryPolicy(
+            spares=spares,
+            rule=rule,
+            lr_factor=lr_factor,
+            while_missing=while_missing,
+            swap_ends=swap_ends,
+            heartbeat_s=heartbeat_s,
+        )
+        self.events: list[RecoveryEvent] = []
+        """What has happened, in order."""
+        self._trainer: Trainer | None = None
+        self._lr_factors: dict[int, float] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        strategy = trainer.strategy
+        if not isinstance(strategy, SkipPipeStrategy):
+            raise TypeError(
+                f"StageRecovery replaces workers of a pipeline, and this Trainer runs {type(strategy).__name__}: "
+                "use Trainer(strategy=SkipPipeStrategy(...)) or leave the callback out"
+            )
+        self._trainer = trainer
+        strategy.use_recovery(self.policy, self._note)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._strategy(trainer).lr_factors.update(self._lr_factors)
+        frozen = [
+            name
+            for name, parameter in pl_module.named_parameters()
+            if parameter.is_meta and not parameter.requires_grad
+        ]
+        if frozen and self._strategy(trainer).num_replicas == 1:
+            warnings.warn(
+                f"{len(frozen)} frozen parameters ({frozen[0]}, ...) are on workers: averages of neighbours are no "
+                "good replacement for pretrained weights; give the stages replicas (replicas=2)",
+                stacklevel=2,
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._trainer is not None and self._trainer.training:
+            self._lr_factors = dict(self._strategy(self._trainer).lr_factors)
+        return {"lr_factors": self._lr_factors}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._lr_factors = dict(state_dict["lr_factors"])
+
+    def _note(self, event: RecoveryEvent) -> None:
+        self.events.append(event)
+        log.warning("%s", event)
+        assert self._trainer is not None
+        metrics = {
+            "recovery/count": float(len(self.events)),
+            "recovery/seconds": event.seconds,
+            "recovery/steps_around": float(event.steps_around),
+        }
+        for logger in self._trainer.loggers:
+            logger.log_metrics(metrics, step=self._trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    @staticmethod
+    def _strategy(trainer: Trainer) -> SkipPipeStrategy:
+        assert isinstance(trainer.strategy, SkipPipeStrategy)
+        return trainer.strategy

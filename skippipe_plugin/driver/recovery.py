@@ -1,0 +1,359 @@
+"""Bring lost stages back between two attempts of what a loss has interrupted.
+
+A loss is noted by the links; whatever was under way is given up everywhere, so no rank is ever a step ahead. Before it
+is tried again the stage gets a new worker (or paths go around it until there is one), in a new generation of groups.
+What the new worker holds comes from the cheapest source: the worker that leaves politely or another replica, exactly
+and with optimizer state; otherwise the neighbouring stages, by the rules of :mod:`skippipe_plugin.recovery`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol, TypeVar
+
+from torch import Tensor
+
+from ..engine.channel import Buffer
+from ..engine.errors import SkipPipeError, StageLostError
+from ..engine.handover import pack_tensors, unpack_tensors
+from ..engine.wire import block_tensors
+from ..recovery import Neighbour, RebuildRule, rebuild_stage
+from ..schedule import ScheduleError, leaves_out
+from .heartbeat import Heartbeat
+from .links import Link
+from .pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_MAX_JOIN_DEATHS: Final = 2
+"""How often the replacement of one worker may die before it has taken over."""
+
+Source = Literal["relieved", "replica", "neighbours", "copy"]
+"""Where a stage's new weights came from."""
+WhileMissing = Literal["wait", "skip"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryPolicy:
+    """How losses are met; :class:`skippipe_plugin.callbacks.StageRecovery` says what each setting means."""
+
+    spares: int = 1
+    rule: RebuildRule = "norm"
+    lr_factor: float = 1.1
+    while_missing: WhileMissing = "wait"
+    swap_ends: bool = False
+    heartbeat_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryEvent:
+    """A worker was lost (or left) and its stages have a new one."""
+
+    rank: int
+    stages: tuple[int, ...]
+    how_lost: str
+    source: Source
+    seconds: float
+    """From when the loss was noticed to when the stage was whole again."""
+    steps_around: int
+    """How many training steps ran meanwhile without the worker."""
+
+    def __str__(self) -> str:
+        stages = ", ".join(map(str, self.stages))
+        return (
+            f"worker rank {self.rank} (stage {stages}) was lost: {self.how_lost}. A new worker took over after "
+            f"{self.seconds:.2f} s and {self.steps_around} steps without it; its weights: {_EXPLAINED[self.source]}"
+        )
+
+
+_EXPLAINED: Final[Mapping[Source, str]] = {
+    "relieved": "handed over by the worker that left, exact",
+    "replica": "copied from another replica, exact",
+    "neighbours": "average of the neighbouring stages, with a fresh optimizer",
+    "copy": "copy of the neighbouring stage, with a fresh optimizer",
+}
+
+
+class Replacements(Protocol):
+    """Where new workers come from."""
+
+    def idle(self) -> Sequence[Link]:
+        """Return the workers that are ready and unused."""
+
+    def fence(self, link: Link) -> None:
+        """Make sure that a worker that counts as lost does nothing any more, if it is one of ours."""
+
+    def prepare(self, count: int) -> None:
+        """See to it that ``count`` workers will be idle soon; return at once."""
+
+    def take(self, count: int) -> list[Link]:
+        """Return ``count`` workers, waiting for them."""
+
+
+@dataclass(slots=True)
+class _Missing:
+    """A rank whose worker is gone."""
+
+    how_lost: str
+    since_s: float = field(default_factory=time.monotonic)
+    join_deaths: int = 0
+    steps_around: int = 0
+
+
+_State = dict[str, tuple[Mapping[str, Any], Sequence[Buffer]]]
+"""By what it is (weights, optimizer, gradients): fields and blobs of a worker's state, as they travel."""
+
+
+class StageKeeper:
+    """Keeps every stage of one pipeline held by somebody.
+
+    Args:
+        pipeline: Of a single driver.
+        policy: What to do.
+        replacements: Where new workers come from.
+        report: Called with each event, for logs and metrics.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        policy: RecoveryPolicy,
+        replacements: Replacements,
+        report: Callable[[RecoveryEvent], None],
+    ) -> None:
+        self._pipeline = pipeline
+        self._policy = policy
+        self._replacements = replacements
+        self._report = report
+        self._missing: dict[int, _Missing] = {}
+        self._warmed: set[int] = set()
+        self._attempting = False
+        self._heartbeat = Heartbeat(pipeline.links, policy.heartbeat_s)
+        pipeline.links.recovering = True
+        pipeline.gradients.keep_norms = True
+        replacements.prepare(policy.spares)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._heartbeat.close()
+        self._pipeline.links.recovering = False
+
+    def attempt(self, action: Callable[[], _T], rewind: Callable[[], None], *, whole: bool) -> _T:
+        """Run ``action`` until it has succeeded, replacing workers that are lost under it.
+
+        Args:
+            action: May be given up at any point and run again.
+            rewind: Undoes what the user's code has changed on the driver, before ``action`` runs again.
+            whole: Whether every stage must be there; otherwise paths may go around missing ones.
+        """
+        if self._attempting:  # what encloses this will repeat it
+            return action()
+        while True:
+            try:
+                self._tend(whole)
+                with self._attempt_under_way():
+                    result = action()
+            except StageLostError as error:
+                self._note_losses(error)
+                rewind()
+            else:
+                for missing in self._missing.values():
+                    missing.steps_around += 1
+                return result
+
+    @contextmanager
+    def _attempt_under_way(self) -> Iterator[None]:
+        self._attempting = True
+        try:
+            yield
+        finally:
+            self._attempting = False
+
+    # -------------------------------------------------------------- losses
+
+    def _note_losses(self, error: StageLostError) -> None:
+        pipeline = self._pipeline
+        pipeline.abort()
+        lost = pipeline.links.drop_lost()
+        if not lost:
+            raise error
+        for link in lost:
+            self._replacements.fence(link)
+            log.warning("worker rank %d (stage %s) is lost: %s", link.rank, _text(link.stages), link.how_lost)
+            missing = self._missing.setdefault(link.rank, _Missing(link.how_lost))
+            missing.join_deaths += link.rank in self._taking_over
+            if missing.join_deaths >= _MAX_JOIN_DEATHS:
+                raise SkipPipeError(
+                    f"{missing.join_deaths} replacements of worker rank {link.rank} (stage {_text(link.stages)}) died "
+                    "before they had taken over; look at the log of the worker's host (memory?), then start again"
+                ) from error
+        self._prepare()
+
+    @property
+    def _taking_over(self) -> set[int]:
+        """The missing ranks that have a new worker already."""
+        return {rank for rank in self._missing if rank in self._pipeline.links}
+
+    def _prepare(self) -> None:
+        leaving = sum(link.leaving for link in self._pipeline.links)
+        self._replacements.prepare(len(self._missing) + leaving + self._policy.spares)
+
+    # -------------------------------------------------------- replacements
+
+    def _tend(self, whole: bool) -> None:
+        """Bring in replacements: all that are needed, or those that are ready."""
+        self._warm_spares()
+        self._relieve()
+        if not self._missing:
+            return
+        if len(self._replacements.idle()) < len(self._missing) and self._may_go_around(whole):
+            return
+        self._fill()
+
+    def _may_go_around(self, whole: bool) -> bool:
+        """Let the paths avoid the missing ranks, if that is wanted and possible; exact where replicas are left."""
+        pipeline, missing = self._pipeline, self._missing.keys() - self._taking_over
+        partial = bool(leaves_out(pipeline.layout.placement, missing))
+        if partial and (whole or self._policy.while_missing == "wait"):
+            return False
+        try:
+            pipeline.go_around(missing)
+        except ScheduleError:  # no stage would be left
+            return False
+        return True
+
+    def _fill(self) -> None:
+        pipeline = self._pipeline
+        vacant = [rank for rank in self._missing if rank not in pipeline.links]
+        for rank, link in zip(vacant, self._replacements.take(len(vacant)), strict=True):
+            pipeline.links.add(rank, pipeline.layout.stages_of(rank), link)
+        pipeline.go_around(())
+        pipeline.form()
+        for rank in list(self._missing):
+            source = self._rebuild(rank)
+            missing = self._missing.pop(rank)
+            self._announce(rank, missing, source)
+        self._prepare()
+
+    def _relieve(self) -> None:
+        """Replace workers that want to leave, as far as others are ready."""
+        pipeline = self._pipeline
+        leaving = [link for link in pipeline.links if link.leaving]
+        if leaving:
+            self._prepare()
+        for link in leaving[: len(self._replacements.idle())]:
+            noticed_s = time.monotonic()
+            pipeline.heal()
+            state: _State = {what: self._ask(link, what) for what in ("weights", "optimizer", "gradients")}
+            (replacement,) = self._replacements.take(1)
+            pipeline.links.drop(link.rank).close()
+            pipeline.links.add(link.rank, link.stages, replacement)
+            self._missing[link.rank] = _Missing("it asked to leave", noticed_s)
+            pipeline.form()
+            self._hand_over(link.rank, state)
+            self._announce(link.rank, self._missing.pop(link.rank), "relieved")
+
+    def _announce(self, rank: int, missing: _Missing, source: Source) -> None:
+        stages = tuple(self._pipeline.layout.stages_of(rank))
+        seconds = time.monotonic() - missing.since_s
+        self._report(RecoveryEvent(rank, stages, missing.how_lost, source, seconds, missing.steps_around))
+
+    def _warm_spares(self) -> None:
+        """Let spares import what they will need."""
+        fields, blobs = self._pipeline.sample_structure()
+        for link in self._replacements.idle():
+            if id(link) not in self._warmed:
+                self._warmed.add(id(link))
+                paths = [path or os.getcwd() for path in sys.path]  # noqa: PTH109 - sys.path holds strings
+                link.tell("warm", {"sys_path": paths, "blocks": fields}, blobs)
+
+    # --------------------------------------------------------------- state
+
+    def _rebuild(self, rank: int) -> Source:
+        """Give the new worker at ``rank`` the state of its stages."""
+        pipeline = self._pipeline
+        stages = pipeline.layout.stages_of(rank)
+        replica = self._replica(rank)
+        if replica is not None:
+            self._hand_over(rank, {what: self._ask(replica, what) for what in ("weights", "optimizer", "gradients")})
+            return "replica"
+        weights: dict[str, Tensor] = {}
+        sources: list[Source] = []
+        for stage in stages:
+            before, after = (self._neighbour(stage, step) for step in (-1, 1))
+            if before is None and after is None:
+                raise SkipPipeError(
+                    f"stage {stage} is lost, and no other stage is left to rebuild it from; "
+                    "start again from the last checkpoint"
+                )
+            blocks = pipeline.layout.blocks(stage)
+            for block, state in zip(blocks, rebuild_stage(len(blocks), before, after, self._policy.rule), strict=True):
+                weights |= {f"{block}\t{name}": tensor for name, tensor in state.items()}
+            averaged = before is not None and after is not None and self._policy.rule != "copy"
+            sources.append("neighbours" if averaged else "copy")
+            pipeline.gradients.lr_factors[stage] = self._policy.lr_factor
+        entries, blobs = pack_tensors(weights)
+        self._hand_over(rank, {"weights": ({"tensors": entries}, blobs)})
+        return "neighbours" if "neighbours" in sources else "copy"
+
+    def _replica(self, rank: int) -> Link | None:
+        """Return a worker that holds the same stages as ``rank`` and is whole."""
+        pipeline = self._pipeline
+        stages = pipeline.layout.stages_of(rank)
+        for link in pipeline.links:
+            if link.rank not in self._missing and list(link.stages) == stages:
+                return link
+        return None
+
+    def _neighbour(self, stage: int, step: int) -> Neighbour | None:
+        """Return the nearest living stage before (step -1) or after (1) ``stage``."""
+        pipeline = self._pipeline
+        other = stage + step
+        while 1 <= other <= len(pipeline.layout.stage_blocks):
+            hosted = pipeline.hosted_stage(other)
+            if hosted is not None:
+                norm = pipeline.gradients.hosted_norms.get(other, 0.0)
+                return self._as_neighbour(other, block_tensors(hosted.blocks), norm)
+            for rank in pipeline.layout.placement[other]:
+                if rank in pipeline.links and rank not in self._missing:
+                    fields, blobs = self._ask(pipeline.links[rank], "weights")
+                    tensors = unpack_tensors(fields["tensors"], blobs)
+                    return self._as_neighbour(other, tensors, dict(fields["norms"]).get(other, 0.0))
+            other += step
+        return None
+
+    def _as_neighbour(self, stage: int, tensors: Mapping[str, Tensor], norm: float) -> Neighbour:
+        states: dict[int, dict[str, Tensor]] = {block: {} for block in self._pipeline.layout.blocks(stage)}
+        for name, tensor in tensors.items():
+            block, _, local = name.partition("\t")
+            if int(block) in states:
+                states[int(block)][local] = tensor.detach()
+        return Neighbour(list(states.values()), norm)
+
+    @staticmethod
+    def _ask(link: Link, what: str) -> tuple[Mapping[str, Any], Sequence[Buffer]]:
+        link.send("get", {"what": what})
+        message = link.expect("state")
+        return message.fields, message.blobs
+
+    def _hand_over(self, rank: int, state: _State) -> None:
+        pipeline = self._pipeline
+        link = pipeline.links[rank]
+        pipeline.send_structures(link)
+        link.expect("ready")
+        if pipeline.optimizer_plan is not None:
+            link.send("optimizer", {}, [pipeline.optimizer_plan])
+        for what, (fields, blobs) in state.items():
+            link.send("put", {**fields, "what": what}, blobs)
+            link.expect("ready")
+
+
+def _text(stages: Sequence[int]) -> str:
+    return ", ".join(map(str, stages))

@@ -1,0 +1,72 @@
+"""Sends stages to the workers that are to hold them: structure and weights, or the structure alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..engine.channel import Buffer
+from ..engine.handover import pack_blocks
+from .layout import Layout
+from .links import Link, Links
+
+Packed = tuple[list[Any], list[Buffer]]
+"""Packed blocks: JSON entries and blobs."""
+
+
+class StageSender:
+    """Hands the blocks of a model over to its workers.
+
+    Args:
+        layout: Which blocks make which stage, and which ranks hold it.
+        blocks: The block stack, with its weights until :meth:`send_all` has been called.
+        compile_with: Keyword arguments for ``Module.compile`` of the blocks; None when nothing is compiled.
+        seed: For blocks that were built on the meta device.
+        keep_structures: Whether workers may take stages over later; then the structures are kept.
+    """
+
+    def __init__(
+        self, layout: Layout, blocks: Sequence[nn.Module], compile_with: Any, seed: int, *, keep_structures: bool
+    ) -> None:
+        self._layout = layout
+        self._blocks = blocks
+        self._fields = {"compile": compile_with}
+        self._seed = seed
+        self._structures: dict[int, Packed] = {}
+        self._keep = keep_structures
+
+    def send_all(self, links: Links) -> None:
+        """Send every stage to the workers that hold it."""
+        for stage, ranks in enumerate(self._layout.placement):
+            remote = [rank for rank in ranks if rank in links]
+            if not stage or not remote:
+                continue
+            blocks = {block: self._blocks[block] for block in self._layout.blocks(stage)}
+            if self._keep:
+                self._structures[stage] = pack_blocks(blocks, values=False)
+            packed = pack_blocks(blocks)
+            for rank in remote:
+                self._send(links[rank], stage, packed, structure_only=False)
+
+    def send_structures(self, link: Link) -> None:
+        """Send a worker the blocks of its stages without values, which are to follow."""
+        for stage in link.stages:
+            self._send(link, stage, self._structures[stage], structure_only=True)
+
+    def sample(self) -> Packed:
+        """Return the structure of some stage, for who wants to import its classes in advance."""
+        return next(iter(self._structures.values()))
+
+    def _send(self, link: Link, stage: int, packed: Packed, *, structure_only: bool) -> None:
+        entries, blobs = packed
+        fields = {
+            "stage": stage,
+            "blocks": entries,
+            "structure_only": structure_only,
+            "seed": self._seed + stage,
+            "first": stage == link.stages[0],
+            "last": stage == link.stages[-1],
+        }
+        link.send("load", self._fields | fields, blobs)

@@ -1,0 +1,56 @@
+"""The store through which the members of a generation find each other, with waits that can be given up.
+
+A blocked ``TCPStore.wait`` cannot be interrupted and locks its client. Gloo takes a store written in Python, so this
+one asks again and again instead, and stops as soon as the generation is aborted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Final
+
+from .c10d import Store
+
+_FIRST_LOOK_S: Final = 0.0005
+_SLOWEST_LOOK_S: Final = 0.02
+
+
+class AbortableStore(Store):
+    """The keys of ``store`` under ``prefix``; waits raise as soon as ``aborted`` is set."""
+
+    def __init__(self, store: Store, prefix: str, aborted: threading.Event) -> None:
+        super().__init__()
+        self._store = store
+        self._prefix = prefix
+        self._aborted = aborted
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """See ``torch.distributed.Store.set``."""
+        self._store.set(self._prefix + key, value)  # type: ignore[arg-type]
+
+    def get(self, key: str) -> bytes:
+        """Wait for ``key`` and return its value."""
+        self.wait([key])
+        return self._store.get(self._prefix + key)
+
+    def add(self, key: str, amount: int) -> int:
+        """See ``torch.distributed.Store.add``."""
+        return self._store.add(self._prefix + key, amount)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all keys are there."""
+        return self._store.check([self._prefix + key for key in keys])
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Wait for all keys.
+
+        Raises:
+            RuntimeError: The generation was aborted. There is no time-out: who waits in vain is told so.
+        """
+        pause_s = _FIRST_LOOK_S
+        while not self.check(keys):
+            if self._aborted.wait(pause_s):
+                raise RuntimeError(f"the generation was given up while waiting for {list(keys)}")
+            pause_s = min(2 * pause_s, _SLOWEST_LOOK_S)

@@ -1,0 +1,126 @@
+"""What a worker holds: its stages' blocks, their gradients and their optimizer state, and nothing else of the model."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import gradients
+from ..engine.channel import Buffer
+from ..engine.gradients import GradientWindow
+from ..engine.handover import allocate, materialize, pack_tensors, unpack_blocks, unpack_tensors
+from ..engine.optimizer import ParameterKey, StageOptimizer
+from ..engine.stage import Stage
+from ..engine.wire import block_tensors, decode_optimizer_state, encode_optimizer_state
+
+Fields = Mapping[str, Any]  # Any: JSON
+State = tuple[dict[str, Any], list[Buffer]]
+
+
+class Holdings:
+    """The stages of one worker; empty until the first :meth:`load`."""
+
+    def __init__(self) -> None:
+        self.stages: dict[int, Stage] = {}
+        self.window = GradientWindow([])
+        self.norms: dict[int, float] = {}
+        """By stage: the L2 norm of its gradient in the last optimizer step, before the clipping of all together."""
+        self._optimizer: StageOptimizer | None = None
+
+    def load(self, fields: Fields, blobs: Sequence[Buffer], device: torch.device) -> bool:
+        """Take over a stage; return whether that was the last one of this worker."""
+        torch.manual_seed(fields["seed"])
+        blocks = unpack_blocks(fields["blocks"], blobs)
+        for block in blocks.values():
+            if fields["structure_only"]:
+                allocate(block, device)  # the values follow
+            else:
+                materialize(block, device)
+            if fields["compile"] is not None:
+                block.compile(**fields["compile"])
+        if fields["first"]:
+            self.stages, self.norms, self._optimizer = {}, {}, None
+        self.stages[fields["stage"]] = Stage(fields["stage"], blocks, device)
+        if fields["last"]:
+            self.window = GradientWindow([p for stage in self.stages.values() for p in stage.parameters()])
+        return bool(fields["last"])
+
+    def give_up_step(self) -> None:
+        """Drop what an interrupted step has computed."""
+        for stage in self.stages.values():
+            stage.forget()
+        self.window.discard()
+
+    # ----------------------------------------------------------- gradients
+
+    def merge(self, fields: Fields) -> None:
+        """Add the new gradients to the accumulated ones."""
+        if fields["zero"]:
+            self.window.zero()
+        for stage, scale in fields["stage_scales"]:
+            if stage in self.stages:
+                gradients.scale_gradients(self.window.new_of(self.stages[stage].parameters()), scale)
+        self.window.merge(fields["scale"])
+
+    def norm_power(self, norm_type: float) -> float:
+        """Return this worker's part of the gradients' norm."""
+        return gradients.norm_power(self.window.parameters, norm_type)
+
+    def build_optimizer(self, plan: Buffer) -> None:
+        """Build the optimizer that the driver describes; its state starts empty."""
+        self._optimizer = StageOptimizer(pickle.loads(plan), self._named_parameters())
+
+    def step_optimizer(self, fields: Fields, hyperparameters: Buffer) -> None:
+        """Clip, step, and drop the gradients."""
+        if fields["zero"]:
+            self.window.zero()
+        if fields["keep_norms"]:
+            powers = {number: gradients.norm_power(stage.parameters(), 2.0) for number, stage in self.stages.items()}
+            self.norms = {number: power**0.5 for number, power in powers.items()}
+        gradients.clip(self.window.parameters, scale=fields["scale"], value=fields["value"])
+        assert self._optimizer is not None, "an optimizer step before the optimizer"
+        factors = [factor for stage, factor in fields["lr_factors"] if stage in self.stages]
+        self._optimizer.step(pickle.loads(hyperparameters), lr_factor=max(factors, default=1.0))
+        # What follows is always a new accumulation window: free the memory now rather than during the next step.
+        self.window.zero()
+
+    # --------------------------------------------------------------- state
+
+    def state(self, what: str) -> State:
+        """Return ``"weights"``, the ``"optimizer"``'s state, or accumulated ``"gradients"``."""
+        if what == "optimizer":
+            return encode_optimizer_state(self._optimizer.state() if self._optimizer else {})
+        named = self._tensors() if what == "weights" else self._gradients()
+        entries, blobs = pack_tensors(named)
+        return {"tensors": entries, "norms": list(self.norms.items())}, blobs
+
+    def put(self, what: str, fields: Fields, blobs: Sequence[Buffer]) -> None:
+        """Overwrite what :meth:`state` returns."""
+        if what == "optimizer":
+            if self._optimizer is not None:
+                self._optimizer.load_state(decode_optimizer_state(fields, blobs))
+            return
+        own = self._tensors()
+        with torch.no_grad():
+            for name, tensor in unpack_tensors(fields["tensors"], blobs).items():
+                if what == "weights":
+                    own[name].copy_(tensor)
+                else:
+                    own[name].grad = tensor.to(own[name].device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return block_tensors(self.blocks())
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: tensor.grad for name, tensor in self._tensors().items() if tensor.grad is not None}
+
+    def blocks(self) -> dict[int, nn.Module]:
+        """Return the blocks that live here, by their numbers in the stack."""
+        return {index: block for stage in self.stages.values() for index, block in stage.blocks.items()}
+
+    def _named_parameters(self) -> dict[ParameterKey, nn.Parameter]:
+        return {(block, name): p for stage in self.stages.values() for block, name, p in stage.named_parameters()}
