@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -40,6 +39,7 @@ from ..schedule import CostModel, Schedule, Timeline, forward_only, swap_ends
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .checks import check_fit
+from .clipping import clip_everywhere, clip_locally
 from .compiled import CompiledParts, originals
 from .config import NetworkConfig, PathConfig
 from .drivers import DriversStrategy, start_alike
@@ -331,7 +331,7 @@ class SkipPipeStrategy(DriversStrategy):
                 "use precision='bf16-mixed'"
             )
         if self._remote is not None:
-            _clip_everywhere(self.precision_plugin, self._remote)
+            clip_everywhere(self.precision_plugin, self._remote)
 
     @override
     def teardown(self) -> None:
@@ -343,7 +343,7 @@ class SkipPipeStrategy(DriversStrategy):
         if self._remote is not None:
             self._remote.detach()
             self._remote = None
-            _clip_locally(self.precision_plugin)
+            clip_locally(self.precision_plugin)
         pipeline, self._pipeline = self._pipeline, None
         try:
             if pipeline is not None:
@@ -588,14 +588,3 @@ def _warn_lost(blocks: Sequence[str]) -> None:
             f"the weights of {', '.join(blocks)} were lost with their worker and are NaN now; load a checkpoint",
             stacklevel=2,
         )
-
-
-def _clip_everywhere(precision: Precision, remote: RemoteOptimizer) -> None:
-    """Lightning clips what it sees; the norm and the clipping must include what is on the workers."""
-    precision.__dict__["clip_grad_by_norm"] = lambda _, clip_val: remote.clip_norm(float(clip_val))
-    precision.__dict__["clip_grad_by_value"] = lambda _, clip_val: remote.clip_value(float(clip_val))
-
-
-def _clip_locally(precision: Precision) -> None:
-    precision.__dict__.pop("clip_grad_by_norm", None)
-    precision.__dict__.pop("clip_grad_by_value", None)

@@ -51,4 +51,4 @@ class RouterControl:
         if self._leads:
             self._links.broadcast("routers", order)
         own = self.board.obey(order)
-        return [own, *(message.fields for message in self._links.expect_all("routers").values())]
+        return [own, *(message.fields for message in self._links.gather("routers").values())]
