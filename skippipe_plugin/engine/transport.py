@@ -93,6 +93,7 @@ class Transport:
         self.generation = generation
         self._index = {member: index for index, member in enumerate(self.members)}
         self._aborted = threading.Event()
+        self._aborting = threading.Lock()
         self._store = store
         self._host = host
         self._groups: dict[str, Gloo] = {}
@@ -142,7 +143,10 @@ class Transport:
         A receive that times out makes gloo close all pairs of its group, and blocked operations raise within
         milliseconds; ``abort`` and ``shutdown`` wake nobody (pytorch#130345).
         """
-        self._aborted.set()
+        with self._aborting:  # one thread does it: gloo's own locks do not bear two
+            if self._aborted.is_set():
+                return
+            self._aborted.set()
         for group in list(self._groups.values()):
             # A receive from a peer that is gone fails at once, and closes nothing: the next one may do it.
             for peer in set(range(group.size())) - {group.rank()}:
