@@ -57,7 +57,7 @@ class StageRecovery(Callback):
         lr_factor: float = 1.1,
         while_missing: WhileMissing = "wait",
         swap_ends: bool = False,
-        heartbeat_s: float = 30.0,
+        heartbeat_s: float = 10.0,
     ) -> None:
         super().__init__()
         if spares < 0:

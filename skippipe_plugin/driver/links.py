@@ -117,16 +117,17 @@ class Link:
 
         Calls are counted rather than seconds, so that a pause of this very process condemns nobody.
         """
-        if self._asked_s is not None and self._channel.heard_s < self._asked_s:
-            self._unanswered += 1
-            if self._unanswered >= patience:
-                self.how_lost = "it gave no sign of life"
-                self._channel.close()
+        unanswered = self._asked_s is not None and self._channel.heard_s < self._asked_s
+        self._unanswered = self._unanswered + 1 if unanswered else 0
+        if self._unanswered >= patience:
+            self.how_lost = "it gave no sign of life"
+            self._channel.close()
             return
-        self._unanswered = 0
+        now_s = time.monotonic()  # before the question, since the answer may be here before this thread runs again
         with contextlib.suppress(ChannelClosed):  # the reader sees that too
-            if self._channel.send_if_free("beat"):
-                self._asked_s = time.monotonic()
+            # Asked again each time: a worker that is sending something else drops a question.
+            if self._channel.send_if_free("beat") and not unanswered:
+                self._asked_s = now_s
 
     def close(self) -> None:
         """Say goodbye, close, and join the reader."""

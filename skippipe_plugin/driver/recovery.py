@@ -49,7 +49,7 @@ class RecoveryPolicy:
     lr_factor: float = 1.1
     while_missing: WhileMissing = "wait"
     swap_ends: bool = False
-    heartbeat_s: float = 30.0
+    heartbeat_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
