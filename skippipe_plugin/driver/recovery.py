@@ -209,6 +209,7 @@ class StageKeeper:
 
     def _tend(self, whole: bool) -> None:
         """Bring in replacements: all that are needed, or those that are ready."""
+        self._prepare()  # a spare may have died too
         self._warm_spares()
         self._relieve()
         if not self._missing:
@@ -246,8 +247,6 @@ class StageKeeper:
         """Replace workers that want to leave, as far as others are ready."""
         pipeline = self._pipeline
         leaving = [link for link in pipeline.links if link.leaving]
-        if leaving:
-            self._prepare()
         for link in leaving[: len(self._replacements.idle())]:
             noticed_s = time.monotonic()
             pipeline.heal()
