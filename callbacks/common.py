@@ -23,5 +23,10 @@ def log_now(trainer: Trainer, module: LightningModule, metrics: Mapping[str, flo
     """Log metrics of this very step; by itself the Trainer would drop them between its own logging steps."""
     for name, value in metrics.items():
         module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
+    to_loggers(trainer, metrics)
+
+
+def to_loggers(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Give metrics to the Trainer's loggers alone, at any moment."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy, WhileMissing
 from ..recovery import REBUILD_RULES, RebuildRule
-from ..strategies import SkipPipeStrategy
+from .common import strategy_of, to_loggers
 
 log = logging.getLogger(__name__)
 
@@ -83,24 +83,18 @@ class StageRecovery(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        strategy = trainer.strategy
-        if not isinstance(strategy, SkipPipeStrategy):
-            raise TypeError(
-                f"StageRecovery replaces workers of a pipeline, and this Trainer runs {type(strategy).__name__}: "
-                "use Trainer(strategy=SkipPipeStrategy(...)) or leave the callback out"
-            )
         self._trainer = trainer
-        strategy.use_recovery(self.policy, self._note)
+        strategy_of(trainer, self).use_recovery(self.policy, self._note)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._strategy(trainer).lr_factors.update(self._lr_factors)
+        strategy_of(trainer, self).lr_factors.update(self._lr_factors)
         frozen = [
             name
             for name, parameter in pl_module.named_parameters()
             if parameter.is_meta and not parameter.requires_grad
         ]
-        if frozen and self._strategy(trainer).num_replicas == 1:
+        if frozen and strategy_of(trainer, self).num_replicas == 1:
             warnings.warn(
                 f"{len(frozen)} frozen parameters ({frozen[0]}, ...) are on workers: averages of neighbours are no "
                 "good replacement for pretrained weights; give the stages replicas (replicas=2)",
@@ -110,7 +104,7 @@ class StageRecovery(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         if self._trainer is not None and self._trainer.training:
-            self._lr_factors = dict(self._strategy(self._trainer).lr_factors)
+            self._lr_factors = dict(strategy_of(self._trainer, self).lr_factors)
         return {"lr_factors": self._lr_factors}
 
     @override
@@ -126,10 +120,4 @@ class StageRecovery(Callback):
             "recovery/seconds": event.seconds,
             "recovery/steps_around": float(event.steps_around),
         }
-        for logger in self._trainer.loggers:
-            logger.log_metrics(metrics, step=self._trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-    @staticmethod
-    def _strategy(trainer: Trainer) -> SkipPipeStrategy:
-        assert isinstance(trainer.strategy, SkipPipeStrategy)
-        return trainer.strategy
+        to_loggers(self._trainer, metrics)

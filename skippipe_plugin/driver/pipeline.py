@@ -5,9 +5,7 @@ It owns the links to the workers and this rank's end of the groups. Nothing here
 
 from __future__ import annotations
 
-import os
 import pickle
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
@@ -20,7 +18,7 @@ from ..engine.call import Ambient, Call, CallSpec
 from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
-from ..engine.handover import pack_tensors, unpack_tensors
+from ..engine.handover import import_paths, pack_tensors, unpack_tensors
 from ..engine.ping import LinkCost, measure_links
 from ..engine.program import compile_program
 from ..engine.stage import Probe, Stage
@@ -215,7 +213,7 @@ class Pipeline:
             "secret": rendezvous.secret,
             "other_drivers": list(rendezvous.other_drivers),
             "may_leave": self.keeper is not None,
-            "sys_path": [path or os.getcwd() for path in sys.path],  # noqa: PTH109 - sys.path holds strings
+            "sys_path": import_paths(),
             "num_threads": 1,
             "device": self._worker_devices.get(rank, "cpu"),
             "replica_groups": self._replica_groups(),

@@ -64,9 +64,7 @@ class WorkerPool:
     @property
     def num_idle(self) -> int:
         """How many workers are here and unused."""
-        with self._changed:
-            self._idle = [link for link in self._idle if not link.gone]
-            return len(self._idle)
+        return len(self.idle())
 
     def acquire(self, count: int, ended: Callable[[], Mapping[int, int]] = dict) -> list[Link]:
         """Return ``count`` workers, waiting for those that are still to join.
@@ -103,7 +101,8 @@ class WorkerPool:
     def idle(self) -> list[Link]:
         """Return the workers that are here and unused; they stay idle."""
         with self._changed:
-            return [link for link in self._idle if not link.gone]
+            self._idle = [link for link in self._idle if not link.gone]
+            return list(self._idle)
 
     def close(self) -> None:
         """Send every worker home and stop accepting."""

@@ -9,8 +9,6 @@ and with optimizer state; otherwise the neighbouring stages, by the rules of :mo
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from ..engine.channel import Buffer
 from ..engine.errors import SkipPipeError, StageLostError
-from ..engine.handover import pack_tensors, unpack_tensors
+from ..engine.handover import import_paths, pack_tensors, unpack_tensors
 from ..engine.wire import block_tensors
 from ..recovery import Neighbour, RebuildRule, rebuild_stage
 from ..schedule import ScheduleError, leaves_out
@@ -138,7 +136,6 @@ class StageKeeper:
         self._heartbeat = Heartbeat(pipeline.links, policy.heartbeat_s)
         pipeline.links.recovering = True
         pipeline.gradients.keep_norms = True
-        replacements.prepare(policy.spares)
 
     def close(self) -> None:
         """Stop watching."""
@@ -194,7 +191,6 @@ class StageKeeper:
                     f"{missing.join_deaths} replacements of worker rank {link.rank} (stage {_text(link.stages)}) died "
                     "before they had taken over; look at the log of the worker's host (memory?), then start again"
                 ) from error
-        self._prepare()
 
     @property
     def _taking_over(self) -> set[int]:
@@ -250,7 +246,7 @@ class StageKeeper:
         for link in leaving[: len(self._replacements.idle())]:
             noticed_s = time.monotonic()
             pipeline.heal()
-            state: _State = {what: self._ask(link, what) for what in ("weights", "optimizer", "gradients")}
+            state = self._state_of(link)
             (replacement,) = self._replacements.take(1)
             pipeline.links.drop(link.rank).close()
             pipeline.links.add(link.rank, link.stages, replacement)
@@ -270,8 +266,7 @@ class StageKeeper:
         for link in self._replacements.idle():
             if id(link) not in self._warmed:
                 self._warmed.add(id(link))
-                paths = [path or os.getcwd() for path in sys.path]  # noqa: PTH109 - sys.path holds strings
-                link.tell("warm", {"sys_path": paths, "blocks": fields}, blobs)
+                link.tell("warm", {"sys_path": import_paths(), "blocks": fields}, blobs)
 
     # --------------------------------------------------------------- state
 
@@ -281,7 +276,7 @@ class StageKeeper:
         stages = pipeline.layout.stages_of(rank)
         replica = self._replica(rank)
         if replica is not None:
-            self._hand_over(rank, {what: self._ask(replica, what) for what in ("weights", "optimizer", "gradients")})
+            self._hand_over(rank, self._state_of(replica))
             return "replica"
         weights: dict[str, Tensor] = {}
         sources: list[Source] = []
@@ -335,6 +330,9 @@ class StageKeeper:
             if int(block) in states:
                 states[int(block)][local] = tensor.detach()
         return Neighbour(list(states.values()), norm)
+
+    def _state_of(self, link: Link) -> _State:
+        return {what: self._ask(link, what) for what in ("weights", "optimizer", "gradients")}
 
     @staticmethod
     def _ask(link: Link, what: str) -> tuple[Mapping[str, Any], Sequence[Buffer]]:

@@ -6,7 +6,9 @@ A receiver needs importable block classes only; classes of the driver's own scri
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,11 @@ from torch.utils import swap_tensors
 from .channel import Buffer
 from .errors import SkipPipeError
 from .transport import TensorSpec, as_bytes, from_bytes
+
+
+def import_paths() -> list[str]:
+    """Return where this process imports from, so that a worker finds the same modules."""
+    return [path or os.getcwd() for path in sys.path]  # noqa: PTH109 - sys.path holds strings
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[list[Any], list[Buffer]]:

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Final
+
+from ..engine.handover import import_paths
 
 _POLITE_S: Final = 5.0
 PARENT_VARIABLE: Final = "SKIPPIPE_PARENT"
@@ -25,7 +27,7 @@ class WorkerProcesses:
         """Start ``count`` workers that join ``host:port``."""
         environment = os.environ | {"SKIPPIPE_SECRET": secret, "OMP_NUM_THREADS": "1"}
         # What the worker imports must be what the driver imported, also when that is not installed.
-        environment["PYTHONPATH"] = os.pathsep.join(_import_paths())
+        environment["PYTHONPATH"] = os.pathsep.join(import_paths())
         command = [sys.executable, "-m", "skippipe_plugin.worker", f"{host}:{port}"]
         self._processes += [subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) for _ in range(count)]
 
@@ -119,7 +121,3 @@ def _script() -> list[str]:
     if spec is not None:
         return [sys.executable, "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
     return [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:]]  # noqa: PTH100 - argv holds strings
-
-
-def _import_paths() -> Sequence[str]:
-    return [path or os.getcwd() for path in sys.path]  # noqa: PTH109 - sys.path holds strings
