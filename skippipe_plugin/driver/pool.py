@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from ..engine.c10d import TCPStore
-from ..engine.channel import Channel, ChannelClosed, Listener, Message
+from ..engine.channel import Channel, ChannelClosed, Message
 from ..engine.errors import SkipPipeError
+from ..engine.listener import Listener
 from ..engine.versions import mismatch
 from .links import Link
 
@@ -123,7 +124,7 @@ class WorkerPool:
     def _welcome(self, channel: Channel, greeting: Message) -> None:
         reason = mismatch(greeting.fields.get("versions", {}))
         if reason:
-            log.warning("a worker that wanted to join was turned away: %s", reason)
+            log.warning("refused a worker from %s: %s", channel.peer, reason)
             with contextlib.suppress(ChannelClosed):
                 channel.send("refuse", {"reason": reason})
             channel.close()

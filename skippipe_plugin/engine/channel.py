@@ -2,7 +2,9 @@
 
 Control messages are small and few (step headers, optimizer steps, weights on request); activations and gradients
 never pass here, see :mod:`skippipe_plugin.engine.transport`. A message is a kind, a JSON object and any number of
-binary blobs. Nothing is parsed, and nothing unpickled, before both ends have proved that they know the job's secret.
+binary blobs, under an HMAC with a key of this connection and direction and with the message's number. Nothing is
+parsed, and nothing unpickled, before both ends have proved that they know the job's secret and before the message's
+own HMAC is right: who can only alter or add to what is on the wire can end the connection, and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import contextlib
 import hashlib
 import hmac
 import json
-import os
 import socket
 import struct
 import sys
@@ -21,15 +22,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import SkipPipeError
+from .handshake import MAC_BYTES, MAGIC, PROTOCOL_VERSION, ChannelClosed, ChannelError, SessionKeys, authenticate_driver
 
-PROTOCOL_VERSION = 1
-_MAGIC = b"SKPP"
+__all__ = ["Buffer", "Channel", "ChannelClosed", "ChannelError", "Message", "connect", "host_and_port"]
+
 _HEADER = struct.Struct("!4sHIIQ")  # magic, version, number of blobs, bytes of JSON, bytes of all blobs
 _BLOB = struct.Struct("!Q")
-_NONCE_BYTES = 32
-_MAC_BYTES = hashlib.sha256().digest_size
-_GREETING = struct.Struct(f"!4sH{_NONCE_BYTES}s")
+_NUMBER = struct.Struct("!Q")
 
 _MIN_RTT_AT = 148
 """Where Linux keeps tcpi_min_rtt, in microseconds, in struct tcp_info."""
@@ -39,14 +38,6 @@ MAX_BLOBS = 1 << 20
 MAX_BLOB_BYTES = 1 << 40
 
 Buffer = bytes | bytearray | memoryview
-
-
-class ChannelError(SkipPipeError):
-    """The peer is not one of ours, speaks another version, or sends what the limits forbid."""
-
-
-class ChannelClosed(ChannelError):
-    """The other end is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +52,12 @@ class Message:
 class Channel:
     """A connected, authenticated channel. Any thread may send; one thread at a time may receive."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, keys: SessionKeys) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.settimeout(None)
         self._connection = connection
+        self._sending, self._receiving = _Seals(keys.sending), _Seals(keys.receiving)
         self._send_lock = threading.Lock()
         self.heard_s = time.monotonic()
         """When the other end last sent anything, be it a part of a message."""
@@ -74,6 +66,14 @@ class Channel:
     def local_host(self) -> str:
         """The address of this end, as the other end can reach it."""
         return str(self._connection.getsockname()[0])
+
+    @property
+    def peer(self) -> str:
+        """The address and port of the other end; empty when the connection is gone."""
+        try:
+            return host_and_port(self._connection.getpeername())
+        except OSError:
+            return ""
 
     @property
     def round_trip_s(self) -> float:
@@ -104,30 +104,51 @@ class Channel:
     def _send(self, kind: str, fields: Mapping[str, Any] | None, blobs: Sequence[Buffer]) -> None:
         text = json.dumps({"kind": kind, **(fields or {})}, separators=(",", ":")).encode()
         views = [memoryview(blob).cast("B") for blob in blobs]
-        head = _HEADER.pack(_MAGIC, PROTOCOL_VERSION, len(views), len(text), sum(view.nbytes for view in views))
-        sizes = b"".join(_BLOB.pack(view.nbytes) for view in views)
+        head = _HEADER.pack(MAGIC, PROTOCOL_VERSION, len(views), len(text), sum(view.nbytes for view in views))
+        head += b"".join(_BLOB.pack(view.nbytes) for view in views) + text
+        seal = self._sending.next(head)
         try:
-            self._connection.sendall(head + sizes + text)
+            if views:
+                self._connection.sendall(head)
+                head = b""
             for view in views:
                 self._connection.sendall(view)
+                seal.update(view)
+            self._connection.sendall(head + seal.digest())
         except OSError as error:
             raise ChannelClosed(f"the control connection broke while sending {kind!r}: {error}") from error
 
     def receive(self) -> Message:
-        """Wait for the next message; raise ChannelClosed when the other end is gone."""
-        magic, version, num_blobs, json_bytes, blob_bytes = _HEADER.unpack(self._read(_HEADER.size))
-        if magic != _MAGIC or version != PROTOCOL_VERSION:
-            raise ChannelError(f"expected protocol {PROTOCOL_VERSION}, got {magic!r} version {version}")
+        """Wait for the next message.
+
+        Raises:
+            ChannelClosed: The other end is gone.
+            ChannelError: What came is over the limits, was altered on its way, or is no message.
+        """
+        head = self._read(_HEADER.size)
+        magic, version, num_blobs, json_bytes, blob_bytes = _HEADER.unpack(head)
+        if magic != MAGIC or version != PROTOCOL_VERSION:
+            raise ChannelError(f"what came is no control message of protocol {PROTOCOL_VERSION}")
         if json_bytes > MAX_JSON_BYTES or num_blobs > MAX_BLOBS or blob_bytes > MAX_BLOB_BYTES:
             raise ChannelError(f"a control message of {json_bytes} + {blob_bytes} bytes is over the limit")
-        sizes = [_BLOB.unpack(self._read(_BLOB.size))[0] for _ in range(num_blobs)]
+        head += self._read(_BLOB.size * num_blobs)
+        sizes = [size for (size,) in _BLOB.iter_unpack(memoryview(head)[_HEADER.size :])]
         if sum(sizes) != blob_bytes:
             raise ChannelError("the blobs of a control message do not add up to its header")
-        fields = json.loads(self._read(json_bytes))
-        return Message(fields.pop("kind"), fields, [self._read(size) for size in sizes])
+        text = self._read(json_bytes)
+        seal, blobs = self._receiving.next(head + text), []
+        for size in sizes:
+            blobs.append(self._read(size))
+            seal.update(blobs[-1])
+        if not hmac.compare_digest(self._read(MAC_BYTES), seal.digest()):
+            raise ChannelError("a control message was altered on its way, or does not come from the other end")
+        return _parse(text, blobs)
 
     def _read(self, size: int) -> bytearray:
-        data = bytearray(size)
+        try:
+            data = bytearray(size)
+        except MemoryError as error:
+            raise ChannelError(f"there is no memory for a control message of {size} bytes") from error
         view = memoryview(data)
         while view:
             try:
@@ -147,88 +168,51 @@ class Channel:
         self._connection.close()
 
 
-class Listener:
-    """Accepts channels on ``host:port`` (port 0: any free one); call :meth:`close` when done."""
+class _Seals:
+    """The HMACs of one direction, one for each message in order."""
 
-    def __init__(self, host: str, port: int, secret: bytes) -> None:
-        self._secret = secret
-        try:
-            self._socket = socket.create_server((host, port), backlog=128)
-        except OSError as error:
-            raise SkipPipeError(
-                f"cannot listen on {host}:{port} ({error.strerror}); choose another port, or 0 for any free one"
-            ) from error
-        self.host, self.port = self._socket.getsockname()[:2]
+    def __init__(self, key: bytes) -> None:
+        self._start = hmac.new(key, digestmod=hashlib.sha256)
+        self._number = 0
 
-    def accept(self, timeout_s: float, handshake_s: float = 5.0) -> tuple[Channel, Message] | None:
-        """Return the next authenticated channel and its first message; None after ``timeout_s`` or for a stranger."""
-        self._socket.settimeout(timeout_s)
-        try:
-            connection, _ = self._socket.accept()
-        except TimeoutError:
-            return None
-        connection.settimeout(handshake_s)
-        try:
-            _authenticate_server(connection, self._secret)
-            channel = Channel(connection)
-            connection.settimeout(handshake_s)
-            greeting = channel.receive()
-            connection.settimeout(None)
-        except (OSError, ChannelError):
-            connection.close()
-            return None
-        return channel, greeting
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._socket.close()
+    def next(self, head: Buffer) -> hmac.HMAC:
+        """Begin the HMAC of the next message; its blobs are still to be added."""
+        seal = self._start.copy()
+        seal.update(_NUMBER.pack(self._number))
+        seal.update(head)
+        self._number += 1
+        return seal
 
 
 def connect(host: str, port: int, secret: bytes, timeout_s: float = 30.0) -> Channel:
-    """Connect to a driver's listener and prove knowledge of ``secret``."""
+    """Connect to a driver's listener and prove knowledge of ``secret``.
+
+    Raises:
+        ChannelError: Nobody is there, or it is not the driver of this job.
+    """
     try:
         connection = socket.create_connection((host, port), timeout=timeout_s)
-        _authenticate_client(connection, secret)
-    except OSError as error:
+        try:
+            return Channel(connection, authenticate_driver(connection, secret, timeout_s))
+        except BaseException:
+            connection.close()
+            raise
+    except (OSError, ChannelError) as error:
         raise ChannelError(f"cannot join the driver at {host}:{port}: {error}") from error
-    return Channel(connection)
 
 
-def _authenticate_server(connection: socket.socket, secret: bytes) -> None:
-    ours = os.urandom(_NONCE_BYTES)
-    connection.sendall(_GREETING.pack(_MAGIC, PROTOCOL_VERSION, ours))
-    theirs = _check_greeting(_read_exactly(connection, _GREETING.size))
-    if not hmac.compare_digest(_read_exactly(connection, _MAC_BYTES), _mac(secret, b"worker", ours, theirs)):
-        raise ChannelError("a process with the wrong secret tried to join")
-    connection.sendall(_mac(secret, b"driver", theirs, ours))
+def host_and_port(address: tuple[Any, ...]) -> str:  # Any: IPv6 addresses have four parts
+    """Write a socket's address for people."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _authenticate_client(connection: socket.socket, secret: bytes) -> None:
-    theirs = _check_greeting(_read_exactly(connection, _GREETING.size))
-    ours = os.urandom(_NONCE_BYTES)
-    connection.sendall(_GREETING.pack(_MAGIC, PROTOCOL_VERSION, ours) + _mac(secret, b"worker", theirs, ours))
-    if not hmac.compare_digest(_read_exactly(connection, _MAC_BYTES), _mac(secret, b"driver", ours, theirs)):
-        raise ChannelError("the driver does not know this job's secret")
-
-
-def _check_greeting(data: bytes) -> bytes:
-    magic, version, nonce = _GREETING.unpack(data)
-    if magic != _MAGIC:
-        raise ChannelError("the other end is not a skippipe process")
-    if version != PROTOCOL_VERSION:
-        raise ChannelError(f"the other end speaks protocol {version}, this one {PROTOCOL_VERSION}: install one version")
-    return bytes(nonce)
-
-
-def _mac(secret: bytes, role: bytes, first: bytes, second: bytes) -> bytes:
-    return hmac.new(secret, role + first + second, hashlib.sha256).digest()
-
-
-def _read_exactly(connection: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        part = connection.recv(size - len(data))
-        if not part:
-            raise ChannelClosed("the other end closed the connection before it was authenticated")
-        data += part
-    return data
+def _parse(text: bytearray, blobs: Sequence[Buffer]) -> Message:
+    try:
+        fields = json.loads(text)
+        kind = fields.pop("kind")
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise ChannelError("a control message is not a JSON object with a kind") from error
+    if not isinstance(kind, str):
+        raise ChannelError(f"a control message is of kind {kind!r}, which is no name")
+    return Message(kind, fields, blobs)

@@ -22,8 +22,10 @@ def own_versions() -> dict[str, str]:
     }
 
 
-def mismatch(theirs: Mapping[str, str]) -> str:
+def mismatch(theirs: object) -> str:
     """Say how another process's versions differ from this one's; empty when they do not."""
+    if not isinstance(theirs, Mapping):
+        return "it does not say which versions it has"
     return "; ".join(
         f"it has {name} {theirs.get(name, 'of unknown version')}, and the driver has {version}"
         for name, version in own_versions().items()

@@ -1,5 +1,6 @@
 """The control channel: messages arrive whole, and only those who know the secret are heard."""
 
+import hmac
 import os
 import socket
 import threading
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skippipe_plugin.engine import channel
-from skippipe_plugin.engine.channel import Channel, ChannelClosed, ChannelError, Listener, Message, connect
-from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.engine import channel, handshake
+from skippipe_plugin.engine.channel import Channel, ChannelClosed, ChannelError, Message, connect
+from skippipe_plugin.engine.handshake import PROTOCOL_VERSION, SessionKeys
+from skippipe_plugin.engine.listener import Listener
 
 SECRET = b"the job's secret"
 
@@ -79,30 +81,11 @@ def test_the_other_end_leaving_is_noticed(ends: tuple[Channel, Channel]) -> None
         worker.receive()
 
 
-def test_a_wrong_secret_is_refused_on_both_sides(listener: Listener) -> None:
-    refused: list[Channel | None] = []
-    thread = threading.Thread(target=lambda: refused.append(listener.accept(timeout_s=5)))
-    thread.start()
-    with pytest.raises(ChannelError, match=r"cannot join|closed the connection|secret"):
-        connect(listener.host, listener.port, b"a guess").receive()
-    thread.join()
-    assert refused == [None]
-
-
-@pytest.mark.parametrize(
-    "nonsense", [b"GET / HTTP/1.1\r\n\r\n" * 10, b"", os.urandom(500)], ids=["http", "nothing", "noise"]
-)
-def test_strangers_are_sent_away(listener: Listener, nonsense: bytes) -> None:
-    with socket.create_connection((listener.host, listener.port)) as stranger:
-        stranger.sendall(nonsense)
-        assert listener.accept(timeout_s=5, handshake_s=0.3) is None
-
-
 def test_another_version_says_which(listener: Listener) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         thread = threading.Thread(target=lambda: _greet_as_version_9(other))
         thread.start()
-        with pytest.raises(ChannelError, match="speaks protocol 9, this one 1: install one version"):
+        with pytest.raises(ChannelError, match=f"speaks protocol 9, this one {PROTOCOL_VERSION}: install one version"):
             connect("127.0.0.1", other.getsockname()[1], SECRET)
         thread.join()
 
@@ -110,20 +93,95 @@ def test_another_version_says_which(listener: Listener) -> None:
 def _greet_as_version_9(server: socket.socket) -> None:
     connection, _ = server.accept()
     with connection:
-        connection.sendall(channel._GREETING.pack(b"SKPP", 9, bytes(32)))
+        connection.sendall(handshake._GREETING.pack(b"SKPP", 9, bytes(32)))
 
 
 def test_messages_over_the_limit_are_refused_before_they_are_read(ends: tuple[Channel, Channel]) -> None:
     driver, worker = ends
-    header = channel._HEADER.pack(b"SKPP", channel.PROTOCOL_VERSION, 0, channel.MAX_JSON_BYTES + 1, 0)
+    header = channel._HEADER.pack(b"SKPP", PROTOCOL_VERSION, 0, channel.MAX_JSON_BYTES + 1, 0)
     driver._connection.sendall(header)
     with pytest.raises(ChannelError, match="over the limit"):
         worker.receive()
 
 
-def test_a_port_in_use_names_the_way_out(listener: Listener) -> None:
-    with pytest.raises(SkipPipeError, match=f"cannot listen on 127.0.0.1:{listener.port}.*0 for any free one"):
-        Listener("127.0.0.1", listener.port, SECRET)
+MESSAGE = b"".join(
+    [
+        channel._HEADER.pack(b"SKPP", PROTOCOL_VERSION, 1, 14, 3),
+        channel._BLOB.pack(3),
+        b'{"kind":"get"}',
+        b"abc",
+    ]
+)
+
+
+def received(data: bytes) -> Message:
+    """What a channel makes of ``data``, after which the other end leaves."""
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(data)
+        there.shutdown(socket.SHUT_WR)
+        return Channel(TcpLike(here), SessionKeys(sending=b"s", receiving=b"r")).receive()  # type: ignore[arg-type]
+
+
+class TcpLike:
+    """One end of a socket pair, which knows no options of TCP."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def setsockopt(self, *_: object) -> None:
+        """Ignore it."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._connection, name)
+
+
+def sealed(data: bytes, number: int = 0) -> bytes:
+    return data + hmac.digest(b"r", number.to_bytes(8, "big") + data, "sha256")
+
+
+def test_a_message_is_as_documented() -> None:
+    message = received(sealed(MESSAGE))
+    assert (message.kind, bytes(message.blobs[0])) == ("get", b"abc")
+
+
+@given(st.integers(0, len(sealed(MESSAGE)) - 1), st.integers(1, 255))
+def test_a_message_with_any_byte_altered_is_refused(position: int, change: int) -> None:
+    data = bytearray(sealed(MESSAGE))
+    data[position] ^= change
+    with pytest.raises(ChannelError):
+        received(bytes(data))
+
+
+@given(st.integers(0, len(sealed(MESSAGE)) - 1))
+def test_a_message_that_breaks_off_is_refused(length: int) -> None:
+    with pytest.raises(ChannelClosed):
+        received(sealed(MESSAGE)[:length])
+
+
+def test_a_message_that_is_played_back_is_refused() -> None:
+    with pytest.raises(ChannelError, match="altered on its way"):
+        received(sealed(MESSAGE, number=1))
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_no_message(noise: bytes) -> None:
+    with pytest.raises(ChannelError):
+        received(noise)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"null", b"{}", b'{"kind": 7}', b"[" * 100_000, b"\xff"], ids=lambda text: repr(text[:9])
+)
+def test_a_message_of_another_form_is_refused_though_it_is_authentic(text: bytes) -> None:
+    with pytest.raises(ChannelError, match="a control message is"):
+        received(sealed(channel._HEADER.pack(b"SKPP", PROTOCOL_VERSION, 0, len(text), 0) + text))
+
+
+def test_nothing_is_unpickled_before_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "_parse", lambda *_: pytest.fail("parsed"))
+    with pytest.raises(ChannelError, match="altered on its way"):
+        received(MESSAGE + bytes(32))
 
 
 def test_nobody_there() -> None:
