@@ -65,12 +65,12 @@ class ExpertBalance:
 
     def prepare(self, strategy: SkipPipeStrategy) -> None:
         """Before the pipeline is set up: see to it that the routers are listened to."""
-        moe = strategy.moe or MoEConfig()
+        moe = strategy.settings.moe or MoEConfig()
         if "loss" in self.methods and not moe.auxiliary_loss:
             moe = replace(moe, auxiliary_loss=self.config.auxiliary_loss)
         if "bias" in self.methods and self.config.rule == QUANTILE:
             moe = replace(moe, quantiles=True)
-        strategy.moe = moe
+        strategy.settings = replace(strategy.settings, moe=moe)
 
     def start(self, strategy: SkipPipeStrategy) -> None:
         """When training starts: give the biases of a resumed run back to routers that do not save them."""

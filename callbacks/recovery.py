@@ -94,7 +94,7 @@ class StageRecovery(Callback):
             for name, parameter in pl_module.named_parameters()
             if parameter.is_meta and not parameter.requires_grad
         ]
-        if frozen and strategy_of(trainer, self).num_replicas == 1:
+        if frozen and strategy_of(trainer, self).settings.replicas == 1:
             warnings.warn(
                 f"{len(frozen)} frozen parameters ({frozen[0]}, ...) are on workers: averages of neighbours are no "
                 "good replacement for pretrained weights; give the stages replicas (replicas=2)",

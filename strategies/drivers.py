@@ -14,13 +14,12 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available, _sync_ddp_if_available
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
 from typing_extensions import override
 
 from ..engine.c10d import PrefixStore, Store
-from .job import Launcher
+from ..integration.job import Launcher
 
 
 class DriversStrategy(SingleDeviceStrategy):
@@ -120,11 +119,3 @@ class DriversStrategy(SingleDeviceStrategy):
 
 # Lightning gives a DistributedSampler to subclasses of ParallelStrategy only; with one driver it makes no difference.
 ParallelStrategy.register(DriversStrategy)
-
-
-def start_alike(module: LightningModule) -> None:
-    """Give every driver the weights of the first."""
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if not tensor.is_meta:
-                dist.broadcast(tensor, 0)

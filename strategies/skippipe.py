@@ -7,52 +7,44 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..driver.backward import GradientScale
 from ..driver.devices import move_around
-from ..driver.layout import Layout
-from ..driver.links import Links
 from ..driver.microbatch import BatchError, batch_size, merge, split, split_sizes
 from ..driver.optimizer import RemoteOptimizer, to_device
-from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
-from ..driver.proxies import BlockProxies
-from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
+from ..driver.pipeline import TRAINING
+from ..driver.recovery import RecoveryEvent, RecoveryPolicy
 from ..driver.routers import RouterControl
 from ..driver.steps import StepTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
-from ..moe import Attached, MoEConfig, attach
-from ..partition import check_no_shared_parameters, cut, driver_share, estimate_costs, find_blocks
-from ..schedule import CostModel, Schedule, Timeline, forward_only, swap_ends
+from ..integration.config import NetworkConfig, PathConfig
+from ..integration.job import DriverJob, driver_job, worker_job
+from ..integration.rewind import rewinder
+from ..integration.settings import PipelineSettings, ScheduleName
+from ..integration.skipping import PathPlanner, SkipRatio, skips
+from ..integration.spread import Recovery, SpreadModel
+from ..moe import MoEConfig
+from ..partition import check_no_shared_parameters, find_blocks
+from ..schedule import CostModel, Schedule, Timeline
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .checks import check_fit
 from .clipping import clip_everywhere, clip_locally
 from .compiled import CompiledParts, originals
-from .config import NetworkConfig, PathConfig
-from .drivers import DriversStrategy, start_alike
-from .job import DriverJob, driver_job, worker_job
+from .drivers import DriversStrategy
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .outputs import loss_of, training_output
-from .rewind import rewinder
-from .shape import PipelineShape
-from .skipping import PathPlanner, SkipRatio, check_ratio, skips
-
-log = logging.getLogger(__name__)
-
-ScheduleName = Literal["auto", "gpipe", "1f1b"]
 
 
 class SkipPipeStrategy(DriversStrategy):
@@ -106,40 +98,26 @@ class SkipPipeStrategy(DriversStrategy):
         moe: MoEConfig | None = None,
     ) -> None:
         super().__init__(drivers)
-        self._shape = PipelineShape(
+        self.settings = PipelineSettings(
+            skip_ratio=skip_ratio,
             schedule=schedule,
             num_microbatches=num_microbatches,
             replicas=replicas,
             drivers=drivers,
+            blocks=blocks,
             driver_stage=driver_stage,
+            gradient_scale=gradient_scale,
+            paths=paths or PathConfig(),
+            network=network or NetworkConfig(),
+            moe=moe,
         )
-        self.blocks = blocks
-        if gradient_scale not in get_args(GradientScale):
-            raise ValueError(f"gradient_scale={gradient_scale!r} is unknown; choose one of {get_args(GradientScale)}")
-        self.gradient_scale: GradientScale = gradient_scale
-        check_ratio(skip_ratio)
-        if skips(skip_ratio) and isinstance(schedule, Schedule):
-            raise ValueError("skip_ratio and a schedule of your own both choose the paths; give one of them")
-        self.skip_ratio = skip_ratio
-        self.paths = paths or PathConfig()
-        self._planner: PathPlanner | None = None
-        self._evaluation_planner: PathPlanner | None = None
-        self.network = network or NetworkConfig()
-        if moe is not None and not isinstance(moe, MoEConfig):
-            raise TypeError(f"moe={moe!r} is not a MoEConfig; write moe=MoEConfig(router=...)")
-        self.moe = moe
-        if moe is not None and driver_stage and drivers > 1:
-            raise ValueError("moe with driver_stage=True takes one driver: each would count its own experts only")
-        self._attached: Attached | None = None
-        self._pipeline: Pipeline | None = None
+        """What the next run is set up with; callbacks may replace it before."""
         self._job: DriverJob | None = None
-        self._links = Links()
+        self._spread: SpreadModel | None = None
         self._remote: RemoteOptimizer | None = None
         self._compiled: CompiledParts | None = None
-        self._remote_blocks: tuple[nn.Module, ...] = ()
-        self._block_names: tuple[str, ...] = ()
         self._restore_late = False
-        self._recovery: tuple[RecoveryPolicy, Callable[[RecoveryEvent], None]] | None = None
+        self._recovery: Recovery | None = None
         self._record_timeline = False
         self._timeline: Timeline | None = None
 
@@ -148,7 +126,7 @@ class SkipPipeStrategy(DriversStrategy):
     @property
     def num_stages(self) -> int:
         """The number of block stages that ``devices`` makes."""
-        return self._shape.num_stages(self.num_processes)
+        return self.settings.shape.num_stages(self.num_processes)
 
     @property
     def record_timeline(self) -> bool:
@@ -158,81 +136,73 @@ class SkipPipeStrategy(DriversStrategy):
     @record_timeline.setter
     def record_timeline(self, record: bool) -> None:
         self._record_timeline = record
-        if self._pipeline is not None:
-            self._pipeline.collect_timeline = record
+        if self._is_spread:
+            self._running().pipeline.collect_timeline = record
 
     @property
     def timeline(self) -> Timeline | None:
         """What the last measured training step did when, on every rank; None before, and on further drivers."""
-        return self._timeline if self._pipeline is None else self._pipeline.timeline
+        return self._running().timeline if self._is_spread else self._timeline
 
     def measure_step(self) -> None:
         """Measure the coming training step, and leave its :attr:`timeline`; every driver calls this alike."""
-        self._running().measure_next = True
+        self._running().pipeline.measure_next = True
 
     def measure_costs(self) -> CostModel:
         """Measure the links between all ranks, and return them with the last measured step's seconds of compute.
 
         Every driver calls this alike, between two training steps, and gets the same.
         """
-        return self.broadcast(self._running().measured_costs())  # type: ignore[no-any-return]
+        return self._running().measure_costs()
 
     @property
     def planner(self) -> PathPlanner | None:
         """What plans the paths of training steps; None with a schedule of your own."""
-        return self._planner
+        return self._spread.planner if self._spread is not None else None
 
     def take_up(self, costs: CostModel, schedule: Schedule | None = None) -> None:
         """Plan from other costs from now on, and run the next steps by another schedule of the same stages, if given.
 
         Every driver calls this alike, between two training steps.
         """
-        assert self._planner is not None, "paths are not planned"
-        self._planner.cost = costs
-        if schedule is not None:
-            self._planner.adopt(schedule)
-            self._running().use_schedule(TRAINING, schedule)
+        self._running().take_up(costs, schedule)
 
     @property
     def costs(self) -> CostModel | None:
         """What paths are planned from (``costs.table()``, ``costs.save(file)``); None until it is known."""
-        return self._planner.cost if self._planner is not None else None
+        return self.planner.cost if self.planner is not None else None
 
     @property
     def routers(self) -> RouterControl:
         """The routers of the model's experts, with ``moe=MoEConfig(...)``: what they did, and their biases."""
-        return self._running().routers
+        return self._running().pipeline.routers
 
     @property
     def visit_counts(self) -> dict[int, int]:
         """By stage: how many microbatches visited it in the last training step."""
-        return self._running().gradients.visit_counts
+        return self._running().pipeline.gradients.visit_counts
 
     @property
     def lr_factors(self) -> dict[int, float]:
         """By stage: what its learning rate is multiplied with, for stages that were rebuilt from their neighbours."""
-        return self._running().gradients.lr_factors
+        return self._running().pipeline.gradients.lr_factors
 
     @property
     def worker_pids(self) -> dict[int, int]:
         """By rank: the process ids of the workers on this driver's host."""
-        return {link.rank: link.pid for link in self._links if link.pid is not None}
+        links = self._spread.links if self._spread is not None else ()
+        return {link.rank: link.pid for link in links if link.pid is not None}
 
     @property
     def spare_pids(self) -> list[int]:
         """The process ids of the idle workers on this driver's host."""
         return [link.pid for link in self._job.idle() if link.pid is not None] if self._job is not None else []
 
-    @property
-    def num_replicas(self) -> int:
-        """How many workers hold each stage."""
-        return self._shape.replicas
-
     def use_recovery(self, policy: RecoveryPolicy, report: Callable[[RecoveryEvent], None]) -> None:
         """Replace workers that are lost from the next run on; called by the StageRecovery callback."""
         if self.drivers > 1:
             raise SkipPipeError(f"lost workers can be replaced for one driver only, not for drivers={self.drivers}")
-        if skips(self.skip_ratio):
+        if skips(self.settings.skip_ratio):
             policy = dataclasses.replace(policy, while_missing="skip")
             if policy.swap_ends:
                 raise ValueError("swap_ends=True exchanges stages on full paths; use skip_ratio=0 or swap_ends=False")
@@ -243,14 +213,14 @@ class SkipPipeStrategy(DriversStrategy):
     @property
     def training_schedule(self) -> Schedule | None:
         """The schedule of training steps, once it is known."""
-        return self._pipeline.schedules[TRAINING] if self._pipeline is not None else None
+        return self._running().pipeline.schedules[TRAINING] if self._is_spread else None
 
     @property
     @override
     def restore_checkpoint_after_setup(self) -> bool:
         # Weights that were never made on the driver (meta device) can only be loaded where the blocks are.
         module = self.lightning_module
-        if self._pipeline is None and module is not None:
+        if not self._is_spread and module is not None:
             self._restore_late = any(parameter.is_meta for parameter in module.parameters())
         return self._restore_late
 
@@ -287,7 +257,8 @@ class SkipPipeStrategy(DriversStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         # The workers import torch while the user's hooks prepare model and data.
-        self._job = driver_job(self.network.host, self.network.port, self.drivers, self.read_launcher())
+        network = self.settings.network
+        self._job = driver_job(network.host, network.port, self.drivers, self.read_launcher())
         self._job.prepare(self.num_processes - self.drivers)
         self.form_default_group(self._job.pool.store)
 
@@ -299,7 +270,7 @@ class SkipPipeStrategy(DriversStrategy):
         self.accelerator.setup(trainer)
         check_fit(module, trainer)
         self.model = self.precision_plugin.convert_module(module)
-        self._spread(module)
+        self._spread_blocks(module)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -312,7 +283,7 @@ class SkipPipeStrategy(DriversStrategy):
         """Move what the driver keeps; called before the remote blocks leave."""
         assert self.model is not None
         _update_properties(self.model, device=self.root_device)
-        move_around(self.model, set(self._remote_blocks), self.root_device)
+        move_around(self.model, set(self._running().remote_blocks), self.root_device)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -320,7 +291,7 @@ class SkipPipeStrategy(DriversStrategy):
         if len(self.optimizers) > 1:
             raise SkipPipeError(f"{len(self.optimizers)} optimizers: a pipeline steps one; give it parameter groups")
         if self.optimizers:
-            self._remote = RemoteOptimizer(self._running(), self.optimizers[0])
+            self._remote = RemoteOptimizer(self._running().pipeline, self.optimizers[0])
 
     @override
     def setup_precision_plugin(self) -> None:
@@ -344,136 +315,57 @@ class SkipPipeStrategy(DriversStrategy):
             self._remote.detach()
             self._remote = None
             clip_locally(self.precision_plugin)
-        pipeline, self._pipeline = self._pipeline, None
         try:
-            if pipeline is not None:
-                _warn_lost(pipeline.unload())
+            if self._spread is not None:
+                self._timeline = self._spread.timeline or self._timeline
+                self._spread.bring_back()
         finally:
-            self._let_go(pipeline)
+            self._spread = None
+            if self._compiled is not None:
+                self._compiled.restore()
+                self._compiled = None
 
-    def _let_go(self, pipeline: Pipeline | None) -> None:
-        if pipeline is not None:
-            self._timeline = pipeline.timeline
-            pipeline.close()
-        if self._job is not None:
-            self._job.pool.release(list(self._links))
-        self._links = Links()
-        self._remote_blocks = ()
-        if self._attached is not None:
-            self._attached.detach()
-            self._attached = None
-        if self._compiled is not None:
-            self._compiled.restore()
-            self._compiled = None
-
-    def _spread(self, module: LightningModule) -> None:
-        """Cut the block stack into stages and hand them over to workers."""
-        stack = find_blocks(module, self.blocks)
+    def _spread_blocks(self, module: LightningModule) -> None:
+        assert self._job is not None
+        stack = find_blocks(module, self.settings.blocks)
         check_no_shared_parameters(module, stack)
         blocks = originals(stack.blocks)
         self._compiled = CompiledParts(module, blocks)
-        layout = self._shape.layout(self._cut(module, blocks))
-        hosted = set(layout.hosted(self.global_rank))
-        self._attached = attach(module, self.moe) if self.moe is not None else None
-        self._remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
-        self.model_to_device()
-        if self.drivers > 1:
-            start_alike(module)
-        self._pipeline = self._make_pipeline(layout)
-        self._pipeline.collect_timeline = self._record_timeline
-        self._pipeline.gradients.scale = self.gradient_scale
-        if self._recovery is not None:
-            self._keep_whole(self._pipeline, *self._recovery)
-        self._plan_paths(self._pipeline.schedules[TRAINING])
-        self._pipeline.form()
-        self._block_names = _names_in(module, blocks)
-        kinds = ("cpu",) if self.root_device.type == "cpu" else ("cpu", self.root_device.type)
-        self._pipeline.load(
-            module,
-            functools.partial(BlockProxies, self._block_names, blocks, kinds),
-            self._compiled.options,
-            seed=torch.initial_seed() & 0x7FFFFFFF,
-        )
-
-    def _keep_whole(self, pipeline: Pipeline, policy: RecoveryPolicy, report: Callable[[RecoveryEvent], None]) -> None:
-        assert self._job is not None
-        pipeline.keeper = StageKeeper(pipeline, policy, self._job, report)
-        if policy.swap_ends:
-            pipeline.use_schedule(TRAINING, swap_ends(pipeline.schedules[TRAINING]))
-
-    def _plan_paths(self, exact: Schedule) -> None:
-        self._planner = self._evaluation_planner = None
-        self._advised = False
-        if not isinstance(self._shape.schedule, Schedule):
-            self._planner = PathPlanner(self.skip_ratio, self.paths, exact)
-        if self.paths.eval_skip_ratio:
-            uniform = dataclasses.replace(self.paths, costs="uniform")
-            self._evaluation_planner = PathPlanner(self.paths.eval_skip_ratio, uniform, exact)
-
-    def _choose_paths(self) -> None:
-        """At the start of a training step: take up what became known, and the paths that the skip ratio asks for."""
-        planner, pipeline = self._planner, self._running()
-        if planner is None:
-            return
-        if planner.has_measured and not pipeline.measure_next:
-            planner.cost = self.measure_costs()
-        if planner.measures:
-            self.measure_step()
-        self._learn_forms(planner)
-        assert self.lightning_module is not None
-        schedule = planner.next(self.lightning_module.trainer.global_step)
-        if schedule is not None:
-            pipeline.use_schedule(TRAINING, schedule)
-            advice = planner.advice(schedule)
-            if advice is not None and self.is_global_zero and not self._advised:
-                log.warning(advice)
-                self._advised = True
-
-    def _choose_evaluation_paths(self) -> None:
-        planner = self._evaluation_planner
-        if planner is not None:
-            self._learn_forms(planner)
-            schedule = planner.next(0)
-            if schedule is not None:
-                self._running().use_schedule(EVALUATION, forward_only(schedule))
-
-    def _learn_forms(self, planner: PathPlanner) -> None:
-        if planner.required is None:
-            planner.required = self.broadcast(self._running().shaping_stages)
-
-    def _cut(self, module: LightningModule, blocks: Sequence[nn.Module]) -> tuple[range, ...]:
-        share = driver_share(module, blocks, self.num_stages) if self._shape.driver_stage else 1.0
-        return cut(estimate_costs(blocks), self.num_stages, first_share=share)
-
-    def _make_pipeline(self, layout: Layout) -> Pipeline:
-        assert self._job is not None
-        schedules = self._shape.schedules(len(layout.stage_blocks))
-        for rank, link in zip(layout.workers, self._job.acquire(len(layout.workers)), strict=True):
-            self._links.add(rank, layout.stages_of(rank), link)
-        return Pipeline(
-            layout=layout,
-            schedules=schedules,
-            links=self._links,
-            store=self._job.pool.store,
-            generations=self._job.pool.generations,
-            rendezvous=self._job.rendezvous(),
+        self._spread = SpreadModel(
+            self.settings,
+            num_stages=self.num_stages,
+            job=self._job,
             rank=self.global_rank,
             device=self.root_device,
             worker_devices={rank: str(device) for rank, device in enumerate(self.parallel_devices or ())},
+            broadcast=self.broadcast,
         )
+        self._spread.spread(
+            module,
+            blocks,
+            compile_with=self._compiled.options,
+            recovery=self._recovery,
+            move=self.model_to_device,
+        )
+        self._spread.pipeline.collect_timeline = self._record_timeline
 
-    def _running(self) -> Pipeline:
-        if self._pipeline is None:
+    @property
+    def _is_spread(self) -> bool:
+        return self._spread is not None and self._spread.is_spread
+
+    def _running(self) -> SpreadModel:
+        if self._spread is None:
             raise SkipPipeError("the pipeline is not set up: call this from inside fit, validate, test or predict")
-        return self._pipeline
+        return self._spread
 
     # ---------------------------------------------------------------- steps
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         module, batch, rest = self._step_arguments(args)
-        if self._attached is not None:
-            self._attached.begin_step(module.trainer.global_step)
+        running = self._running()
+        if running.attached is not None:
+            running.attached.begin_step(module.trainer.global_step)
         sizes = self._sizes(batch, training=True)
         pieces = split(batch, sizes)
         averaged = AveragedLog(module, sizes)
@@ -484,7 +376,7 @@ class SkipPipeStrategy(DriversStrategy):
         weights = [size / sum(sizes) / self.drivers for size in sizes]
         task = StepTask(functions, weights, loss_of, self._seed(), training=True, rewind=self._rewinder(module))
         with self.precision_plugin.train_step_context(), averaged.installed():
-            values, loss = self._running().train(task, self._choose_paths)
+            values, loss = running.train(task, module.trainer.global_step)
         return training_output(values, loss, sizes)
 
     @override
@@ -514,7 +406,7 @@ class SkipPipeStrategy(DriversStrategy):
         weights, rewind = [size / sum(sizes) for size in sizes], self._rewinder(module)
         task = StepTask(functions, weights, loss_of, self._seed(), training=False, rewind=rewind)
         with averaged.installed():
-            values = self._running().evaluate(task, self._choose_evaluation_paths)
+            values = self._running().evaluate(task)
         return merge(values, sizes)
 
     def _rewinder(self, module: LightningModule) -> Callable[[], None]:
@@ -530,7 +422,7 @@ class SkipPipeStrategy(DriversStrategy):
             if training:
                 raise BatchError(f"a training batch of type {type(batch).__name__} holds no tensor to cut along")
             return [1]
-        return split_sizes(size, len(self._running().microbatches))
+        return split_sizes(size, len(self._running().pipeline.microbatches))
 
     def _seed(self) -> int:
         """A seed for this step that a resumed run has again at the same batch."""
@@ -542,23 +434,15 @@ class SkipPipeStrategy(DriversStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         state = super().lightning_module_state_dict()
-        if self._pipeline is None:
-            return state
-        weights = {self._full_name(name): tensor for name, tensor in self._pipeline.weights().items()}
-        return {
-            name: weights[name] if isinstance(value, Tensor) and value.is_meta else value
-            for name, value in state.items()
-        }
+        return state if self._spread is None else self._spread.whole_state_dict(state)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*which is a no-op.*")
             super().load_model_state_dict(checkpoint, strict)
-        if self._pipeline is not None:
-            state = checkpoint["state_dict"]
-            names = {self._full_name(name): name for name in self._pipeline.remote_tensor_names()}
-            self._pipeline.put_weights({names[name]: state[name] for name in names if name in state})
+        if self._spread is not None:
+            self._spread.load_state_dict(checkpoint["state_dict"])
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -571,20 +455,3 @@ class SkipPipeStrategy(DriversStrategy):
             return
         self._remote.load_state_dict(checkpoint["optimizer_states"][0])
         to_device(self.optimizers[0], self.root_device)
-
-    def _full_name(self, name: str) -> str:
-        block, _, parameter = name.partition("\t")
-        return f"{self._block_names[int(block)]}.{parameter}"
-
-
-def _names_in(module: LightningModule, blocks: Sequence[nn.Module]) -> tuple[str, ...]:
-    names = {id(part): name for name, part in module.named_modules()}
-    return tuple(names[id(block)] for block in blocks)
-
-
-def _warn_lost(blocks: Sequence[str]) -> None:
-    if blocks:
-        warnings.warn(
-            f"the weights of {', '.join(blocks)} were lost with their worker and are NaN now; load a checkpoint",
-            stacklevel=2,
-        )

@@ -22,7 +22,7 @@ class RemoteOptimizer:
     def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
         self._pipeline = pipeline
         self._optimizer = optimizer
-        self._keys = pipeline.remote_parameters()
+        self._keys = pipeline.remote.parameters()
         self._clip_scale: float | None = None
         self._clip_value: float | None = None
         self._num_groups = 0
@@ -97,7 +97,8 @@ class RemoteOptimizer:
 
     def _fetch_once(self) -> dict[ParameterKey, dict[str, Any]]:
         state: dict[ParameterKey, dict[str, Any]] = {}
-        for link in self._pipeline.first_replicas():
+        self._pipeline.heal()
+        for link in self._pipeline.remote.first_replicas():
             link.send("get", {"what": "optimizer"})
             message = link.expect("state")
             state |= decode_optimizer_state(message.fields, message.blobs)

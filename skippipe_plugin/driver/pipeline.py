@@ -6,7 +6,7 @@ It owns the links to the workers and this rank's end of the groups. Nothing here
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
@@ -18,34 +18,29 @@ from ..engine.call import Ambient, Call, CallSpec
 from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
-from ..engine.handover import import_paths, pack_tensors, unpack_tensors
+from ..engine.handover import import_paths
 from ..engine.ping import LinkCost, measure_links
-from ..engine.program import compile_program
 from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec, Transport
-from ..engine.wire import block_tensors
 from ..schedule import (
-    CostModel,
     NetworkCost,
     Schedule,
     Timeline,
-    detour,
-    fit_costs,
-    validate,
 )
 from .backward import GradientControl, mergeable
 from .clocks import WorkerClocks
 from .layout import Layout
-from .links import Link, Links
+from .links import Links
 from .measured import measured_timeline, network_cost
+from .programs import Programs
 from .proxies import BlockProxies, StackCall
 from .randomness import private_random_state
-from .remote import detach, reattach
 from .routers import RouterControl
 from .side_inputs import dump_probe
-from .stages import Packed, StageSender
+from .stages import StageSender
 from .steps import CallWriter, NoFeed, StepRun, StepTask, merged_loss
 from .suspend import StepThreads, current_thread
+from .weights import RemoteWeights
 
 TRAINING: Final = "training"
 EVALUATION: Final = "evaluation"
@@ -109,8 +104,6 @@ class Pipeline:
         worker_devices: Mapping[int, str],
     ) -> None:
         self.layout = layout
-        self.schedules = dict(schedules)
-        """What steps run by name, around workers that are missing."""
         self.links = links
         self.device = device
         self.rank = rank
@@ -124,7 +117,7 @@ class Pipeline:
         self._generations = generations
         self._rendezvous = rendezvous
         self._worker_devices = dict(worker_devices)
-        self._programs = {name: compile_program(schedule, rank) for name, schedule in schedules.items()}
+        self._programs = Programs(schedules, rank)
         self._transport: Transport | None = None
         self._generation = -1
         self._step = 0
@@ -136,8 +129,7 @@ class Pipeline:
         """Replaces lost workers; without one a loss is the end of the run. Set it before :meth:`load`."""
         self.optimizer_plan: bytes | None = None
         """How workers build their part of the optimizer, as it travels."""
-        self._whole_schedules = dict(schedules)
-        self._missing: frozenset[int] = frozenset()
+        self.remote = RemoteWeights(links, layout, rank)
         self.gradients = GradientControl(links, layout, leads=rank == 0)
         self.routers = RouterControl(links, leads=rank == 0)
         links.on_failure = self._wake
@@ -146,6 +138,11 @@ class Pipeline:
     def leads(self) -> bool:
         """Whether this is the first driver, the one that commands the workers."""
         return self.rank == 0
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """What steps run by name, around workers that are missing."""
+        return self._programs.schedules
 
     @property
     def microbatches(self) -> range:
@@ -239,9 +236,7 @@ class Pipeline:
         Raises:
             ScheduleError: A path would have no stage left.
         """
-        self._missing = frozenset(missing)
-        self.schedules = {name: detour(schedule, missing) for name, schedule in self._whole_schedules.items()}
-        self._programs = {name: compile_program(schedule, self.rank) for name, schedule in self.schedules.items()}
+        self._programs.go_around(missing)
 
     def surviving(
         self, action: Callable[[], _T], *, rewind: Callable[[], None] = lambda: None, whole: bool = True
@@ -285,7 +280,7 @@ class Pipeline:
         if compile_with is not None:
             for block in self.layout.hosted(self.rank):
                 real[block].compile(**compile_with)
-        self._detach_remote()
+        self.remote.own(proxies.blocks)
         local = [parameter for parameter in model.parameters() if not parameter.is_meta]
         self.gradients.own(local, self._hosted)
         self.routers.own(model)
@@ -299,31 +294,12 @@ class Pipeline:
         proxies = self._proxies
         if proxies is None:
             return []
-        lost: list[str] = []
-        weights = self._salvage() if self.beyond_help else self.weights()
-        for name, tensor in block_tensors(dict(self._remote_blocks())).items():
-            value = weights.get(name)
-            if value is None:
-                value = torch.full(tensor.shape, float("nan")).to(tensor.dtype)
-                lost.append(self._block_name(name))
-            reattach(tensor, value)
+        lost = self.remote.give_back(self.remote.salvage() if self.beyond_help else self.weights())
         proxies.remove()
         self._proxies = None
         self._hosted = {}
         self.gradients.own([], {})
-        return list(dict.fromkeys(lost))
-
-    def remote_parameters(self) -> dict[int, tuple[int, str]]:
-        """Map the ``id`` of each parameter that lives on a worker to its (block, name)."""
-        return {
-            id(parameter): (index, name)
-            for index, block in self._remote_blocks()
-            for name, parameter in block.named_parameters()
-        }
-
-    def remote_tensor_names(self) -> list[str]:
-        """Name what :meth:`weights` fetches."""
-        return list(block_tensors(dict(self._remote_blocks())))
+        return [proxies.names[block] for block in lost]
 
     def weights(self) -> dict[str, Tensor]:
         """Fetch parameters and buffers of the remote blocks, by ``"<block>\\t<name>"``."""
@@ -331,39 +307,19 @@ class Pipeline:
 
     def _fetch_weights(self) -> dict[str, Tensor]:
         self.heal()
-        result: dict[str, Tensor] = {}
-        for link in self._first_replicas():
-            link.send("get", {"what": "weights"})
-            message = link.expect("state")
-            result |= unpack_tensors(message.fields["tensors"], message.blobs)
-        return result
-
-    def _salvage(self) -> dict[str, Tensor]:
-        """Fetch what the survivors of a lost worker hold."""
-        result: dict[str, Tensor] = {}
-        for link in self.links:
-            message = link.salvage("get", {"what": "weights"}, "state")
-            if message is not None:
-                result |= unpack_tensors(message.fields["tensors"], message.blobs)
-        return result
+        return self.remote.fetch()
 
     def put_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite weights of the remote blocks; names as in :meth:`weights`."""
         self.heal()
-        for link in self.links if self.leads else ():
-            blocks = {str(block) for block in self.layout.hosted(link.rank)}
-            own = {name: tensor for name, tensor in tensors.items() if name.split("\t")[0] in blocks}
-            entries, blobs = pack_tensors(own)
-            link.send("put", {"what": "weights", "tensors": entries}, blobs)
+        if self.leads:
+            self.remote.put(tensors)
         self.links.expect_all("ready")
 
     def use_schedule(self, name: str, schedule: Schedule) -> None:
         """Run the following steps by another schedule with the same placement; every driver calls this alike."""
-        validate(schedule)
         assert schedule.placement == self.layout.placement, "blocks do not move with a schedule"
-        self._whole_schedules[name] = schedule
-        self.schedules[name] = detour(schedule, self._missing)
-        self._programs[name] = compile_program(self.schedules[name], self.rank)
+        self._programs.use(name, schedule)
         if self.leads and self._transport is not None:
             self.links.broadcast("schedule", {"name": name, "text": self.schedules[name].to_json()})
 
@@ -381,69 +337,25 @@ class Pipeline:
             costs += [LinkCost(*entry) for entry in message.fields["costs"]]
         return network_cost(costs, self.layout.size)
 
-    def measured_costs(self) -> CostModel:
-        """Return the cost model of the last measured training step and of the links; all drivers call it alike."""
-        forms = self._proxies_now().forms
-        sizes = tuple(forms[block].num_bytes for block in (0, *(blocks.stop for blocks in self.layout.stage_blocks)))
-        network = self.measure_links(max(sizes))
-        if self.timeline is None:  # a further driver: the first one's model is what counts
-            return CostModel.uniform(len(self.layout.stage_blocks), self.layout.size)
-        fitted = fit_costs(self.timeline, self.schedules[TRAINING])
-        return CostModel(fitted.compute, network, sizes)
-
     @property
-    def shaping_stages(self) -> tuple[int, ...] | None:
-        """The stages that change the form of the hidden states; None until the blocks were called."""
-        forms = self._proxies_now().forms
-        return self.layout.shaping_stages(forms) if forms else None
-
-    def first_replicas(self) -> list[Link]:
-        """Return one link for each remote stage."""
-        self.heal()
-        return self._first_replicas()
-
-    def _first_replicas(self) -> list[Link]:
-        firsts = [
-            next((rank for rank in ranks if rank in self.links), None)
-            for stage, ranks in enumerate(self.layout.placement)
-            if stage
-        ]
-        return [self.links[rank] for rank in firsts if rank is not None]
+    def forms(self) -> Sequence[TensorSpec]:
+        """What a microbatch's hidden states look like before each block and after the last; empty until it is known."""
+        return self._proxies_now().forms
 
     def heal(self) -> None:
         """After an aborted step: a new generation, so that everybody is known to be idle and answers are fresh."""
         if self._transport is None:
             self.form()
 
-    def send_structures(self, link: Link) -> None:
-        """Send a worker the blocks of its stages without values, which are to follow."""
-        self._sender_now().send_structures(link)
-
-    def sample_structure(self) -> Packed:
-        """Return the structure of some stage, for workers that want to import its classes in advance."""
-        return self._sender_now().sample()
-
-    def _sender_now(self) -> StageSender:
+    @property
+    def sender(self) -> StageSender:
+        """What hands stages over."""
         assert self._sender is not None, "no model is loaded"
         return self._sender
 
     def hosted_stage(self, stage: int) -> Stage | None:
         """Return a stage that lives on this driver."""
         return self._hosted.get(stage)
-
-    def _detach_remote(self) -> None:
-        for _, block in self._remote_blocks():
-            for tensor in dict.fromkeys((*block.parameters(), *block.buffers())):
-                detach(tensor)
-
-    def _remote_blocks(self) -> Iterable[tuple[int, nn.Module]]:
-        hosted = set(self.layout.hosted(self.rank))
-        blocks = self._proxies.blocks if self._proxies is not None else ()
-        return ((index, block) for index, block in enumerate(blocks) if index not in hosted)
-
-    def _block_name(self, tensor_name: str) -> str:
-        assert self._proxies is not None
-        return self._proxies.names[int(tensor_name.split("\t")[0])]
 
     # --------------------------------------------------------------- steps
 
@@ -539,7 +451,7 @@ class Pipeline:
         if not live:
             run.announce()
         executor = Executor(transport, self._hosted, self.device, driver=run)
-        events = executor.run(self._programs[name], set(live), NoFeed())
+        events = executor.run(self._programs.compiled[name], set(live), NoFeed())
         done = self.links.expect_all("done")
         if timeline and self.leads:
             remote = {rank: message.fields["timeline"] for rank, message in done.items()}

@@ -262,7 +262,7 @@ class StageKeeper:
 
     def _warm_spares(self) -> None:
         """Let spares import what they will need."""
-        fields, blobs = self._pipeline.sample_structure()
+        fields, blobs = self._pipeline.sender.sample()
         for link in self._replacements.idle():
             if id(link) not in self._warmed:
                 self._warmed.add(id(link))
@@ -343,7 +343,7 @@ class StageKeeper:
     def _hand_over(self, rank: int, state: _State) -> None:
         pipeline = self._pipeline
         link = pipeline.links[rank]
-        pipeline.send_structures(link)
+        pipeline.sender.send_structures(link)
         link.expect("ready")
         if pipeline.optimizer_plan is not None:
             link.send("optimizer", {}, [pipeline.optimizer_plan])

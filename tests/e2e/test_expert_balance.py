@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from skippipe_plugin.callbacks import ExpertConfig, LoadBalancer, draw_loads
 from skippipe_plugin.callbacks.experts import MAX_REMEMBERED, ExpertBalance, load_metrics
 from skippipe_plugin.moe import MoEConfig, RouterStatistics
+from skippipe_plugin.strategies import SkipPipeStrategy
 from tests.unit.moe.families import build
 
 from .experts import Own
@@ -128,14 +129,12 @@ def test_biases_move_once_per_optimizer_step() -> None:
 
 
 def test_the_strategys_own_settings_stay() -> None:
-    class Strategy:
-        moe = MoEConfig(auxiliary_loss=0.5, capacity_factor=2.0)
-
-    ExpertBalance(("loss", "bias")).prepare(Strategy)
-    assert Strategy.moe == MoEConfig(auxiliary_loss=0.5, capacity_factor=2.0)
-    Strategy.moe = None
-    ExpertBalance(("loss",)).prepare(Strategy)
-    assert Strategy.moe == MoEConfig(auxiliary_loss=0.01)
+    strategy = SkipPipeStrategy(moe=MoEConfig(auxiliary_loss=0.5, capacity_factor=2.0))
+    ExpertBalance(("loss", "bias")).prepare(strategy)
+    assert strategy.settings.moe == MoEConfig(auxiliary_loss=0.5, capacity_factor=2.0)
+    strategy = SkipPipeStrategy()
+    ExpertBalance(("loss",)).prepare(strategy)
+    assert strategy.settings.moe == MoEConfig(auxiliary_loss=0.01)
 
 
 def test_metrics_by_hand() -> None:

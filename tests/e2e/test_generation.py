@@ -170,7 +170,7 @@ class Traffic(Callback):
             self._count_messages()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        pipeline = trainer.strategy._pipeline
+        pipeline = trainer.strategy._running().pipeline
         self.specs.append(len(pipeline._writer._numbers._numbers))
         assert not pipeline._proxies.ledger._ops, "training made a cache"
 
@@ -206,7 +206,7 @@ class Sizes(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         gc.collect()
-        pipeline = trainer.strategy._pipeline
+        pipeline = trainer.strategy._running().pipeline
         pipeline._proxies.ledger.take_freed()
         self.values.append((len(pipeline._proxies.ledger._ops), len(pipeline._writer._numbers._numbers)))
 

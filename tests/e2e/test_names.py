@@ -54,8 +54,9 @@ def test_from_a_file(tmp_path: Path) -> None:
     cli = LightningCLI(LightningModule, run=False, args=["--config", str(config)], save_config_callback=None)
     strategy = cli.trainer.strategy
     assert isinstance(strategy, SkipPipeStrategy)
-    assert (strategy.num_stages, strategy.blocks, strategy.gradient_scale) == (2, "model.layers", "visit")
-    assert strategy.network.port == 29777
+    settings = strategy.settings
+    assert (strategy.num_stages, settings.blocks, settings.gradient_scale) == (2, "model.layers", "visit")
+    assert settings.network.port == 29777
 
 
 def test_a_mistake_in_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

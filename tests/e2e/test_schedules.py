@@ -35,4 +35,4 @@ def test_a_schedule_of_ones_own(schedule: Schedule) -> None:
 def test_a_schedule_for_another_number_of_devices() -> None:
     schedule = full_schedule("1f1b", num_stages=2, num_microbatches=4)
     with pytest.raises(ValueError, match=r"for 3 ranks with 1 drivers, not for devices=2.*use devices=3"):
-        SkipPipeStrategy(schedule=schedule)._shape.num_stages(2)
+        SkipPipeStrategy(schedule=schedule).settings.shape.num_stages(2)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from lightning.pytorch import seed_everything
 
+from skippipe_plugin.integration.skipping import PathPlanner
 from skippipe_plugin.schedule import CostModel, Path, Schedule, full_schedule, list_schedule
 from skippipe_plugin.strategies import PathConfig, SkipPipeStrategy
-from skippipe_plugin.strategies.skipping import PathPlanner
 
 from .emulation import Watch
 from .models import Transformer, tokens

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
-def rewinder(module: LightningModule) -> Callable[[], None]:
+def rewinder(module: nn.Module) -> Callable[[], None]:
     """Return a function that brings buffers and torchmetrics of ``module`` back to what they are now.
 
     Parameters need none of this: they change in the optimizer's step only. Meta tensors are the workers' own.

@@ -1,0 +1,97 @@
+"""The weights of blocks that live on workers: fetched, overwritten, brought back into the driver's model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.handover import pack_tensors, unpack_tensors
+from ..engine.wire import block_tensors
+from .layout import Layout
+from .links import Link, Links
+from .remote import detach, reattach
+
+
+class RemoteWeights:
+    """Parameters and buffers of the blocks that a driver's model has as meta tensors, by ``"<block>\\t<name>"``.
+
+    Args:
+        links: To the workers that hold them.
+        layout: Which worker holds which block.
+        rank: This driver's rank; what it holds itself is not remote.
+    """
+
+    def __init__(self, links: Links, layout: Layout, rank: int) -> None:
+        self._links = links
+        self._layout = layout
+        self._hosted = set(layout.hosted(rank))
+        self._blocks: Sequence[nn.Module] = ()
+
+    def own(self, blocks: Sequence[nn.Module]) -> None:
+        """Take charge of a block stack, whose remote tensors lose their values here."""
+        self._blocks = blocks
+        for _, block in self._remote():
+            for tensor in dict.fromkeys((*block.parameters(), *block.buffers())):
+                detach(tensor)
+
+    def parameters(self) -> dict[int, tuple[int, str]]:
+        """Map the ``id`` of each remote parameter to its (block, name)."""
+        return {
+            id(parameter): (index, name)
+            for index, block in self._remote()
+            for name, parameter in block.named_parameters()
+        }
+
+    def names(self) -> list[str]:
+        """Name what :meth:`fetch` returns."""
+        return list(block_tensors(dict(self._remote())))
+
+    def fetch(self) -> dict[str, Tensor]:
+        """Fetch everything, each stage from the first worker that holds it."""
+        result: dict[str, Tensor] = {}
+        for link in self.first_replicas():
+            link.send("get", {"what": "weights"})
+            message = link.expect("state")
+            result |= unpack_tensors(message.fields["tensors"], message.blobs)
+        return result
+
+    def salvage(self) -> dict[str, Tensor]:
+        """Fetch what the survivors of a lost worker hold."""
+        result: dict[str, Tensor] = {}
+        for link in self._links:
+            message = link.salvage("get", {"what": "weights"}, "state")
+            if message is not None:
+                result |= unpack_tensors(message.fields["tensors"], message.blobs)
+        return result
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite weights; the workers answer "ready"."""
+        for link in self._links:
+            blocks = {str(block) for block in self._layout.hosted(link.rank)}
+            own = {name: tensor for name, tensor in tensors.items() if name.split("\t")[0] in blocks}
+            entries, blobs = pack_tensors(own)
+            link.send("put", {"what": "weights", "tensors": entries}, blobs)
+
+    def give_back(self, weights: Mapping[str, Tensor]) -> list[int]:
+        """Put values into the driver's model again, NaN where there are none; return the blocks that lack some."""
+        lost: list[int] = []
+        for name, tensor in block_tensors(dict(self._remote())).items():
+            value = weights.get(name)
+            if value is None:
+                value = torch.full(tensor.shape, float("nan")).to(tensor.dtype)
+                lost.append(int(name.split("\t")[0]))
+            reattach(tensor, value)
+        self._blocks = ()
+        return list(dict.fromkeys(lost))
+
+    def first_replicas(self) -> Iterator[Link]:
+        """Return one link for each remote stage that somebody holds."""
+        for stage, ranks in enumerate(self._layout.placement):
+            present = [rank for rank in ranks if rank in self._links]
+            if stage and present:
+                yield self._links[present[0]]
+
+    def _remote(self) -> Iterable[tuple[int, nn.Module]]:
+        return ((index, block) for index, block in enumerate(self._blocks) if index not in self._hosted)

@@ -1,0 +1,1 @@
+"""What every integration (Lightning, accelerate) needs beside its framework: settings, job, a spread model."""

@@ -1,0 +1,62 @@
+"""What a user sets, checked as soon as it is set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, get_args
+
+from ..driver.backward import GradientScale
+from ..moe import MoEConfig
+from ..schedule import Schedule
+from .config import NetworkConfig, PathConfig
+from .shape import PipelineShape
+from .skipping import SkipRatio, check_ratio, skips
+
+ScheduleName = Literal["auto", "gpipe", "1f1b"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSettings:
+    """How a model is spread and stepped; :class:`skippipe_plugin.strategies.SkipPipeStrategy` says what each means.
+
+    Raises:
+        ValueError: A setting cannot be, or contradicts another one.
+        TypeError: ``moe`` is no :class:`~skippipe_plugin.moe.MoEConfig`.
+    """
+
+    skip_ratio: SkipRatio = 0.0
+    schedule: ScheduleName | Schedule = "auto"
+    num_microbatches: int | None = None
+    replicas: int = 1
+    drivers: int = 1
+    blocks: str | None = None
+    driver_stage: bool = False
+    gradient_scale: GradientScale = "batch"
+    paths: PathConfig = field(default_factory=PathConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.shape
+        if self.gradient_scale not in get_args(GradientScale):
+            known = get_args(GradientScale)
+            raise ValueError(f"gradient_scale={self.gradient_scale!r} is unknown; choose one of {known}")
+        check_ratio(self.skip_ratio)
+        if skips(self.skip_ratio) and isinstance(self.schedule, Schedule):
+            raise ValueError("skip_ratio and a schedule of your own both choose the paths; give one of them")
+        if self.moe is not None and not isinstance(self.moe, MoEConfig):
+            raise TypeError(f"moe={self.moe!r} is not a MoEConfig; write moe=MoEConfig(router=...)")
+        if self.moe is not None and self.driver_stage and self.drivers > 1:
+            raise ValueError("moe with driver_stage=True takes one driver: each would count its own experts only")
+
+    @cached_property
+    def shape(self) -> PipelineShape:
+        """The settings that decide the layout."""
+        return PipelineShape(
+            schedule=self.schedule,
+            num_microbatches=self.num_microbatches,
+            replicas=self.replicas,
+            drivers=self.drivers,
+            driver_stage=self.driver_stage,
+        )

@@ -1,0 +1,308 @@
+"""A model whose blocks are spread over workers: cut, handed over, stepped along planned paths, brought back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..driver.devices import move_around
+from ..driver.layout import Layout
+from ..driver.links import Links
+from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
+from ..driver.proxies import BlockProxies
+from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
+from ..driver.steps import StepTask
+from ..engine.errors import SkipPipeError
+from ..moe import Attached, attach
+from ..partition import cut, driver_share, estimate_costs
+from ..schedule import CostModel, Schedule, Timeline, fit_costs, forward_only, swap_ends
+from .job import DriverJob
+from .settings import PipelineSettings
+from .skipping import PathPlanner
+
+log = logging.getLogger(__name__)
+
+Recovery = tuple[RecoveryPolicy, Callable[[RecoveryEvent], None]]
+"""How losses are met, and who is told of them."""
+
+
+class SpreadModel:
+    """One model's blocks on workers, from :meth:`spread` until :meth:`bring_back`.
+
+    Args:
+        settings: The user's.
+        num_stages: How many block stages to make.
+        job: Where workers come from.
+        rank: This driver's rank.
+        device: This driver's device.
+        worker_devices: By rank, the device a worker computes on.
+        broadcast: Gives every driver what the first one has.
+    """
+
+    def __init__(
+        self,
+        settings: PipelineSettings,
+        *,
+        num_stages: int,
+        job: DriverJob,
+        rank: int,
+        device: torch.device,
+        worker_devices: Mapping[int, str],
+        broadcast: Callable[[Any], Any] = lambda value: value,
+    ) -> None:
+        self.settings = settings
+        self.attached: Attached | None = None
+        """What listens to the routers of experts."""
+        self.planner: PathPlanner | None = None
+        """What plans the paths of training steps; None with a schedule of the user's own."""
+        self.links = Links()
+        self.remote_blocks: tuple[nn.Module, ...] = ()
+        self._num_stages = num_stages
+        self._job = job
+        self._rank = rank
+        self._device = device
+        self._worker_devices = worker_devices
+        self._broadcast = broadcast
+        self._pipeline: Pipeline | None = None
+        self._evaluation_planner: PathPlanner | None = None
+        self._block_names: tuple[str, ...] = ()
+        self._advised = False
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline that runs.
+
+        Raises:
+            SkipPipeError: There is none yet, or none any more.
+        """
+        if self._pipeline is None:
+            raise SkipPipeError("the pipeline is not set up: call this from inside fit, validate, test or predict")
+        return self._pipeline
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the blocks are on their workers, or on their way."""
+        return self._pipeline is not None
+
+    # ------------------------------------------------------- spread and bring back
+
+    def spread(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        *,
+        compile_with: Any = None,  # Any: keyword arguments of Module.compile
+        recovery: Recovery | None = None,
+        move: Callable[[], None] | None = None,
+    ) -> None:
+        """Cut the block stack into stages and hand them over to workers.
+
+        Args:
+            model: The whole model; what is not in ``blocks`` stays here.
+            blocks: The block stack.
+            compile_with: Keyword arguments for ``Module.compile`` of the blocks; None when nothing is compiled.
+            recovery: How lost workers are replaced; None when they are not.
+            move: Moves to the driver's device what stays; by default all that is not in :attr:`remote_blocks`.
+        """
+        layout = self.settings.shape.layout(self._cut(model, blocks))
+        hosted = set(layout.hosted(self._rank))
+        self.attached = attach(model, self.settings.moe) if self.settings.moe is not None else None
+        self.remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
+        if move is None:
+            move_around(model, set(self.remote_blocks), self._device)
+        else:
+            move()
+        if self.settings.drivers > 1:
+            _start_alike(model)
+        pipeline = self._pipeline = self._make_pipeline(layout)
+        pipeline.gradients.scale = self.settings.gradient_scale
+        if recovery is not None:
+            self._keep_whole(pipeline, *recovery)
+        self._plan_paths(pipeline.schedules[TRAINING])
+        pipeline.form()
+        self._block_names = _names_in(model, blocks)
+        kinds = ("cpu",) if self._device.type == "cpu" else ("cpu", self._device.type)
+        pipeline.load(
+            model,
+            functools.partial(BlockProxies, self._block_names, blocks, kinds),
+            compile_with,
+            seed=torch.initial_seed() & 0x7FFFFFFF,
+        )
+
+    def bring_back(self) -> None:
+        """Make the model whole again on this driver, and free the workers."""
+        pipeline, self._pipeline = self._pipeline, None
+        try:
+            if pipeline is not None:
+                _warn_lost(pipeline.unload())
+        finally:
+            if pipeline is not None:
+                pipeline.close()
+            self._job.pool.release(list(self.links))
+            self.links = Links()
+            self.remote_blocks = ()
+            if self.attached is not None:
+                self.attached.detach()
+                self.attached = None
+
+    def _cut(self, model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[range, ...]:
+        share = driver_share(model, blocks, self._num_stages) if self.settings.driver_stage else 1.0
+        return cut(estimate_costs(blocks), self._num_stages, first_share=share)
+
+    def _make_pipeline(self, layout: Layout) -> Pipeline:
+        schedules = self.settings.shape.schedules(len(layout.stage_blocks))
+        for rank, link in zip(layout.workers, self._job.acquire(len(layout.workers)), strict=True):
+            self.links.add(rank, layout.stages_of(rank), link)
+        return Pipeline(
+            layout=layout,
+            schedules=schedules,
+            links=self.links,
+            store=self._job.pool.store,
+            generations=self._job.pool.generations,
+            rendezvous=self._job.rendezvous(),
+            rank=self._rank,
+            device=self._device,
+            worker_devices=self._worker_devices,
+        )
+
+    def _keep_whole(self, pipeline: Pipeline, policy: RecoveryPolicy, report: Callable[[RecoveryEvent], None]) -> None:
+        pipeline.keeper = StageKeeper(pipeline, policy, self._job, report)
+        if policy.swap_ends:
+            pipeline.use_schedule(TRAINING, swap_ends(pipeline.schedules[TRAINING]))
+
+    # ---------------------------------------------------------------- steps
+
+    def train(self, task: StepTask, step: int) -> tuple[list[Any], Tensor | None]:
+        """Run a training step; see :meth:`Pipeline.train`.
+
+        Args:
+            task: What to do.
+            step: The number of optimizer steps so far.
+        """
+        return self.pipeline.train(task, lambda: self._choose_paths(step))
+
+    def evaluate(self, task: StepTask) -> list[Any]:
+        """Run functions without gradients; see :meth:`Pipeline.evaluate`."""
+        return self.pipeline.evaluate(task, self._choose_evaluation_paths)
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """What the last measured training step did when; None before."""
+        return self._pipeline.timeline if self._pipeline is not None else None
+
+    def measure_costs(self) -> CostModel:
+        """Measure the links between all ranks, and return them with the last measured step's seconds of compute.
+
+        Every driver calls this alike, between two training steps, and gets the same.
+        """
+        pipeline = self.pipeline
+        stages = pipeline.layout.stage_blocks
+        sizes = tuple(pipeline.forms[block].num_bytes for block in (0, *(blocks.stop for blocks in stages)))
+        network = pipeline.measure_links(max(sizes))
+        cost = None
+        if pipeline.timeline is not None:  # the first driver alone has one
+            compute = fit_costs(pipeline.timeline, pipeline.schedules[TRAINING]).compute
+            cost = CostModel(compute, network, sizes)
+        return self._broadcast(cost)  # type: ignore[no-any-return]
+
+    def take_up(self, costs: CostModel, schedule: Schedule | None = None) -> None:
+        """Plan from other costs from now on, and run the next steps by another schedule of the same stages, if given.
+
+        Every driver calls this alike, between two training steps.
+        """
+        assert self.planner is not None, "paths are not planned"
+        self.planner.cost = costs
+        if schedule is not None:
+            self.planner.adopt(schedule)
+            self.pipeline.use_schedule(TRAINING, schedule)
+
+    def _plan_paths(self, exact: Schedule) -> None:
+        settings = self.settings
+        if not isinstance(settings.schedule, Schedule):
+            self.planner = PathPlanner(settings.skip_ratio, settings.paths, exact)
+        if settings.paths.eval_skip_ratio:
+            uniform = dataclasses.replace(settings.paths, costs="uniform")
+            self._evaluation_planner = PathPlanner(settings.paths.eval_skip_ratio, uniform, exact)
+
+    def _choose_paths(self, step: int) -> None:
+        """At the start of a training step: take up what became known, and the paths that the skip ratio asks for."""
+        planner, pipeline = self.planner, self.pipeline
+        if planner is None:
+            return
+        if planner.has_measured and not pipeline.measure_next:
+            planner.cost = self.measure_costs()
+        if planner.measures:
+            pipeline.measure_next = True
+        self._learn_forms(planner)
+        schedule = planner.next(step)
+        if schedule is not None:
+            pipeline.use_schedule(TRAINING, schedule)
+            advice = planner.advice(schedule)
+            if advice is not None and self._rank == 0 and not self._advised:
+                log.warning(advice)
+                self._advised = True
+
+    def _choose_evaluation_paths(self) -> None:
+        planner = self._evaluation_planner
+        if planner is not None:
+            self._learn_forms(planner)
+            schedule = planner.next(0)
+            if schedule is not None:
+                self.pipeline.use_schedule(EVALUATION, forward_only(schedule))
+
+    def _learn_forms(self, planner: PathPlanner) -> None:
+        if planner.required is None:
+            pipeline = self.pipeline
+            shaping = pipeline.layout.shaping_stages(pipeline.forms) if pipeline.forms else None
+            planner.required = self._broadcast(shaping)
+
+    # -------------------------------------------------------------- weights
+
+    def whole_state_dict(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the model's ``state_dict`` with the workers' tensors in the places of its meta tensors."""
+        if self._pipeline is None:
+            return dict(state)
+        weights = {self._full_name(name): tensor for name, tensor in self._pipeline.weights().items()}
+        return {
+            name: weights[name] if isinstance(value, Tensor) and value.is_meta else value
+            for name, value in state.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Send the workers their part of the whole model's ``state_dict``."""
+        if self._pipeline is not None:
+            names = {self._full_name(name): name for name in self._pipeline.remote.names()}
+            self._pipeline.put_weights({names[name]: state[name] for name in names if name in state})
+
+    def _full_name(self, name: str) -> str:
+        block, _, parameter = name.partition("\t")
+        return f"{self._block_names[int(block)]}.{parameter}"
+
+
+def _start_alike(model: nn.Module) -> None:
+    """Give every driver the weights of the first."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_meta:
+                dist.broadcast(tensor, 0)
+
+
+def _names_in(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[str, ...]:
+    names = {id(part): name for name, part in model.named_modules()}
+    return tuple(names[id(block)] for block in blocks)
+
+
+def _warn_lost(blocks: Sequence[str]) -> None:
+    if blocks:
+        warnings.warn(
+            f"the weights of {', '.join(blocks)} were lost with their worker and are NaN now; load a checkpoint",
+            stacklevel=2,
+        )
