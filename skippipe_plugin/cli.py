@@ -1,7 +1,7 @@
-"""The command line: ``skippipe plan | simulate | costs | schedule show | timeline | export``.
+"""The command line: ``skippipe plan | simulate | costs | schedule show | timeline | export | run``.
 
-Bad input ends with one line on standard error and exit status 2. No command starts a process, and only ``export``
-imports torch.
+Bad input ends with one line on standard error and exit status 2. Only ``run`` starts processes, and only ``export`` and
+``run`` import torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        print(options.run(options), flush=True)
+        result = options.run(options)
+        if isinstance(result, int):
+            return result
+        print(result, flush=True)
     except BrokenPipeError:  # such as: skippipe schedule show FILE | head
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - stays open till the end
     except OSError as error:
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="skippipe", description="Plan and inspect pipelines.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_plan, _add_simulate, _add_costs, _add_schedule, _add_timeline, _add_export):
+    for add in (_add_plan, _add_simulate, _add_costs, _add_schedule, _add_timeline, _add_export, _add_run):
         add(commands)
     return parser
 
@@ -122,6 +125,20 @@ def _add_export(commands: Commands) -> None:
     export.add_argument("--config", metavar="FILE", help="config.json of the transformers model inside: resize it too")
     export.add_argument("--trust", action="store_true", help="read objects of any class, which can run code")
     export.set_defaults(run=_export)
+
+
+def _add_run(commands: Commands) -> None:
+    run = commands.add_parser(
+        "run",
+        help="run a training script so that its driver may die too",
+        description="Run a training script, such as: skippipe run -- python train.py. When it dies by a signal it is "
+        "started again and training goes on at the same batch, from memory; its workers live on meanwhile. Any other "
+        "end is the end of the run, with the same exit status.",
+    )
+    run.add_argument("--max-restarts", type=int, default=10, metavar="N", help="start it again at most N times (10)")
+    run.add_argument("--host", default="127.0.0.1", help="this machine's address, as the workers reach it (127.0.0.1)")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the command and its arguments")
+    run.set_defaults(run=_run)
 
 
 def _add_links(parser: argparse.ArgumentParser) -> None:
@@ -213,6 +230,15 @@ def _export(options: argparse.Namespace) -> str:
     )
     config = None if options.config is None else FilePath(options.config)
     return export(FilePath(options.checkpoint), FilePath(options.out), omission, config=config, trust=options.trust)
+
+
+def _run(options: argparse.Namespace) -> int:
+    command = options.command[options.command[:1] == ["--"] :]
+    if not command:
+        raise ValueError("there is no command; write it after --, such as: skippipe run -- python train.py")
+    from skippipe_plugin.supervisor import RunOptions, run  # imports torch
+
+    return run(command, RunOptions(max_restarts=options.max_restarts, host=options.host))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ interpreter ends; workers also end by themselves when their driver is gone.
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import logging
 import os
@@ -27,11 +28,14 @@ from ..engine.c10d import TCPStore
 from ..engine.channel import connect
 from ..engine.errors import SkipPipeError
 from ..engine.versions import own_versions
+from ..supervisor import SupervisedProcesses, supervised
 from ..worker import DriverProcesses, Worker, WorkerProcesses
 
 log = logging.getLogger(__name__)
 
 _MEET: Final = timedelta(seconds=180)
+_GENERATIONS: Final = 1 << 32
+"""More than one driver ever forms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +68,21 @@ class DriverJob:
         self.rank = launcher.rank if launcher is not None else 0
         self.num_drivers = num_drivers
         self._launcher = launcher
-        self._processes = WorkerProcesses()
+        if supervised() and (launcher is not None or num_drivers > 1):
+            other = "" if launcher is None else " and another launcher"
+            raise SkipPipeError(
+                "skippipe run can start a driver again that was started by hand and is the only one; this run has "
+                f"drivers={num_drivers}{other}: start it without skippipe run"
+            )
+        self._processes: WorkerProcesses | SupervisedProcesses = WorkerProcesses()
         self._drivers = DriverProcesses()
-        if launcher is None:
+        if launcher is None and supervised():
+            self._processes = SupervisedProcesses(_supervised_key(host, port))
+            self._store_host, store = self._processes.store()
+            self.pool = WorkerPool(host, port, secret=self._processes.secret, store=store)
+            # The store outlives this driver: its generations are others than those of the drivers before.
+            self.pool.generations = itertools.count(self._processes.attempt * _GENERATIONS)
+        elif launcher is None:
             self.pool = WorkerPool(host, port)
             self._store_host = host
         else:
@@ -136,6 +152,8 @@ class DriverJob:
         host, port = self.pool.address
         entry = {"host": host, "port": port, "secret": self.pool.secret}
         self.pool.store.set(_driver_key(self.rank), json.dumps(entry))
+        if isinstance(self._processes, SupervisedProcesses):
+            self.pool.store.set(self._processes.key, json.dumps(entry))
 
     def _shared_secret(self, store: TCPStore) -> str | None:
         return None if self.rank == 0 else str(_get(store, _driver_key(0))["secret"])
@@ -200,6 +218,10 @@ def _register(key: tuple[object, ...], job: DriverJob | WorkerJob) -> None:
         atexit.unregister(stop_workers)
         atexit.register(stop_workers)
     _registry[key] = job
+
+
+def _supervised_key(host: str, port: int) -> str:
+    return f"skippipe/supervised/{host}:{port}"
 
 
 def _driver_key(rank: int) -> str:

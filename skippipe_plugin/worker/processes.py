@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from ..engine.handover import import_paths
@@ -25,11 +25,15 @@ class WorkerProcesses:
 
     def start(self, count: int, *, host: str, port: int, secret: str) -> None:
         """Start ``count`` workers that join ``host:port``."""
-        environment = os.environ | {"SKIPPIPE_SECRET": secret, "OMP_NUM_THREADS": "1"}
-        # What the worker imports must be what the driver imported, also when that is not installed.
-        environment["PYTHONPATH"] = os.pathsep.join(import_paths())
         command = [sys.executable, "-m", "skippipe_plugin.worker", f"{host}:{port}"]
+        environment = worker_environment(secret)
         self._processes += [subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) for _ in range(count)]
+
+    def start_bound(self, count: int, command: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
+        """Start ``count`` processes in ``folder`` whose stdin ends with this process; see :func:`end_with_stdin`."""
+        self._processes += [
+            subprocess.Popen(command, env=environment, cwd=folder, stdin=subprocess.PIPE) for _ in range(count)
+        ]
 
     def num_starting(self, joined: Collection[int]) -> int:
         """Return how many are alive and not among the pids that ``joined``."""
@@ -45,21 +49,21 @@ class WorkerProcesses:
         for process in self._processes:
             if process.pid == pid:
                 process.kill()
-                process.wait()
+                _await(process)
+
+    def running(self) -> list[int]:
+        """Return the process ids of those that are alive."""
+        return [process.pid for process in self._processes if process.poll() is None]
 
     def reap(self) -> None:
         """Forget those that served and ended, and those that never came."""
         self._processes = [process for process in self._processes if process.poll() is None]
 
-    def stop(self) -> None:
+    def stop(self, patience_s: float = _POLITE_S) -> None:
         """Wait for the workers that were told to leave, end those that do not, and reap all."""
-        deadline = time.monotonic() + _POLITE_S
+        deadline = time.monotonic() + patience_s
         for process in self._processes:
-            try:
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _await(process, max(0.0, deadline - time.monotonic()))
         self._processes.clear()
 
 
@@ -93,20 +97,37 @@ class DriverProcesses:
     def wait(self) -> None:
         """Wait for their scripts to end; end those that hang."""
         for process in self._processes:
-            try:
-                process.wait(timeout=_POLITE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
+            _await(process)
         self._processes.clear()
+
+
+def worker_environment(secret: str) -> dict[str, str]:
+    """Return the environment of a worker that this process needs."""
+    # What the worker imports must be what the driver imported, also when that is not installed.
+    paths = os.pathsep.join(import_paths())
+    return os.environ | {"SKIPPIPE_SECRET": secret, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
 def end_with_parent() -> None:
     """In a driver that another driver started: end when that one is gone, however it went."""
     if os.environ.get(PARENT_VARIABLE) == str(os.getppid()):
-        threading.Thread(target=_await_parent, name="parent watch", daemon=True).start()
+        end_with_stdin()
+
+
+def end_with_stdin() -> None:
+    """End this process some seconds after the other end of stdin was closed."""
+    threading.Thread(target=_await_parent, name="parent watch", daemon=True).start()
+
+
+def _await(process: subprocess.Popen[bytes], patience_s: float = _POLITE_S) -> None:
+    """Wait for a process to end, and end it if it takes too long."""
+    try:
+        process.wait(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _await_parent() -> None:

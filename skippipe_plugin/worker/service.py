@@ -93,6 +93,12 @@ class Worker:
             self.close()
             raise
 
+    def rejoin(self, channel: Channel) -> None:
+        """Go on with another driver after the end of the last one; what is held stays."""
+        self._channels, self._readers, self._inbox = [channel], [], queue.SimpleQueue()
+        self._closing = False
+        self._holdings.give_up_step()
+
     def close(self) -> None:
         """Close the channels and groups; the readers end with them."""
         self._closing = True

@@ -1,0 +1,93 @@
+"""The driver's side of its supervisor: whether there is one, and the worker processes that it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import sys
+import threading
+from collections.abc import Collection
+from typing import Any
+
+from ..engine.c10d import TCPStore
+from ..engine.channel import ChannelError, connect
+from ..worker.processes import worker_environment
+from .supervisor import ADDRESS_VARIABLE, ATTEMPT_VARIABLE
+
+
+def supervised() -> bool:
+    """Whether this process was started by ``skippipe run``."""
+    return ADDRESS_VARIABLE in os.environ
+
+
+class SupervisedProcesses:
+    """Worker processes of the supervisor's, with the interface of ``WorkerProcesses``; they outlive this process.
+
+    Args:
+        key: Where in the store the workers find the driver's address.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.attempt = int(os.environ[ATTEMPT_VARIABLE])
+        """How many drivers there were before this one."""
+        self.secret = os.environ["SKIPPIPE_SECRET"]
+        self.key = key
+        host, port = os.environ[ADDRESS_VARIABLE].rsplit(":", 1)
+        self._channel = connect(host, int(port), bytes.fromhex(self.secret))
+        self._channel.send("hello")
+        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closing = False
+        self._reader = threading.Thread(target=self._read, name="supervisor", daemon=True)
+        self._reader.start()
+
+    def store(self) -> tuple[str, TCPStore]:
+        """Connect to the job's store; return its host too."""
+        where = self._ask("store")
+        return where["host"], TCPStore(where["host"], where["port"], is_master=False)
+
+    def start(self, count: int, *, host: str, port: int, secret: str) -> None:
+        """Start ``count`` workers; they look the driver's address up."""
+        environment, folder = worker_environment(secret), os.getcwd()  # noqa: PTH109 - it travels as text
+        self._ask("start", count=count, arguments=[self.key], environment=environment, folder=folder)
+
+    def running(self) -> list[int]:
+        """Return the process ids of those that are alive."""
+        running: list[int] = self._ask("status")["running"]
+        return running
+
+    def num_starting(self, joined: Collection[int]) -> int:
+        """Return how many are alive and not among the pids that ``joined``."""
+        return sum(pid not in joined for pid in self.running())
+
+    def ended_early(self, joined: Collection[int]) -> dict[int, int]:
+        """Return pid and exit status of those that ended without having joined."""
+        return {pid: status for pid, status in self._ask("status")["ended"] if pid not in joined}
+
+    def kill(self, pid: int) -> None:
+        """End one of them at once."""
+        self._ask("kill", pid=pid)
+
+    def reap(self) -> None:
+        """Forget those that ended."""
+        self._ask("reap")
+
+    def stop(self) -> None:
+        """Leave the workers to the supervisor."""
+        self._closing = True
+        self._channel.close()
+        self._reader.join()
+
+    def _ask(self, kind: str, **fields: Any) -> dict[str, Any]:
+        with self._lock:
+            self._channel.send(kind, fields)
+            return self._answers.get()
+
+    def _read(self) -> None:
+        with contextlib.suppress(ChannelError):
+            while True:
+                self._answers.put(dict(self._channel.receive().fields))
+        if not self._closing:
+            sys.stderr.write("skippipe: the supervisor is gone, so this driver ends too\n")
+            os._exit(1)

@@ -1,0 +1,184 @@
+"""The supervisor: hosts the job's store, starts workers when the driver asks, starts the driver again when it is lost.
+
+Death by a signal is a lost driver; any other end of the user's command ends everything with its exit status. The main
+thread waits for the command; one thread answers the driver. Nothing outlives the supervisor: the driver gets a signal
+from the kernel (Linux) and sees its channel end, workers see the end of their stdin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..engine.c10d import TCPStore
+from ..engine.channel import Channel, ChannelError
+from ..engine.listener import Listener
+from ..worker import WorkerProcesses
+
+log = logging.getLogger(__name__)
+
+ADDRESS_VARIABLE: Final = "SKIPPIPE_SUPERVISOR"
+ATTEMPT_VARIABLE: Final = "SKIPPIPE_ATTEMPT"
+_LOOK_S: Final = 0.2
+_PR_SET_PDEATHSIG: Final = 1
+_SHELL: Final = 128
+"""A shell (or a launcher) whose command died by a signal ends with this plus the signal's number."""
+_FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a command is supervised."""
+
+    max_restarts: int = 10
+    """How often the command is started again after it died by a signal."""
+    host: str = "127.0.0.1"
+    """The address of the store and of the supervisor, as the driver and its workers reach it."""
+
+    def __post_init__(self) -> None:
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts={self.max_restarts} must be 0 or more")
+
+
+def run(command: Sequence[str], options: RunOptions) -> int:
+    """Run ``command`` until it ends other than by a signal, or too often by one; return its exit status."""
+    supervisor = Supervisor(options)
+    try:
+        return supervisor.run(command)
+    finally:
+        supervisor.close()
+
+
+class Supervisor:
+    """One supervised job; call :meth:`close` when done."""
+
+    def __init__(self, options: RunOptions) -> None:
+        self._options = options
+        self._secret = secrets.token_hex(32)
+        self._store = TCPStore(options.host, 0, is_master=True, wait_for_workers=False)
+        self._listener = Listener(options.host, 0, bytes.fromhex(self._secret))
+        self._workers = WorkerProcesses()
+        self._driver: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+        self._stopping = False
+        self._closing = threading.Event()
+        self._desk = threading.Thread(target=self._serve, name="driver's requests", daemon=True)
+        self._desk.start()
+
+    def run(self, command: Sequence[str]) -> int:
+        """See :func:`run`."""
+        for attempt in itertools.count():
+            status, seconds = self._attempt(command, attempt)
+            number = _signal_of(status)
+            if number is None or self._stopping:
+                break
+            left = self._options.max_restarts - attempt
+            log.warning(
+                "the driver died by %s after %.0f s; %s", signal.Signals(number).name, seconds, self._what_now(left)
+            )
+            if left == 0:
+                break
+        return status if status >= 0 else _SHELL - status
+
+    def close(self) -> None:
+        """End what is left of the job."""
+        self._closing.set()
+        self._desk.join()
+        self._listener.close()
+        # The driver has told its workers to leave; those of a driver that died wait for the next one.
+        self._workers.stop(patience_s=0.0 if self._stopping else _LOOK_S)
+
+    def _what_now(self, left: int) -> str:
+        if left == 0:
+            return f"it is not started again, because --max-restarts {self._options.max_restarts} is reached"
+        return f"it is started again ({left - 1} more restarts are left)"
+
+    def _attempt(self, command: Sequence[str], attempt: int) -> tuple[int, float]:
+        environment = os.environ | {
+            "SKIPPIPE_SECRET": self._secret,
+            ADDRESS_VARIABLE: f"{self._listener.host}:{self._listener.port}",
+            ATTEMPT_VARIABLE: str(attempt),
+        }
+        started_s = time.monotonic()
+        previous = {number: signal.signal(number, self._forward) for number in _FORWARDED}
+        try:
+            self._driver = subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent())
+            return self._driver.wait(), time.monotonic() - started_s
+        finally:
+            if self._channel is not None:
+                self._channel.close()  # children that the driver has forked may hold its other end open
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _forward(self, number: int, _: object) -> None:
+        self._stopping = True
+        # Ctrl-C in a terminal reaches the whole process group, the driver too.
+        if self._driver is not None and not (number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()):
+            self._driver.send_signal(number)
+
+    # ------------------------------------------------------------- requests
+
+    def _serve(self) -> None:
+        """Answer drivers, one after the other."""
+        while not self._closing.is_set():
+            arrived = self._listener.accept(timeout_s=_LOOK_S)
+            if arrived is not None:
+                self._attend(arrived[0])
+
+    def _attend(self, channel: Channel) -> None:
+        self._channel = channel
+        answers: Mapping[str, Callable[..., dict[str, Any]]] = {
+            "store": lambda: {"host": self._options.host, "port": self._store.port},
+            "start": self._start,
+            "status": self._status,
+            "kill": self._kill,
+            "reap": self._reap,
+        }
+        try:
+            while True:
+                request = channel.receive()
+                channel.send("done", answers[request.kind](**request.fields))
+        except ChannelError:
+            channel.close()
+
+    def _status(self) -> dict[str, Any]:
+        return {"running": self._workers.running(), "ended": list(self._workers.ended_early(()).items())}
+
+    def _kill(self, pid: int) -> dict[str, Any]:
+        self._workers.kill(pid)
+        return {}
+
+    def _reap(self) -> dict[str, Any]:
+        self._workers.reap()
+        return {}
+
+    def _start(self, count: int, arguments: list[str], environment: dict[str, str], folder: str) -> dict[str, Any]:
+        store = f"{self._options.host}:{self._store.port}"
+        command = [sys.executable, "-m", "skippipe_plugin.worker.supervised", store, *arguments]
+        self._workers.start_bound(count, command, environment, folder)
+        return {}
+
+
+def _signal_of(status: int) -> int | None:
+    """Return the signal that ended a command; None when it ended by itself."""
+    number = -status if status < 0 else status - _SHELL
+    return number if number in set(signal.Signals) else None
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """Return what makes a child process die with this one, on systems where a process can ask for that."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
