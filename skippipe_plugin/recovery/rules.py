@@ -14,6 +14,8 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor
 
+from .experts import align_experts
+
 RebuildRule = Literal["norm", "squared", "mean", "copy"]
 """How two neighbours are weighted: by their gradients' L2 norms (CheckFree's code), by the squares of those (its
 paper's summaries), equally, or not at all: the copy of the one before."""
@@ -89,6 +91,8 @@ def opposite(block: int, num_blocks: int, num_others: int, *, ahead: bool) -> in
 def rebuild_block(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return the weighted average of block states; tensors that are not floating point are copied from the first.
 
+    Experts are brought into the order of the first state's.
+
     Raises:
         ValueError: The states differ in names or shapes.
     """
@@ -96,7 +100,8 @@ def rebuild_block(states: Sequence[State], weights: Sequence[float]) -> dict[str
     shares = [weight / sum(weights) for weight in weights]
     for state in states[1:]:
         _check_alike(first, state)
-    return {name: _average([state[name] for state in states], shares) for name in first}
+    alike = [first, *(align_experts(first, state) for state in states[1:])]
+    return {name: _average([state[name] for state in alike], shares) for name in first}
 
 
 def _average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

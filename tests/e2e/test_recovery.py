@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torchmetrics import SumMetric
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.recovery import Neighbour, rebuild_stage
 
+from .experts import Own
 from .models import Transformer, tokens
 from .modules import LanguageModel, loader
 from .support import Run, assert_same_losses, assert_same_weights, train
@@ -102,6 +104,8 @@ def run(
     recovery: StageRecovery | None = None,
     replicas: int = 1,
     optimizer: Callable[[Any], Optimizer] = sgd,
+    net: Callable[[], nn.Module] = lambda: Transformer(depth=6),
+    stages: int = 3,
     strategy: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Run, StageRecovery | None]:
@@ -109,9 +113,9 @@ def run(
     callbacks = [*([recovery] if recovery is not None else []), *happenings, *([Ready(spares)] if spares else [])]
     settings = {"num_microbatches": 4, "replicas": replicas, **(strategy or {})}
     result = train(
-        lambda: Counting(Transformer(depth=6), optimizer),
+        lambda: Counting(net(), optimizer),
         loader(tokens(STEPS * BATCH), BATCH),
-        1 + 3 * replicas,
+        1 + stages * replicas,
         settings,
         callbacks=callbacks,
         **{"max_steps": STEPS, **options},
@@ -161,10 +165,7 @@ def test_neighbours_rebuild_a_stage_by_the_formula(rank: int) -> None:
     result, recovery = run(At("on_train_batch_start", 3, kill(rank)), recovery=StageRecovery(rule="mean"), **still)
     assert [event.source for event in recovery.events] == ["neighbours" if rank == 2 else "copy"]
     start, _ = run(**still)
-    blocks = [
-        {name.split(".", 3)[3]: t for name, t in start.weights.items() if name.startswith(f"model.blocks.{k}.")}
-        for k in range(6)
-    ]
+    blocks = [_block(start, block) for block in range(6)]
     assert all(blocks)
     stages = [Neighbour(blocks[first : first + 2], 0.0) for first in (0, 2, 4)]
     before, after = (stages[k] if 0 <= k < 3 else None for k in (rank - 2, rank))
@@ -173,6 +174,32 @@ def test_neighbours_rebuild_a_stage_by_the_formula(rank: int) -> None:
         expected |= {f"model.blocks.{block}.{name}": tensor for name, tensor in state.items()}
     assert_same_weights(result.weights, expected)
     assert_counted(result)
+
+
+def test_experts_of_neighbours_are_paired_before_they_are_averaged() -> None:
+    settings = {"optimizer": lambda parameters: SGD(parameters, lr=0.0), "net": Own, "stages": 4}
+    result, _ = run(At("on_train_batch_start", 3, kill(2)), recovery=StageRecovery(rule="mean"), **settings)
+    start, _ = run(**settings)
+    before, after = (_block(start, block) for block in (0, 2))
+    mixed = [name for name in before if name.startswith(("moe.experts.", "moe.routers."))]
+
+    def likeness(order: tuple[int, ...]) -> float:
+        rows = [
+            (before[name].flatten(1), after[name][list(order)].flatten(1)) for name in mixed if before[name].ndim > 1
+        ]
+        return sum(float(nn.functional.cosine_similarity(a, b).sum()) for a, b in rows)
+
+    best = list(max(permutations(range(4)), key=likeness))
+    assert best != [0, 1, 2, 3]
+    after |= {name: after[name][best] for name in mixed}
+    expected = {f"model.blocks.1.{name}": (tensor + after[name]) / 2 for name, tensor in before.items()}
+    assert_same_weights(result.weights, start.weights | expected)
+    assert_counted(result)
+
+
+def _block(of: Run, block: int) -> dict[str, Tensor]:
+    prefix = f"model.blocks.{block}."
+    return {name.removeprefix(prefix): t for name, t in of.weights.items() if name.startswith(prefix)}
 
 
 def test_paths_go_around_a_stage_that_has_no_replacement_yet() -> None:
