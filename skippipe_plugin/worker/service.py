@@ -63,6 +63,8 @@ class Worker:
         self._decoders: list[CallDecoder] = []
         self._calls: dict[int, list[tuple[int, Call]]] = {}
         self._generation = self._rank = -1
+        self._given_up = -1
+        """The last generation that the driver has given up."""
         self._step = -1
         self._steps: dict[int, Any] = {}  # Any: JSON
         self._closing = False
@@ -162,6 +164,8 @@ class Worker:
 
     def _abort(self, generation: int | None = None) -> None:
         """Wake the main thread out of any operation of the given (or of whatever) generation."""
+        if generation is not None:
+            self._given_up = generation  # first: the main thread may be about to begin with it
         transport = self._transport
         if transport is not None and generation in (None, transport.generation):
             transport.poison()
@@ -226,6 +230,8 @@ class Worker:
             generation=fields["generation"],
             host=self._channels[0].local_host,
         )
+        if self._given_up >= self._transport.generation:  # the reader was faster, and found nothing to wake
+            self._transport.poison()
         self._transport.form()
         self._replica_groups = {}
         for stage, ranks in fields["replica_groups"]:

@@ -1,0 +1,64 @@
+"""A generation that is given up while a worker has not even begun with it."""
+
+import threading
+import time
+
+import pytest
+
+from skippipe_plugin.engine.c10d import TCPStore
+from skippipe_plugin.engine.channel import Listener, connect
+from skippipe_plugin.worker import Worker, service
+
+HOST, SECRET = "127.0.0.1", b"the job's secret"
+
+
+@pytest.mark.timeout(60)
+def test_an_abort_that_overtakes_its_generation_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader sees the abort while the main thread still connects to the store: nothing is there to be woken yet."""
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+
+    def connect_slowly(host: str, port: int, *, is_master: bool) -> TCPStore:
+        time.sleep(0.3)
+        return TCPStore(host, port, is_master=is_master)
+
+    monkeypatch.setattr(service, "TCPStore", connect_slowly)
+    listener = Listener(HOST, 0, SECRET)
+    arrived: list = []
+    accepting = threading.Thread(target=lambda: arrived.append(listener.accept(timeout_s=10)))
+    accepting.start()
+    channel = connect(HOST, listener.port, SECRET)
+    channel.send("hello", {})
+    accepting.join()
+    ((driver, _),) = arrived
+    worker = Worker(channel)
+    serving = threading.Thread(target=worker.serve, daemon=True)
+    serving.start()
+    driver.send(
+        "configure",
+        {
+            "generation": 4,
+            "rank": 1,
+            "members": [0, 1],
+            "store_host": HOST,
+            "store_port": store.port,
+            "secret": SECRET.hex(),
+            "other_drivers": [],
+            "may_leave": False,
+            "sys_path": [],
+            "num_threads": 1,
+            "device": "cpu",
+            "replica_groups": [],
+            "schedules": {},
+            "num_drivers": 1,
+            "step": 0,
+        },
+    )
+    driver.send("abort", {"generation": 4})
+    answer = driver.receive()
+    assert answer.kind == "error"
+    assert answer.fields["aborted"]
+    driver.send("exit")
+    serving.join(10)
+    assert not serving.is_alive()
+    driver.close()
+    listener.close()
