@@ -34,7 +34,7 @@ class ChaosMonkey(Callback):
         self.every = every
         self.kills: list[str] = []
         """By kill: what the run was doing."""
-        self._due = self._at = ""
+        self._due = ""
         self._timers: list[threading.Timer] = []
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -53,11 +53,10 @@ class ChaosMonkey(Callback):
             timer.join()
 
     def _reached(self, what: str, trainer: Trainer) -> None:
-        if what != self._due:
+        workers = trainer.strategy.worker_pids.values()
+        if what != self._due or any(timer.is_alive() for timer in self._timers) or not all(map(is_alive, workers)):
             return
         self._due = ""
-        for timer in self._timers:
-            timer.join()
         await_spare(trainer)
         for _ in range(self.random.choice([1, 1, 2])):
             longest_s = 0.15 if what == "training" else 0.03
@@ -66,11 +65,17 @@ class ChaosMonkey(Callback):
             self._timers.append(timer)
 
     def _kill(self, trainer: Trainer, what: str) -> None:
-        pids = [*trainer.strategy.worker_pids.values(), *trainer.strategy.spare_pids]
-        alive = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
-        if alive:
-            os.kill(self.random.choice(alive), signal.SIGKILL)
+        victims = list(filter(is_alive, [*trainer.strategy.worker_pids.values(), *trainer.strategy.spare_pids]))
+        if victims:
+            os.kill(self.random.choice(victims), signal.SIGKILL)
             self.kills.append(what)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def soak(seed: int, steps: int, every: int, folder: Path) -> tuple[ChaosMonkey, StageRecovery]:
