@@ -6,7 +6,8 @@ import time
 import pytest
 
 from skippipe_plugin.engine.c10d import TCPStore
-from skippipe_plugin.engine.channel import Listener, connect
+from skippipe_plugin.engine.channel import connect
+from skippipe_plugin.engine.listener import Listener
 from skippipe_plugin.worker import Worker, service
 
 HOST, SECRET = "127.0.0.1", b"the job's secret"
