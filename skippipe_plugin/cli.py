@@ -1,7 +1,7 @@
-"""The command line: ``skippipe plan | simulate | costs | schedule show | timeline | export | run``.
+"""The command line: ``skippipe plan | simulate | costs | schedule show | timeline | export | run | worker``.
 
-Bad input ends with one line on standard error and exit status 2. Only ``run`` starts processes, and only ``export`` and
-``run`` import torch.
+Bad input ends with one line on standard error and exit status 2, what fails later with status 1. Only ``run`` starts
+processes, and only ``export``, ``run`` and ``worker`` import torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, get_args
 
+from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.panels import panels_of
 from skippipe_plugin.schedule.advice import why_no_gain
 from skippipe_plugin.schedule.casefile import load_schedule, read_case, read_json, read_plan, save_plan
@@ -50,13 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"skippipe: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except SkipPipeError as error:
+        print(f"skippipe: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="skippipe", description="Plan and inspect pipelines.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_plan, _add_simulate, _add_costs, _add_schedule, _add_timeline, _add_export, _add_run):
+    adders = (_add_plan, _add_simulate, _add_costs, _add_schedule, _add_timeline, _add_export, _add_run, _add_worker)
+    for add in adders:
         add(commands)
     return parser
 
@@ -139,6 +144,26 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--host", default="127.0.0.1", help="this machine's address, as the workers reach it (127.0.0.1)")
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the command and its arguments")
     run.set_defaults(run=_run)
+
+
+def _add_worker(commands: Commands) -> None:
+    worker = commands.add_parser(
+        "worker",
+        help="join a running job as a worker, from any machine",
+        description="Hold stages of a job until it ends. Ctrl-C or SIGTERM hands them over after the step, if the job "
+        "has StageRecovery. Whoever knows the secret can run code here: only join jobs you trust.",
+    )
+    worker.add_argument(
+        "--join", required=True, metavar="HOST:PORT", help="where the driver listens; it says so itself"
+    )
+    worker.add_argument(
+        "--secret-file",
+        metavar="FILE",
+        help="the job's secret, readable by you alone (default: SKIPPIPE_SECRET, or the file that SKIPPIPE_SECRET_FILE "
+        "names)",
+    )
+    worker.add_argument("--wait", type=float, default=60.0, metavar="S", help="seconds to wait for the driver (60)")
+    worker.set_defaults(run=_worker)
 
 
 def _add_links(parser: argparse.ArgumentParser) -> None:
@@ -239,6 +264,18 @@ def _run(options: argparse.Namespace) -> int:
     from skippipe_plugin.supervisor import RunOptions, run  # imports torch
 
     return run(command, RunOptions(max_restarts=options.max_restarts, host=options.host))
+
+
+def _worker(options: argparse.Namespace) -> str:
+    from skippipe_plugin.engine.secret import job_secret
+    from skippipe_plugin.worker.joining import join, parse_address  # imports torch
+
+    host, port = parse_address(options.join)
+    secret = job_secret(options.secret_file)
+    if secret is None:
+        raise ValueError("a worker must know its job's secret: give --secret-file FILE, or set SKIPPIPE_SECRET_FILE")
+    join(host, port, secret, wait_s=options.wait)
+    return f"the job at {options.join} needs this worker no more"
 
 
 def _numbers(text: str) -> tuple[int, ...]:

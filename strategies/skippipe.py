@@ -257,8 +257,7 @@ class SkipPipeStrategy(DriversStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         # The workers import torch while the user's hooks prepare model and data.
-        network = self.settings.network
-        self._job = driver_job(network.host, network.port, self.drivers, self.read_launcher())
+        self._job = driver_job(self.settings.network, self.drivers, self.read_launcher())
         self._job.prepare(self.num_processes - self.drivers)
         self.form_default_group(self._job.pool.store)
 

@@ -121,7 +121,7 @@ class Link:
         self._unanswered = self._unanswered + 1 if unanswered else 0
         if self._unanswered >= patience:
             self.how_lost = "it gave no sign of life"
-            self._channel.close()
+            self._channel.hang_up("refuse", {"reason": f"{self.how_lost} for too long and was given up; join anew"})
             return
         now_s = time.monotonic()  # before the question, since the answer may be here before this thread runs again
         with contextlib.suppress(ChannelClosed):  # the reader sees that too

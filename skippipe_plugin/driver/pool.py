@@ -6,7 +6,6 @@ taken yet are spares. A thread lets workers in whenever they come; :meth:`Worker
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import secrets
@@ -16,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from ..engine.c10d import TCPStore
-from ..engine.channel import Channel, ChannelClosed, Message
+from ..engine.channel import Channel, Message
 from ..engine.errors import SkipPipeError
 from ..engine.listener import Listener
 from ..engine.versions import mismatch
@@ -24,7 +23,6 @@ from .links import Link
 
 log = logging.getLogger(__name__)
 
-_JOIN_S: Final = 180.0
 _LOOK_S: Final = 0.2
 
 
@@ -40,12 +38,22 @@ class WorkerPool:
         port: The port of the control channels; 0 for any free one.
         secret: The job's secret in hexadecimal; made when None.
         store: The store of the job; made (and hosted here) when None.
+        join_timeout_s: For how long :meth:`acquire` waits.
     """
 
-    def __init__(self, host: str, port: int = 0, *, secret: str | None = None, store: TCPStore | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int = 0,
+        *,
+        secret: str | None = None,
+        store: TCPStore | None = None,
+        join_timeout_s: float = 180.0,
+    ) -> None:
         self.secret = secret or secrets.token_hex(32)
         self._listener = Listener(host, port, bytes.fromhex(self.secret))
         self.store = store or TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._join_timeout_s = join_timeout_s
         self.generations = itertools.count()
         self.joined: set[int] = set()
         """The process ids of the workers on this host that ever joined."""
@@ -78,7 +86,7 @@ class WorkerPool:
             EndedEarly: A worker process ended before it joined.
             SkipPipeError: Nobody came in time.
         """
-        deadline = time.monotonic() + _JOIN_S
+        deadline = time.monotonic() + self._join_timeout_s
         while self.num_idle < count:
             with self._changed:
                 came = self._changed.wait(_LOOK_S)
@@ -87,8 +95,8 @@ class WorkerPool:
             if time.monotonic() > deadline:
                 host, port = self.address
                 raise SkipPipeError(
-                    f"{self.num_idle} of {count} workers joined {host}:{port} within {_JOIN_S:.0f} s; check that the "
-                    "other processes were started and can reach this address"
+                    f"{self.num_idle} of {count} workers joined {host}:{port} within {self._join_timeout_s:g} s; check "
+                    "that the other processes were started and can reach this address"
                 )
         with self._changed:
             taken, self._idle = self._idle[:count], self._idle[count:]
@@ -125,11 +133,9 @@ class WorkerPool:
         reason = mismatch(greeting.fields.get("versions", {}))
         if reason:
             log.warning("refused a worker from %s: %s", channel.peer, reason)
-            with contextlib.suppress(ChannelClosed):
-                channel.send("refuse", {"reason": reason})
-            channel.close()
+            channel.hang_up("refuse", {"reason": f"{reason}; install the driver's versions"})
             return
-        link = Link(channel, greeting.fields.get("pid"))
+        link = Link(channel, greeting.fields.get("pid") if channel.is_local else None)
         link.order = greeting.fields.get("rank", -1)
         with self._changed:
             if link.pid is not None:

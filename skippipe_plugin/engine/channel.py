@@ -24,7 +24,7 @@ from typing import Any
 
 from .handshake import MAC_BYTES, MAGIC, PROTOCOL_VERSION, ChannelClosed, ChannelError, SessionKeys, authenticate_driver
 
-__all__ = ["Buffer", "Channel", "ChannelClosed", "ChannelError", "Message", "connect", "host_and_port"]
+__all__ = ["Buffer", "Channel", "ChannelClosed", "ChannelError", "Message", "NobodyThere", "connect", "host_and_port"]
 
 _HEADER = struct.Struct("!4sHIIQ")  # magic, version, number of blobs, bytes of JSON, bytes of all blobs
 _BLOB = struct.Struct("!Q")
@@ -38,6 +38,10 @@ MAX_BLOBS = 1 << 20
 MAX_BLOB_BYTES = 1 << 40
 
 Buffer = bytes | bytearray | memoryview
+
+
+class NobodyThere(ChannelError):
+    """Nothing listens at an address, or not yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,14 @@ class Channel:
             return ""
 
     @property
+    def is_local(self) -> bool:
+        """Whether the other end is on this host, as far as addresses tell."""
+        try:
+            return bool(self._connection.getpeername()[0] == self._connection.getsockname()[0])
+        except OSError:  # closed
+            return False
+
+    @property
     def round_trip_s(self) -> float:
         """The shortest round trip that TCP has seen lately, without what queues add; 0 where that is not known."""
         if sys.platform != "linux":
@@ -102,10 +114,8 @@ class Channel:
         return True
 
     def _send(self, kind: str, fields: Mapping[str, Any] | None, blobs: Sequence[Buffer]) -> None:
-        text = json.dumps({"kind": kind, **(fields or {})}, separators=(",", ":")).encode()
         views = [memoryview(blob).cast("B") for blob in blobs]
-        head = _HEADER.pack(MAGIC, PROTOCOL_VERSION, len(views), len(text), sum(view.nbytes for view in views))
-        head += b"".join(_BLOB.pack(view.nbytes) for view in views) + text
+        head = _head(kind, fields or {}, views)
         seal = self._sending.next(head)
         try:
             if views:
@@ -117,6 +127,15 @@ class Channel:
             self._connection.sendall(head + seal.digest())
         except OSError as error:
             raise ChannelClosed(f"the control connection broke while sending {kind!r}: {error}") from error
+
+    def hang_up(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Close, with a last message if it can be sent without waiting for anybody."""
+        if self._send_lock.acquire(blocking=False):
+            head = _head(kind, fields, [])
+            with contextlib.suppress(OSError):
+                self._connection.send(head + self._sending.next(head).digest(), socket.MSG_DONTWAIT)
+            self._send_lock.release()
+        self.close()
 
     def receive(self) -> Message:
         """Wait for the next message.
@@ -188,23 +207,33 @@ def connect(host: str, port: int, secret: bytes, timeout_s: float = 30.0) -> Cha
     """Connect to a driver's listener and prove knowledge of ``secret``.
 
     Raises:
-        ChannelError: Nobody is there, or it is not the driver of this job.
+        NobodyThere: Nothing listens at the address, or it cannot be reached.
+        ChannelError: What listens there is not the driver of this job.
     """
     try:
         connection = socket.create_connection((host, port), timeout=timeout_s)
-        try:
-            return Channel(connection, authenticate_driver(connection, secret, timeout_s))
-        except BaseException:
-            connection.close()
-            raise
-    except (OSError, ChannelError) as error:
-        raise ChannelError(f"cannot join the driver at {host}:{port}: {error}") from error
+    except OSError as error:
+        raise NobodyThere(f"cannot join the driver at {host}:{port}: {error}") from error
+    try:
+        return Channel(connection, authenticate_driver(connection, secret, timeout_s))
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, (OSError, ChannelError)):
+            raise ChannelError(f"cannot join the driver at {host}:{port}: {error}") from error
+        raise
 
 
 def host_and_port(address: tuple[Any, ...]) -> str:  # Any: IPv6 addresses have four parts
     """Write a socket's address for people."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _head(kind: str, fields: Mapping[str, Any], views: Sequence[memoryview]) -> bytes:
+    """Return a message up to its blobs."""
+    text = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode()
+    head = _HEADER.pack(MAGIC, PROTOCOL_VERSION, len(views), len(text), sum(view.nbytes for view in views))
+    return head + b"".join(_BLOB.pack(view.nbytes) for view in views) + text
 
 
 def _parse(text: bytearray, blobs: Sequence[Buffer]) -> Message:

@@ -15,10 +15,21 @@ class NetworkConfig:
     """The address the driver listens on and the groups bind to; workers on other hosts must be able to reach it."""
     port: int = 0
     """The port of the control channels; 0 takes any free one."""
+    secret_file: str | None = None
+    """The file with the job's secret, of mode 0600; written with a new one when it is not there. When None, the
+    environment has the secret (``SKIPPIPE_SECRET``) or its file (``SKIPPIPE_SECRET_FILE``), or nobody joins by hand."""
+    local_workers: int | None = None
+    """How many workers the driver starts on its own host at most; others join by hand. None: all that are needed."""
+    join_timeout_s: float = 180.0
+    """For how many seconds the start of a run, or a recovery, waits for workers to join."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port={self.port} is not a port; choose 0 (any free one) to 65535")
+        if self.local_workers is not None and self.local_workers < 0:
+            raise ValueError(f"local_workers={self.local_workers} must be 0 (all join by hand) or more, or None")
+        if self.join_timeout_s <= 0:
+            raise ValueError(f"join_timeout_s={self.join_timeout_s} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ interpreter ends; workers also end by themselves when their driver is gone.
 from __future__ import annotations
 
 import atexit
+import ipaddress
 import itertools
 import json
 import logging
@@ -27,9 +28,11 @@ from ..driver.pool import EndedEarly, WorkerPool
 from ..engine.c10d import TCPStore
 from ..engine.channel import connect
 from ..engine.errors import SkipPipeError
+from ..engine.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, job_secret, secret_file
 from ..engine.versions import own_versions
 from ..supervisor import SupervisedProcesses, supervised
 from ..worker import DriverProcesses, Worker, WorkerProcesses
+from .config import NetworkConfig
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +67,10 @@ class Launcher:
 class DriverJob:
     """The part of a driver: its pool of workers, and the other drivers."""
 
-    def __init__(self, host: str, port: int, num_drivers: int, launcher: Launcher | None) -> None:
+    def __init__(self, network: NetworkConfig, num_drivers: int, launcher: Launcher | None) -> None:
         self.rank = launcher.rank if launcher is not None else 0
         self.num_drivers = num_drivers
+        self._network = network
         self._launcher = launcher
         if supervised() and (launcher is not None or num_drivers > 1):
             other = "" if launcher is None else " and another launcher"
@@ -76,26 +80,37 @@ class DriverJob:
             )
         self._processes: WorkerProcesses | SupervisedProcesses = WorkerProcesses()
         self._drivers = DriverProcesses()
+        given = self._given_secret()
+        limit_s = network.join_timeout_s
         if launcher is None and supervised():
-            self._processes = SupervisedProcesses(_supervised_key(host, port))
+            self._processes = SupervisedProcesses(_supervised_key(network.host, network.port))
             self._store_host, store = self._processes.store()
-            self.pool = WorkerPool(host, port, secret=self._processes.secret, store=store)
+            self.pool = WorkerPool(
+                network.host, network.port, secret=self._processes.secret, store=store, join_timeout_s=limit_s
+            )
             # The store outlives this driver: its generations are others than those of the drivers before.
             self.pool.generations = itertools.count(self._processes.attempt * _GENERATIONS)
         elif launcher is None:
-            self.pool = WorkerPool(host, port)
-            self._store_host = host
+            self.pool = WorkerPool(network.host, network.port, secret=given, join_timeout_s=limit_s)
+            self._store_host = network.host
         else:
             store = launcher.store()
-            self.pool = WorkerPool(launcher.own_address(), port, secret=self._shared_secret(store), store=store)
+            secret = given if self.rank == 0 else str(_get(store, _driver_key(0))["secret"])
+            self.pool = WorkerPool(
+                launcher.own_address(), network.port, secret=secret, store=store, join_timeout_s=limit_s
+            )
             self._store_host = launcher.address
         self._publish()
+        if given is not None:
+            log.warning("workers may join this job by hand: %s", self._how_to_join())
 
     def prepare(self, num_workers: int) -> None:
         """Start what is missing to have ``num_workers`` idle workers soon; returns at once."""
         if self._launcher is not None:
             return
-        missing = num_workers - self.pool.num_idle - self._processes.num_starting(self.pool.joined)
+        missing = self._num_missing(num_workers)
+        if self._network.local_workers is not None:
+            missing = min(missing, self._network.local_workers - len(self._processes.running()))
         if missing > 0:
             host, port = self.pool.address
             self._processes.start(missing, host=host, port=port, secret=self.pool.secret)
@@ -109,6 +124,11 @@ class DriverJob:
         self._processes.reap()
         if self.rank == 0:
             self.prepare(num_workers)
+            if self._launcher is None and (awaited := self._num_missing(num_workers)) > 0:
+                log.warning(
+                    "waiting up to %g s for %d more of %d workers, which join by hand: %s",
+                    *(self._network.join_timeout_s, awaited, num_workers, self._how_to_join()),
+                )
         return self.pool.acquire(num_workers, lambda: self._processes.ended_early(self.pool.joined))
 
     def idle(self) -> list[Link]:
@@ -148,15 +168,38 @@ class DriverJob:
         self.pool.close()
         self._processes.stop()
 
+    def _num_missing(self, num_workers: int) -> int:
+        """How many of ``num_workers`` are neither here and idle nor on their way."""
+        return num_workers - self.pool.num_idle - self._processes.num_starting(self.pool.joined)
+
+    def _how_to_join(self) -> str:
+        host, port = self.pool.address
+        file = os.environ.get(SECRET_FILE_VARIABLE) if supervised() else secret_file(self._network.secret_file)
+        name = f"--secret-file {file}" if file is not None else f"(which takes {SECRET_VARIABLE} from its environment)"
+        only_here = ipaddress.ip_address(host).is_loopback
+        hint = "; from this machine only, unless NetworkConfig(host=...) names an address of another network"
+        return f"skippipe worker --join {host}:{port} {name}{hint if only_here else ''}"
+
+    def _given_secret(self) -> str | None:
+        """Return the secret that the user has set, so that workers may join by hand; None when there is none."""
+        network = self._network
+        if supervised() and network.secret_file is not None:
+            raise ValueError(f"under skippipe run set {SECRET_FILE_VARIABLE} instead of secret_file=...")
+        is_set = not supervised() or SECRET_FILE_VARIABLE in os.environ  # the supervisor sets the other one by itself
+        secret = job_secret(network.secret_file, create=True) if self.rank == 0 and is_set else None
+        if secret is None and self.rank == 0 and network.local_workers is not None:
+            raise ValueError(
+                f"local_workers={network.local_workers} leaves workers to join by hand, who must know a secret: "
+                f"set secret_file=..., {SECRET_FILE_VARIABLE} or {SECRET_VARIABLE}"
+            )
+        return secret
+
     def _publish(self) -> None:
         host, port = self.pool.address
         entry = {"host": host, "port": port, "secret": self.pool.secret}
         self.pool.store.set(_driver_key(self.rank), json.dumps(entry))
         if isinstance(self._processes, SupervisedProcesses):
             self.pool.store.set(self._processes.key, json.dumps(entry))
-
-    def _shared_secret(self, store: TCPStore) -> str | None:
-        return None if self.rank == 0 else str(_get(store, _driver_key(0))["secret"])
 
 
 class WorkerJob:
@@ -187,11 +230,11 @@ class WorkerJob:
 _registry: dict[tuple[object, ...], DriverJob | WorkerJob] = {}
 
 
-def driver_job(host: str, port: int, num_drivers: int, launcher: Launcher | None) -> DriverJob:
+def driver_job(network: NetworkConfig, num_drivers: int, launcher: Launcher | None) -> DriverJob:
     """Return this process's job as a driver, the same one for the same arguments."""
-    key = ("driver", host, port, num_drivers)
+    key = ("driver", network, num_drivers)
     if key not in _registry:
-        _register(key, DriverJob(host, port, num_drivers, launcher))
+        _register(key, DriverJob(network, num_drivers, launcher))
     job = _registry[key]
     assert isinstance(job, DriverJob)
     return job

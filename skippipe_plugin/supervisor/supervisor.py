@@ -24,6 +24,7 @@ from typing import Any, Final
 from ..engine.c10d import TCPStore
 from ..engine.channel import Channel, ChannelError
 from ..engine.listener import Listener
+from ..engine.secret import job_secret
 from ..worker import WorkerProcesses
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Supervisor:
 
     def __init__(self, options: RunOptions) -> None:
         self._options = options
-        self._secret = secrets.token_hex(32)
+        self._secret = job_secret(None, create=True) or secrets.token_hex(32)
         self._store = TCPStore(options.host, 0, is_master=True, wait_for_workers=False)
         self._listener = Listener(options.host, 0, bytes.fromhex(self._secret))
         self._workers = WorkerProcesses()

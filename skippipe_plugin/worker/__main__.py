@@ -1,46 +1,38 @@
-"""``python -m skippipe_plugin.worker HOST:PORT``: a worker process that joins a driver and serves until it ends.
+"""``python -m skippipe_plugin.worker HOST:PORT``: a worker that its driver has started; it ends with the driver.
 
-The job's secret comes from the environment variable ``SKIPPIPE_SECRET``, never from the command line.
+The job's secret comes from the environment variable ``SKIPPIPE_SECRET``. By hand, ``skippipe worker`` is the command.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import sys
 
-from ..engine.channel import connect
 from ..engine.errors import SkipPipeError
-from ..engine.versions import own_versions
-from .service import DriverGone, Worker
+from ..engine.secret import SECRET_VARIABLE, job_secret
+from .joining import parse_address, work
+from .service import DriverGone, Refused
 
 log = logging.getLogger("skippipe_plugin.worker")
 
 
 def main(arguments: list[str]) -> int:
     """Join, serve, return the exit status."""
-    if len(arguments) != 1 or ":" not in arguments[0]:
-        sys.stderr.write("usage: python -m skippipe_plugin.worker HOST:PORT\n")
-        return 2
-    secret = os.environ.get("SKIPPIPE_SECRET")
-    if secret is None:
-        sys.stderr.write("SKIPPIPE_SECRET is not set: a worker must know its job's secret\n")
-        return 2
-    # Ctrl-C in a terminal reaches the whole process group; it is for the driver, which then ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    host, port = arguments[0].rsplit(":", 1)
     try:
-        channel = connect(host, int(port), bytes.fromhex(secret))
-        channel.send("hello", {"pid": os.getpid(), "versions": own_versions()})
-        worker = Worker(channel)
-        signal.signal(signal.SIGTERM, lambda *_: worker.leave() or os._exit(128 + signal.SIGTERM))
-        while worker.serve() is not None:
-            pass
-    except DriverGone:
-        return 1
+        (address,) = arguments
+        host, port = parse_address(address)
+        secret = job_secret(None)
+    except ValueError as error:
+        sys.stderr.write(f"usage: python -m skippipe_plugin.worker HOST:PORT ({error})\n")
+        return 2
+    if secret is None:
+        sys.stderr.write(f"{SECRET_VARIABLE} is not set: a worker must know its job's secret\n")
+        return 2
+    try:
+        work(host, port, secret)
     except SkipPipeError as error:
-        log.error("%s", error)
+        if not isinstance(error, DriverGone) or isinstance(error, Refused):  # else the driver's own end says why
+            log.error("%s", error)
         return 1
     return 0
 

@@ -47,6 +47,10 @@ class DriverGone(SkipPipeError):
     """The driver closed its channel without a farewell."""
 
 
+class Refused(DriverGone):
+    """The driver does not take this worker (any more), and has said why."""
+
+
 class Worker:
     """One worker process (or a rank > 0 of a launcher, while it serves)."""
 
@@ -69,6 +73,7 @@ class Worker:
         self._steps: dict[int, Any] = {}  # Any: JSON
         self._closing = False
         self._may_leave = False
+        self._refusal = ""
         self._doomsday: threading.Timer | None = None
 
     # ---------------------------------------------------------------- life
@@ -85,9 +90,7 @@ class Worker:
             while True:
                 source, message = self._inbox.get()
                 if message is None:
-                    raise DriverGone(f"driver {source} is gone")
-                if message.kind == "refuse":
-                    raise SkipPipeError(f"the driver does not take this worker: {message.fields['reason']}")
+                    raise self._gone(source)
                 if message.kind in ("release", "exit"):
                     return self._farewell(message)
                 self._obey(source, message)
@@ -125,6 +128,11 @@ class Worker:
         with contextlib.suppress(ChannelClosed):
             self._channels[0].send("leave")
 
+    def _gone(self, source: int) -> DriverGone:
+        if self._refusal:
+            return Refused(f"the driver does not take this worker: {self._refusal}")
+        return DriverGone(f"driver {source} is gone")
+
     def _farewell(self, message: Message) -> dict[str, Any] | None:
         if message.kind == "exit":
             self.close()
@@ -154,6 +162,9 @@ class Worker:
                 with contextlib.suppress(ChannelClosed):
                     channel.send_if_free("beat")
                 continue
+            if message.kind == "refuse":
+                self._refusal = message.fields["reason"]
+                continue  # the end of the channel follows
             if message.kind == "abort":
                 self._abort(message.fields["generation"])
             if message.kind == "exit" and source > 0:
@@ -193,7 +204,9 @@ class Worker:
     def _report(self, error: BaseException, *, aborted: bool) -> None:
         self._holdings.give_up_step()
         packed, text = pack_exception(error)
-        self._answer("error", {"aborted": aborted, "traceback": text, "stages": list(self._holdings.stages)}, [packed])
+        fields = {"aborted": aborted, "traceback": text, "stages": list(self._holdings.stages)}
+        with contextlib.suppress(ChannelClosed):  # the reader of that channel reports it
+            self._answer("error", fields, [packed])
 
     def _answer(self, kind: str, fields: dict[str, Any], blobs: Iterable[Any] = ()) -> None:
         payload = list(blobs)
@@ -341,7 +354,7 @@ class Worker:
         while not self._inbox.empty() or (block and not self._calls.get(self._step)):
             source, message = self._inbox.get()
             if message is None:
-                raise DriverGone(f"driver {source} is gone")
+                raise self._gone(source)
             if message.kind == "calls":
                 self._keep_calls(source, message)
             elif message.kind == "probe":

@@ -1,4 +1,4 @@
-"""A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced]``. Prints one JSON line per process."""
+"""A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced] [port=N]``. Prints one JSON line per process."""
 
 import json
 import os
@@ -61,9 +61,12 @@ def loader(size: int) -> DataLoader[tuple[Tensor, ...]]:
 def strategy_for(devices: int, drivers: int) -> object:
     if devices == 0:  # the same data-parallel run without the plugin
         return "ddp" if drivers > 1 else "auto"
-    from skippipe_plugin.strategies import SkipPipeStrategy
+    from skippipe_plugin.strategies import NetworkConfig, SkipPipeStrategy
 
-    return SkipPipeStrategy(num_microbatches=4, drivers=drivers, replicas=2 if "balanced" in sys.argv else 1)
+    ports = [int(argument.removeprefix("port=")) for argument in sys.argv if argument.startswith("port=")]
+    network = NetworkConfig(port=ports[0], local_workers=0, join_timeout_s=60) if ports else None
+    replicas = 2 if "balanced" in sys.argv else 1
+    return SkipPipeStrategy(num_microbatches=4, drivers=drivers, replicas=replicas, network=network)
 
 
 def balancers() -> list[Callback]:

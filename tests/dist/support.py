@@ -15,9 +15,10 @@ SCRIPT = Path(__file__).with_name("script.py")
 ROOT = Path(__file__).parents[2]
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    """Start a command in a process group of its own, with this checkout importable."""
+def start(command: list[str], secret: Path | None = None) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own, with this checkout importable, and perhaps a job's secret."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= {"SKIPPIPE_SECRET_FILE": str(secret)} if secret is not None else {}
     return subprocess.Popen(
         command,
         env=environment,

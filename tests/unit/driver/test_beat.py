@@ -37,6 +37,10 @@ class Peer:
     def close(self) -> None:
         self.closed.set()
 
+    def hang_up(self, kind: str, fields: object) -> None:
+        assert kind == "refuse"
+        self.close()
+
     def send(self, *_: object) -> None:
         raise ChannelClosed("closed")
 

@@ -1,0 +1,102 @@
+"""How a worker process comes into a job and leaves it: started by the driver, or by hand on any machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from types import FrameType
+from typing import Final
+
+from ..engine.channel import Channel, NobodyThere, connect
+from ..engine.errors import SkipPipeError
+from ..engine.versions import own_versions
+from .service import DriverGone, Refused, Worker
+
+log = logging.getLogger(__name__)
+
+_RETRY_S: Final = 0.5
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Read ``HOST:PORT``.
+
+    >>> parse_address("10.0.0.5:29400")
+    ('10.0.0.5', 29400)
+
+    Raises:
+        ValueError: It is something else.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is not HOST:PORT, such as 10.0.0.5:29400; the driver's start line names its own")
+    return host.strip("[]"), int(port)
+
+
+def work(host: str, port: int, secret: str) -> None:
+    """Join the driver that has started this process, and serve until it says so.
+
+    Raises:
+        DriverGone: It ended without a farewell.
+        SkipPipeError: It refused this worker.
+    """
+    # Ctrl-C in a terminal reaches the whole process group; it is for the driver, which then ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _serve(connect(host, port, bytes.fromhex(secret)), signal.SIGTERM)
+
+
+def join(host: str, port: int, secret: str, *, wait_s: float) -> None:
+    """Join a driver by hand, and serve until it ends; Ctrl-C and SIGTERM hand the stages over first.
+
+    Args:
+        host: The driver's host.
+        port: Its port.
+        secret: The job's, in hexadecimal.
+        wait_s: For how many seconds a driver that is not there yet is waited for.
+
+    Raises:
+        SkipPipeError: The driver did not come, refused this worker, or is gone.
+    """
+    channel = _connect(host, port, bytes.fromhex(secret), wait_s)
+    log.warning("joined the driver at %s:%d; Ctrl-C or SIGTERM leaves it after the step", host, port)
+    try:
+        _serve(channel, signal.SIGTERM, signal.SIGINT)
+    except Refused:
+        raise
+    except DriverGone as error:
+        raise SkipPipeError(
+            f"the driver at {host}:{port} is gone: it ended, or the link broke. If the job goes on, join it again"
+        ) from error
+
+
+def _connect(host: str, port: int, secret: bytes, wait_s: float) -> Channel:
+    deadline, told = time.monotonic() + wait_s, False
+    while True:
+        try:
+            return connect(host, port, secret, timeout_s=max(_RETRY_S, min(30.0, deadline - time.monotonic())))
+        except NobodyThere as error:
+            if time.monotonic() + _RETRY_S > deadline:
+                raise SkipPipeError(
+                    f"{error} (tried for {wait_s:g} s). Compare the address with the driver's start line, look for a "
+                    "firewall, and let the driver listen where this machine can reach it: NetworkConfig(host=...)"
+                ) from error
+            if not told:
+                log.warning("%s; trying for %g s", error, wait_s)
+                told = True
+            time.sleep(_RETRY_S)
+
+
+def _serve(channel: Channel, *polite: signal.Signals) -> None:
+    """Serve until told to exit; leave politely at the first of the ``polite`` signals, at once where nobody minds."""
+    channel.send("hello", {"pid": os.getpid(), "versions": own_versions()})
+    worker = Worker(channel)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if not worker.leave():
+            os._exit(128 + number)
+
+    for each in polite:
+        signal.signal(each, leave)
+    while worker.serve() is not None:
+        pass
