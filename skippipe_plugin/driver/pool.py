@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from ..engine.c10d import TCPStore
+from ..engine.c10d import TCPStore, host_store
 from ..engine.channel import Channel, Message
 from ..engine.errors import SkipPipeError
 from ..engine.listener import Listener
@@ -52,7 +52,7 @@ class WorkerPool:
     ) -> None:
         self.secret = secret or secrets.token_hex(32)
         self._listener = Listener(host, port, bytes.fromhex(self.secret))
-        self.store = store or TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.store = store or host_store(host)
         self._join_timeout_s = join_timeout_s
         self.generations = itertools.count()
         self.joined: set[int] = set()

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from skippipe_plugin.engine.c10d import TCPStore
+from skippipe_plugin.engine.c10d import TCPStore, host_store
 from skippipe_plugin.engine.call import Ambient, BlockMode, Call, CallSpec, Hop, Template
 from skippipe_plugin.engine.errors import GenerationAborted
 from skippipe_plugin.engine.executor import Executor
@@ -109,7 +109,7 @@ class Block(nn.Linear):
 
 def on_threads(size: int, body: Callable[[int, Transport], None]) -> None:
     """Run ``body`` for each rank of a generation, each in a thread."""
-    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    store = host_store(HOST)
 
     def rank_body(rank: int) -> None:
         clone = TCPStore(HOST, store.port, is_master=False)
