@@ -19,6 +19,7 @@ from typing_extensions import override
 from ..schedule import Schedule, Timeline, draw, fit_costs, simulate
 from ..schedule.fit import ran_whole
 from ..schedule.picture import require_matplotlib
+from ..schedule.timeline import utilisation
 from .common import log_now, strategy_of
 
 
@@ -124,12 +125,6 @@ class PipelineMonitor(Callback):
             draw(panels, self._target / f"{stem}.png", title=f"Step {self._last_step}, schedule {schedule.name or '?'}")
         if self.trace:
             (self._target / f"{stem}.trace.json").write_text(json.dumps(measured.chrome_trace()), encoding="utf-8")
-
-
-def utilisation(timeline: Timeline, schedule: Schedule) -> float:
-    """Return the mean busy share of the workers; of the drivers where they do all the work."""
-    ranks = set(range(schedule.num_ranks)) - set(schedule.drivers) or set(schedule.drivers)
-    return sum(map(timeline.busy_share, ranks)) / len(ranks)
 
 
 def predict(measured: Timeline, schedule: Schedule) -> Timeline | None:

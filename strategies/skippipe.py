@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -30,6 +31,7 @@ from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from ..integration.config import NetworkConfig, PathConfig
 from ..integration.job import DriverJob, driver_job, worker_job
+from ..integration.panel import start_panel
 from ..integration.rewind import rewinder
 from ..integration.settings import PipelineSettings, ScheduleName
 from ..integration.skipping import PathPlanner, SkipRatio, skips
@@ -69,6 +71,7 @@ class SkipPipeStrategy(DriversStrategy):
         paths: Limits of partial paths, and where their planner's costs come from.
         network: Where the processes meet.
         moe: How the experts of the model are routed and computed; None leaves them alone.
+        verbose: Whether a run says when it starts who holds what, in the manner of Lightning's model summary.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -96,6 +99,7 @@ class SkipPipeStrategy(DriversStrategy):
         paths: PathConfig | None = None,
         network: NetworkConfig | None = None,
         moe: MoEConfig | None = None,
+        verbose: bool = True,
     ) -> None:
         super().__init__(drivers)
         self.settings = PipelineSettings(
@@ -112,6 +116,8 @@ class SkipPipeStrategy(DriversStrategy):
             moe=moe,
         )
         """What the next run is set up with; callbacks may replace it before."""
+        self.verbose = verbose
+        self._said = ""
         self._job: DriverJob | None = None
         self._spread: SpreadModel | None = None
         self._remote: RemoteOptimizer | None = None
@@ -328,7 +334,7 @@ class SkipPipeStrategy(DriversStrategy):
         assert self._job is not None
         stack = find_blocks(module, self.settings.blocks)
         check_no_shared_parameters(module, stack)
-        blocks = originals(stack.blocks)
+        blocks, described = originals(stack.blocks), str(stack)
         self._compiled = CompiledParts(module, blocks)
         self._spread = SpreadModel(
             self.settings,
@@ -347,6 +353,9 @@ class SkipPipeStrategy(DriversStrategy):
             move=self.model_to_device,
         )
         self._spread.pipeline.collect_timeline = self._record_timeline
+        if self.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:
+            rank_zero_info(said)
+            self._said = said
 
     @property
     def _is_spread(self) -> bool:

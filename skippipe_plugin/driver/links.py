@@ -47,6 +47,11 @@ class Link:
     def __str__(self) -> str:
         return f"worker rank {self.rank} (stage {', '.join(map(str, self.stages))})"
 
+    @property
+    def host(self) -> str:
+        """The address of the worker's host; empty when it is gone."""
+        return self._channel.peer.rpartition(":")[0]
+
     def assign(self, rank: int, stages: Sequence[int], board: Links) -> None:
         """Make this the link to ``rank`` of the pipeline that ``board`` belongs to."""
         self.rank, self.stages, self._board = rank, tuple(stages), board

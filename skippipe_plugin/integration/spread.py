@@ -92,6 +92,10 @@ class SpreadModel:
         """Whether the blocks are on their workers, or on their way."""
         return self._pipeline is not None
 
+    def device_of(self, rank: int) -> str:
+        """Name the device that a rank computes on."""
+        return str(self._device) if rank == self._rank else self._worker_devices.get(rank, "cpu")
+
     # ------------------------------------------------------- spread and bring back
 
     def spread(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from skippipe_plugin.schedule.ir import Action, Op
+from skippipe_plugin.schedule.ir import Action, Op, Schedule
 
 _FORMAT = "skippipe-timeline"
 _VERSION = 1
@@ -180,6 +180,12 @@ class Timeline:
             return cls(events, label=trace.get("otherData", {}).get("label", ""))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"a trace of something else than a pipeline: {error!r}") from error
+
+
+def utilisation(timeline: Timeline, schedule: Schedule) -> float:
+    """Return the mean busy share of the workers; of the drivers where they do all the work."""
+    ranks = set(range(schedule.num_ranks)) - set(schedule.drivers) or set(schedule.drivers)
+    return sum(map(timeline.busy_share, ranks)) / len(ranks)
 
 
 def _row(events: Iterable[Event], origin: float, slot_s: float, width: int) -> str:

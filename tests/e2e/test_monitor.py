@@ -113,7 +113,8 @@ def test_another_strategy_is_an_error_before_work() -> None:
 
 
 def test_a_short_batch_is_not_compared() -> None:
-    from skippipe_plugin.callbacks.monitor import predict, utilisation
+    from skippipe_plugin.callbacks.monitor import predict
+    from skippipe_plugin.schedule.timeline import utilisation
 
     schedule = full_schedule("1f1b", num_stages=2, num_microbatches=4)
     whole = simulate(schedule, CostModel.uniform(2, 3))
