@@ -114,9 +114,9 @@ class SkipPipeStrategy(DriversStrategy):
             paths=paths or PathConfig(),
             network=network or NetworkConfig(),
             moe=moe,
+            verbose=verbose,
         )
         """What the next run is set up with; callbacks may replace it before."""
-        self.verbose = verbose
         self._said = ""
         self._job: DriverJob | None = None
         self._spread: SpreadModel | None = None
@@ -353,7 +353,7 @@ class SkipPipeStrategy(DriversStrategy):
             move=self.model_to_device,
         )
         self._spread.pipeline.collect_timeline = self._record_timeline
-        if self.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:
+        if self.settings.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:
             rank_zero_info(said)
             self._said = said
 

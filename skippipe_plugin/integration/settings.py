@@ -36,6 +36,7 @@ class PipelineSettings:
     paths: PathConfig = field(default_factory=PathConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     moe: MoEConfig | None = None
+    verbose: bool = True
 
     def __post_init__(self) -> None:
         _ = self.shape

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..engine.c10d import TCPStore
+from ..engine.c10d import host_store
 from ..engine.channel import Channel, ChannelError
 from ..engine.listener import Listener
 from ..engine.secret import job_secret
@@ -67,7 +67,7 @@ class Supervisor:
     def __init__(self, options: RunOptions) -> None:
         self._options = options
         self._secret = job_secret(None, create=True) or secrets.token_hex(32)
-        self._store = TCPStore(options.host, 0, is_master=True, wait_for_workers=False)
+        self._store = host_store(options.host)
         self._listener = Listener(options.host, 0, bytes.fromhex(self._secret))
         self._workers = WorkerProcesses()
         self._driver: subprocess.Popen[bytes] | None = None

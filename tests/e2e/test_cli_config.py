@@ -48,6 +48,7 @@ STRATEGY = {
     "paths": PATHS,
     "network": NETWORK,
     "moe": MOE,
+    "verbose": False,
 }
 MONITOR = {"every_n_steps": 20, "folder": "pictures", "picture": False, "trace": True}
 RECOVERY = {
