@@ -16,7 +16,13 @@ from skippipe_plugin.moe import MoEConfig
 from skippipe_plugin.strategies import NetworkConfig, PathConfig, SkipPipeStrategy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NETWORK = {"host": "0.0.0.0", "port": 29_501}
+NETWORK = {
+    "host": "0.0.0.0",
+    "port": 29_501,
+    "secret_file": "job.secret",
+    "local_workers": 2,
+    "join_timeout_s": 600.0,
+}
 PATHS = {
     "max_jump": 3,
     "max_swaps": 1,
