@@ -13,10 +13,12 @@ from .listener import listen
 Gloo = Any
 """A ``ProcessGroupGloo``, whose operations torch's stubs do not list."""
 ProcessGroupGloo: Any = torch._C._distributed_c10d.ProcessGroupGloo
+ProcessGroupNCCL: Any = getattr(torch._C._distributed_c10d, "ProcessGroupNCCL", None)
+"""None where torch was built without NCCL."""
 
 _PATIENCE: Final = timedelta(minutes=5)
 
-__all__ = ["Gloo", "PrefixStore", "ProcessGroupGloo", "Store", "TCPStore", "Work", "host_store"]
+__all__ = ["Gloo", "PrefixStore", "ProcessGroupGloo", "ProcessGroupNCCL", "Store", "TCPStore", "Work", "host_store"]
 
 
 def host_store(host: str, port: int = 0, timeout: timedelta = _PATIENCE) -> TCPStore:

@@ -8,6 +8,7 @@ rank never touch the network.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
@@ -69,6 +70,8 @@ class Executor:
         self._posted: dict[tuple[int, bool, int], PendingTensor] = {}
         self._local: dict[tuple[int, bool, int], Tensor | None] = {}
         self._by_microbatch: dict[int, list[Instruction]] = {}
+        self._incoming: dict[int, deque[Instruction]] = {}
+        """By source, where receives are not posted ahead: what is still to come, in the order in which it is sent."""
 
     def run(self, program: Iterable[Instruction], live: Collection[int], feed: CallFeed) -> list[Event]:
         """Execute the instructions of the ``live`` microbatches in order; return when each ran.
@@ -79,11 +82,13 @@ class Executor:
         instructions = [instruction for instruction in program if instruction.microbatch in live]
         for instruction in instructions:
             self._by_microbatch.setdefault(instruction.microbatch, []).append(instruction)
+        if not self._transport.posts_ahead:
+            self._incoming = _by_source(instructions)
         events: list[Event] = []
         try:
             for instruction in instructions:
                 self._ready(instruction, feed)
-                taken = self._take(instruction)
+                taken = self._take(instruction, feed)
                 start = time.perf_counter()
                 self._execute(instruction, taken)
                 events.append(Event(self._transport.rank, instruction.action, start, time.perf_counter()))
@@ -99,28 +104,47 @@ class Executor:
             return  # this action makes the call
         if self._driver is not None:
             self._driver.announce_due()
-        while instruction.microbatch not in self._calls:
-            for microbatch, call in feed.wait():
-                self._admit(microbatch, call)
+        self._learn(instruction.microbatch, feed)
+
+    def _learn(self, microbatch: int, feed: CallFeed) -> None:
+        """Wait for the call of a microbatch."""
+        while microbatch not in self._calls:
+            for other, call in feed.wait():
+                self._admit(other, call)
 
     def _admit(self, microbatch: int, call: Call) -> None:
-        """Learn a call and post every receive of its microbatch on this rank."""
+        """Learn a call, and post every receive of its microbatch on this rank if that may be done ahead."""
         self._calls[microbatch] = call
-        for instruction in self._by_microbatch.get(microbatch, ()):
-            hop, link = instruction.takes, instruction.receives
-            if hop is None or link is None or not _travels(instruction, hop, call):
-                continue
-            forward = instruction.action.op in (Op.F, Op.L)
-            spec: TensorSpec = call.spec.hops[hop].spec
-            self._posted[microbatch, forward, hop] = self._transport.receive(spec, link.rank, link.tag, self._device)
+        if self._transport.posts_ahead:
+            for instruction in self._by_microbatch.get(microbatch, ()):
+                self._post(instruction)
 
-    def _take(self, instruction: Instruction) -> Tensor | None:
+    def _post(self, instruction: Instruction) -> None:
+        hop, link, call = instruction.takes, instruction.receives, self._calls[instruction.microbatch]
+        if hop is None or link is None or not _travels(instruction, hop, call):
+            return
+        forward = instruction.action.op in (Op.F, Op.L)
+        spec: TensorSpec = call.spec.hops[hop].spec
+        pending = self._transport.receive(spec, link.rank, link.tag, self._device)
+        self._posted[instruction.microbatch, forward, hop] = pending
+
+    def _post_up_to(self, instruction: Instruction, feed: CallFeed) -> None:
+        """Post what its link brings before it, and its own receive, unless a later message was asked for already."""
+        link = instruction.receives
+        incoming = self._incoming.get(link.rank) if link is not None else None
+        while incoming and _place(incoming[0]) <= _place(instruction):
+            first = incoming.popleft()
+            self._learn(first.microbatch, feed)
+            self._post(first)
+
+    def _take(self, instruction: Instruction, feed: CallFeed) -> Tensor | None:
         hop, action = instruction.takes, instruction.action
         if hop is None:
             return None
         key = (action.microbatch, action.op in (Op.F, Op.L), hop)
         if instruction.receives is None:
             return self._local.pop(key)
+        self._post_up_to(instruction, feed)
         if key not in self._posted:
             return None
         if self._driver is not None:
@@ -181,6 +205,21 @@ class Executor:
         self._posted.clear()
         self._local.clear()
         self._by_microbatch.clear()
+        self._incoming.clear()
+
+
+def _by_source(instructions: Iterable[Instruction]) -> dict[int, deque[Instruction]]:
+    """Return what each rank sends, in the order in which it sends it."""
+    incoming: dict[int, list[Instruction]] = {}
+    for instruction in instructions:
+        if instruction.receives is not None:
+            incoming.setdefault(instruction.receives.rank, []).append(instruction)
+    return {source: deque(sorted(each, key=_place)) for source, each in incoming.items()}
+
+
+def _place(instruction: Instruction) -> int:
+    assert instruction.receives is not None
+    return instruction.receives.place
 
 
 def _travels(instruction: Instruction, hop: int, call: Call) -> bool:

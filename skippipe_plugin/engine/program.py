@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ..schedule import DRIVER_STAGE, Action, Op, Path, Schedule
@@ -13,6 +14,8 @@ class Link:
 
     rank: int
     tag: int
+    place: int
+    """How many messages its sender sends to its receiver before it, when nothing is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +41,42 @@ class Instruction:
 
 def compile_program(schedule: Schedule, rank: int) -> tuple[Instruction, ...]:
     """Return the instructions of ``rank``, in the order of the schedule."""
-    stride = max((len(path.visits) for path in schedule.paths), default=0) + 1
-    return tuple(_instruction(schedule, action, rank, stride) for action in schedule.orders[rank])
+    places = _places(schedule)
+    return tuple(_instruction(schedule, action, rank, places) for action in schedule.orders[rank])
 
 
-def _instruction(schedule: Schedule, action: Action, rank: int, stride: int) -> Instruction:
-    path = schedule.paths[action.microbatch]
-    takes, gives = _hops(path, action, schedule.backward)
-    forward_in = action.op in (Op.F, Op.L)
-    forward_out = action.op is Op.F
+def directed_links(schedule: Schedule) -> set[tuple[int, int]]:
+    """Return the (source, destination) pairs that exchange messages."""
+    return {(source, destination) for source, destination, _ in _places(schedule)}
+
+
+_Places = dict[tuple[int, int, int], int]
+"""By source, destination and tag: how many messages go from this source to this destination before."""
+
+
+def _places(schedule: Schedule) -> _Places:
+    places: _Places = {}
+    counts: Counter[tuple[int, int]] = Counter()
+    for source, order in enumerate(schedule.orders):
+        for action in order:
+            end = _far_end(schedule, action, source, incoming=False)
+            if end is not None:
+                destination, tag = end
+                places[source, destination, tag] = counts[source, destination]
+                counts[source, destination] += 1
+    return places
+
+
+def _instruction(schedule: Schedule, action: Action, rank: int, places: _Places) -> Instruction:
+    takes, gives = _hops(schedule.paths[action.microbatch], action, schedule.backward)
+    receives, sends = (_far_end(schedule, action, rank, incoming=incoming) for incoming in (True, False))
     return Instruction(
         action,
         str(action),
         takes,
         gives,
-        None if takes is None else _link(path, takes, forward_in, action.microbatch, stride, rank, incoming=True),
-        None if gives is None else _link(path, gives, forward_out, action.microbatch, stride, rank, incoming=False),
+        None if receives is None else Link(*receives, places[receives[0], rank, receives[1]]),
+        None if sends is None else Link(*sends, places[rank, *sends]),
     )
 
 
@@ -68,12 +91,20 @@ def _hops(path: Path, action: Action, backward: bool) -> tuple[int | None, int |
     return (visit, visit + 1) if action.op is Op.F else (visit + 1, visit)
 
 
-def _link(
-    path: Path, hop: int, forward: bool, microbatch: int, stride: int, rank: int, *, incoming: bool
-) -> Link | None:
-    """The tensor of hop h goes from rank hops()[h] to hops()[h + 1]; its gradient the other way."""
+def _far_end(schedule: Schedule, action: Action, rank: int, *, incoming: bool) -> tuple[int, int] | None:
+    """Return the other rank and the tag of the message that an action takes or gives; None when none travels.
+
+    The tensor of hop h goes from rank hops()[h] to hops()[h + 1]; its gradient the other way.
+    """
+    path = schedule.paths[action.microbatch]
+    takes, gives = _hops(path, action, schedule.backward)
+    hop = takes if incoming else gives
+    if hop is None:
+        return None
+    forward = action.op is Op.F or (incoming and action.op is Op.L)
     ranks = path.hops()
     source, destination = (ranks[hop], ranks[hop + 1]) if forward else (ranks[hop + 1], ranks[hop])
     if source == destination:
         return None
-    return Link(source if incoming else destination, ((microbatch * stride) + hop) * 2 + (not forward))
+    tag = (action.microbatch * (schedule.num_stages + 1) + hop) * 2 + (not forward)
+    return (source if incoming else destination), tag

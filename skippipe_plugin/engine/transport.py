@@ -8,8 +8,9 @@ nothing here waits for a send before :meth:`Transport.flush` at the end of a ste
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,10 +25,13 @@ _FORMING = timedelta(seconds=30)
 _LOOK_S = 0.02
 """How often a rank that forms groups looks whether it still should."""
 # Failures are found by the control channels, never by this time-out: it only has to be longer than any step.
-_FOREVER = timedelta(days=7)
+FOREVER = timedelta(days=7)
 _POISON_TAG = (1 << 31) - 1
 _ALL = "all"
 _NOTICE = timedelta(milliseconds=1)
+
+Former = Callable[[Store, int, int], Gloo]
+"""Forms a group from a store, this process's rank in it and its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,9 @@ class Transport:
         host: The address to bind to.
     """
 
+    posts_ahead = True
+    """Whether receives may be posted long before their messages are sent, in any order."""
+
     def __init__(self, store: Store, *, rank: int, members: Sequence[int], generation: int, host: str) -> None:
         self.rank = rank
         self.members = tuple(members)
@@ -106,6 +113,9 @@ class Transport:
             GenerationAborted: :meth:`poison` was called meanwhile, or a member could not be reached.
         """
         self._connect(_ALL, self.members)
+
+    def connect(self, links: Collection[tuple[int, int]]) -> None:
+        """Prepare directed links (source, destination); every member calls this with the same ones."""
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send ``tensor``; it is kept alive until :meth:`flush`."""
@@ -148,18 +158,22 @@ class Transport:
                 return
             self._aborted.set()
         for group in list(self._groups.values()):
-            # A receive from a peer that is gone fails at once, and closes nothing: the next one may do it.
-            for peer in set(range(group.size())) - {group.rank()}:
-                with contextlib.suppress(RuntimeError):
-                    group.recv([torch.zeros(1)], peer, _POISON_TAG).wait(_NOTICE)
+            self._break_off(group)
 
-    def _connect(self, name: str, ranks: Sequence[int]) -> None:
+    def _break_off(self, group: Gloo) -> None:
+        # A receive from a peer that is gone fails at once, and closes nothing: the next one may do it.
+        for peer in set(range(group.size())) - {group.rank()}:
+            with contextlib.suppress(RuntimeError):
+                group.recv([torch.zeros(1)], peer, _POISON_TAG).wait(_NOTICE)
+
+    def _connect(self, name: str, ranks: Sequence[int], form: Former | None = None) -> None:
         """Form a group in a helper thread: gloo's own connecting cannot be interrupted, and takes milliseconds."""
         store = AbortableStore(self._store, f"generation/{self.generation}/{name}/", self._aborted)
         index, formed = list(ranks).index(self.rank), _Outcome()
+        form = form or functools.partial(form_gloo, host=self._host)
         thread = threading.Thread(
             target=formed.run,
-            args=(lambda: _form(store, index, len(ranks), self._host),),
+            args=(lambda: form(store, index, len(ranks)),),
             name=f"forming generation {self.generation}",
             daemon=True,
         )
@@ -202,15 +216,16 @@ class _Outcome:
 
 def _wait(work: Work) -> None:
     try:
-        work.wait(_FOREVER)
+        work.wait(FOREVER)
     except RuntimeError as error:
         raise GenerationAborted(str(error)) from error
 
 
-def _form(store: Store, rank: int, size: int, host: str) -> Gloo:
+def form_gloo(store: Store, rank: int, size: int, host: str) -> Gloo:
+    """Form a gloo group, bound to ``host``."""
     options = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = _FORMING
     group = ProcessGroupGloo(store, rank, size, options)
-    group._set_default_timeout(_FOREVER)
+    group._set_default_timeout(FOREVER)
     return group

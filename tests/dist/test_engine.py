@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from skippipe_plugin.engine.c10d import TCPStore, host_store
 from skippipe_plugin.engine.call import Ambient, BlockMode, Call, CallSpec, Hop, Template
 from skippipe_plugin.engine.errors import GenerationAborted
 from skippipe_plugin.engine.executor import Executor
+from skippipe_plugin.engine.pairs import PairTransport
 from skippipe_plugin.engine.ping import LinkCost, measure_links, rounds
-from skippipe_plugin.engine.program import compile_program
+from skippipe_plugin.engine.program import compile_program, directed_links
 from skippipe_plugin.engine.stage import Stage
 from skippipe_plugin.engine.transport import TensorSpec, Transport
 from skippipe_plugin.schedule import (
@@ -107,13 +109,21 @@ class Block(nn.Linear):
         return hidden + torch.tanh(super().forward(hidden))
 
 
-def on_threads(size: int, body: Callable[[int, Transport], None]) -> None:
+def tagged(store: TCPStore, **shape: Any) -> Transport:
+    return Transport(store, **shape)
+
+
+def in_pairs(store: TCPStore, **shape: Any) -> Transport:
+    return PairTransport(store, **shape, device=CPU, backend="gloo")
+
+
+def on_threads(size: int, body: Callable[[int, Transport], None], make: Callable[..., Transport] = tagged) -> None:
     """Run ``body`` for each rank of a generation, each in a thread."""
     store = host_store(HOST)
 
     def rank_body(rank: int) -> None:
         clone = TCPStore(HOST, store.port, is_master=False)
-        transport = Transport(clone, rank=rank, members=range(size), generation=0, host=HOST)
+        transport = make(clone, rank=rank, members=range(size), generation=0, host=HOST)
         transport.form()
         body(rank, transport)
 
@@ -122,29 +132,32 @@ def on_threads(size: int, body: Callable[[int, Transport], None]) -> None:
             result.result(timeout=60)
 
 
-def run_on_engine(schedule: Schedule, inputs: Sequence[Tensor]) -> tuple[dict[int, Driver], dict[int, dict]]:
+def run_on_engine(
+    schedule: Schedule, inputs: Sequence[Tensor], make: Callable[..., Transport]
+) -> tuple[dict[int, Driver], dict[int, dict]]:
     feeds = [Feed() for _ in range(schedule.num_ranks)]
     drivers = {rank: Driver(schedule, inputs, feeds) for rank in schedule.drivers}
     gradients: dict[int, dict] = {}
 
     def body(rank: int, transport: Transport) -> None:
+        transport.connect(directed_links(schedule))
         held = [stage for stage, ranks in enumerate(schedule.placement) if stage and rank in ranks]
         stages = {stage: Stage(stage, {stage: Block(stage)}, CPU) for stage in held}
         executor = Executor(transport, stages, CPU, drivers.get(rank))
         executor.run(compile_program(schedule, rank), set(range(schedule.num_microbatches)), feeds[rank])
         gradients[rank] = {stage: stages[stage].blocks[stage].weight.grad for stage in held}
 
-    on_threads(schedule.num_ranks, body)
+    on_threads(schedule.num_ranks, body, make)
     return drivers, gradients
 
 
-def check(schedule: Schedule) -> None:
+def check(schedule: Schedule, make: Callable[..., Transport] = tagged) -> None:
     """Compare losses, input gradients and summed weight gradients with one process."""
     validate(schedule)
     generator = torch.Generator().manual_seed(0)
     sizes = [1 + microbatch % 2 for microbatch in range(schedule.num_microbatches)]
     inputs = [torch.randn(size, WIDTH, generator=generator) for size in sizes]
-    drivers, gradients = run_on_engine(schedule, inputs)
+    drivers, gradients = run_on_engine(schedule, inputs, make)
     blocks = {stage: Block(stage) for stage in range(1, schedule.num_stages + 1)}
     for microbatch, path in enumerate(schedule.paths):
         leaf = inputs[microbatch].clone().requires_grad_()
@@ -171,8 +184,9 @@ def test_full_schedules(name: str, driver_stage: bool, num_stages: int, replicas
     shape = {"num_stages": num_stages, "replicas": replicas, "drivers": drivers, "driver_stage": driver_stage}
     if driver_stage and num_stages == 1:
         return  # nothing is remote
-    check(full_schedule(name, num_microbatches=5, **shape))
-    check(full_schedule(name, num_microbatches=3, backward=False, **shape))
+    for make in (tagged, in_pairs):
+        check(full_schedule(name, num_microbatches=5, **shape), make)
+        check(full_schedule(name, num_microbatches=3, backward=False, **shape), make)
 
 
 def split_backward(schedule: Schedule) -> Schedule:
@@ -201,10 +215,25 @@ def partial_schedules(draw: st.DrawFn) -> Schedule:
     return list_schedule(tuple(placement), tuple(paths), driver_in_flight=draw(st.integers(1, 6)))
 
 
-@given(partial_schedules(), st.booleans())
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_skipped_swapped_and_replicated_stages(schedule: Schedule, halves: bool) -> None:
-    check(split_backward(schedule) if halves else schedule)
+@given(partial_schedules(), st.booleans(), st.sampled_from([tagged, in_pairs]))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_skipped_swapped_and_replicated_stages(schedule: Schedule, halves: bool, make: Callable[..., Transport]) -> None:
+    check(split_backward(schedule) if halves else schedule, make)
+
+
+def test_links_in_pairs_take_up_new_links_and_give_up() -> None:
+    """A receive of a link that was added later is woken too."""
+
+    def body(rank: int, transport: Transport) -> None:
+        transport.connect({(0, 1)})
+        transport.connect({(0, 1), (2, 0), (1, 2)})
+        if rank == 0:
+            pending = transport.receive(TensorSpec((4,), torch.float32), 2, 1, CPU)
+            threading.Timer(0.2, transport.poison).start()
+            with pytest.raises(GenerationAborted):
+                pending.wait()
+
+    on_threads(3, body, in_pairs)
 
 
 def test_poison_wakes_a_blocked_receive() -> None:
