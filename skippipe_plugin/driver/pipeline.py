@@ -19,7 +19,9 @@ from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
 from ..engine.handover import import_paths
+from ..engine.pairs import LinkBackend, transport_for
 from ..engine.ping import LinkCost, measure_links
+from ..engine.program import directed_links
 from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec, Transport
 from ..schedule import (
@@ -69,6 +71,8 @@ class Rendezvous:
     secret: str
     other_drivers: tuple[tuple[str, int], ...] = ()
     """The control addresses of the drivers after the first."""
+    backend: LinkBackend = "gloo"
+    """What carries hidden states and gradients."""
 
 
 def _keep() -> None:
@@ -157,12 +161,14 @@ class Pipeline:
         self._generation = next(self._generations)
         self._clocks.forget()
         self.links.start_generation(self._generation)
-        self._transport = Transport(
+        self._transport = transport_for(
+            self._rendezvous.backend,
             self._store,
             rank=self.rank,
             members=self._members(),
             generation=self._generation,
             host=self._rendezvous.host,
+            device=str(self.device),
         )
         self.links.check()  # a failure from now on finds this transport and wakes it
         if self.leads:
@@ -172,6 +178,7 @@ class Pipeline:
             self._transport.form()
             if self.layout.num_drivers > 1:
                 self._transport.form_subgroup(_DRIVERS, self.layout.drivers)
+            self._transport.connect(directed_links(*self.schedules.values()))
         except GenerationAborted:
             self.links.check()
             raise
@@ -213,6 +220,7 @@ class Pipeline:
             "sys_path": import_paths(),
             "num_threads": 1,
             "device": self._worker_devices.get(rank, "cpu"),
+            "backend": rendezvous.backend,
             "replica_groups": self._replica_groups(),
             "schedules": {name: schedule.to_json() for name, schedule in self.schedules.items()},
             "num_drivers": self.layout.num_drivers,
@@ -322,6 +330,8 @@ class Pipeline:
         self._programs.use(name, schedule)
         if self.leads and self._transport is not None:
             self.links.broadcast("schedule", {"name": name, "text": self.schedules[name].to_json()})
+        if self._transport is not None:
+            self._transport.connect(directed_links(self.schedules[name]))
 
     def measure_links(self, num_bytes: int) -> NetworkCost:
         """Measure latency and bandwidth between every two ranks with messages of ``num_bytes``; all drivers call it."""

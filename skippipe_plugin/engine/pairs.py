@@ -19,6 +19,8 @@ from .errors import GenerationAborted, SkipPipeError
 from .transport import FOREVER, PendingTensor, TensorSpec, Transport, form_gloo
 
 PairBackend = Literal["gloo", "nccl"]
+LinkBackend = Literal["gloo", "gloo-pairs", "nccl"]
+"""What carries hidden states and gradients: one gloo group of all ranks, or a group for each link."""
 
 _ENVIRONMENT: Final = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "CUDA_MODULE_LOADING": "EAGER"}
 """The control channels find failures, so NCCL's own watchdog may not end the process; and kernels are loaded at once
@@ -111,6 +113,27 @@ class PairTransport(Transport):
 
     def _form_gloo(self, store: Store, rank: int, size: int) -> Gloo:
         return form_gloo(store, rank, size, self._host)
+
+
+def transport_for(
+    backend: LinkBackend, store: Store, *, rank: int, members: Sequence[int], generation: int, host: str, device: str
+) -> Transport:
+    """Return the transport of a rank that computes on ``device``; see :class:`Transport` for the rest.
+
+    Raises:
+        SkipPipeError: NCCL is asked for where it cannot be.
+    """
+    if backend == "gloo":
+        return Transport(store, rank=rank, members=members, generation=generation, host=host)
+    return PairTransport(
+        store,
+        rank=rank,
+        members=members,
+        generation=generation,
+        host=host,
+        device=torch.device(device),
+        backend="nccl" if backend == "nccl" else "gloo",
+    )
 
 
 def _check_nccl(device: torch.device) -> None:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Final
 
 import torch
@@ -53,6 +54,7 @@ def measure_links(transport: Transport, num_bytes: int) -> list[LinkCost]:
     """
     costs = []
     members = transport.members
+    transport.connect(list(permutations(members, 2)))
     for number, pairs in enumerate(rounds(len(members))):
         tag = _FIRST_TAG + 2 * number
         for first, second in ((members[a], members[b]) for a, b in pairs):
@@ -81,9 +83,8 @@ def _round_trip_s(transport: Transport, peer: int, tag: int, spec: TensorSpec) -
     start = time.perf_counter()
     transport.send(torch.empty(spec.shape, dtype=spec.dtype), peer, tag)
     back.wait()
-    elapsed = time.perf_counter() - start
     transport.flush()
-    return elapsed
+    return time.perf_counter() - start
 
 
 def _echo(transport: Transport, peer: int, tag: int, num_bytes: int) -> None:

@@ -45,9 +45,9 @@ def compile_program(schedule: Schedule, rank: int) -> tuple[Instruction, ...]:
     return tuple(_instruction(schedule, action, rank, places) for action in schedule.orders[rank])
 
 
-def directed_links(schedule: Schedule) -> set[tuple[int, int]]:
-    """Return the (source, destination) pairs that exchange messages."""
-    return {(source, destination) for source, destination, _ in _places(schedule)}
+def directed_links(*schedules: Schedule) -> set[tuple[int, int]]:
+    """Return the (source, destination) pairs that exchange messages in any of ``schedules``."""
+    return {(source, destination) for schedule in schedules for source, destination, _ in _places(schedule)}
 
 
 _Places = dict[tuple[int, int, int], int]

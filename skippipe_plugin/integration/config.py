@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
+from ..engine.pairs import LinkBackend
 from ..schedule import PathConstraints
 
 
@@ -22,8 +24,14 @@ class NetworkConfig:
     """How many workers the driver starts on its own host at most; others join by hand. None: all that are needed."""
     join_timeout_s: float = 180.0
     """For how many seconds the start of a run, or a recovery, waits for workers to join."""
+    backend: LinkBackend = "gloo"
+    """What carries hidden states and gradients. ``"gloo"``: through host memory, whatever the device. ``"nccl"``: from
+    GPU to GPU, one for each process; it has not run on such machines yet. ``"gloo-pairs"``: gloo in the order and the
+    groups that NCCL needs, to try that out without GPUs."""
 
     def __post_init__(self) -> None:
+        if self.backend not in get_args(LinkBackend):
+            raise ValueError(f"backend={self.backend!r} is unknown; choose one of {get_args(LinkBackend)}")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port={self.port} is not a port; choose 0 (any free one) to 65535")
         if self.local_workers is not None and self.local_workers < 0:

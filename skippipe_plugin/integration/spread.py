@@ -171,7 +171,7 @@ class SpreadModel:
             links=self.links,
             store=self._job.pool.store,
             generations=self._job.pool.generations,
-            rendezvous=self._job.rendezvous(),
+            rendezvous=dataclasses.replace(self._job.rendezvous(), backend=self.settings.network.backend),
             rank=self._rank,
             device=self._device,
             worker_devices=self._worker_devices,

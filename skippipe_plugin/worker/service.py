@@ -28,8 +28,9 @@ from ..engine.channel import Channel, ChannelClosed, Message, connect
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
 from ..engine.executor import Executor
 from ..engine.handover import unpack_blocks
+from ..engine.pairs import transport_for
 from ..engine.ping import measure_links
-from ..engine.program import Instruction, compile_program
+from ..engine.program import Instruction, compile_program, directed_links
 from ..engine.transport import Transport
 from ..engine.versions import own_versions
 from ..engine.wire import CallDecoder, norm_answer
@@ -236,12 +237,14 @@ class Worker:
 
     def _form(self, fields: Any) -> None:  # Any: JSON
         store = TCPStore(fields["store_host"], fields["store_port"], is_master=False)
-        self._transport = Transport(
+        self._transport = transport_for(
+            fields["backend"],
             store,
             rank=fields["rank"],
             members=fields["members"],
             generation=fields["generation"],
             host=self._channels[0].local_host,
+            device=fields["device"],
         )
         if self._given_up >= self._transport.generation:  # the reader was faster, and found nothing to wake
             self._transport.poison()
@@ -251,10 +254,9 @@ class Worker:
             if fields["rank"] in ranks:
                 self._replica_groups[stage] = f"stage{stage}"
                 self._transport.form_subgroup(f"stage{stage}", ranks)
-        self._programs = {
-            name: compile_program(Schedule.from_json(text), fields["rank"])
-            for name, text in fields["schedules"].items()
-        }
+        schedules = {name: Schedule.from_json(text) for name, text in fields["schedules"].items()}
+        self._transport.connect(directed_links(*schedules.values()))
+        self._programs = {name: compile_program(schedule, self._rank) for name, schedule in schedules.items()}
         self._step = fields["step"]
 
     def _on_load(self, source: int, message: Message) -> None:
@@ -320,7 +322,9 @@ class Worker:
         self._answer(norm_answer(message.fields["norm"]), {"power": power})
 
     def _on_schedule(self, source: int, message: Message) -> None:
+        assert self._transport is not None, "schedules come within a generation"
         schedule = Schedule.from_json(message.fields["text"])
+        self._transport.connect(directed_links(schedule))
         self._programs[message.fields["name"]] = compile_program(schedule, self._rank)
 
     def _on_optimizer(self, source: int, message: Message) -> None:

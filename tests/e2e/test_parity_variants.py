@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
+from skippipe_plugin.strategies import NetworkConfig
+
 from .models import SignMomentum, Transformer, tokens
 from .modules import BATCH, OPTIMIZERS, STEPS, LanguageModel, Pretrained, adamw, cosine, loader, momentum, two_groups
 from .support import Run, assert_same_run, train
@@ -151,6 +153,16 @@ def test_replicas(replicas: int) -> None:
     devices = {2: 5, 3: 4}[replicas]
     pipeline, plain = both(
         lambda: LanguageModel(Transformer(), cosine), devices=devices, strategy=strategy, gradient_clip_val=0.2
+    )
+    assert_same_run(pipeline, plain)
+
+
+def test_links_in_pairs() -> None:
+    """What NCCL will need: a group for each link, and receives in the sender's order."""
+    strategy = {**TWO_WORKERS, "replicas": 2, "network": NetworkConfig(backend="gloo-pairs")}
+    data = loader(tokens(2 * BATCH))
+    pipeline, plain = both(
+        lambda: LanguageModel(Transformer(), cosine), data, devices=5, strategy=strategy, val_data=data, max_steps=4
     )
     assert_same_run(pipeline, plain)
 

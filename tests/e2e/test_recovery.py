@@ -17,6 +17,7 @@ from torchmetrics import SumMetric
 
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.recovery import Neighbour, rebuild_stage
+from skippipe_plugin.strategies import NetworkConfig
 
 from .experts import Own
 from .models import Transformer, tokens
@@ -146,6 +147,15 @@ def test_with_a_replica_nothing_changes(hook: str, undisturbed_replicas: Run) ->
     assert recovery.events[0].stages == (2,)
     assert_counted(result)
     assert_same_losses(result.losses, undisturbed_replicas.losses)
+    assert_same_weights(result.weights, undisturbed_replicas.weights)
+
+
+@pytest.mark.slow
+def test_links_in_pairs_are_given_up_too(undisturbed_replicas: Run) -> None:
+    kill_midway = At("on_after_backward", 4, kill(3))
+    network = NetworkConfig(backend="gloo-pairs")
+    result, _ = run(kill_midway, recovery=StageRecovery(), replicas=2, strategy={"network": network})
+    assert_counted(result)
     assert_same_weights(result.weights, undisturbed_replicas.weights)
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import seed_everything
 
 from skippipe_plugin.integration.skipping import PathPlanner
 from skippipe_plugin.schedule import CostModel, Path, Schedule, full_schedule, list_schedule
-from skippipe_plugin.strategies import PathConfig, SkipPipeStrategy
+from skippipe_plugin.strategies import NetworkConfig, PathConfig, SkipPipeStrategy
 
 from .emulation import Watch
 from .models import Transformer, tokens
@@ -23,10 +23,16 @@ UNIFORM = PathConfig(costs="uniform")
 
 
 def run(
-    skip_ratio: Any, *, steps: int = 6, paths: PathConfig = UNIFORM, devices: int = 5, **options: Any
+    skip_ratio: Any,
+    *,
+    steps: int = 6,
+    paths: PathConfig = UNIFORM,
+    network: NetworkConfig | None = None,
+    devices: int = 5,
+    **options: Any,
 ) -> tuple[Run, Watch]:
     watch = Watch()
-    strategy = {"skip_ratio": skip_ratio, "num_microbatches": 8, "paths": paths}
+    strategy = {"skip_ratio": skip_ratio, "num_microbatches": 8, "paths": paths, "network": network}
     data = loader(tokens(BATCH * steps))
     result = train(
         lambda: LanguageModel(Transformer()), data, devices, strategy, max_steps=steps, callbacks=[watch], **options
@@ -64,6 +70,16 @@ def test_a_ratio_that_changes_with_the_step(skip_ratio: Any) -> None:
 def test_costs_are_measured_while_nothing_is_skipped() -> None:
     _, watch = run(0.25, paths=PathConfig())
     assert [lengths(schedule) for schedule in watch.schedules] == [{4}, {4}, {3}, {3}, {3}, {3}]
+
+
+def test_links_in_pairs_follow_new_paths() -> None:
+    """A group for each link, formed when paths first use it: the same losses as with one group."""
+    ratios = {0: 0.0, 1: 0.25, 2: 0.5}
+    (in_pairs, _), (one_group, _) = (
+        run(ratios, steps=4, network=NetworkConfig(backend="gloo-pairs")),
+        run(ratios, steps=4),
+    )
+    assert in_pairs.losses == one_group.losses
 
 
 def test_costs_from_a_file(tmp_path: FilePath) -> None:
