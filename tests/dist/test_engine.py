@@ -120,10 +120,12 @@ def in_pairs(store: TCPStore, **shape: Any) -> Transport:
 def on_threads(size: int, body: Callable[[int, Transport], None], make: Callable[..., Transport] = tagged) -> None:
     """Run ``body`` for each rank of a generation, each in a thread."""
     store = host_store(HOST)
+    kept = []  # who has nothing to do must not close its ends while others are still connecting
 
     def rank_body(rank: int) -> None:
         clone = TCPStore(HOST, store.port, is_master=False)
         transport = make(clone, rank=rank, members=range(size), generation=0, host=HOST)
+        kept.append(transport)
         transport.form()
         body(rank, transport)
 
