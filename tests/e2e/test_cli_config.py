@@ -22,6 +22,7 @@ NETWORK = {
     "secret_file": "job.secret",
     "local_workers": 2,
     "join_timeout_s": 600.0,
+    "backend": "gloo-pairs",
 }
 PATHS = {
     "max_jump": 3,
