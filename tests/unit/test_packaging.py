@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import venv
 import warnings
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -36,8 +37,8 @@ def package_files(tracked) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel_files(tracked, tmp_path_factory) -> set[str]:
-    """The files of a wheel that is built from the tracked files only."""
+def wheel(tracked, tmp_path_factory) -> Path:
+    """A wheel that is built from the tracked files only."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name, mode in tracked.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,11 @@ def wheel_files(tracked, tmp_path_factory) -> set[str]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = output.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_files(wheel) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
@@ -92,3 +98,42 @@ def test_continuous_integration_is_executable_and_installs_as_the_readme_says() 
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert 'pip install -e ".[test]"' in (ROOT / "README.md").read_text()
     assert re.search(r'pip .*install .*-e "\.\[test\]"', (ROOT / ".ci/run").read_text())
+
+
+def test_importing_the_package_imports_nothing_else_and_starts_nothing() -> None:
+    program = """
+import sys, threading
+before = set(sys.modules)
+import skippipe_plugin
+print(*{name.partition(".")[0] for name in set(sys.modules) - before}, threading.active_count())
+"""
+    *imported, threads = run_elsewhere(sys.executable, "-c", program, PYTHONPATH=str(ROOT)).split()
+    assert set(imported) - sys.stdlib_module_names == {"skippipe_plugin"}
+    assert threads == "1"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_wheel_runs_the_quickstart_in_an_empty_environment(wheel, tmp_path) -> None:
+    """The packages come from the index, as for a user; nothing of this environment or checkout is there."""
+    venv.create(tmp_path / "environment", with_pip=True)
+    python = str(tmp_path / "environment/bin/python")
+    install = [python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--no-compile", str(wheel)]
+    subprocess.run(install, check=True, timeout=800)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/my_project.py").write_bytes((ROOT / "tests/docs/project/my_project.py").read_bytes())
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert block
+    ending = "import skippipe_plugin\nprint(trainer.global_step, skippipe_plugin.__file__)\n"
+    (tmp_path / "project/train.py").write_text(block[1] + ending)
+    steps, origin = run_elsewhere(python, "train.py", cwd=tmp_path / "project").splitlines()[-1].split()
+    assert (int(steps), Path(origin).is_relative_to(tmp_path / "environment")) == (6, True)
+
+
+def run_elsewhere(*command: str, cwd: Path | str = "/", **variables: str) -> str:
+    """Run a program without the variables that lead to this checkout; return what it prints."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | variables
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
