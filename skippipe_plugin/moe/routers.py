@@ -119,7 +119,7 @@ class GShard:
     capacity_factor: float = 1.25
     """How many times its even share an expert takes."""
     priority: Priority = "choice"
-    """Who comes first; see :func:`~skippipe_plugin.moe.routing.limit_capacity`."""
+    """Who comes first; see :func:`~skippipe_plugin.moe.limit_capacity`."""
     random_dispatch: bool = False
     """Keep a second choice of weight g with the probability ``min(1, 2 g)`` only, as the paper does in training."""
 

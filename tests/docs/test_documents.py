@@ -18,8 +18,7 @@ from . import shell
 from .project.my_project import MyLightningModule
 
 ROOT = Path(__file__).parents[2]
-LINKED = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 
 
 def run_commands(example: Example) -> None:
@@ -89,7 +88,7 @@ def test_code_blocks_run(path: Path, folder: Path) -> None:
         example.evaluate()
 
 
-@pytest.mark.parametrize("path", LINKED, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_local_links_lead_somewhere(path: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", path.read_text()):
         if "://" in target:
@@ -101,6 +100,10 @@ def test_local_links_lead_somewhere(path: Path) -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """Return the names that headings get on the web, and in the site."""
-    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """Return the names that headings get on the web, and in the site; those that are set with ``(name)=`` too."""
+    text = path.read_text()
+    for included in re.findall(r"^```{include} (\S+)$", text, re.MULTILINE):
+        text += (path.parent / included).read_text()
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    named = set(re.findall(r"^\((\S+)\)=$", text, re.MULTILINE))
+    return named | {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
