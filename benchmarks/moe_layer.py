@@ -53,7 +53,7 @@ class Case:
 CASES = (
     Case("reference"),
     Case("skewed", skew=2.0),
-    Case("many experts", tokens=4096, experts=64),
+    Case("many experts", tokens=4096, experts=64, dim=256, inner=512),
     Case("few tokens", tokens=128, experts=64),
 )
 

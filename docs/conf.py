@@ -51,6 +51,8 @@ def lead_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
     """Let links that are right in the repository lead to pages of the site."""
     for document, page in PAGES.items():
         source[0] = re.sub(rf"\]\((\.\./)+{re.escape(document)}", f"]({page}", source[0])
+    # Sphinx follows the link docs/examples to its end, and finds the notebooks outside of this folder.
+    source[0] = re.sub(r"\[([^]]+)\]\(/(examples/\w+)\.ipynb\)", r"{doc}`\1 </\2>`", source[0])
 
 
 def leave_attributes_alone(app: Sphinx) -> None:

@@ -93,7 +93,8 @@ def test_local_links_lead_somewhere(path: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", path.read_text()):
         if "://" in target:
             continue
-        file = (path.parent / target).resolve() if target else path
+        folder = ROOT if target.startswith("/") else path.parent
+        file = (folder / target.lstrip("/")).resolve() if target else path
         assert file.exists(), f"{path.name} links to {target}, which does not exist"
         if anchor and file.suffix == ".md":
             assert anchor in anchors(file), f"{path.name} links to {target}#{anchor}; there is no such heading"
