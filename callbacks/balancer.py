@@ -48,6 +48,8 @@ class LoadBalancer(Callback):
             (loss-free balancing), ``"loss"`` adds an auxiliary loss on the statistics of the whole step, where the
             routers live; a tuple does both. The Trainer's loggers get ``moe/max_violation`` (MaxVio, the mean over
             routers), ``moe/worst_max_violation``, and by router ``max_violation``, ``entropy`` and ``empty_share``.
+            ``"placement"`` moves experts between the replicas that share them (expert parallelism), with their
+            optimizer state, when that pays; it logs ``moe/rank_imbalance`` and ``moe/moved_experts``.
         expert_config: The rule and its rate, and the coefficient of the loss.
 
     Example:
@@ -91,7 +93,7 @@ class LoadBalancer(Callback):
         if expert_config is not None and experts is None:
             raise ValueError("expert_config has no effect without experts='bias', 'loss' or both")
         methods = (experts,) if isinstance(experts, str) else experts
-        self.experts = None if methods is None else ExpertBalance(methods, expert_config)
+        self.experts = None if methods is None else ExpertBalance(methods, expert_config, every_n_steps)
         """What balances the experts; ``experts.shares`` are the loads of the steps, for :func:`draw_loads`."""
         self._stepped = -1
 
@@ -118,6 +120,12 @@ class LoadBalancer(Callback):
         if self._stages and strategy_of(trainer, self).planner is None:
             raise ValueError(
                 "LoadBalancer chooses paths, and the strategy was given a schedule of your own; leave one of them out"
+            )
+        schedule = strategy_of(trainer, self).training_schedule
+        if self._stages and schedule is not None and schedule.coupled:
+            raise ValueError(
+                "LoadBalancer moves microbatches between replicas one by one, and with expert parallelism replicas "
+                "work together; use LoadBalancer(stages=False, experts=...)"
             )
         self._balancer, self._costs, self.changes, self._last_step = Balancer(self.rule), None, 0, -1
 

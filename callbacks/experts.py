@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -15,7 +16,9 @@ from ..moe import BIAS_RULES, MoEConfig, RouterStatistics, max_violation
 from ..schedule.picture import require_matplotlib
 from ..strategies import SkipPipeStrategy
 
-ExpertMethod = Literal["bias", "loss"]
+log = logging.getLogger(__name__)
+
+ExpertMethod = Literal["bias", "loss", "placement"]
 
 RATES = {"sign": 1e-3, "proportional": 1e-2}
 """The rate of each rule for the selection bias: the paper's, and one that is ten times as fast at the start."""
@@ -36,12 +39,16 @@ class ExpertConfig:
     """The rule's rate; None: 0.001 for ``"sign"``, 0.01 for ``"proportional"``. ``"quantile"`` has none."""
     auxiliary_loss: float = AUXILIARY_LOSS
     """The coefficient of the auxiliary loss, where it is asked for."""
+    payback_steps: int = 100
+    """Within how many steps a move of experts (``"placement"``) must pay for itself, by measured loads and links."""
 
     def __post_init__(self) -> None:
         if self.rule not in (*BIAS_RULES, QUANTILE):
             raise ValueError(f"rule={self.rule!r} is unknown; choose one of {', '.join((*BIAS_RULES, QUANTILE))}")
         if self.rule == QUANTILE and self.rate is not None:
             raise ValueError(f"rate={self.rate} has no effect with rule='quantile', which has none")
+        if self.payback_steps < 1:
+            raise ValueError(f"payback_steps={self.payback_steps} is out of range; it is at least 1")
         for name, value in (("rate", self.rate), ("auxiliary_loss", self.auxiliary_loss)):
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} is out of range; it is positive")
@@ -50,8 +57,8 @@ class ExpertConfig:
 class ExpertBalance:
     """Keeps the experts of a pipeline evenly loaded; the loads are those of whole optimizer steps."""
 
-    def __init__(self, methods: Sequence[str], config: ExpertConfig | None = None) -> None:
-        """Check what is asked for."""
+    def __init__(self, methods: Sequence[str], config: ExpertConfig | None = None, every_n_steps: int = 10) -> None:
+        """Check what is asked for; placements are looked at every n-th step."""
         for method in methods:
             if method not in get_args(ExpertMethod):
                 known = ", ".join(map(repr, get_args(ExpertMethod)))
@@ -61,6 +68,8 @@ class ExpertBalance:
         self.shares: dict[int, dict[str, list[float]]] = {}
         """By optimizer step and router: the share of all visits that each expert got; long runs are thinned out."""
         self._every = 1
+        self._every_n_steps = every_n_steps
+        self._loads: dict[str, list[Tensor]] = {}
         self._biases: dict[str, list[float]] = {}
 
     def prepare(self, strategy: SkipPipeStrategy) -> None:
@@ -84,7 +93,29 @@ class ExpertBalance:
         if "bias" in self.methods and taken:
             self._move(strategy.routers, taken)
         self._remember(step, {name: _shares(each.loads) for name, each in taken.items()})
-        return load_metrics(taken)
+        return load_metrics(taken) | self._place(strategy, step, taken)
+
+    def _place(self, strategy: SkipPipeStrategy, step: int, taken: Mapping[str, RouterStatistics]) -> dict[str, float]:
+        """Every n-th step, move experts by the mean loads since the last time."""
+        if "placement" not in self.methods:
+            return {}
+        for name, each in taken.items():
+            self._loads.setdefault(name, []).append(each.loads)
+        if step % self._every_n_steps or not self._loads:
+            return {}
+        loads, self._loads = self._loads, {}
+        means = {name: torch.stack(each).double().mean(0).tolist() for name, each in loads.items()}
+        moves, before = strategy.rebalance_experts(means, self.config.payback_steps)
+        for name, move in moves.items():
+            log.info(
+                "step %d: LoadBalancer moves %d experts of %s: saves %.3g s per step, costs %.3g s once",
+                step,
+                move.num_moved,
+                name,
+                move.saved_s,
+                move.cost_s,
+            )
+        return {"moe/rank_imbalance": before, "moe/moved_experts": float(sum(m.num_moved for m in moves.values()))}
 
     def _move(self, routers: RouterControl, taken: Mapping[str, RouterStatistics]) -> None:
         if self.config.rule == QUANTILE:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from ..integration.settings import PipelineSettings, ScheduleName
 from ..integration.skipping import PathPlanner, SkipRatio, skips
 from ..integration.spread import Recovery, SpreadModel
 from ..moe import MoEConfig
+from ..moe.migration import Move
 from ..partition import check_no_shared_parameters, find_blocks
 from ..schedule import CostModel, Schedule, Timeline
 from ..worker import end_with_parent
@@ -183,6 +184,10 @@ class SkipPipeStrategy(DriversStrategy):
         """The routers of the model's experts, with ``moe=MoEConfig(...)``: what they did, and their biases."""
         return self._running().pipeline.routers
 
+    def rebalance_experts(self, loads: Mapping[str, Sequence[float]], steps: int) -> tuple[dict[str, Move], float]:
+        """Move experts between the replicas that share them; see :meth:`SpreadModel.rebalance_experts`."""
+        return self._running().rebalance_experts(loads, steps)
+
     @property
     def visit_counts(self) -> dict[int, int]:
         """By stage: how many microbatches visited it in the last training step."""
@@ -208,6 +213,7 @@ class SkipPipeStrategy(DriversStrategy):
         """Replace workers that are lost from the next run on; called by the StageRecovery callback."""
         if self.drivers > 1:
             raise SkipPipeError(f"lost workers can be replaced for one driver only, not for drivers={self.drivers}")
+        self.settings.check_recovery(swap_ends=policy.swap_ends)
         if skips(self.settings.skip_ratio):
             policy = dataclasses.replace(policy, while_missing="skip")
             if policy.swap_ends:

@@ -103,12 +103,10 @@ class GradientControl:
         self._norm_under_way = False
         # A run that clips once clips always: from now on workers measure as soon as they have merged.
         self._expected_norm = norm_type
-        counted = {
-            next((rank for rank in ranks if rank in answers), -1)
-            for stage, ranks in enumerate(self._layout.placement)
-            if stage
-        }
-        powers = [message.fields["power"] for rank, message in answers.items() if rank in counted]
+        sets = [self._layout.whole_set(stage, answers) for stage in range(1, len(self._layout.placement))]
+        firsts = {ranks[0] for ranks in sets if ranks}
+        powers = [answers[rank].fields["power"] for rank in firsts]
+        powers += [answers[rank].fields["experts"] for ranks in sets for rank in ranks[1:]]
         return gradients.total_norm([gradients.norm_power(local, norm_type), *powers], norm_type)
 
     def step_optimizers(self, hyperparameters: Sequence[Any], scale: float | None, value: float | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 
@@ -15,6 +15,8 @@ class Layout:
     """By block stage, from stage 1 on: its blocks' numbers in the stack."""
     placement: tuple[tuple[int, ...], ...]
     """By stage, the drivers' stage 0 first: the ranks that hold it."""
+    expert_parallel: int = 1
+    """Over how many of a stage's replicas its experts are spread."""
 
     @property
     def size(self) -> int:
@@ -60,6 +62,26 @@ class Layout:
             for stage, ranks in enumerate(self.placement)
             if stage and len(ranks) > 1 and ranks[0] >= self.num_drivers
         ]
+
+    @property
+    def expert_sets(self) -> list[tuple[int, list[tuple[int, ...]]]]:
+        """The stages whose experts are spread, with the sets of ranks of which each holds all experts together."""
+        size = self.expert_parallel
+        return [
+            (stage, [ranks[first : first + size] for first in range(0, len(ranks), size)])
+            for stage, ranks in self.replica_groups
+            if size > 1
+        ]
+
+    def position(self, rank: int) -> int:
+        """Return the place of ``rank`` in its set; ranks at the same place hold the same experts."""
+        return next((ranks.index(rank) for _, sets in self.expert_sets for ranks in sets if rank in ranks), 0)
+
+    def whole_set(self, stage: int, present: Container[int]) -> tuple[int, ...]:
+        """Return the ranks that together hold all of ``stage``, or as much of it as is present."""
+        sets = dict(self.expert_sets).get(stage, [(rank,) for rank in self.placement[stage]])
+        there = [tuple(rank for rank in ranks if rank in present) for ranks in sets]
+        return max(there, key=len, default=())
 
 
 def device_counts(devices: int, *, replicas: int, drivers: int, driver_stage: bool) -> int:

@@ -88,7 +88,7 @@ class RemoteOptimizer:
             for link in self._pipeline.links:
                 blocks = set(self._pipeline.layout.hosted(link.rank))
                 own = {key: state for key, state in remote.items() if key[0] in blocks}
-                fields, blobs = encode_optimizer_state(own)
+                fields, blobs = encode_optimizer_state(self._pipeline.shards.part_of_state(own, link.rank))
                 link.send("put", {"what": "optimizer", **fields}, blobs)
         self._pipeline.links.expect_all("ready")
 
@@ -96,13 +96,13 @@ class RemoteOptimizer:
         return self._pipeline.surviving(self._fetch_once)
 
     def _fetch_once(self) -> dict[ParameterKey, dict[str, Any]]:
-        state: dict[ParameterKey, dict[str, Any]] = {}
+        parts: dict[int, dict[ParameterKey, dict[str, Any]]] = {}
         self._pipeline.heal()
-        for link in self._pipeline.remote.first_replicas():
+        for link in self._pipeline.remote.first_holders():
             link.send("get", {"what": "optimizer"})
             message = link.expect("state")
-            state |= decode_optimizer_state(message.fields, message.blobs)
-        return state
+            parts[link.rank] = decode_optimizer_state(message.fields, message.blobs)
+        return self._pipeline.shards.join_states(parts)
 
     def _numbers(self) -> dict[ParameterKey, int]:
         """Map remote parameters to their numbers in the optimizer's ``state_dict``."""

@@ -38,6 +38,7 @@ from .programs import Programs
 from .proxies import BlockProxies, StackCall
 from .randomness import private_random_state
 from .routers import RouterControl
+from .shards import ExpertShards
 from .side_inputs import dump_probe
 from .stages import StageSender
 from .steps import CallWriter, NoFeed, StepRun, StepTask, merged_loss
@@ -133,7 +134,9 @@ class Pipeline:
         """Replaces lost workers; without one a loss is the end of the run. Set it before :meth:`load`."""
         self.optimizer_plan: bytes | None = None
         """How workers build their part of the optimizer, as it travels."""
-        self.remote = RemoteWeights(links, layout, rank)
+        self.shards = ExpertShards(layout)
+        """Which worker holds which experts."""
+        self.remote = RemoteWeights(links, layout, rank, self.shards)
         self.gradients = GradientControl(links, layout, leads=rank == 0)
         self.routers = RouterControl(links, leads=rank == 0)
         links.on_failure = self._wake
@@ -222,6 +225,11 @@ class Pipeline:
             "device": self._worker_devices.get(rank, "cpu"),
             "backend": rendezvous.backend,
             "replica_groups": self._replica_groups(),
+            "expert_sets": [
+                (stage, sets)
+                for stage, sets in self.layout.expert_sets
+                if all(each in self.links for ranks in sets for each in ranks)
+            ],
             "schedules": {name: schedule.to_json() for name, schedule in self.schedules.items()},
             "num_drivers": self.layout.num_drivers,
             "step": self._step,
@@ -275,7 +283,10 @@ class Pipeline:
         """
         proxies = proxies_of(probe=self._probe, forward=self._forward)
         keep = self.keeper is not None
-        self._sender = StageSender(self.layout, proxies.blocks, compile_with, seed, keep_structures=keep)
+        self.shards.learn(proxies.blocks)
+        self._sender = StageSender(
+            self.layout, proxies.blocks, compile_with, seed, keep_structures=keep, shards=self.shards
+        )
         if self.leads:
             self._sender.send_all(self.links)
         self.links.expect_all("ready")

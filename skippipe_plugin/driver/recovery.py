@@ -217,6 +217,8 @@ class StageKeeper:
     def _may_go_around(self, whole: bool) -> bool:
         """Let the paths avoid the missing ranks, if that is wanted and possible; exact where replicas are left."""
         pipeline, missing = self._pipeline, self._missing.keys() - self._taking_over
+        if pipeline.layout.expert_parallel > 1:
+            return False  # the other holders of a layer's experts cannot run it without the missing one
         partial = bool(leaves_out(pipeline.layout.placement, missing))
         if partial and (whole or self._policy.while_missing == "wait"):
             return False
@@ -298,11 +300,13 @@ class StageKeeper:
         return "neighbours" if "neighbours" in sources else "copy"
 
     def _replica(self, rank: int) -> Link | None:
-        """Return a worker that holds the same stages as ``rank`` and is whole."""
+        """Return a worker that holds the same stages as ``rank``, and the same experts of them, and is whole."""
         pipeline = self._pipeline
+        position = pipeline.layout.position(rank)
         stages = pipeline.layout.stages_of(rank)
         for link in pipeline.links:
-            if link.rank not in self._missing and list(link.stages) == stages:
+            same = list(link.stages) == stages and pipeline.layout.position(link.rank) == position
+            if link.rank not in self._missing and same:
                 return link
         return None
 

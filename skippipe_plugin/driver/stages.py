@@ -11,6 +11,7 @@ from ..engine.channel import Buffer
 from ..engine.handover import pack_blocks
 from .layout import Layout
 from .links import Link, Links
+from .shards import ExpertShards
 
 Packed = tuple[list[Any], list[Buffer]]
 """Packed blocks: JSON entries and blobs."""
@@ -25,10 +26,18 @@ class StageSender:
         compile_with: Keyword arguments for ``Module.compile`` of the blocks; None when nothing is compiled.
         seed: For blocks that were built on the meta device.
         keep_structures: Whether workers may take stages over later; then the structures are kept.
+        shards: Which worker holds which experts.
     """
 
     def __init__(
-        self, layout: Layout, blocks: Sequence[nn.Module], compile_with: Any, seed: int, *, keep_structures: bool
+        self,
+        layout: Layout,
+        blocks: Sequence[nn.Module],
+        compile_with: Any,
+        seed: int,
+        *,
+        keep_structures: bool,
+        shards: ExpertShards,
     ) -> None:
         self._layout = layout
         self._blocks = blocks
@@ -36,6 +45,7 @@ class StageSender:
         self._seed = seed
         self._structures: dict[int, Packed] = {}
         self._keep = keep_structures
+        self._shards = shards
 
     def send_all(self, links: Links) -> None:
         """Send every stage to the workers that hold it."""
@@ -46,9 +56,12 @@ class StageSender:
             blocks = {block: self._blocks[block] for block in self._layout.blocks(stage)}
             if self._keep:
                 self._structures[stage] = pack_blocks(blocks, values=False)
-            packed = pack_blocks(blocks)
+            packed: dict[int, Packed] = {}
             for rank in remote:
-                self._send(links[rank], stage, packed, structure_only=False)
+                position = self._layout.position(rank)
+                if position not in packed:
+                    packed = {position: pack_blocks(blocks, instead=self._shards.cut(blocks, rank))}
+                self._send(links[rank], stage, packed[position], structure_only=False)
 
     def send_structures(self, link: Link) -> None:
         """Send a worker the blocks of its stages without values, which are to follow."""
@@ -68,5 +81,6 @@ class StageSender:
             "seed": self._seed + stage,
             "first": stage == link.stages[0],
             "last": stage == link.stages[-1],
+            "experts": self._shards.described(stage, link.rank),
         }
         link.send("load", self._fields | fields, blobs)

@@ -12,6 +12,7 @@ from ..engine.wire import block_tensors
 from .layout import Layout
 from .links import Link, Links
 from .remote import detach, reattach
+from .shards import ExpertShards, tensor_key
 
 
 class RemoteWeights:
@@ -21,11 +22,13 @@ class RemoteWeights:
         links: To the workers that hold them.
         layout: Which worker holds which block.
         rank: This driver's rank; what it holds itself is not remote.
+        shards: Which worker holds which experts.
     """
 
-    def __init__(self, links: Links, layout: Layout, rank: int) -> None:
+    def __init__(self, links: Links, layout: Layout, rank: int, shards: ExpertShards) -> None:
         self._links = links
         self._layout = layout
+        self._shards = shards
         self._hosted = set(layout.hosted(rank))
         self._blocks: Sequence[nn.Module] = ()
 
@@ -50,27 +53,31 @@ class RemoteWeights:
 
     def fetch(self) -> dict[str, Tensor]:
         """Fetch everything, each stage from the first worker that holds it."""
-        result: dict[str, Tensor] = {}
-        for link in self.first_replicas():
+        parts: dict[int, dict[str, Tensor]] = {}
+        for link in self.first_holders():
             link.send("get", {"what": "weights"})
             message = link.expect("state")
-            result |= unpack_tensors(message.fields["tensors"], message.blobs)
-        return result
+            parts[link.rank] = unpack_tensors(message.fields["tensors"], message.blobs)
+        return self._shards.join(parts)
 
     def salvage(self) -> dict[str, Tensor]:
         """Fetch what the survivors of a lost worker hold."""
-        result: dict[str, Tensor] = {}
+        parts: dict[int, dict[str, Tensor]] = {}
         for link in self._links:
             message = link.salvage("get", {"what": "weights"}, "state")
             if message is not None:
-                result |= unpack_tensors(message.fields["tensors"], message.blobs)
-        return result
+                parts[link.rank] = unpack_tensors(message.fields["tensors"], message.blobs)
+        return self._shards.join(parts)
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite weights; the workers answer "ready"."""
         for link in self._links:
             blocks = {str(block) for block in self._layout.hosted(link.rank)}
-            own = {name: tensor for name, tensor in tensors.items() if name.split("\t")[0] in blocks}
+            own = {
+                name: self._shards.part(tensor_key(name), tensor, link.rank)
+                for name, tensor in tensors.items()
+                if name.split("\t")[0] in blocks
+            }
             entries, blobs = pack_tensors(own)
             link.send("put", {"what": "weights", "tensors": entries}, blobs)
 
@@ -86,12 +93,11 @@ class RemoteWeights:
         self._blocks = ()
         return list(dict.fromkeys(lost))
 
-    def first_replicas(self) -> Iterator[Link]:
-        """Return one link for each remote stage that somebody holds."""
-        for stage, ranks in enumerate(self._layout.placement):
-            present = [rank for rank in ranks if rank in self._links]
-            if stage and present:
-                yield self._links[present[0]]
+    def first_holders(self) -> Iterator[Link]:
+        """Return for each remote stage links to workers that hold all of it together: one, or those of its experts."""
+        for stage in range(1, len(self._layout.placement)):
+            for rank in self._layout.whole_set(stage, self._links):
+                yield self._links[rank]
 
     def _remote(self) -> Iterable[tuple[int, nn.Module]]:
         return ((index, block) for index, block in enumerate(self._blocks) if index not in self._hosted)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Protocol
 
 import torch
@@ -72,21 +72,26 @@ class Executor:
         self._by_microbatch: dict[int, list[Instruction]] = {}
         self._incoming: dict[int, deque[Instruction]] = {}
         """By source, where receives are not posted ahead: what is still to come, in the order in which it is sent."""
+        self._live: Set[int] = frozenset()
 
-    def run(self, program: Iterable[Instruction], live: Collection[int], feed: CallFeed) -> list[Event]:
+    def run(self, program: Iterable[Instruction], live: Set[int], feed: CallFeed) -> list[Event]:
         """Execute the instructions of the ``live`` microbatches in order; return when each ran.
 
         Raises:
             GenerationAborted: The generation ended under the step.
         """
-        instructions = [instruction for instruction in program if instruction.microbatch in live]
+        instructions = [each for each in program if each.microbatch in live or not live.isdisjoint(each.together)]
+        self._live = live
         for instruction in instructions:
             self._by_microbatch.setdefault(instruction.microbatch, []).append(instruction)
         if not self._transport.posts_ahead:
-            self._incoming = _by_source(instructions)
+            self._incoming = _by_source(each for each in instructions if each.microbatch in live)
         events: list[Event] = []
         try:
             for instruction in instructions:
+                if instruction.microbatch not in live:
+                    self._attend(instruction)
+                    continue
                 self._ready(instruction, feed)
                 taken = self._take(instruction, feed)
                 start = time.perf_counter()
@@ -185,7 +190,22 @@ class Executor:
         else:
             self._driver.backward(microbatch, taken)
 
+    def _attend(self, instruction: Instruction) -> None:
+        """Take part in what the coupled ranks do in this action's place, for which this rank has no microbatch."""
+        company = self._stages[instruction.action.stage].company
+        if company is not None:
+            company.attend(instruction.microbatch)
+
     def _execute_stage(self, instruction: Instruction, taken: Tensor | None) -> None:
+        company = self._stages[instruction.action.stage].company
+        if company is None or not instruction.together:
+            self._compute(instruction, taken)
+            return
+        company.enter([microbatch in self._live for microbatch in instruction.together])
+        self._compute(instruction, taken)
+        company.leave()
+
+    def _compute(self, instruction: Instruction, taken: Tensor | None) -> None:
         action = instruction.action
         stage, call = self._stages[action.stage], self._calls[action.microbatch]
         if action.op is Op.F:

@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import cloudpickle
@@ -54,10 +55,13 @@ def tensor_from_blob(spec: TensorSpec, blob: Buffer) -> Tensor:
     return from_bytes(torch.frombuffer(data, dtype=torch.uint8), spec)
 
 
-def pack_blocks(blocks: Mapping[int, nn.Module], *, values: bool = True) -> tuple[list[Any], list[Buffer]]:
+def pack_blocks(
+    blocks: Mapping[int, nn.Module], *, values: bool = True, instead: Mapping[int, Tensor] = MappingProxyType({})
+) -> tuple[list[Any], list[Buffer]]:
     """Return the JSON entries of the blocks' tensors, and the blobs: the pickled structure first.
 
-    Without ``values`` parameters and buffers travel as on the meta device.
+    Without ``values`` parameters and buffers travel as on the meta device. ``instead`` maps the ``id`` of a tensor to
+    what travels in its place.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
@@ -70,7 +74,11 @@ def pack_blocks(blocks: Mapping[int, nn.Module], *, values: bool = True) -> tupl
         ) from error
     tensors = {str(index): tensor for index, tensor in enumerate(pickler.tensors)}
     left_out = set() if values else {id(t) for b in blocks.values() for t in (*b.parameters(), *b.buffers())}
-    real = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta and id(tensor) not in left_out}
+    real = {
+        name: instead.get(id(tensor), tensor)
+        for name, tensor in tensors.items()
+        if not tensor.is_meta and id(tensor) not in left_out
+    }
     entries, blobs = pack_tensors(real)
     meta = [
         [name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items() if name not in real

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ..schedule import DRIVER_STAGE, Action, Op, Path, Schedule
+from ..schedule import DRIVER_STAGE, Action, Meeting, Op, Path, Schedule, meetings
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Instruction:
     """Where it takes from; None when that is this rank."""
     sends: Link | None
     """Where it gives to; None when that is this rank."""
+    together: tuple[int, ...] = ()
+    """The microbatches of all coupled ranks in the meeting that this action is a part of, by position."""
 
     @property
     def microbatch(self) -> int:
@@ -41,8 +43,8 @@ class Instruction:
 
 def compile_program(schedule: Schedule, rank: int) -> tuple[Instruction, ...]:
     """Return the instructions of ``rank``, in the order of the schedule."""
-    places = _places(schedule)
-    return tuple(_instruction(schedule, action, rank, places) for action in schedule.orders[rank])
+    places, coupled = _places(schedule), meetings(schedule)
+    return tuple(_instruction(schedule, action, rank, places, coupled.get(action)) for action in schedule.orders[rank])
 
 
 def directed_links(*schedules: Schedule) -> set[tuple[int, int]]:
@@ -67,7 +69,9 @@ def _places(schedule: Schedule) -> _Places:
     return places
 
 
-def _instruction(schedule: Schedule, action: Action, rank: int, places: _Places) -> Instruction:
+def _instruction(
+    schedule: Schedule, action: Action, rank: int, places: _Places, meeting: Meeting | None
+) -> Instruction:
     takes, gives = _hops(schedule.paths[action.microbatch], action, schedule.backward)
     receives, sends = (_far_end(schedule, action, rank, incoming=incoming) for incoming in (True, False))
     return Instruction(
@@ -77,6 +81,7 @@ def _instruction(schedule: Schedule, action: Action, rank: int, places: _Places)
         gives,
         None if receives is None else Link(*receives, places[receives[0], rank, receives[1]]),
         None if sends is None else Link(*sends, places[rank, *sends]),
+        () if meeting is None else tuple(each.microbatch for each in meeting.actions),
     )
 
 

@@ -5,10 +5,10 @@ Used by workers, and by a driver that hosts a stage. Nothing here knows of proce
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,19 @@ class Unavailable:
         return "<a block's second output, which stays on its worker>"
 
 
+class Company(Protocol):
+    """The other ranks that a stage's forward and backward need; each call of one is a call of all."""
+
+    def enter(self, present: Sequence[bool]) -> None:
+        """Begin a forward or backward of this rank; ``present`` tells which positions have a microbatch for it."""
+
+    def leave(self) -> None:
+        """End it."""
+
+    def attend(self, meeting: int) -> None:
+        """Take part in one of the others without a microbatch; its forward and backward have the same number."""
+
+
 class Stage:
     """Consecutive blocks of the stack, run as one unit."""
 
@@ -58,6 +71,8 @@ class Stage:
         self.index = index
         self.blocks = blocks
         self.device = device
+        self.company: Company | None = None
+        """With whom the stage runs together, where its experts are spread."""
         self._guest = guest
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._halves: dict[int, Tensor | list[dict[str, Any]] | None] = {}  # Any: torch's parameter groups

@@ -68,15 +68,17 @@ def from_bytes(data: Tensor, spec: TensorSpec) -> Tensor:
 class PendingTensor:
     """A posted receive."""
 
-    __slots__ = ("_buffer", "_device", "_work")
+    __slots__ = ("_buffer", "_device", "_sent", "_work")
 
-    def __init__(self, work: Work | None, buffer: Tensor, device: torch.device) -> None:
+    def __init__(self, work: Work | None, buffer: Tensor, device: torch.device, sent: Tensor | None = None) -> None:
         self._work, self._buffer, self._device = work, buffer, device
+        self._sent = sent  # kept alive until all is here
 
     def wait(self) -> Tensor:
         """Block until the tensor is here; raise GenerationAborted when the generation ends first."""
         if self._work is not None:
             _wait(self._work)
+        self._sent = None
         return self._buffer.to(self._device)
 
 
@@ -146,6 +148,13 @@ class Transport:
     def all_reduce(self, tensor: Tensor, name: str) -> None:
         """Sum the host tensor ``tensor`` in place over the subgroup ``name``."""
         _wait(self._start(lambda: self._groups[name].allreduce([tensor])))
+
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> PendingTensor:
+        """Begin to exchange rows [rows, ...] within the subgroup ``name``: by member, how many go and how many come."""
+        data = rows.detach().to("cpu").contiguous()
+        buffer = data.new_empty(sum(receive), *data.shape[1:])
+        work = self._start(lambda: self._groups[name].alltoall_base(buffer, data, list(receive), list(send)))
+        return PendingTensor(work, buffer, rows.device, data)
 
     def poison(self) -> None:
         """Wake every operation of this generation, from any thread; the groups are useless afterwards.

@@ -51,6 +51,20 @@ class PipelineSettings:
         if self.moe is not None and self.driver_stage and self.drivers > 1:
             raise ValueError("moe with driver_stage=True takes one driver: each would count its own experts only")
 
+    def check_recovery(self, *, swap_ends: bool) -> None:
+        """Raise a ValueError where lost workers cannot be replaced because of how experts are spread."""
+        size = self.moe.expert_parallel if self.moe is not None else 1
+        if size > 1 and swap_ends:
+            raise ValueError(
+                "swap_ends=True sends replicas different ways, and with expert_parallel they work together"
+            )
+        if 1 < size == self.replicas:
+            raise ValueError(
+                f"with expert_parallel={size} and replicas={size} each expert has one holder, so what a lost worker "
+                f"held exists nowhere else; use replicas={2 * size}, or leave StageRecovery out and resume from a "
+                "checkpoint"
+            )
+
     @cached_property
     def shape(self) -> PipelineShape:
         """The settings that decide the layout."""
@@ -60,4 +74,5 @@ class PipelineSettings:
             replicas=self.replicas,
             drivers=self.drivers,
             driver_stage=self.driver_stage,
+            expert_parallel=self.moe.expert_parallel if isinstance(self.moe, MoEConfig) else 1,
         )

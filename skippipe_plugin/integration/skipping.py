@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Final
 
-from ..schedule import CostModel, Plan, Schedule, peak_activations, simulate
+from ..schedule import (
+    CostModel,
+    Plan,
+    Schedule,
+    condense,
+    condense_costs,
+    expand,
+    peak_activations,
+    simulate,
+)
 from ..schedule.advice import why_no_gain
 from ..schedule.partial import plan
 from ..schedule.problem import PlanProblem
@@ -89,6 +99,8 @@ class PathPlanner:
         self._skip_ratio = skip_ratio
         self._config = config
         self._exact = exact
+        self._bundled = condense(exact)
+        self._size = exact.num_microbatches // self._bundled.num_microbatches
         self._steps = 0
         self._ratio: float | None = None
         self._visits: Counter[int] = Counter()
@@ -153,17 +165,21 @@ class PathPlanner:
     def plan(self, cost: CostModel) -> Plan:
         """Plan paths of the present skip ratio; stages that earlier steps skipped more often come first."""
         history = [self._visits[stage] for stage in range(1, self._exact.num_stages + 1)]
-        return plan(self.problem(self.ratio, cost), max_iterations=_WORK, seed=self._config.seed, history=history)
+        found = plan(self.problem(self.ratio, cost), max_iterations=_WORK, seed=self._config.seed, history=history)
+        return replace(found, schedule=expand(found.schedule, self._size))
 
     def problem(self, ratio: float, cost: CostModel) -> PlanProblem:
-        """Return what the planner is asked; at ratio 0 it chooses replicas and orders, within the schedule's memory."""
+        """Return what the planner is asked; at ratio 0 it chooses replicas and orders, within the schedule's memory.
+
+        Where ranks are coupled it plans for the bundles of microbatches that they work on together.
+        """
         self._check_required(ratio)
-        exact, config = self._exact, self._config
+        exact, config = self._bundled, self._config
         swaps = config.max_swaps if ratio else 0
         return PlanProblem(
             placement=exact.placement,
             microbatches_per_driver=exact.num_microbatches // len(exact.drivers),
-            cost=cost,
+            cost=condense_costs(cost, len(exact.drivers), self._size),
             constraints=PathConstraints(
                 skip_ratio=ratio,
                 max_jump=config.max_jump,

@@ -14,14 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..driver.devices import move_around
+from ..driver.experts import ExpertMover
 from ..driver.layout import Layout
 from ..driver.links import Links
 from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
 from ..driver.proxies import BlockProxies
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
+from ..driver.shards import Site
 from ..driver.steps import StepTask
 from ..engine.errors import SkipPipeError
 from ..moe import Attached, attach
+from ..moe.migration import Move
 from ..partition import cut, driver_share, estimate_costs
 from ..schedule import CostModel, Schedule, Timeline, fit_costs, forward_only, swap_ends
 from .job import DriverJob
@@ -75,6 +78,7 @@ class SpreadModel:
         self._evaluation_planner: PathPlanner | None = None
         self._block_names: tuple[str, ...] = ()
         self._advised = False
+        self._mover: ExpertMover | None = None
 
     @property
     def pipeline(self) -> Pipeline:
@@ -152,6 +156,7 @@ class SpreadModel:
                 pipeline.close()
             self._job.pool.release(list(self.links))
             self.links = Links()
+            self._mover = None
             self.remote_blocks = ()
             if self.attached is not None:
                 self.attached.detach()
@@ -267,6 +272,28 @@ class SpreadModel:
             pipeline = self.pipeline
             shaping = pipeline.layout.shaping_stages(pipeline.forms) if pipeline.forms else None
             planner.required = self._broadcast(shaping)
+
+    def rebalance_experts(self, loads: Mapping[str, Sequence[float]], steps: int) -> tuple[dict[str, Move], float]:
+        """Move experts between the replicas that share them, where it pays; every driver calls this alike.
+
+        Args:
+            loads: Tokens of each expert in a step, by router.
+            steps: Within how many steps a move must pay for itself.
+
+        Returns:
+            The moves by the experts' names, and the mean excess of the busiest rank's load before them.
+        """
+        pipeline, names = self.pipeline, self._block_names
+        self._mover = self._mover or ExpertMover(pipeline)
+        by_site: dict[Site, list[float]] = {}
+        for (block, path), site in pipeline.shards.sites.items():
+            own = [loads[name] for router in site.routers if (name := f"{names[block]}.{router}") in loads]
+            if own:
+                by_site[block, path] = [float(sum(each)) for each in zip(*own, strict=True)]
+        before = self._mover.imbalance(by_site)
+        moves = self._broadcast(self._mover.plan(by_site, steps))
+        self._mover.move({site: move.placement for site, move in moves.items()})
+        return {f"{names[block]}.{path}": move for (block, path), move in moves.items()}, before
 
     # -------------------------------------------------------------- weights
 

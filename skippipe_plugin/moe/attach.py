@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from skippipe_plugin.moe.balance import add_auxiliary_loss, load_balancing_loss, quantile_bias
 from skippipe_plugin.moe.config import MoEConfig
-from skippipe_plugin.moe.experts import ExpertWeights, run_experts
 from skippipe_plugin.moe.families import RouterSite, find_routers, find_unknown
+from skippipe_plugin.moe.parallel import IMPLEMENTATION, Company, run_module
 from skippipe_plugin.moe.routers import Sigmoid, Softmax, find_router
 from skippipe_plugin.moe.routing import (
     Router,
@@ -33,8 +33,6 @@ from skippipe_plugin.moe.routing import (
 )
 
 _log = logging.getLogger(__name__)
-IMPLEMENTATION = "skippipe"
-"""The name of our expert compute among the experts implementations of transformers."""
 _MAX_REMEMBERED = 256
 
 
@@ -78,6 +76,9 @@ class RouterHook:
         """Times the load-balancing loss of each microbatch is added to the model's gradient."""
         self.loss_scale = 1.0
         """What the model's own loss of a microbatch is multiplied by before its backward."""
+        self.company: Company | None = None
+        """The ranks whose tokens count for the auxiliary loss too, where experts are spread."""
+        self._group_loads = torch.zeros(self.num_experts, dtype=torch.int64)
         self._replaces = config.router != "model" or self.top_k != site.top_k
         self._bias_name = site.bias
         self._bias: Tensor | None = None
@@ -132,7 +133,9 @@ class RouterHook:
         if _recomputes():
             routing = self._replay(logits, routing)
         elif router.training:
-            self._count(router, logits, routing)
+            loads = count_loads(routing.experts, self.num_experts).cpu()
+            self._count(router, logits, routing, loads)
+            self._count_group(loads)
             self._remember(logits, routing)
         if self.loss_coefficient and router.training and logits.requires_grad:
             routing = self._with_loss(logits, routing)
@@ -190,6 +193,7 @@ class RouterHook:
     def take(self) -> RouterStatistics:
         """Return what happened since the last call, and begin anew."""
         taken, self._statistics = self._statistics, self._empty()
+        self._group_loads = torch.zeros_like(self._group_loads)
         if self._remembered is not None:
             self._remembered.clear()
         return taken
@@ -198,8 +202,7 @@ class RouterHook:
         return RouterStatistics(torch.zeros(self.num_experts, dtype=torch.int64))
 
     @torch.no_grad()
-    def _count(self, router: nn.Module, logits: Tensor, routing: Routing) -> None:
-        loads = count_loads(routing.experts, self.num_experts).cpu()
+    def _count(self, router: nn.Module, logits: Tensor, routing: Routing, loads: Tensor) -> None:
         log_scores = logits.detach().float().log_softmax(-1)
         self._statistics += RouterStatistics(
             loads,
@@ -208,6 +211,14 @@ class RouterHook:
             float(-(log_scores.exp() * log_scores).sum()),
             self._count_quantiles(router, logits) if self._quantiles else None,
         )
+
+    def _count_group(self, loads: Tensor) -> None:
+        """Count for the auxiliary loss, over all ranks that run this layer at the same time."""
+        if self.loss_coefficient:
+            total = loads.clone()
+            if self.company is not None and self.company.is_met:
+                self.company.sum(total)
+            self._group_loads += total
 
     def _count_quantiles(self, router: nn.Module, logits: Tensor) -> Tensor:
         assert isinstance(self.rule, (Softmax, Sigmoid)), "checked when the hook was made"
@@ -242,7 +253,7 @@ class RouterHook:
 
     def _with_loss(self, logits: Tensor, routing: Routing) -> Routing:
         scores = logits[:, : self.num_experts].softmax(-1)  # balance among true experts
-        loss = load_balancing_loss(scores, self._statistics.loads.to(logits.device))
+        loss = load_balancing_loss(scores, self._group_loads.to(logits.device))
         weights = add_auxiliary_loss(routing.weights, self.loss_coefficient * self.loss_scale * loss)
         return Routing(weights, routing.experts)
 
@@ -340,15 +351,4 @@ def _register_implementation() -> None:
 
 def transformers_experts(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Run an experts module of transformers; ``self`` (Any: each family has its own class) is that module."""
-    up = self.gate_up_proj if self.has_gate else self.up_proj
-    prefix = "gate_up_proj" if self.has_gate else "up_proj"
-    experts = ExpertWeights(
-        up,
-        self.down_proj,
-        self._apply_gate if self.has_gate else self.act_fn,
-        up_bias=getattr(self, f"{prefix}_bias") if self.has_bias else None,
-        down_bias=self.down_proj_bias if self.has_bias else None,
-        transposed=self.is_transposed,
-        norm=self.post_expert_norm if self.has_post_expert_norm else None,
-    )
-    return run_experts(hidden, Routing(weights, index), experts)
+    return run_module(self, hidden, Routing(weights, index))

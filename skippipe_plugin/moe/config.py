@@ -20,6 +20,9 @@ class MoEConfig:
     router: str | Router = "model"
     """``"model"`` keeps the model's own routers; a name of :data:`~skippipe_plugin.moe.ROUTERS` or any callable
     ``(logits, top_k, bias) -> (weights, index)`` chooses from their logits in their place."""
+    expert_parallel: int = 1
+    """Over how many replicas of a stage its experts are spread; each holds the whole rest and its share of the experts.
+    It divides ``replicas``, and the number of experts of every layer."""
     top_k: int | None = None
     """How many experts a token chooses; None keeps the model's number."""
     capacity_factor: float | None = None
@@ -41,6 +44,10 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if self.capacity_factor is not None:
             check_capacity_factor(self.capacity_factor)
+        if self.expert_parallel < 1:
+            raise ValueError(f"expert_parallel={self.expert_parallel} is out of range; it is at least 1")
+        if self.expert_parallel > 1 and self.experts == "model":
+            raise ValueError("experts='model' cannot be spread over replicas; keep experts='auto' for expert_parallel")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} is out of range; it is at least 1, or None for the model's own")
         if not 0 <= self.auxiliary_loss < float("inf"):

@@ -61,18 +61,14 @@ def run_experts(hidden: Tensor, routing: Routing, experts: ExpertWeights, *, met
     Under autocast the products run in the autocast type, which ``grouped_mm`` alone would not do. Differentiable in
     the hidden states, the router's weights and the experts, also for no tokens, empty experts and empty slots.
     """
-    compute = _compute_dtype(hidden, experts)
+    compute = compute_dtype(hidden, experts)
     experts = experts.to(compute)
     slots = routing.experts.shape[1]
     counts = count_loads(routing.experts, experts.num_experts)
     order = routing.experts.reshape(-1).argsort(stable=True)  # empty slots come last
     rows = order[: int(counts.sum())]
     token = rows.div(slots, rounding_mode="floor") if slots > 1 else rows
-    chosen = hidden.index_select(0, token).to(compute)
-    if _choose_method(method, chosen, experts) == "grouped":
-        output = _grouped(chosen, counts, experts)
-    else:
-        output = _loop(chosen, counts.tolist(), experts)
+    output = compute_rows(hidden.index_select(0, token).to(compute), counts, experts, method)
     weights = routing.weights.reshape(-1)[rows]
     # Sums of a token's experts are taken in the weights' precision, float32 at least.
     weighted = output * weights.unsqueeze(-1)
@@ -80,7 +76,20 @@ def run_experts(hidden: Tensor, routing: Routing, experts: ExpertWeights, *, met
     return total.to(hidden.dtype)
 
 
-def _compute_dtype(hidden: Tensor, experts: ExpertWeights) -> torch.dtype:
+def compute_rows(chosen: Tensor, counts: Tensor, experts: ExpertWeights, method: Method = "auto") -> Tensor:
+    """Run experts on rows that are sorted by expert and of the experts' type, ``counts[e]`` of them for expert e."""
+    if _choose_method(method, chosen, experts) == "grouped":
+        return _grouped(chosen, counts, experts)
+    return _loop(chosen, counts.tolist(), experts)
+
+
+def hidden_size(experts: ExpertWeights) -> int:
+    """Return the size of the hidden states that the experts take and give."""
+    return experts.up.shape[1 if experts.transposed else 2]
+
+
+def compute_dtype(hidden: Tensor, experts: ExpertWeights) -> torch.dtype:
+    """Return in which type the products run: the autocast type under autocast, else the experts' own."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else experts.up.dtype
 
@@ -119,11 +128,14 @@ def _loop(chosen: Tensor, counts: list[int], experts: ExpertWeights) -> Tensor:
     up_biases = _unbind(experts.up_bias, len(counts))
     down_biases = _unbind(experts.down_bias, len(counts))
     outputs = []
-    for expert, rows in enumerate(torch.split(chosen, counts)):
-        if counts[expert]:
-            inner = F.linear(rows, ups[expert], up_biases[expert])
-            outputs.append(F.linear(experts.activation(inner), downs[expert], down_biases[expert]))
-    output = torch.cat(outputs) if outputs else chosen  # no rows at all, still part of the graph
+    used = [expert for expert, count in enumerate(counts) if count] or [
+        0
+    ]  # without rows one still gives zeros as gradient
+    pieces = torch.split(chosen, counts)
+    for expert in used:
+        inner = F.linear(pieces[expert], ups[expert], up_biases[expert])
+        outputs.append(F.linear(experts.activation(inner), downs[expert], down_biases[expert]))
+    output = torch.cat(outputs)
     return output if experts.norm is None else experts.norm(output)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -92,9 +94,11 @@ def _returns_a_routing(router: nn.Module, weight: torch.Tensor, num_experts: int
     tensors = {**dict(router.named_parameters()), **dict(router.named_buffers())}
     on_meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     hidden = torch.empty(2, weight.shape[-1], dtype=weight.dtype, device="meta")
+    bare = copy.copy(router)
+    bare._forward_hooks = OrderedDict()  # ours, if it has one, looks at values
     try:
         with torch.no_grad():
-            answer = torch.func.functional_call(router, on_meta, (hidden,))
+            answer = torch.func.functional_call(bare, on_meta, (hidden,))
     except (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, KeyError, AttributeError):
         return False
     if not isinstance(answer, tuple) or len(answer) < 3 or any(not torch.is_tensor(each) for each in answer[:3]):

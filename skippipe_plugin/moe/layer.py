@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skippipe_plugin.moe.experts import ExpertWeights, run_experts
+from skippipe_plugin.moe.experts import ExpertWeights
 from skippipe_plugin.moe.gates import CosineGate, LinearGate
+from skippipe_plugin.moe.parallel import run_module
 from skippipe_plugin.moe.routers import find_router
 from skippipe_plugin.moe.routing import Router, Routing, num_null, route, warn_unless_causal
 
@@ -111,7 +112,11 @@ class Experts(nn.Module):
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts: [tokens, dim]."""
-        return run_experts(hidden, Routing(weights, index), ExpertWeights(self.gate_up_proj, self.down_proj, swiglu))
+        return run_module(self, hidden, Routing(weights, index))
+
+    def expert_weights(self) -> ExpertWeights:
+        """Return the weights as our expert compute takes them."""
+        return ExpertWeights(self.gate_up_proj, self.down_proj, swiglu)
 
 
 def swiglu(inner: Tensor) -> Tensor:

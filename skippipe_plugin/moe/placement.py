@@ -70,9 +70,25 @@ def place_experts(
     return min(found, key=lambda placement: placement_cost(placement, loads, transfers))
 
 
-def place_by_swaps(loads: Sequence[float], num_ranks: int, *, transfers: np.ndarray | None = None) -> Placement:
-    """Place the heaviest expert first where it costs least, then swap pairs between ranks while that helps."""
+def place_by_swaps(
+    loads: Sequence[float],
+    num_ranks: int,
+    *,
+    transfers: np.ndarray | None = None,
+    start: Sequence[int] | None = None,
+) -> Placement:
+    """Place the heaviest expert first where it costs least, then swap pairs between ranks while that helps.
+
+    With ``start`` pairs are swapped from that placement on, so that few experts change ranks.
+    """
     weights, costs = _check(loads, num_ranks, transfers)
+    placement = _heaviest_first(weights, costs, num_ranks) if start is None else np.array(start)
+    while (swap := _best_swap(placement, weights, costs)) is not None:
+        placement[list(swap)] = placement[list(swap)[::-1]]
+    return tuple(int(rank) for rank in placement)
+
+
+def _heaviest_first(weights: np.ndarray, costs: np.ndarray, num_ranks: int) -> np.ndarray:
     room = [len(part) for part in np.array_split(np.arange(len(weights)), num_ranks)]
     totals, placement = np.zeros(num_ranks), np.zeros(len(weights), dtype=int)
     for expert in np.argsort(-weights, kind="stable"):
@@ -81,9 +97,7 @@ def place_by_swaps(loads: Sequence[float], num_ranks: int, *, transfers: np.ndar
         placement[expert] = best
         totals[best] += weights[expert]
         room[best] -= 1
-    while (swap := _best_swap(placement, weights, costs)) is not None:
-        placement[list(swap)] = placement[list(swap)[::-1]]
-    return tuple(int(rank) for rank in placement)
+    return placement
 
 
 def _best_swap(placement: np.ndarray, loads: np.ndarray, transfers: np.ndarray) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ Pure Python without torch, processes or network; everything else of the package 
 """
 
 from skippipe_plugin.schedule.cost import ComputeCost, CostModel, Links, NetworkCost
+from skippipe_plugin.schedule.couple import Meeting, condense, condense_costs, expand, meetings
 from skippipe_plugin.schedule.derive import forward_only
 from skippipe_plugin.schedule.detour import detour, leaves_out, swap_ends
 from skippipe_plugin.schedule.fit import find_transfers, fit_costs
@@ -38,6 +39,7 @@ __all__ = [
     "CostModel",
     "Event",
     "Links",
+    "Meeting",
     "Message",
     "NetworkCost",
     "Op",
@@ -50,9 +52,12 @@ __all__ = [
     "Timeline",
     "Transfer",
     "Visit",
+    "condense",
+    "condense_costs",
     "dependencies",
     "detour",
     "draw",
+    "expand",
     "find_transfers",
     "fit_costs",
     "forward_only",
@@ -62,6 +67,7 @@ __all__ = [
     "leaves_out",
     "list_schedule",
     "lower_bound_s",
+    "meetings",
     "messages",
     "one_f_one_b",
     "peak_activations",

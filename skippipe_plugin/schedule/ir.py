@@ -29,7 +29,7 @@ _ACTION = re.compile(f"{_NUMBER}([FBIWL]){_NUMBER}")
 _VISIT = re.compile(f"{_NUMBER}@{_NUMBER}")
 _PATH = re.compile(f"{_NUMBER}:(.*)")
 _HEADER = re.compile(r'schedule (".*") (training|evaluation)')
-_ENTRY = re.compile(f"(stage|path|rank) {_NUMBER} =(.*)")
+_ENTRY = re.compile(f"(stage|coupled|path|rank) {_NUMBER} =(.*)")
 
 
 class ScheduleError(ValueError):
@@ -146,6 +146,9 @@ class Schedule:
     backward: bool = True
     """False for evaluation: only ``0F``, ``kF`` and ``0L`` occur."""
     name: str = ""
+    coupled: tuple[tuple[int, ...], ...] = ()
+    """Groups of workers that hold the same stages and run the actions of these together, each on a microbatch of its
+    own, as expert parallelism must; see `skippipe_plugin.schedule.couple`."""
 
     @property
     def num_stages(self) -> int:
@@ -171,6 +174,7 @@ class Schedule:
         mode = "training" if self.backward else "evaluation"
         lines = [f"schedule {json.dumps(self.name)} {mode}"]
         lines += (_join(f"stage {i} =", ranks) for i, ranks in enumerate(self.placement))
+        lines += (_join(f"coupled {i} =", ranks) for i, ranks in enumerate(self.coupled))
         lines += (f"path {i} = {path}" for i, path in enumerate(self.paths))
         lines += (_join(f"rank {i} =", order) for i, order in enumerate(self.orders))
         return "\n".join(lines)
@@ -194,6 +198,7 @@ class Schedule:
             orders=tuple(_read_order(entry.split()) for entry in entries["rank"]),
             backward=header[2] == "training",
             name=_read_json(header[1], str),
+            coupled=tuple(_read_ranks(entry) for entry in entries["coupled"]),
         )
 
     def to_json(self) -> str:
@@ -205,6 +210,7 @@ class Schedule:
                 "name": self.name,
                 "backward": self.backward,
                 "placement": self.placement,
+                "coupled": self.coupled,
                 "paths": [str(path) for path in self.paths],
                 "orders": [[str(action) for action in order] for order in self.orders],
             }
@@ -224,12 +230,14 @@ class Schedule:
             raise ScheduleError(
                 f"not a {_FORMAT} of version {_VERSION}: {data.get('format')!r} {data.get('version')!r}"
             )
+        coupled = _get({"coupled": [], **data}, "coupled", list)
         return cls(
             placement=tuple(tuple(_items(ranks, int)) for ranks in _items(_get(data, "placement", list), list)),
             paths=tuple(map(Path.parse, _items(_get(data, "paths", list), str))),
             orders=tuple(_read_order(_items(order, str)) for order in _items(_get(data, "orders", list), list)),
             backward=_get(data, "backward", bool),
             name=_get(data, "name", str),
+            coupled=tuple(tuple(_items(ranks, int)) for ranks in _items(coupled, list)),
         )
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -340,12 +348,13 @@ def _join(head: str, items: Iterable[object]) -> str:
 
 def _read_entries(lines: Iterable[str]) -> dict[str, list[str]]:
     """Sort the lines ``kind number = text`` by kind; the numbers of a kind must count up from 0."""
-    entries: dict[str, list[str]] = {"stage": [], "path": [], "rank": []}
+    entries: dict[str, list[str]] = {"stage": [], "coupled": [], "path": [], "rank": []}
     for line in lines:
         match = _ENTRY.fullmatch(line)
         if match is None:
             raise ScheduleError(
-                f"cannot read the line {line!r}; write 'stage N = ...', 'path N = ...' or 'rank N = ...'"
+                f"cannot read the line {line!r}; write 'stage N = ...', 'path N = ...' or 'rank N = ...' (or, where "
+                "ranks work together, 'coupled N = ...')"
             )
         known = entries[match[1]]
         if int(match[2]) != len(known):

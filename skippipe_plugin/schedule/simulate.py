@@ -1,12 +1,14 @@
 """Schedule x cost model -> timeline, and the time that no order of the same paths can beat.
 
 Each rank runs its own order, one action at a time; an action starts when its rank is free and its input has arrived.
+Coupled ranks begin an action together when all of them can, and end it together with the slowest.
 Messages leave when their producer ends and do not contend, unless links are told to be queued or shared.
 """
 
 from itertools import pairwise
 
 from skippipe_plugin.schedule.cost import CostModel, Links
+from skippipe_plugin.schedule.couple import Meeting, meetings
 from skippipe_plugin.schedule.ir import Action, Op, Schedule, chains, dependencies, messages, rank_of
 from skippipe_plugin.schedule.timeline import Event, Timeline, Transfer
 from skippipe_plugin.schedule.validate import topological_order
@@ -31,15 +33,25 @@ def simulate(schedule: Schedule, cost: CostModel, *, links: Links = "free") -> T
     link_free_s: dict[tuple[int, int], float] = {}
     begun_s: dict[int, float] = {}
     arrival_s: dict[Action, float] = {}
+    spans_s: dict[Action, tuple[float, float]] = {}
     events: list[Event] = []
     transfers: list[Transfer] = []
+    coupled = meetings(schedule)
     for action in topological_order(schedule):
         rank = ranks[action]
-        # W takes what I left on the same rank; what I sent away travels to someone else.
-        awaited = () if action.op is Op.W else inputs[action]
-        start_s = max([free_s[rank], *(arrival_s[needed] for needed in awaited)])
-        end_s = arrival_s[action] = start_s + cost.action_s(action, rank)
-        free_s[rank] = end_s + cost.compute.gap_s
+        if action not in spans_s:
+            meeting = coupled.get(action) or Meeting((rank,), (action,))
+            # W takes what I left on the same rank; what I sent away travels to someone else.
+            awaited = [needed for each in meeting.actions if each.op is not Op.W for needed in inputs[each]]
+            start_s = max([*(free_s[each] for each in meeting.ranks), *(arrival_s[needed] for needed in awaited)])
+            end_s = start_s + max(
+                cost.action_s(its, each) for each, its in zip(meeting.ranks, meeting.actions, strict=True)
+            )
+            for each in meeting.ranks:
+                free_s[each] = end_s + cost.compute.gap_s
+            spans_s.update(dict.fromkeys(meeting.actions, (start_s, end_s)))
+        start_s, end_s = spans_s[action]
+        arrival_s[action] = end_s
         begun_s.setdefault(action.microbatch, end_s)
         events.append(Event(rank, action, start_s, end_s))
         if action in sent:

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from skippipe_plugin.schedule.couple import Meeting, meetings
 from skippipe_plugin.schedule.ir import (
     DRIVER_STAGE,
     Action,
@@ -64,7 +65,9 @@ def topological_order(schedule: Schedule) -> list[Action]:
             missing, or one too many.
     """
     inputs = dependencies(schedule)
+    together = meetings(schedule)
     consumers: dict[Action, list[int]] = {}
+    here: dict[Meeting, set[int]] = {}
     done: dict[Action, None] = {}
     cursors = [0] * schedule.num_ranks
     waiting = deque(range(schedule.num_ranks))
@@ -79,9 +82,15 @@ def topological_order(schedule: Schedule) -> list[Action]:
             if missing:
                 consumers.setdefault(missing[0], []).append(rank)
                 break
-            done[action] = None
-            cursors[rank] += 1
-            waiting.extend(consumers.pop(action, ()))
+            meeting = together.get(action) or Meeting((rank,), (action,))
+            here.setdefault(meeting, set()).add(rank)
+            if len(here[meeting]) < len(meeting.ranks):
+                break
+            for each, its in zip(meeting.ranks, meeting.actions, strict=True):
+                done[its] = None
+                cursors[each] += 1
+                waiting.extend(consumers.pop(its, ()))
+            waiting.extend(each for each in meeting.ranks if each != rank)
     heads = {
         rank: order[at]
         for rank, (order, at) in enumerate(zip(schedule.orders, cursors, strict=True))
@@ -204,12 +213,15 @@ def _path_text(schedule: Schedule, action: Action) -> str:
 
 def _deadlock(schedule: Schedule, heads: Mapping[int, Action], done: Mapping[Action, None]) -> str:
     """Walk from one blocked rank to the rank it waits for until a rank repeats, and describe that circle."""
-    inputs, ranks = dependencies(schedule), rank_of(schedule)
+    inputs, ranks, together = dependencies(schedule), rank_of(schedule), meetings(schedule)
     walk: dict[int, str] = {}
     rank = min(heads)
     while rank not in walk:
         head = heads[rank]
-        needed = next(action for action in inputs[head] if action not in done)
+        needed = next((action for action in inputs[head] if action not in done), None)
+        if needed is None:  # it has come to its meeting, and another has not
+            pairs = zip(together[head].ranks, together[head].actions, strict=True)
+            needed = next(its for each, its in pairs if heads.get(each) != its)
         walk[rank] = f"rank {rank} waits at {head} for {needed} of rank {ranks[needed]}"
         rank = ranks[needed]
         if rank not in heads:

@@ -16,6 +16,7 @@ from ..engine.handover import allocate, materialize, pack_tensors, unpack_blocks
 from ..engine.optimizer import ParameterKey, StageOptimizer
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, decode_optimizer_state, encode_optimizer_state
+from .experts import SpreadExperts
 
 Fields = Mapping[str, Any]  # Any: JSON
 State = tuple[dict[str, Any], list[Buffer]]
@@ -26,6 +27,7 @@ class Holdings:
 
     def __init__(self) -> None:
         self.stages: dict[int, Stage] = {}
+        self.experts = SpreadExperts()
         self.window = GradientWindow([])
         self.norms: dict[int, float] = {}
         """By stage: the L2 norm of its gradient in the last optimizer step, before the clipping of all together."""
@@ -40,7 +42,11 @@ class Holdings:
                 allocate(block, device)  # the values follow
             else:
                 materialize(block, device)
-            if fields["compile"] is not None:
+        if fields["first"]:
+            self.experts.forget()
+        self.experts.cut(fields["stage"], blocks, fields["experts"])
+        if fields["compile"] is not None:
+            for block in blocks.values():
                 block.compile(**fields["compile"])
         if fields["first"]:
             self.stages, self.norms, self._optimizer = {}, {}, None
@@ -66,9 +72,13 @@ class Holdings:
                 gradients.scale_gradients(self.window.new_of(self.stages[stage].parameters()), scale)
         self.window.merge(fields["scale"])
 
-    def norm_power(self, norm_type: float) -> float:
-        """Return this worker's part of the gradients' norm."""
-        return gradients.norm_power(self.window.parameters, norm_type)
+    def norm_powers(self, norm_type: float) -> dict[str, float]:
+        """Return this worker's part of the gradients' norm, and the part of that from experts only it holds."""
+        spread = self.experts.parameters(self.stages)
+        return {
+            "power": gradients.norm_power(self.window.parameters, norm_type),
+            "experts": gradients.norm_power(spread, norm_type),
+        }
 
     def build_optimizer(self, plan: Buffer) -> None:
         """Build the optimizer that the driver describes; its state starts empty."""
@@ -87,6 +97,11 @@ class Holdings:
         self._optimizer.step(pickle.loads(hyperparameters), lr_factor=max(factors, default=1.0))
         # What follows is always a new accumulation window: free the memory now rather than during the next step.
         self.window.zero()
+
+    def obey_experts(self, moves: Sequence[Any]) -> dict[str, Any]:
+        """Move experts as ordered (block, name, placement); return what those here took since the last time."""
+        self.experts.move(moves, self.stages, self._optimizer)
+        return {"measured": self.experts.measured(self.stages, self._optimizer)}
 
     # --------------------------------------------------------------- state
 

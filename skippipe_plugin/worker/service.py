@@ -21,7 +21,6 @@ from typing import Any, Final
 
 import torch
 
-from ..engine import gradients
 from ..engine.c10d import TCPStore
 from ..engine.call import Call
 from ..engine.channel import Channel, ChannelClosed, Message, connect
@@ -254,6 +253,8 @@ class Worker:
             if fields["rank"] in ranks:
                 self._replica_groups[stage] = f"stage{stage}"
                 self._transport.form_subgroup(f"stage{stage}", ranks)
+        self._holdings.experts.form(self._transport, fields["expert_sets"])
+        self._holdings.experts.bind(self._transport, self._holdings.stages)
         schedules = {name: Schedule.from_json(text) for name, text in fields["schedules"].items()}
         self._transport.connect(directed_links(*schedules.values()))
         self._programs = {name: compile_program(schedule, self._rank) for name, schedule in schedules.items()}
@@ -261,6 +262,7 @@ class Worker:
 
     def _on_load(self, source: int, message: Message) -> None:
         if self._holdings.load(message.fields, message.blobs, self._device):
+            self._holdings.experts.bind(self._transport, self._holdings.stages)
             self._routers = RouterBoard(self._holdings.blocks().values())
             self._answer("ready", {})
 
@@ -288,6 +290,7 @@ class Worker:
         if fields["training"]:
             self._holdings.window.open()
             self._routers.open(1 / max(1, len(live)))
+        self._holdings.experts.begin_step()
         executor = Executor(self._transport, self._holdings.stages, self._device)
         events = executor.run(self._programs[fields["program"]], live, _Feed(self))
         if fields["training"]:
@@ -301,11 +304,14 @@ class Worker:
         transport = self._transport
         assert transport is not None
         for stage, group in self._replica_groups.items():
-            parameters = self._holdings.stages[stage].parameters()
-            gradients.sum_over_holders(parameters, functools.partial(transport.all_reduce, name=group))
+            over_replicas = functools.partial(transport.all_reduce, name=group)
+            self._holdings.experts.sum_gradients(self._holdings.stages[stage], over_replicas, transport)
 
     def _on_routers(self, source: int, message: Message) -> None:
         self._answer("routers", self._routers.obey(message.fields))
+
+    def _on_experts(self, source: int, message: Message) -> None:
+        self._answer("experts", self._holdings.obey_experts(message.fields["moves"]))
 
     def _on_ping(self, source: int, message: Message) -> None:
         assert self._transport is not None, "links are measured in a generation"
@@ -318,8 +324,8 @@ class Worker:
             self._on_norm(source, message)
 
     def _on_norm(self, source: int, message: Message) -> None:
-        power = self._holdings.norm_power(float(message.fields["norm_type"]))
-        self._answer(norm_answer(message.fields["norm"]), {"power": power})
+        powers = self._holdings.norm_powers(float(message.fields["norm_type"]))
+        self._answer(norm_answer(message.fields["norm"]), dict(powers))
 
     def _on_schedule(self, source: int, message: Message) -> None:
         assert self._transport is not None, "schedules come within a generation"
