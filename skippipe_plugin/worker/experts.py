@@ -46,9 +46,9 @@ class SpreadExperts:
                 continue
             self._position = own.index(transport.rank)
             self._ranks[stage] = own
-            transport.form_subgroup(_set_name(stage), own)
+            transport.form_subgroup(_set_name(stage, own), own)
             if len(sets) > 1:
-                self._holders[stage] = f"holders {stage}"
+                self._holders[stage] = f"holders {stage} {self._position}"
                 transport.form_subgroup(self._holders[stage], [ranks[self._position] for ranks in sets])
 
     def bind(self, transport: Transport | None, stages: Mapping[int, Stage]) -> None:
@@ -60,7 +60,7 @@ class SpreadExperts:
                 continue
             placements, blocks = self._placements[stage], stages[stage].blocks
             modules = [blocks[block].get_submodule(path) for block, path in placements]
-            company = Company(GroupExchange(transport, _set_name(stage), ranks), modules)
+            company = Company(GroupExchange(transport, _set_name(stage, ranks), ranks), modules)
             for number, (module, placement) in enumerate(zip(modules, placements.values(), strict=True)):
                 setattr(module, SHARD, Shard(company, number, placement))
             for hook in _hooks(blocks.values()):
@@ -166,8 +166,9 @@ class SpreadExperts:
         return list(dict.fromkeys(dense)), spread
 
 
-def _set_name(stage: int) -> str:
-    return f"experts {stage}"
+def _set_name(stage: int, ranks: Sequence[int]) -> str:
+    """Name a group of its own: groups of one name would meet each other's ranks."""
+    return f"experts {stage} {ranks[0]}"
 
 
 def _tensor(block: nn.Module, name: str) -> Tensor:

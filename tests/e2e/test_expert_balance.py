@@ -165,7 +165,10 @@ def test_long_runs_are_thinned_out() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"experts": "swaps"}, "experts='swaps' is unknown; choose 'bias', 'loss', 'placement', a tuple of these, or None"),
+        (
+            {"experts": "swaps"},
+            "experts='swaps' is unknown; choose 'bias', 'loss', 'placement', a tuple of these, or None",
+        ),
         ({"stages": False}, "stages=False and experts=None leave nothing to balance"),
         ({"expert_config": FAST}, "expert_config has no effect without experts"),
     ],
