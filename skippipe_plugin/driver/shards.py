@@ -33,6 +33,8 @@ class ExpertShards:
         self.placements: dict[Site, Placement] = {}
         """By layer: the position of each expert among the replicas that share them."""
         self.sites: dict[Site, ExpertSite] = {}
+        self.overlap: int | str = 1
+        """Into how many chunks workers cut the tokens that travel, or "auto"."""
         self._layout = layout
         self._site_of: dict[ParameterKey, Site] = {}
 

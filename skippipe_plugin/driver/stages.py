@@ -81,6 +81,7 @@ class StageSender:
             "seed": self._seed + stage,
             "first": stage == link.stages[0],
             "last": stage == link.stages[-1],
+            "overlap": self._shards.overlap,
             "experts": self._shards.described(stage, link.rank),
         }
         link.send("load", self._fields | fields, blobs)

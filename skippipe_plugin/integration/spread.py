@@ -132,6 +132,8 @@ class SpreadModel:
             _start_alike(model)
         pipeline = self._pipeline = self._make_pipeline(layout)
         pipeline.gradients.scale = self.settings.gradient_scale
+        if self.settings.moe is not None:
+            pipeline.shards.overlap = self.settings.moe.overlap
         if recovery is not None:
             self._keep_whole(pipeline, *recovery)
         self._plan_paths(pipeline.schedules[TRAINING])

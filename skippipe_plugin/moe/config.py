@@ -23,6 +23,9 @@ class MoEConfig:
     expert_parallel: int = 1
     """Over how many replicas of a stage its experts are spread; each holds the whole rest and its share of the experts.
     It divides ``replicas``, and the number of experts of every layer."""
+    overlap: int | Literal["auto"] = 1
+    """Into how many chunks a microbatch's tokens are cut where experts are spread, so that one travels while another is
+    computed; ``"auto"`` tries several in the first steps and keeps the fastest (results then differ by rounding)."""
     top_k: int | None = None
     """How many experts a token chooses; None keeps the model's number."""
     capacity_factor: float | None = None
@@ -46,6 +49,8 @@ class MoEConfig:
             check_capacity_factor(self.capacity_factor)
         if self.expert_parallel < 1:
             raise ValueError(f"expert_parallel={self.expert_parallel} is out of range; it is at least 1")
+        if self.overlap != "auto" and (not isinstance(self.overlap, int) or self.overlap < 1):
+            raise ValueError(f"overlap={self.overlap!r} is out of range; it is at least 1, or 'auto'")
         if self.expert_parallel > 1 and self.experts == "model":
             raise ValueError("experts='model' cannot be spread over replicas; keep experts='auto' for expert_parallel")
         if self.top_k is not None and self.top_k < 1:

@@ -17,8 +17,10 @@ from ..engine.stage import Stage
 from ..engine.transport import Transport
 from ..moe.attach import RouterHook
 from ..moe.experts import hidden_size
+from ..moe.overlap import OverlapTuner
 from ..moe.parallel import SHARD, Company, Placement, Shard, weights_of
 from ..moe.shards import has_rows, moved_rows, moves, take_shard
+from ..schedule import Event
 
 Key = tuple[int, str]
 """A block's number, and the name of its experts or of one of their tensors."""
@@ -34,6 +36,10 @@ class SpreadExperts:
         self._companies: dict[int, Company] = {}
         self._holders: dict[int, str] = {}
         self._position = 0
+        self._overlap = 1
+        self._tunes = False
+        self._tuners: dict[int, OverlapTuner] = {}
+        self._measures: set[int] = set()
 
     # ------------------------------------------------------------ generations
 
@@ -68,19 +74,49 @@ class SpreadExperts:
             self._companies[stage] = stages[stage].company = company
 
     def begin_step(self) -> None:
-        """Begin a step or an evaluation round."""
-        for company in self._companies.values():
+        """Begin a step or an evaluation round; the first rank of each set says with which degree of overlap."""
+        self._measures.clear()
+        for stage, company in self._companies.items():
             company.begin_step()
+            tuner = self._tuners.get(stage)
+            if tuner is None:
+                company.degree = self._overlap
+                continue
+            said = torch.zeros(2, dtype=torch.int64)
+            if company.exchange.position == 0:
+                said += torch.tensor([tuner.degree, tuner.is_tuning])
+            company.exchange.sum(said)
+            company.degree = int(said[0])
+            if said[1]:
+                self._measures.add(stage)
+
+    def end_step(self, events: Iterable[Event]) -> None:
+        """Note what a training step took, where its degree of overlap is on trial."""
+        took = dict.fromkeys(self._measures, 0.0)
+        count = dict.fromkeys(self._measures, 0)
+        for event in events:
+            if event.action.stage in took:
+                took[event.action.stage] += event.duration_s
+                count[event.action.stage] += 1
+        for stage in sorted(took):
+            sums = torch.tensor([took[stage], count[stage]], dtype=torch.float64)
+            self._companies[stage].exchange.sum(sums)
+            if sums[1]:
+                self._tuners[stage].note(float(sums[0] / sums[1]))
 
     # ----------------------------------------------------------------- stages
 
-    def forget(self) -> None:
-        """Drop what was said of stages that are not here any more."""
-        self._placements, self._tensors = {}, {}
+    def forget(self, overlap: int | str) -> None:
+        """Drop what was said of stages that are not here any more; the coming ones have this degree of overlap."""
+        self._placements, self._tensors, self._tuners = {}, {}, {}
+        self._overlap = 1 if isinstance(overlap, str) else overlap
+        self._tunes = isinstance(overlap, str)
 
     def cut(self, stage: int, blocks: Mapping[int, nn.Module], described: Iterable[Sequence[Any]]) -> None:
         """Keep only this rank's experts of a stage that has just come; those with values came cut already."""
         self._placements[stage] = {}
+        if self._tunes:
+            self._tuners[stage] = OverlapTuner()
         for number, path, placement, tensors, position in described:
             self._placements[stage][number, path] = tuple(placement)
             for name in tensors:

@@ -43,7 +43,7 @@ class Holdings:
             else:
                 materialize(block, device)
         if fields["first"]:
-            self.experts.forget()
+            self.experts.forget(fields["overlap"])
         self.experts.cut(fields["stage"], blocks, fields["experts"])
         if fields["compile"] is not None:
             for block in blocks.values():

@@ -294,6 +294,7 @@ class Worker:
         executor = Executor(self._transport, self._holdings.stages, self._device)
         events = executor.run(self._programs[fields["program"]], live, _Feed(self))
         if fields["training"]:
+            self._holdings.experts.end_step(events)
             self._sum_over_replicas()
             self._holdings.window.close()
             self._routers.close()
