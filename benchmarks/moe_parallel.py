@@ -3,10 +3,11 @@
 python benchmarks/moe_parallel.py                  # about two minutes
 python benchmarks/moe_parallel.py --quick
 
-Each process has its own tokens and its share of the experts. The first row of each group is one process with as many
+Each process has its own tokens and its share of the experts. The first row of a group is one process with as many
 tokens and all experts; the others have the same work each, so what they take more is the price of spreading. `waiting`
-is the time in which a process does nothing but wait for rows, forward and backward, for slower processes too. Wall-clock
-milliseconds of a forward and a backward, the median of the rounds; more processes than cores measure the machine's load.
+is the time in which a process does nothing but wait for rows, forward and backward, for slower processes too.
+Wall-clock milliseconds of a forward and a backward, the median of the rounds. With more processes than cores it is the
+machine's load that is measured.
 """
 
 from __future__ import annotations
