@@ -17,8 +17,8 @@ from ..engine.channel import Buffer, Channel, ChannelClosed, Message
 from ..engine.errors import SkipPipeError, StageLostError, unpack_exception
 
 _SALVAGE_S: Final = 60.0
-_CAUSE_S: Final = 2.0
-"""How long to wait for the cause after a worker reported only that its generation broke."""
+_CAUSE_S: Final = 10.0
+"""How long to wait for the cause after a rank saw only that its generation broke; on busy hosts the news is slow."""
 
 
 class Link:
@@ -255,6 +255,11 @@ class Links:
         failure = self._failure or SkipPipeError("the connections between the workers broke, but no worker ended")
         failure.__suppress_context__ = True  # the closed connection that it was found by explains nothing
         raise failure
+
+    def raise_cause(self) -> None:
+        """Raise what has broken a connection that this rank itself saw break; return if it is not found in time."""
+        self._broken.wait(_CAUSE_S)
+        self.check()
 
     def report_lost(self, link: Link) -> None:
         """Note that a worker is gone."""

@@ -183,7 +183,7 @@ class Pipeline:
                 self._transport.form_subgroup(_DRIVERS, self.layout.drivers)
             self._transport.connect(directed_links(*self.schedules.values()))
         except GenerationAborted:
-            self.links.check()
+            self.links.raise_cause()
             raise
         self.links.expect_all("ready")
         self._writer = CallWriter(self.links, self.layout)
@@ -500,7 +500,7 @@ class Pipeline:
         """Abort the step; when it broke because of a worker, raise that worker's failure instead."""
         self.abort()
         if isinstance(error, GenerationAborted):
-            self.links.check()
+            self.links.raise_cause()
 
     def _anybody(self, live: Sequence[int]) -> bool:
         """Whether any driver still has functions that wait for the blocks: all take part in every round."""

@@ -1,0 +1,40 @@
+"""A broken connection is seen before its cause is known: the cause is what must be raised."""
+
+import threading
+
+import pytest
+
+from skippipe_plugin.driver import links
+from skippipe_plugin.driver.links import Link, Links
+from skippipe_plugin.engine.channel import ChannelClosed, Message
+from skippipe_plugin.engine.errors import StageLostError
+
+
+class Peer:
+    """A channel that breaks when it is told to."""
+
+    def __init__(self) -> None:
+        self.broken = threading.Event()
+
+    def receive(self) -> Message:
+        self.broken.wait()
+        raise ChannelClosed("closed")
+
+    def send(self, *_: object) -> None:
+        """Take a farewell."""
+
+    def close(self) -> None:
+        self.broken.set()
+
+
+def test_a_cause_that_comes_later_is_waited_for() -> None:
+    peer, board = Peer(), Links()
+    board.add(1, [1], Link(peer))
+    threading.Timer(0.1, peer.broken.set).start()
+    with pytest.raises(StageLostError, match="worker rank 1 "):
+        board.raise_cause()
+
+
+def test_a_cause_that_never_comes_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "_CAUSE_S", 0.05)
+    Links().raise_cause()
