@@ -48,6 +48,7 @@ def test_an_abort_that_overtakes_its_generation_is_not_lost(monkeypatch: pytest.
             "sys_path": [],
             "num_threads": 1,
             "device": "cpu",
+            "backend": "gloo",
             "replica_groups": [],
             "schedules": {},
             "num_drivers": 1,
