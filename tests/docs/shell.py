@@ -19,7 +19,7 @@ from skippipe_plugin.cli import main
 
 ROOT = Path(__file__).parents[2]
 OTHERS = {".ci/run", "pytest", "ruff", "mypy", "accelerate", "torchrun", "srun", "sbatch", "ssh", "scp", "cd", "curl"}
-OTHERS |= {"echo", "export", "git", "ip", "kill", "sleep", "source"}
+OTHERS |= {"chmod", "echo", "export", "git", "ip", "kill", "sleep", "source"}
 """Programs that are not ours, or that tests of their own start."""
 SERVICES = frozenset({"run", "worker"})
 """Commands of skippipe that last: their arguments are parsed, tests of their own start them."""
