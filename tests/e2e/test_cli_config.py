@@ -34,6 +34,8 @@ PATHS = {
 }
 MOE = {
     "router": "sigmoid",
+    "expert_parallel": 2,
+    "overlap": "auto",
     "top_k": 2,
     "capacity_factor": 1.5,
     "quantiles": True,
@@ -42,7 +44,7 @@ MOE = {
     "auxiliary_loss": 0.01,
     "causal": False,
 }
-EXPERTS = {"rule": "proportional", "rate": 0.02, "auxiliary_loss": 0.005}
+EXPERTS = {"rule": "proportional", "rate": 0.02, "auxiliary_loss": 0.005, "payback_steps": 50}
 STRATEGY = {
     "skip_ratio": {0: 0.25, 600: 0.0},
     "schedule": "gpipe",
