@@ -1,0 +1,80 @@
+"""Faults beside a worker that dies: a full disk, a worker that sleeps and wakes up."""
+
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from skippipe_plugin.callbacks import StageRecovery
+from skippipe_plugin.worker import WorkerProcesses
+
+from .support import Run, assert_same_losses, assert_same_weights
+from .test_recovery import STEPS, At, assert_counted, kill, run
+
+_SMALL_BYTES = 1024
+
+
+class DiskFull(Callback):
+    """Lets no file grow while the ``number``-th checkpoint is written."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.calls = number, 0
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+        self.calls += 1
+        if self.calls == self.number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (_SMALL_BYTES, self.limits[1]))
+
+    def on_exception(self, *_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+
+def test_a_full_disk_ends_the_run_as_ever_and_the_checkpoint_before_is_whole(tmp_path: Path) -> None:
+    def save(folder: str, *happenings: Callback, ckpt_path: str | None = None) -> Run:
+        saver = ModelCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        recovery = StageRecovery(spares=0)
+        return run(saver, *happenings, recovery=recovery, enable_checkpointing=True, ckpt_path=ckpt_path)[0]
+
+    save("undisturbed")
+    with pytest.raises(OSError, match="File too large"):
+        save("full", DiskFull(2))
+    expected, found = (tmp_path / folder / "step=2.ckpt" for folder in ("undisturbed", "full"))
+    states = [torch.load(path, weights_only=False)["state_dict"] for path in (found, expected)]
+    assert_same_weights(*states)
+    result = save("resumed", ckpt_path=str(found))  # by the same workers, in the same process
+    assert (result.trainer.global_step, len(result.losses)) == (STEPS, STEPS - 2)
+
+
+@pytest.mark.slow
+def test_a_paused_worker_that_wakes_up_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on another host, where nobody can end it: it is replaced, wakes up with its old stage, and has no say."""
+    monkeypatch.setattr(WorkerProcesses, "kill", lambda *_: None)
+    paused: list[psutil.Process] = []
+
+    def pause(trainer: Trainer) -> None:
+        paused.append(psutil.Process(trainer.strategy.worker_pids[3]))
+        kill(3, how=signal.SIGSTOP)(trainer)
+
+    def wake(trainer: Trainer) -> None:
+        assert recovery.events, "it was not replaced"
+        paused[0].resume()
+
+    def is_gone(trainer: Trainer) -> None:
+        paused[0].wait(30)
+
+    recovery = StageRecovery(heartbeat_s=2.0)
+    happenings = [At("on_train_batch_start", 3, pause), At("on_train_batch_start", 5, wake)]
+    happenings += [At("on_train_batch_end", 7, is_gone)]
+    result, _ = run(*happenings, recovery=recovery, replicas=2)
+    expected, _ = run(replicas=2)
+    assert_counted(result)
+    assert [(event.source, event.how_lost) for event in recovery.events] == [("replica", "it gave no sign of life")]
+    assert_same_losses(result.losses, expected.losses)
+    assert_same_weights(result.weights, expected.weights)
