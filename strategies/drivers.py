@@ -68,7 +68,11 @@ class DriversStrategy(SingleDeviceStrategy):
             return None
         hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return Launcher(
-            environment.global_rank(), environment.main_address, environment.main_port, hosts_store=hosts_store
+            environment.global_rank(),
+            environment.main_address,
+            environment.main_port,
+            hosts_store=hosts_store,
+            num_nodes=self.num_nodes,
         )
 
     @property

@@ -244,10 +244,15 @@ class SkipPipeStrategy(DriversStrategy):
         """Run what the Trainer launches, or serve as a worker in its place (called by the launcher)."""
         _ = self.num_stages  # devices that do not fit are an error before anything starts
         launcher = self.read_launcher()
+        if launcher is None and self.num_nodes > 1:
+            raise SkipPipeError(
+                f"num_nodes={self.num_nodes} needs a launcher that starts the script on every one: torchrun or srun; "
+                "or leave num_nodes out and let workers of other machines join (skippipe worker --join)"
+            )
         if launcher is not None:
             self.cluster_environment.validate_settings(len(self.parallel_devices or ()), self.num_nodes)
             if launcher.rank >= self.drivers:
-                return apply_results(worker_job(launcher).serve(), trainer)
+                return apply_results(worker_job(launcher, self.settings.network).serve(), trainer)
         end_with_parent()
         try:
             result = function()

@@ -69,7 +69,6 @@ class Rendezvous:
     """The address this driver's groups and control channels are bound to."""
     store_host: str
     store_port: int
-    secret: str
     other_drivers: tuple[tuple[str, int], ...] = ()
     """The control addresses of the drivers after the first."""
     backend: LinkBackend = "gloo"
@@ -217,7 +216,6 @@ class Pipeline:
             "members": self._members(),
             "store_host": rendezvous.store_host,
             "store_port": rendezvous.store_port,
-            "secret": rendezvous.secret,
             "other_drivers": list(rendezvous.other_drivers),
             "may_leave": self.keeper is not None,
             "sys_path": import_paths(),

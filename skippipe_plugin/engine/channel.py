@@ -56,15 +56,20 @@ class Message:
 class Channel:
     """A connected, authenticated channel. Any thread may send; one thread at a time may receive."""
 
-    def __init__(self, connection: socket.socket, keys: SessionKeys) -> None:
+    def __init__(self, connection: socket.socket, keys: SessionKeys, secret: bytes = b"") -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.settimeout(None)
         self._connection = connection
+        self._secret = secret
         self._sending, self._receiving = _Seals(keys.sending), _Seals(keys.receiving)
         self._send_lock = threading.Lock()
         self.heard_s = time.monotonic()
         """When the other end last sent anything, be it a part of a message."""
+
+    def connect_to(self, host: str, port: int) -> Channel:
+        """Connect to another listener of the same job, with the secret that opened this channel by :func:`connect`."""
+        return connect(host, port, self._secret)
 
     @property
     def local_host(self) -> str:
@@ -215,7 +220,7 @@ def connect(host: str, port: int, secret: bytes, timeout_s: float = 30.0) -> Cha
     except OSError as error:
         raise NobodyThere(f"cannot join the driver at {host}:{port}: {error}") from error
     try:
-        return Channel(connection, authenticate_driver(connection, secret, timeout_s))
+        return Channel(connection, authenticate_driver(connection, secret, timeout_s), secret)
     except BaseException as error:
         connection.close()
         if isinstance(error, (OSError, ChannelError)):

@@ -7,6 +7,7 @@ authenticated. Nothing is encrypted. Before the proof a stranger can make this e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -64,7 +65,8 @@ def authenticate_worker(connection: socket.socket, secret: bytes, timeout_s: flo
     """
     deadline_s = time.monotonic() + timeout_s
     ours = os.urandom(_NONCE_BYTES)
-    connection.sendall(_GREETING.pack(MAGIC, PROTOCOL_VERSION, ours))
+    with contextlib.suppress(ConnectionError):  # the next line says so
+        connection.sendall(_GREETING.pack(MAGIC, PROTOCOL_VERSION, ours))
     theirs = _read_nonce(connection, deadline_s)
     if not hmac.compare_digest(_read(connection, MAC_BYTES, deadline_s), _mac(secret, _WORKER, ours, theirs)):
         raise ChannelError("it does not know this job's secret")
@@ -82,7 +84,7 @@ def authenticate_driver(connection: socket.socket, secret: bytes, timeout_s: flo
     connection.sendall(_GREETING.pack(MAGIC, PROTOCOL_VERSION, ours) + _mac(secret, _WORKER, theirs, ours))
     try:
         proof = _read(connection, MAC_BYTES, deadline_s)
-    except (ChannelClosed, ConnectionError) as error:  # it has our proof, and turned away
+    except ChannelClosed as error:  # it has our proof, and turned away
         raise ChannelError("it knows another secret: give both the same job's") from error
     if not hmac.compare_digest(proof, _mac(secret, _DRIVER, ours, theirs)):
         raise ChannelError("it does not know this job's secret")
@@ -110,6 +112,8 @@ def _read(connection: socket.socket, size: int, deadline_s: float) -> bytes:
             part = connection.recv(size - len(data))
         except TimeoutError as error:
             raise ChannelError("it did not prove in time that it knows this job's secret") from error
+        except ConnectionError:  # it left without having read what was sent to it
+            part = b""
         if not part:
             raise ChannelClosed("it left before it had proved that it knows this job's secret")
         data += part

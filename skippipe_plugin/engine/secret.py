@@ -50,15 +50,20 @@ def job_secret(file: str | None, *, create: bool = False, environment: Mapping[s
     """
     name = secret_file(file, environment)
     if name is not None:
-        return _of_file(Path(name), create)
+        if create:
+            _create(Path(name))
+        return read_secret_file(Path(name))
     if SECRET_VARIABLE in environment:
         return _checked(environment[SECRET_VARIABLE], SECRET_VARIABLE)
     return None
 
 
-def _of_file(path: Path, create: bool) -> str:
-    if create:
-        _create(path)
+def read_secret_file(path: Path) -> str:
+    """Return the secret in a file.
+
+    Raises:
+        SecretError: It cannot be read, others can read it, or it holds something else.
+    """
     try:
         with path.open(encoding="ascii", errors="replace") as file:
             status = os.fstat(file.fileno())

@@ -13,8 +13,9 @@ from ..schedule import PathConstraints
 class NetworkConfig:
     """Where the driver and its workers meet."""
 
-    host: str = "127.0.0.1"
-    """The address the driver listens on and the groups bind to; workers on other hosts must be able to reach it."""
+    host: str | None = None
+    """The address the driver listens on and its groups bind to; workers on other hosts must be able to reach it. None:
+    this machine only (127.0.0.1), or under a launcher the interface that leads to the launcher's main address."""
     port: int = 0
     """The port of the control channels; 0 takes any free one."""
     secret_file: str | None = None
@@ -32,6 +33,10 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.backend not in get_args(LinkBackend):
             raise ValueError(f"backend={self.backend!r} is unknown; choose one of {get_args(LinkBackend)}")
+        if self.host in ("", "0.0.0.0", "::"):
+            raise ValueError(
+                f"host={self.host!r} is no address that workers could reach; name that of the interface they come by"
+            )
         if not 0 <= self.port < 65536:
             raise ValueError(f"port={self.port} is not a port; choose 0 (any free one) to 65535")
         if self.local_workers is not None and self.local_workers < 0:

@@ -9,13 +9,16 @@ interpreter ends; workers also end by themselves when their driver is gone.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ipaddress
 import itertools
 import json
 import logging
 import os
+import signal
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -25,9 +28,10 @@ import cloudpickle
 from ..driver.links import Link
 from ..driver.pipeline import Rendezvous
 from ..driver.pool import EndedEarly, WorkerPool
-from ..engine.c10d import TCPStore
+from ..engine.c10d import TCPStore, host_store
 from ..engine.channel import connect
 from ..engine.errors import SkipPipeError
+from ..engine.handout import find_secret, fingerprint, leave_secret
 from ..engine.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, job_secret, secret_file
 from ..engine.versions import own_versions
 from ..supervisor import SupervisedProcesses, supervised
@@ -36,7 +40,9 @@ from .config import NetworkConfig
 
 log = logging.getLogger(__name__)
 
-_MEET: Final = timedelta(seconds=180)
+_HERE: Final = "127.0.0.1"
+_MEET: Final = timedelta(minutes=30)
+"""How long ranks of a launcher wait for each other; as long as torch's process groups do."""
 _GENERATIONS: Final = 1 << 32
 """More than one driver ever forms."""
 
@@ -51,17 +57,26 @@ class Launcher:
     port: int
     hosts_store: bool
     """Whether the launcher itself hosts the store."""
+    num_nodes: int = 1
+    """On how many machines the processes run."""
 
     def store(self) -> TCPStore:
         """Connect to the store that all ranks share."""
-        is_master = self.rank == 0 and not self.hosts_store
-        return TCPStore(self.address, self.port, is_master=is_master, timeout=_MEET, wait_for_workers=False)
+        if self.rank == 0 and not self.hosts_store:
+            return host_store(self.own_address(), self.port, _MEET)
+        return TCPStore(self.address, self.port, is_master=False, timeout=_MEET)
 
     def own_address(self) -> str:
         """The address of this process as the others can reach it."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((self.address, self.port))
-            return str(probe.getsockname()[0])
+            host = str(probe.getsockname()[0])
+        if self.num_nodes > 1 and ipaddress.ip_address(host).is_loopback:
+            raise SkipPipeError(
+                f"rank {self.rank} would be at {host}, where the other {self.num_nodes - 1} nodes cannot reach it: the "
+                f"launcher's main address {self.address!r} must be one that all nodes know"
+            )
+        return host
 
 
 class DriverJob:
@@ -82,24 +97,27 @@ class DriverJob:
         self._drivers = DriverProcesses()
         given = self._given_secret()
         limit_s = network.join_timeout_s
+        host = network.host or _HERE
         if launcher is None and supervised():
-            self._processes = SupervisedProcesses(_supervised_key(network.host, network.port))
+            self._processes = SupervisedProcesses(_supervised_key(host, network.port))
             self._store_host, store = self._processes.store()
             self.pool = WorkerPool(
-                network.host, network.port, secret=self._processes.secret, store=store, join_timeout_s=limit_s
+                host, network.port, secret=self._processes.secret, store=store, join_timeout_s=limit_s
             )
             # The store outlives this driver: its generations are others than those of the drivers before.
             self.pool.generations = itertools.count(self._processes.attempt * _GENERATIONS)
         elif launcher is None:
-            self.pool = WorkerPool(network.host, network.port, secret=given, join_timeout_s=limit_s)
-            self._store_host = network.host
+            self.pool = WorkerPool(host, network.port, secret=given, join_timeout_s=limit_s)
+            self._store_host = host
         else:
             store = launcher.store()
-            secret = given if self.rank == 0 else str(_get(store, _driver_key(0))["secret"])
+            secret = given if self.rank == 0 else _secret_of(_get(store, _driver_key(0)), network)
+            own = network.host if self.rank == 0 else None  # it can be that of one machine only
             self.pool = WorkerPool(
-                launcher.own_address(), network.port, secret=secret, store=store, join_timeout_s=limit_s
+                own or launcher.own_address(), network.port, secret=secret, store=store, join_timeout_s=limit_s
             )
             self._store_host = launcher.address
+        self._left = leave_secret(self.pool.secret) if launcher is not None and self.rank == 0 else None
         self._publish()
         if given is not None:
             log.warning("workers may join this job by hand: %s", self._how_to_join())
@@ -115,9 +133,8 @@ class DriverJob:
             host, port = self.pool.address
             self._processes.start(missing, host=host, port=port, secret=self.pool.secret)
         if self.num_drivers > 1:
-            self._drivers.start(
-                range(1, self.num_drivers), self.num_drivers + num_workers, self._store_host, self.pool.store.port
-            )
+            ranks, count = range(1, self.num_drivers), self.num_drivers + num_workers
+            self._drivers.start(ranks, count, self._store_host, self.pool.store.port, self.pool.secret)
 
     def acquire(self, num_workers: int) -> list[Link]:
         """Return ``num_workers`` workers, waiting for them to join."""
@@ -153,8 +170,9 @@ class DriverJob:
     def rendezvous(self) -> Rendezvous:
         """Return what workers need to find everybody."""
         others = [_get(self.pool.store, _driver_key(rank)) for rank in range(1, self.num_drivers)]
+        self._take_back()  # all are here
         addresses = tuple((other["host"], other["port"]) for other in others)
-        return Rendezvous(self.pool.address[0], self._store_host, self.pool.store.port, self.pool.secret, addresses)
+        return Rendezvous(self.pool.address[0], self._store_host, self.pool.store.port, addresses)
 
     def dismiss(self, results: Mapping[str, Any]) -> None:
         """Let the launcher's worker ranks return from their Trainer call with the driver's ``results``."""
@@ -164,9 +182,16 @@ class DriverJob:
 
     def close(self) -> None:
         """End all workers, and wait for the other drivers that were started here."""
+        self._take_back()
         self._drivers.wait()
         self.pool.close()
         self._processes.stop()
+
+    def _take_back(self) -> None:
+        """Remove the secret that was left for the other ranks."""
+        if self._left is not None:
+            self._left.unlink(missing_ok=True)
+            self._left = None
 
     def _num_missing(self, num_workers: int) -> int:
         """How many of ``num_workers`` are neither here and idle nor on their way."""
@@ -196,7 +221,7 @@ class DriverJob:
 
     def _publish(self) -> None:
         host, port = self.pool.address
-        entry = {"host": host, "port": port, "secret": self.pool.secret}
+        entry = {"host": host, "port": port, "fingerprint": fingerprint(self.pool.secret)}
         self.pool.store.set(_driver_key(self.rank), json.dumps(entry))
         if isinstance(self._processes, SupervisedProcesses):
             self.pool.store.set(self._processes.key, json.dumps(entry))
@@ -205,9 +230,9 @@ class DriverJob:
 class WorkerJob:
     """The part of a launcher's rank that is not a driver: it serves while its driver trains."""
 
-    def __init__(self, launcher: Launcher) -> None:
+    def __init__(self, launcher: Launcher, network: NetworkConfig) -> None:
         first = _get(launcher.store(), _driver_key(0))
-        channel = connect(first["host"], first["port"], bytes.fromhex(first["secret"]))
+        channel = connect(first["host"], first["port"], bytes.fromhex(_secret_of(first, network)))
         channel.send("hello", {"rank": launcher.rank, "versions": own_versions()})
         self._worker = Worker(channel)
 
@@ -217,7 +242,8 @@ class WorkerJob:
         Raises:
             SkipPipeError: The driver's call failed.
         """
-        results = self._worker.serve()
+        with _signals_left_to_the_driver(self._worker):
+            results = self._worker.serve()
         if results is None or "error" in results:
             raise SkipPipeError(f"the driver (rank 0) failed: {(results or {}).get('error', 'it left')}")
         return results
@@ -225,6 +251,28 @@ class WorkerJob:
     def close(self) -> None:
         """Close the connection to the driver."""
         self._worker.close()
+
+
+@contextlib.contextmanager
+def _signals_left_to_the_driver(worker: Worker) -> Iterator[None]:
+    """Outlive the signals that a launcher sends to all ranks: the driver may still want to write a checkpoint.
+
+    A worker rank ends with its driver anyway. With recovery it asks to be relieved of its stages on SIGTERM.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers can be set there only
+        yield
+        return
+    handlers: dict[signal.Signals, Any] = {  # Any: a function or one of signal's constants
+        signal.SIGTERM: lambda *_: worker.leave(),
+        signal.SIGUSR1: signal.SIG_IGN,  # SLURM's warning before the time limit, in Lightning
+        signal.SIGUSR2: signal.SIG_IGN,
+    }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 _registry: dict[tuple[object, ...], DriverJob | WorkerJob] = {}
@@ -240,10 +288,10 @@ def driver_job(network: NetworkConfig, num_drivers: int, launcher: Launcher | No
     return job
 
 
-def worker_job(launcher: Launcher) -> WorkerJob:
+def worker_job(launcher: Launcher, network: NetworkConfig | None = None) -> WorkerJob:
     """Return this process's job as a worker rank of a launcher."""
     if ("worker",) not in _registry:
-        _register(("worker",), WorkerJob(launcher))
+        _register(("worker",), WorkerJob(launcher, network or NetworkConfig()))
     job = _registry["worker",]
     assert isinstance(job, WorkerJob)
     return job
@@ -270,6 +318,18 @@ def _supervised_key(host: str, port: int) -> str:
 def _driver_key(rank: int) -> str:
     # torchrun keeps its store when it restarts all processes: each attempt needs names of its own.
     return f"skippipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/driver{rank}"
+
+
+def _secret_of(driver: Mapping[str, Any], network: NetworkConfig) -> str:
+    """Return the secret of the first driver, from this rank's environment or from where that driver has left it."""
+    given = job_secret(network.secret_file)
+    if given is None:
+        return find_secret(driver["fingerprint"])
+    if fingerprint(given) != driver["fingerprint"]:
+        raise SkipPipeError(
+            f"this rank knows another secret than rank 0: give all the same {SECRET_VARIABLE}, or the same file"
+        )
+    return given
 
 
 def _get(store: TCPStore, key: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from ..engine.handover import import_paths
+from ..engine.secret import SECRET_VARIABLE
 
 _POLITE_S: Final = 5.0
 PARENT_VARIABLE: Final = "SKIPPIPE_PARENT"
@@ -73,7 +74,7 @@ class DriverProcesses:
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, ranks: range, num_processes: int, host: str, port: int) -> None:
+    def start(self, ranks: range, num_processes: int, host: str, port: int, secret: str) -> None:
         """Start one process for each of ``ranks``, unless that was done before.
 
         The environment says what torchrun would say, so that the script takes the same way as under it.
@@ -88,6 +89,7 @@ class DriverProcesses:
                 "LOCAL_WORLD_SIZE": str(num_processes),
                 "MASTER_ADDR": host,
                 "MASTER_PORT": str(port),
+                SECRET_VARIABLE: secret,
                 "TORCHELASTIC_RUN_ID": "skippipe",
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 PARENT_VARIABLE: str(os.getpid()),
@@ -105,7 +107,7 @@ def worker_environment(secret: str) -> dict[str, str]:
     """Return the environment of a worker that this process needs."""
     # What the worker imports must be what the driver imported, also when that is not installed.
     paths = os.pathsep.join(import_paths())
-    return os.environ | {"SKIPPIPE_SECRET": secret, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return os.environ | {SECRET_VARIABLE: secret, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
 def end_with_parent() -> None:

@@ -23,7 +23,7 @@ import torch
 
 from ..engine.c10d import TCPStore
 from ..engine.call import Call
-from ..engine.channel import Channel, ChannelClosed, Message, connect
+from ..engine.channel import Channel, ChannelClosed, Message
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
 from ..engine.executor import Executor
 from ..engine.handover import unpack_blocks
@@ -223,9 +223,8 @@ class Worker:
         self._may_leave = fields["may_leave"]
         torch.set_num_threads(fields["num_threads"])
         self._device = torch.device(fields["device"])
-        secret = bytes.fromhex(fields["secret"])
         for host, port in fields["other_drivers"][len(self._channels) - 1 :]:
-            self._channels.append(connect(host, port, secret))
+            self._channels.append(self._channels[0].connect_to(host, port))
             self._reply(-1, "hello", {"rank": fields["rank"], "versions": own_versions()})
             self._start_reader(len(self._channels) - 1)
         self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._channels]

@@ -1,4 +1,7 @@
-"""A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced] [port=N]``. Prints one JSON line per process."""
+"""A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced] [port=N] [two_nodes] [pause]``.
+
+Prints one JSON line per process.
+"""
 
 import json
 import os
@@ -9,6 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 class Block(nn.Module):
@@ -32,6 +38,9 @@ class Model(LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         time.sleep(self.delay_s)
+        if "pause" in sys.argv and len(self.losses) == 2:
+            sys.stdout.write("half way\n")  # the test has a moment to interfere
+            time.sleep(0.5)
         loss = self.loss_of(batch)
         self.log("train_loss", loss)
         return loss
@@ -85,6 +94,7 @@ def main() -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=devices or drivers,
+        num_nodes=2 if "two_nodes" in sys.argv else 1,
         strategy=strategy_for(devices, drivers),  # type: ignore[arg-type]
         max_steps=10_000 if "slow" in sys.argv else 5,
         callbacks=callbacks,
@@ -96,7 +106,7 @@ def main() -> None:
     trainer.fit(model, loader(96), loader(32))
     validated = trainer.validate(model, loader(32), verbose=False)
     result = {
-        "rank": int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))),
+        "rank": int(next((os.environ[name] for name in RANKS if name in os.environ), "0")),
         "is_global_zero": trainer.is_global_zero,
         "losses": model.losses,
         "changes": sum(callback.changes for callback in callbacks),

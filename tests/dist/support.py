@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ SCRIPT = Path(__file__).with_name("script.py")
 ROOT = Path(__file__).parents[2]
 
 
-def start(command: list[str], secret: Path | None = None) -> subprocess.Popen[str]:
+def start(command: list[str], secret: Path | None = None, **variables: str) -> subprocess.Popen[str]:
     """Start a command in a process group of its own, with this checkout importable, and perhaps a job's secret."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
     environment |= {"SKIPPIPE_SECRET_FILE": str(secret)} if secret is not None else {}
     return subprocess.Popen(
         command,
@@ -32,13 +33,32 @@ def start(command: list[str], secret: Path | None = None) -> subprocess.Popen[st
 
 def run(command: list[str], timeout_s: float = 150) -> list[dict[str, Any]]:
     """Run a command to its end and return the results its processes printed, by rank."""
-    process = start(command)
+    return results_of([start(command)], timeout_s)
+
+
+def results_of(processes: Sequence[subprocess.Popen[str]], timeout_s: float = 150) -> list[dict[str, Any]]:
+    """Wait for commands to end well and return the results that their processes printed, by rank."""
+    return results_in("\n".join(output for output, _ in end_well(processes, timeout_s)))
+
+
+def end_well(processes: Sequence[subprocess.Popen[str]], timeout_s: float = 150) -> list[tuple[str, str]]:
+    """Wait for commands to end well; return what each wrote to its output and to its errors."""
+    deadline = time.monotonic() + timeout_s
+    texts = []
     try:
-        output, errors = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, errors[-4000:]
+        for process in processes:
+            texts.append(process.communicate(timeout=max(1.0, deadline - time.monotonic())))
+            assert process.returncode == 0, texts[-1][1][-4000:]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+    return texts
+
+
+def results_in(output: str) -> list[dict[str, Any]]:
+    """Return the results in a command's output, by rank."""
     results = [json.loads(line) for line in output.replace("RESULT ", "\n").splitlines() if line.startswith("{")]
     return sorted(results, key=lambda result: result["rank"])
 

@@ -1,8 +1,15 @@
 """Each way of launching gives what Lightning gives without the plugin."""
 
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from tests.dist.support import plain, run, torchrun
+from tests.dist.nodes import Node, two_nodes
+from tests.dist.support import end_well, plain, results_in, results_of, run, start, torchrun
 
 
 def losses(results: list[dict], rank: int = 0) -> list[float]:
@@ -19,10 +26,16 @@ def data_parallel() -> list[dict]:
     return run(plain(0, 2))
 
 
-def test_plain_python_starts_its_workers(alone: dict) -> None:
-    (result,) = run(plain(3, 1))
+def test_plain_python_starts_its_workers_which_print_nothing(alone: dict) -> None:
+    ((output, errors),) = end_well([start(plain(3, 1))])
+    (result,) = results_in(output)
     assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert result["validated"] == [pytest.approx(alone["validated"][0], rel=1e-5)]
+    ((_, expected),) = end_well([start(plain(0, 1))])
+    own = [line for line in (output + errors).splitlines() if line not in expected and "RESULT" not in line]
+    assert own[0].startswith("SkipPipe: 2 stages")
+    assert own[-1].startswith("Step time and bubble")
+    assert len(own) == 6  # the panel, and nothing else
 
 
 def test_ranks_of_torchrun_become_workers_and_return_the_drivers_results(alone: dict) -> None:
@@ -49,3 +62,85 @@ def test_two_drivers_change_their_paths_together(data_parallel: list[dict]) -> N
         assert losses(results, rank) == pytest.approx(losses(data_parallel, rank), rel=1e-5)
     changes = [result["changes"] for result in results]
     assert changes[0] == changes[1] > 0
+
+
+def slurm(num_tasks: int, *arguments: object) -> list:
+    """Start the script as srun does, in one process per task."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost"}
+    job |= {"SLURM_NTASKS": str(num_tasks), "SLURM_NTASKS_PER_NODE": str(num_tasks), "SLURM_NNODES": "1"}
+    tasks = [{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task), "SLURM_NODEID": "0"} for task in range(num_tasks)]
+    return [start(plain(*arguments), **job, **task) for task in tasks]
+
+
+def test_tasks_of_slurm_become_workers_and_leave_its_signals_to_the_driver(alone: dict) -> None:
+    driver, *workers = slurm(3, 3, 1, "pause")
+    assert driver.stdout is not None
+    assert any(line == "half way\n" for line in driver.stdout)
+    for worker in workers:
+        worker.send_signal(signal.SIGUSR1)  # SLURM's warning before the time limit, sent to all
+        worker.send_signal(signal.SIGTERM)
+    results = results_of([driver, *workers])
+    assert losses(results) == pytest.approx(alone["losses"], rel=1e-5)
+    assert [result["is_global_zero"] for result in results] == [True, False, False]
+    assert all(result["validated"] == results[0]["validated"] for result in results)
+
+
+def test_tasks_that_do_not_fit_the_devices_are_an_error() -> None:
+    (process,) = slurm(1, 2, 1)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "You set `devices=2` in Lightning, but the number of tasks per node configured in SLURM" in errors
+
+
+@pytest.mark.slow
+def test_skippipe_run_gives_the_same(alone: dict) -> None:
+    (result,) = run([sys.executable, "-m", "skippipe_plugin.cli", "run", "--", *plain(3, 1)])
+    assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[Node, Node]]:
+    with two_nodes() as pair:
+        yield pair
+
+
+def on_both(nodes: tuple[Node, Node], *arguments: object, folders: tuple[str, ...] = ("", "")) -> list:
+    """Start the script by torchrun on two nodes, two processes on each; a folder makes a home of the node's own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+    launcher += [f"--master-addr={nodes[0].address}", "--master-port=29511"]
+    script = plain(*arguments)[1:]
+    homes = [{"XDG_CACHE_HOME": folder, "TMPDIR": folder} if folder else {} for folder in folders]
+    return [
+        start([*node.prefix, *launcher, f"--node-rank={rank}", *script], GLOO_SOCKET_IFNAME=node.interface, **home)
+        for rank, (node, home) in enumerate(zip(nodes, homes, strict=True))
+    ]
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces are made by root")
+
+
+@needs_root
+@pytest.mark.slow
+@pytest.mark.parametrize("drivers", [1, 3])
+def test_two_nodes_of_torchrun_meet_at_their_own_addresses(
+    nodes: tuple[Node, Node], drivers: int, alone: dict
+) -> None:
+    expected = [alone] if drivers == 1 else run(plain(0, drivers))
+    results = results_of(on_both(nodes, 2, drivers, "two_nodes"))
+    for rank in range(drivers):
+        assert losses(results, rank) == pytest.approx(losses(expected, rank), rel=1e-5)
+    assert len(results) == 4
+
+
+@needs_root
+@pytest.mark.slow
+def test_a_node_without_the_secret_says_how_to_get_it(nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    folders = tuple(str(tmp_path / name) for name in "ab")
+    for folder in folders:
+        Path(folder).mkdir()
+    first, second = on_both(nodes, 2, 1, "two_nodes", folders=folders)
+    _, errors = second.communicate(timeout=150)
+    os.killpg(first.pid, signal.SIGTERM)  # it would wait for the other node for a while
+    first.communicate(timeout=60)
+    assert "SecretError: the first driver has left its secret in none of" in errors
+    assert "give all ranks the same one by SKIPPIPE_SECRET, before the launcher starts" in errors

@@ -17,7 +17,7 @@ from skippipe_plugin.strategies import NetworkConfig, PathConfig, SkipPipeStrate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NETWORK = {
-    "host": "0.0.0.0",
+    "host": "10.0.0.1",
     "port": 29_501,
     "secret_file": "job.secret",
     "local_workers": 2,

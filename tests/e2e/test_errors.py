@@ -223,6 +223,17 @@ def test_a_port_in_use() -> None:
             fit(Model(), network=NetworkConfig(port=port))
 
 
+def test_an_address_that_nobody_can_reach() -> None:
+    with pytest.raises(ValueError, match=r"host='0.0.0.0' is no address that workers could reach"):
+        NetworkConfig(host="0.0.0.0")
+
+
+def test_several_nodes_without_a_launcher() -> None:
+    trainer = Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=SkipPipeStrategy(), logger=False)
+    with pytest.raises(SkipPipeError, match=r"num_nodes=2 needs a launcher .* torchrun or srun"):
+        trainer.fit(Model())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
