@@ -29,6 +29,7 @@ from ..driver.routers import RouterControl
 from ..driver.steps import StepTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
+from ..integration.compiled import CompiledParts, originals
 from ..integration.config import NetworkConfig, PathConfig
 from ..integration.job import DriverJob, driver_job, worker_job
 from ..integration.panel import start_panel
@@ -44,7 +45,7 @@ from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .checks import check_fit
 from .clipping import clip_everywhere, clip_locally
-from .compiled import CompiledParts, originals
+from .compiled import uncompile
 from .drivers import DriversStrategy
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .outputs import loss_of, training_output
@@ -346,7 +347,7 @@ class SkipPipeStrategy(DriversStrategy):
         stack = find_blocks(module, self.settings.blocks)
         check_no_shared_parameters(module, stack)
         blocks, described = originals(stack.blocks), str(stack)
-        self._compiled = CompiledParts(module, blocks)
+        self._compiled = CompiledParts(module, blocks, uncompile(module))
         self._spread = SpreadModel(
             self.settings,
             num_stages=self.num_stages,

@@ -92,7 +92,7 @@ class GradientControl:
             self._links.broadcast("merge", fields | request)
         self._norm_under_way = self._expected_norm is not None
 
-    def norm(self, local: Sequence[nn.Parameter], norm_type: float) -> float:
+    def norm(self, local: Sequence[Tensor], norm_type: float) -> float:
         """Return the norm of the accumulated gradients of the ``local`` parameters and of all workers."""
         norm_type = float(norm_type)
         if not self._norm_under_way or self._expected_norm != norm_type:

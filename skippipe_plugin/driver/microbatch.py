@@ -69,11 +69,11 @@ def merge(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     if isinstance(first, Tensor):
         return _merge_tensors(outputs, sizes)
     if isinstance(first, (Mapping, UserDict)):
-        return _rebuild_mapping(first, {key: merge([output[key] for output in outputs], sizes) for key in first})
+        return rebuild_mapping(first, {key: merge([output[key] for output in outputs], sizes) for key in first})
     if isinstance(first, list) and _lists_samples(outputs, sizes):
         return [element for item in outputs for element in item]
     if isinstance(first, (list, tuple)) and len({len(item) for item in outputs}) == 1:
-        return _rebuild_sequence(first, [merge(items, sizes) for items in zip(*outputs, strict=True)])
+        return rebuild_sequence(first, [merge(items, sizes) for items in zip(*outputs, strict=True)])
     if isinstance(first, float):
         return sum(value * size for value, size in zip(outputs, sizes, strict=True)) / sum(sizes)
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
@@ -126,11 +126,11 @@ def _slice(value: Any, start: int, stop: int, total: int) -> Any:
     if isinstance(value, Tensor):
         return value[start:stop] if value.ndim else value
     if isinstance(value, (Mapping, UserDict)):
-        return _rebuild_mapping(value, {key: _slice(item, start, stop, total) for key, item in value.items()})
+        return rebuild_mapping(value, {key: _slice(item, start, stop, total) for key, item in value.items()})
     if isinstance(value, (list, tuple)):
         if len(value) == total and not any(_holds_tensor(item) for item in value):
             return value[start:stop]  # one entry per sample, such as a list of strings
-        return _rebuild_sequence(value, [_slice(item, start, stop, total) for item in value])
+        return rebuild_sequence(value, [_slice(item, start, stop, total) for item in value])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
         return dataclasses.replace(value, **{name: _slice(getattr(value, name), start, stop, total) for name in names})
@@ -143,7 +143,8 @@ def _holds_tensor(value: Any) -> bool:
     return bool(found)
 
 
-def _rebuild_mapping(like: Any, items: dict[Any, Any]) -> Any:
+def rebuild_mapping(like: Any, items: dict[Any, Any]) -> Any:
+    """Return a mapping of the kind of ``like`` with other items."""
     if isinstance(like, UserDict):  # transformers' BatchEncoding is one, with a constructor of its own
         result = copy.copy(like)
         result.data = items
@@ -159,7 +160,8 @@ def _rebuild_mapping(like: Any, items: dict[Any, Any]) -> Any:
     return result
 
 
-def _rebuild_sequence(like: Any, items: list[Any]) -> Any:
+def rebuild_sequence(like: Any, items: list[Any]) -> Any:
+    """Return a list or (named) tuple of the kind of ``like`` with other items."""
     if hasattr(like, "_fields"):
         return type(like)(*items)
     return type(like)(items)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cloudpickle
@@ -29,13 +29,18 @@ class RemoteOptimizer:
         for parameter in [parameter for parameter in optimizer.state if parameter.is_meta]:
             del optimizer.state[parameter]  # what an optimizer's constructor may have made for them
         self._describe()
-        self._handle = optimizer.register_step_post_hook(lambda *_: self._after_step())
+        self._handles = [
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            optimizer.register_state_dict_post_hook(lambda _, state_dict: self._completed(state_dict)),
+            optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._take(state_dict)),
+        ]
         self._zero_grad = optimizer.zero_grad
         optimizer.zero_grad = self._zero  # type: ignore[method-assign]
 
     def detach(self) -> None:
         """Make the optimizer an ordinary one again, with the state of all parameters: it may be saved after the run."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._optimizer.__dict__.pop("zero_grad", None)
         remote = {} if self._pipeline.beyond_help else self._fetch()
         state = self._optimizer.state
@@ -46,11 +51,18 @@ class RemoteOptimizer:
 
     # ------------------------------------------------------------ clipping
 
-    def clip_norm(self, max_norm: float, norm_type: float = 2.0) -> float:
-        """Clip the gradients of all parameters, local and remote, by their common norm; return that norm."""
-        norm = self._pipeline.gradients.norm(self._local(), norm_type)
+    def clip_norm(self, max_norm: float, norm_type: float = 2.0, local: Sequence[Tensor] | None = None) -> float:
+        """Clip the gradients of all parameters, local and remote, by their common norm; return that norm.
+
+        Args:
+            max_norm: What the norm is clipped to.
+            norm_type: Which norm.
+            local: The parameters on this driver that count; None: those of the optimizer.
+        """
+        local = self._local() if local is None else local
+        norm = self._pipeline.gradients.norm(local, norm_type)
         scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        gradients.clip(self._local(), scale=scale, value=None)
+        gradients.clip(local, scale=scale, value=None)
         self._clip_scale = scale * (1.0 if self._clip_scale is None else self._clip_scale)
         return norm
 
@@ -67,22 +79,23 @@ class RemoteOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ordinary ``state_dict`` of the whole optimizer, as one process would have it."""
-        result = self._optimizer.state_dict()
-        remote = self._fetch()
-        numbers = self._numbers()
-        for key, number in numbers.items():
-            if key in remote:
-                result["state"][number] = remote[key]
-        result["state"] = dict(sorted(result["state"].items()))
-        return result
+        return self._optimizer.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over an ordinary ``state_dict``, local entries here and remote ones on the workers."""
+        self._optimizer.load_state_dict(dict(state_dict))
+
+    def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the optimizer's own ``state_dict`` with the state of remote parameters."""
+        state, remote = dict(state_dict["state"]), self._fetch()
+        state |= {number: remote[key] for key, number in self._numbers().items() if key in remote}
+        return {**state_dict, "state": dict(sorted(state.items()))}
+
+    def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Hand the state of remote parameters over to the workers; return what is left to load here."""
         numbers = self._numbers()
         remote = {key: state_dict["state"][n] for key, n in numbers.items() if n in state_dict["state"]}
         taken = set(numbers.values())
-        local = {number: state for number, state in state_dict["state"].items() if number not in taken}
-        self._optimizer.load_state_dict({**state_dict, "state": local})
         self._describe()
         if self._pipeline.leads:
             for link in self._pipeline.links:
@@ -91,6 +104,8 @@ class RemoteOptimizer:
                 fields, blobs = encode_optimizer_state(self._pipeline.shards.part_of_state(own, link.rank))
                 link.send("put", {"what": "optimizer", **fields}, blobs)
         self._pipeline.links.expect_all("ready")
+        local = {number: state for number, state in state_dict["state"].items() if number not in taken}
+        return {**state_dict, "state": local}
 
     def _fetch(self) -> dict[ParameterKey, dict[str, Any]]:
         return self._pipeline.surviving(self._fetch_once)

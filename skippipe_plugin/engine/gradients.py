@@ -78,7 +78,7 @@ def sum_over_holders(parameters: Sequence[nn.Parameter], all_reduce: Callable[[T
             _sum_flat(group, all_reduce)
 
 
-def norm_power(parameters: Sequence[nn.Parameter], norm_type: float) -> float:
+def norm_power(parameters: Sequence[Tensor], norm_type: float) -> float:
     """Return the sum of the powers of the gradients' elements (their maximum for an infinite norm).
 
     Partial results of several processes add up (or are compared), see :func:`total_norm`.
@@ -103,7 +103,7 @@ def scale_gradients(gradients: Sequence[Tensor], scale: float) -> None:
         torch._foreach_mul_(list(gradients), scale)
 
 
-def clip(parameters: Sequence[nn.Parameter], *, scale: float | None, value: float | None) -> None:
+def clip(parameters: Sequence[Tensor], *, scale: float | None, value: float | None) -> None:
     """Multiply the gradients by ``scale`` and clamp their elements to +-``value``, each if given."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if scale is not None:

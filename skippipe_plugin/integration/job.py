@@ -248,6 +248,15 @@ class WorkerJob:
             raise SkipPipeError(f"the driver (rank 0) failed: {(results or {}).get('error', 'it left')}")
         return results
 
+    def serve_until_exit(self) -> None:
+        """Work until the driver's process ends.
+
+        Raises:
+            DriverGone: It ended without a farewell.
+        """
+        while self._worker.serve() is not None:
+            pass
+
     def close(self) -> None:
         """Close the connection to the driver."""
         self._worker.close()
