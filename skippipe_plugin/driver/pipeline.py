@@ -151,6 +151,11 @@ class Pipeline:
         return self._programs.schedules
 
     @property
+    def whole_schedules(self) -> Mapping[str, Schedule]:
+        """What steps run by name when no worker is missing."""
+        return self._programs.whole
+
+    @property
     def microbatches(self) -> range:
         """The microbatches of the schedules that this driver may fill."""
         per_driver = self.schedules[TRAINING].num_microbatches // self.layout.num_drivers

@@ -18,7 +18,8 @@ class Programs:
 
     def __init__(self, schedules: Mapping[str, Schedule], rank: int) -> None:
         self._rank = rank
-        self._whole = dict(schedules)
+        self.whole = dict(schedules)
+        """By name, as they are when no worker is missing."""
         self._missing: frozenset[int] = frozenset()
         self.schedules = dict(schedules)
         """By name, around workers that are missing."""
@@ -33,7 +34,7 @@ class Programs:
         """
         validate(schedule)
         self._set(name, detour(schedule, self._missing))
-        self._whole[name] = schedule
+        self.whole[name] = schedule
 
     def go_around(self, missing: Collection[int]) -> None:
         """Let paths avoid some ranks; none: undo it.
@@ -41,7 +42,7 @@ class Programs:
         Raises:
             ScheduleError: A path would have no stage left; nothing changes.
         """
-        around = {name: detour(schedule, missing) for name, schedule in self._whole.items()}
+        around = {name: detour(schedule, missing) for name, schedule in self.whole.items()}
         self._missing = frozenset(missing)
         for name, schedule in around.items():
             self._set(name, schedule)

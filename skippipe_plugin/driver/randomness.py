@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """Return the random state of the host, and of ``device`` if it has its own."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Put back what :func:`random_states` returned."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 class private_random_state:
@@ -12,10 +27,7 @@ class private_random_state:
         self._device = device
 
     def __enter__(self) -> None:
-        self._host = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        self._states = random_states(self._device)
 
     def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self._host)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+        set_random_states(self._device, self._states)

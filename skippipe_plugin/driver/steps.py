@@ -48,6 +48,8 @@ class StepTask:
     training: bool
     rewind: Callable[[], None] = lambda: None
     """Undoes what the functions have changed on the driver, before they run once more."""
+    outside: Callable[[Sequence[Any]], None] | None = None
+    """Back-propagates into what the functions returned, when the loss is computed outside of them; it may wait."""
 
 
 class CallWriter:
@@ -151,6 +153,7 @@ class StepRun:
         self._outcomes: dict[int, Outcome] = {}
         self._calls: dict[int, Call] = {}
         self._hidden: dict[int, Tensor] = {}
+        self._leaves: dict[int, Tensor] = {}
         self._held_back: list[PreparedCall] = []
         self._announced_s = self._first_s = self._held_since_s = 0.0
         self._modes: tuple[int, tuple[BlockMode, ...]] | None = None
@@ -241,13 +244,25 @@ class StepRun:
                 "step. Put both inputs into one batch, or train without the pipeline"
             )
         self._outcomes[index] = outcome
+        if self.loss_is_outside:
+            self._leaves[microbatch] = leaf
+            return None
         loss = self._task.loss_of(outcome.value)
         self.losses[index] = None if loss is None else loss.detach()
         if loss is not None:
             back_propagate(loss, torch.full_like(loss, self._task.weights[index]))
-        if not leaf.requires_grad:
-            return None
-        return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        return _gradient_of(leaf)
+
+    @property
+    def loss_is_outside(self) -> bool:
+        return self._task.training and self._task.outside is not None
+
+    def gradients_from_outside(self) -> dict[int, Tensor | None]:
+        assert self._task.outside is not None
+        assert len(self._leaves) == len(self._task.functions), "the schedule goes back before all losses"
+        self._task.outside(self.values())
+        leaves, self._leaves = self._leaves, {}
+        return {microbatch: _gradient_of(leaf) for microbatch, leaf in leaves.items()}
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
         hidden = self._hidden.pop(microbatch - self._first)
@@ -295,6 +310,12 @@ class NoFeed:
     def wait(self) -> tuple[()]:
         """A driver that waits for a call has a wrong schedule."""
         raise AssertionError("an action of a microbatch that another driver leads")
+
+
+def _gradient_of(leaf: Tensor) -> Tensor | None:
+    if not leaf.requires_grad:
+        return None
+    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
 
 
 def merged_loss(run: StepRun, weights: Sequence[float]) -> Tensor | None:

@@ -39,8 +39,15 @@ class DriverPart(Protocol):
     def embed(self, microbatch: int) -> tuple[Call, Tensor]:
         """Run the user's code up to the blocks; return their call and the hidden states that enter them."""
 
+    @property
+    def loss_is_outside(self) -> bool:
+        """Whether the loss is computed after all outputs, and :meth:`gradients_from_outside` has the gradients."""
+
     def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
         """Run the user's code after the blocks; in training return the gradient of ``hidden`` if it has one."""
+
+    def gradients_from_outside(self) -> Mapping[int, Tensor | None]:
+        """Wait for the loss that is outside; return the gradients of the hidden states by microbatch."""
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
         """Back-propagate into what produced the hidden states."""
@@ -73,6 +80,8 @@ class Executor:
         self._incoming: dict[int, deque[Instruction]] = {}
         """By source, where receives are not posted ahead: what is still to come, in the order in which it is sent."""
         self._live: Set[int] = frozenset()
+        self._owing: list[Instruction] = []
+        """Losses whose gradients are still to come from outside."""
 
     def run(self, program: Iterable[Instruction], live: Set[int], feed: CallFeed) -> list[Event]:
         """Execute the instructions of the ``live`` microbatches in order; return when each ran.
@@ -89,6 +98,8 @@ class Executor:
         events: list[Event] = []
         try:
             for instruction in instructions:
+                if self._owing and instruction.action.op not in (Op.F, Op.L):
+                    self._give_owed()
                 if instruction.microbatch not in live:
                     self._attend(instruction)
                     continue
@@ -186,7 +197,11 @@ class Executor:
             self._give(instruction, hidden)
         elif op is Op.L:
             assert taken is not None
-            self._give(instruction, self._driver.loss(microbatch, taken))
+            gradient = self._driver.loss(microbatch, taken)
+            if self._driver.loss_is_outside:
+                self._owing.append(instruction)
+            else:
+                self._give(instruction, gradient)
         else:
             self._driver.backward(microbatch, taken)
 
@@ -195,6 +210,13 @@ class Executor:
         company = self._stages[instruction.action.stage].company
         if company is not None:
             company.attend(instruction.microbatch)
+
+    def _give_owed(self) -> None:
+        assert self._driver is not None, "only a driver owes gradients"
+        owing, self._owing = self._owing, []
+        gradients = self._driver.gradients_from_outside()
+        for instruction in owing:
+            self._give(instruction, gradients[instruction.microbatch])
 
     def _execute_stage(self, instruction: Instruction, taken: Tensor | None) -> None:
         company = self._stages[instruction.action.stage].company
@@ -226,6 +248,7 @@ class Executor:
         self._local.clear()
         self._by_microbatch.clear()
         self._incoming.clear()
+        self._owing.clear()
 
 
 def _by_source(instructions: Iterable[Instruction]) -> dict[int, deque[Instruction]]:

@@ -26,7 +26,7 @@ from ..engine.errors import SkipPipeError
 from ..moe import Attached, attach
 from ..moe.migration import Move
 from ..partition import cut, driver_share, estimate_costs
-from ..schedule import CostModel, Schedule, Timeline, fit_costs, forward_only, swap_ends
+from ..schedule import CostModel, Schedule, Timeline, fit_costs, forward_only, gpipe, swap_ends
 from .job import DriverJob
 from .settings import PipelineSettings
 from .skipping import PathPlanner
@@ -198,7 +198,13 @@ class SpreadModel:
             task: What to do.
             step: The number of optimizer steps so far.
         """
-        return self.pipeline.train(task, lambda: self._choose_paths(step))
+
+        def choose() -> None:
+            self._choose_paths(step)
+            if task.outside is not None:
+                self._put_losses_first()
+
+        return self.pipeline.train(task, choose)
 
     def evaluate(self, task: StepTask) -> list[Any]:
         """Run functions without gradients; see :meth:`Pipeline.evaluate`."""
@@ -260,6 +266,13 @@ class SpreadModel:
             if advice is not None and self._rank == 0 and not self._advised:
                 log.warning(advice)
                 self._advised = True
+
+    def _put_losses_first(self) -> None:
+        """A loss that is computed from all outputs needs all forwards before the first backward."""
+        schedule = self.pipeline.whole_schedules[TRAINING]
+        if schedule.name != "gpipe":
+            losses_first = gpipe(schedule.placement, schedule.paths)
+            self.pipeline.use_schedule(TRAINING, dataclasses.replace(losses_first, coupled=schedule.coupled))
 
     def _choose_evaluation_paths(self) -> None:
         planner = self._evaluation_planner

@@ -26,8 +26,8 @@ def detour(schedule: Schedule, missing: Collection[int]) -> Schedule:
     paths = tuple(_around(schedule, number, frozenset(missing)) for number in range(schedule.num_microbatches))
     if not all(path.visits for path in paths):
         raise ScheduleError(f"without rank {', '.join(map(str, sorted(missing)))} a path visits no stage at all")
-    if not schedule.backward:
-        return replace(gpipe(schedule.placement, paths, backward=False), name=schedule.name)
+    if not schedule.backward or schedule.name == "gpipe":
+        return replace(gpipe(schedule.placement, paths, backward=schedule.backward), name=schedule.name)
     in_flight = 2 * (schedule.num_ranks - len(missing))
     return list_schedule(schedule.placement, paths, driver_in_flight=in_flight, name=schedule.name)
 
