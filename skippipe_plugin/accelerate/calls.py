@@ -1,0 +1,261 @@
+"""What happens when a loop calls the model: the batch is cut into microbatches, which run through the pipeline.
+
+A training call runs forward and backward of all microbatches if the model computes its loss itself, and their
+forwards otherwise; then the backwards follow with the loop's. Other calls run without gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..driver.caches import is_cache
+from ..driver.microbatch import BatchError, batch_size, split, split_sizes
+from ..driver.steps import StepTask
+from ..driver.suspend import StepThread, current_thread
+from ..engine.call import block_seed
+from ..engine.errors import SkipPipeError
+from ..integration.rewind import rewinder
+from ..integration.spread import SpreadModel
+from .outputs import differentiable, find_loss, gated, guarded, map_tensors, merge_outputs, watched, with_loss
+from .shares import loss_is_summed, loss_shares
+from .suspended import SuspendedStep
+
+_ONE_BACKWARD: Final = (
+    "this loss belongs to {which} call of the model, whose gradients are {state}: a pipeline takes one backward for "
+    "each training call of the model, before the next one. Put both inputs into one batch, or add the losses before "
+    "backward"
+)
+_HAS_A_LOSS: Final = (
+    "backward went through an output of the model other than its loss, but the model computed a loss itself, so the "
+    "backward of all microbatches ran when it was called. Use the returned loss alone, or call the model without "
+    "labels and compute the whole loss from its outputs"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """One call of the model, cut into microbatches."""
+
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    sizes: list[int]
+
+
+@dataclass(slots=True)
+class _Pending:
+    """The training call whose backward is still to come."""
+
+    suspended: SuspendedStep | None = None
+    gradients: list[Tensor] | None = None
+    is_over: bool = False
+
+
+class _LossIsOutside(Exception):
+    """No error: the model returned no loss, so the call goes the other way."""
+
+
+class ModelCalls:
+    """Stands in for the ``forward`` of a model whose blocks are spread.
+
+    Args:
+        spread: The blocks.
+        model: The model that is called.
+        device: The driver's device.
+        rewinds: Whether interrupted steps are repeated.
+    """
+
+    def __init__(self, spread: SpreadModel, model: nn.Module, device: torch.device, *, rewinds: bool) -> None:
+        self.num_calls = 0
+        """The training calls so far; dropout in the blocks is seeded by it."""
+        self.num_optimizer_steps = 0
+        self._spread = spread
+        self._model = model
+        self._device = device
+        self._rewinds = rewinds
+        self._forward: Callable[..., Any] = model.forward
+        self._pending: _Pending | None = None
+        self._thread: StepThread | None = None
+        self._outside: dict[tuple[int, frozenset[str]], bool] = {}
+        """By kind of call (number of positional arguments, names of the others): whether it returns no loss."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model would return for the whole batch."""
+        if current_thread() is not None:
+            return self._forward(*args, **kwargs)
+        if self._model.training and torch.is_grad_enabled():
+            return self._train(args, kwargs)
+        return self._evaluate(args, kwargs)
+
+    def complete(self) -> None:
+        """Run the backwards that the loop's backward has asked for, and add their gradients."""
+        pending = self._pending
+        if pending is not None and pending.suspended is not None and pending.gradients is not None:
+            suspended, pending.suspended = pending.suspended, None
+            suspended.finish(pending.gradients)
+            self._spread.pipeline.gradients.merge(1.0)
+
+    def settle(self) -> None:
+        """Let no step wait any longer: the loop goes on to something that needs the workers."""
+        self.complete()
+        if self._give_up():
+            self._spread.pipeline.heal()  # nobody may take what comes next for a part of the step
+
+    def count_optimizer_step(self) -> None:
+        """Note that the optimizer has stepped, which is what a skip ratio over time follows."""
+        self.num_optimizer_steps += 1
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run continues counting from."""
+        return {"calls": self.num_calls, "optimizer_steps": self.num_optimizer_steps}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        self.num_calls, self.num_optimizer_steps = state["calls"], state["optimizer_steps"]
+
+    def abandon(self) -> None:
+        """Drop what the last training call has left to do: its backward failed."""
+        self._give_up()
+        self._pending = None
+
+    def close(self) -> None:
+        """Give up what is pending and end the thread."""
+        self._give_up()
+        if self._thread is not None:
+            self._thread.close()
+            self._thread = None
+
+    # ------------------------------------------------------------- training
+
+    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.settle()
+        self._pending = None
+        if self._spread.attached is not None:
+            self._spread.attached.begin_step(self.num_optimizer_steps)
+        batch = self._cut(args, kwargs)
+        kind = len(args), frozenset(kwargs)
+        self.num_calls += 1
+        rewind = rewinder(self._model) if self._rewinds or kind not in self._outside else _nothing
+        if not self._outside.setdefault(kind, False):
+            try:
+                return self._train_inside(batch, rewind)
+            except _LossIsOutside:
+                rewind()
+                self._outside[kind] = True
+        return self._train_outside(batch, rewind)
+
+    def _train_inside(self, batch: _Batch, rewind: Callable[[], None]) -> Any:
+        """The model returns its loss: the whole step runs now, and the loss's backward only adds its gradients."""
+        arguments = [kwargs for _, kwargs in batch.calls]
+        summed = loss_is_summed(arguments[0])
+        count = len(batch.sizes)
+        shares = [1 / count] * count if summed else loss_shares(self._model, arguments, batch.sizes)
+        functions = [
+            functools.partial(self._run_with_loss, call, counts=share > 0)
+            for call, share in zip(batch.calls, shares, strict=True)
+        ]
+        task = StepTask(functions, shares, lambda value: value[1], self._seed(), training=True, rewind=rewind)
+        values, loss = self._spread.train(task, self.num_optimizer_steps)
+        assert loss is not None
+        pending = self._pending = _Pending()
+        loss = watched(loss, lambda: self._claim(pending))
+        outputs = [map_tensors(torch.Tensor.detach, output) for output, _ in values]
+        merged = guarded(merge_outputs(outputs, batch.sizes), _HAS_A_LOSS)
+        return with_loss(merged, loss * count if summed else loss)
+
+    def _run_with_loss(self, call: tuple[tuple[Any, ...], dict[str, Any]], *, counts: bool) -> tuple[Any, Tensor]:
+        args, kwargs = call
+        output = self._forward(*args, **kwargs)
+        loss = find_loss(output)
+        if loss is None:
+            raise _LossIsOutside
+        return output, loss if counts else torch.nan_to_num(loss)  # the mean over no label is NaN
+
+    def _train_outside(self, batch: _Batch, rewind: Callable[[], None]) -> Any:
+        """The loop computes the loss: after its forwards the step waits for the gradients of the outputs."""
+        self._thread = self._thread or StepThread()
+        suspended = SuspendedStep(self._thread, self._device)
+        outputs = suspended.start(functools.partial(self._run_outside, batch, rewind))
+        pending = self._pending = _Pending(suspended)
+        carrying = [tensor for output in outputs for tensor in differentiable(output)]
+        if not carrying:
+            self._give_up()
+            raise SkipPipeError(
+                f"{type(self._model).__name__} was called for training, but nothing it returned carries a gradient; "
+                "return a loss or differentiable outputs, or call it under torch.no_grad() or after model.eval()"
+            )
+        gates = iter(gated(carrying, functools.partial(self._receive, pending)))
+        opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
+        return merge_outputs(opened, batch.sizes)
+
+    def _run_outside(self, batch: _Batch, rewind: Callable[[], None], outside: Callable[[Sequence[Any]], None]) -> None:
+        functions = [functools.partial(self._forward, *args, **kwargs) for args, kwargs in batch.calls]
+        shares = [size / sum(batch.sizes) for size in batch.sizes]
+        task = StepTask(functions, shares, lambda _: None, self._seed(), training=True, rewind=rewind, outside=outside)
+        self._spread.train(task, self.num_optimizer_steps)
+
+    def _receive(self, pending: _Pending, gradients: list[Tensor]) -> None:
+        """The loop's backward has reached the outputs."""
+        self._claim(pending)
+        pending.gradients = gradients
+
+    def _claim(self, pending: _Pending) -> None:
+        if pending is not self._pending:
+            raise SkipPipeError(_ONE_BACKWARD.format(which="an earlier", state="gone"))
+        if pending.is_over:
+            raise SkipPipeError(_ONE_BACKWARD.format(which="a", state="added already or were given up"))
+        pending.is_over = True
+
+    def _give_up(self) -> bool:
+        """Give up a step that waits; return whether one did."""
+        pending = self._pending
+        if pending is None or pending.suspended is None:
+            return False
+        suspended, pending.suspended = pending.suspended, None
+        pending.is_over = True
+        suspended.abandon()
+        return True
+
+    # ----------------------------------------------------------- evaluation
+
+    def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.settle()
+        batch = self._cut(args, kwargs, training=False)
+        functions = [functools.partial(self._forward, *own, **named) for own, named in batch.calls]
+        shares = loss_shares(self._model, [named for _, named in batch.calls], batch.sizes)
+        rewind = rewinder(self._model) if self._rewinds else _nothing
+        task = StepTask(functions, shares, lambda _: None, self._seed(), training=False, rewind=rewind)
+        with torch.no_grad():
+            outputs = self._spread.evaluate(task)
+            merged = merge_outputs(outputs, batch.sizes)
+            losses = [loss for output in outputs if (loss := find_loss(output)) is not None]
+            if len(losses) < len(outputs) or len(losses) == 1:
+                return merged
+            if loss_is_summed(batch.calls[0][1]):
+                return with_loss(merged, torch.stack(losses).sum())
+            parts = [loss * share for loss, share in zip(losses, shares, strict=True) if share]
+            return with_loss(merged, torch.stack(parts).sum())
+
+    # --------------------------------------------------------------- pieces
+
+    def _cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = True) -> _Batch:
+        if any(is_cache(value) for value in (*args, *kwargs.values())):
+            return _Batch([(args, kwargs)], [1])  # generation: one call after another fills the caches
+        size = batch_size((args, kwargs))
+        if not size:
+            if training:
+                raise BatchError(f"{type(self._model).__name__} was called for training without a tensor to cut along")
+            return _Batch([(args, kwargs)], [1])
+        sizes = split_sizes(size, len(self._spread.pipeline.microbatches))
+        return _Batch(split((args, kwargs), sizes), sizes)
+
+    def _seed(self) -> int:
+        return block_seed(torch.initial_seed(), self.num_calls)
+
+
+def _nothing() -> None:
+    """Nothing to rewind."""

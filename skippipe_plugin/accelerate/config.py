@@ -1,0 +1,128 @@
+"""Settings of a pipeline under accelerate: arguments come before environment variables, these before a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Self
+
+import yaml
+
+from ..driver.recovery import RecoveryPolicy
+from ..integration.config import NetworkConfig, PathConfig
+from ..integration.settings import PipelineSettings
+from ..integration.skipping import skips
+from ..moe import MoEConfig
+
+PREFIX: Final = "SKIPPIPE_"
+FILE_VARIABLE: Final = f"{PREFIX}CONFIG_FILE"
+"""Names the YAML file."""
+_NESTED: Final[Mapping[str, type]] = {
+    "paths": PathConfig,
+    "network": NetworkConfig,
+    "moe": MoEConfig,
+    "recovery": RecoveryPolicy,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipPipeConfig(PipelineSettings):
+    """How a model is spread under accelerate: the settings of a SkipPipeStrategy, and what its Trainer would say.
+
+    Every setting may also be an environment variable (``SKIPPIPE_SKIP_RATIO=0.25``) or a line of the YAML file that
+    ``SKIPPIPE_CONFIG_FILE`` names (``skip_ratio: 0.25``); see :meth:`from_environment`.
+
+    Example:
+        >>> SkipPipeConfig.from_environment({"SKIPPIPE_NUM_STAGES": "4", "SKIPPIPE_PATHS": "{max_jump: 2}"}).num_stages
+        4
+
+    Raises:
+        ValueError: A setting cannot be, or contradicts another one.
+    """
+
+    num_stages: int | None = None
+    """Into how many stages the blocks are cut. None: as many as the launcher's processes or this machine's GPUs make;
+    without either, four."""
+    recovery: RecoveryPolicy | None = None
+    """How lost workers are replaced; None: a lost worker ends the run."""
+
+    def __post_init__(self) -> None:
+        PipelineSettings.__post_init__(self)
+        if self.num_stages is not None and (not isinstance(self.num_stages, int) or self.num_stages < 1):
+            raise ValueError(f"num_stages={self.num_stages!r} must be a positive integer")
+        if self.drivers != 1:
+            raise ValueError(f"drivers={self.drivers}: under accelerate one process drives the pipeline")
+        if self.recovery is not None and self.recovery.swap_ends and skips(self.skip_ratio):
+            raise ValueError("swap_ends=True exchanges stages on full paths; use skip_ratio=0 or swap_ends=False")
+
+    def stages_of(self, num_processes: int) -> int:
+        """Return how many stages the processes of a launcher make, the driver included.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+        stages = self.shape.num_stages(num_processes)
+        if self.num_stages not in (None, stages):
+            raise ValueError(
+                f"num_stages={self.num_stages}, but {num_processes} processes make {stages}; leave num_stages out, or "
+                "start another number of processes"
+            )
+        return stages
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None, **arguments: Any) -> Self:
+        """Return the settings of ``arguments``, else of the environment, else of the YAML file, else the defaults.
+
+        Args:
+            environment: Instead of ``os.environ``. Values are read as YAML, so that numbers and mappings are what they
+                look like.
+            arguments: Settings by name.
+
+        Raises:
+            ValueError: A setting is unknown or cannot be, or the file cannot be read.
+        """
+        environment = os.environ if environment is None else environment
+        settings = _read(environment[FILE_VARIABLE]) if environment.get(FILE_VARIABLE) else {}
+        names = [field.name for field in fields(cls)]
+        for name in names:
+            if (text := environment.get(PREFIX + name.upper())) is not None:
+                settings[name] = _parsed(text, f"{PREFIX}{name.upper()}={text!r}")
+        settings |= arguments
+        if unknown := settings.keys() - set(names):
+            raise ValueError(f"unknown settings {sorted(unknown)}; there are {', '.join(names)}")
+        return cls(**{name: _nested(name, value) for name, value in settings.items()})
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """Return the names of all settings."""
+        return frozenset(field.name for field in fields(cls))
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{FILE_VARIABLE}={file!r} cannot be read: {error.strerror}") from error
+    settings = _parsed(text, file)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds no settings; write one per line, such as 'skip_ratio: 0.25'")
+    return settings
+
+
+def _parsed(text: str, source: str) -> Any:  # Any: what YAML holds
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is no YAML: {error}") from error
+
+
+def _nested(name: str, value: Any) -> Any:
+    if name not in _NESTED or not isinstance(value, Mapping):
+        return value
+    known = [field.name for field in dataclasses.fields(_NESTED[name])]
+    if unknown := value.keys() - set(known):
+        raise ValueError(f"unknown settings {sorted(unknown)} under {name}; there are {', '.join(known)}")
+    return _NESTED[name](**value)

@@ -1,0 +1,74 @@
+"""A model whose blocks are spread, as loops see it: called, saved, loaded and zeroed like any other.
+
+The object stays the user's own. Its ``forward`` is replaced on the instance, as accelerate does for mixed precision;
+``state_dict`` and ``load_state_dict`` reach the workers through torch's own hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..integration.spread import SpreadModel
+from .calls import ModelCalls
+
+
+class WholeModel:
+    """Makes ``model`` look whole while its blocks are spread, until :meth:`remove`.
+
+    Args:
+        model: What the loop calls; a compiled model, for instance.
+        root: What it is underneath, where names are those of one process.
+        spread: Its blocks.
+        calls: What answers its calls.
+    """
+
+    def __init__(self, model: nn.Module, root: nn.Module, spread: SpreadModel, calls: ModelCalls) -> None:
+        self._model = model
+        self._spread = spread
+        self._calls = calls
+        self._had = {name: model.__dict__[name] for name in ("forward", "zero_grad") if name in model.__dict__}
+        self._zero_local = model.zero_grad
+        self._forward = functools.wraps(model.forward)(lambda *args, **kwargs: calls(*args, **kwargs))
+        self._handles = [
+            root.register_state_dict_post_hook(lambda *state: self._fill(*state)),  # type: ignore[no-untyped-call]
+            root.register_load_state_dict_pre_hook(self._send),  # type: ignore[no-untyped-call]
+        ]
+        model.__dict__ |= {"forward": self._forward, "zero_grad": self._zero}
+
+    def remove(self) -> None:
+        """Let the model be what it was."""
+        for handle in self._handles:
+            handle.remove()
+        ours = {"forward": self._forward, "zero_grad": self._zero}
+        for name, function in ours.items():
+            if self._model.__dict__.get(name) == function:  # whoever has replaced it since has a reason
+                del self._model.__dict__[name]
+                if name in self._had:
+                    self._model.__dict__[name] = self._had[name]
+
+    def _zero(self, set_to_none: bool = True) -> None:
+        self._zero_local(set_to_none)
+        self._spread.pipeline.gradients.zero()
+
+    def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+        """Put the workers' tensors into a ``state_dict``."""
+        self._calls.settle()
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        state |= {prefix + name: value for name, value in self._spread.whole_state_dict(own).items()}
+
+    def _send(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Send the workers their part of what is loaded; torch is left with the tensors that are there already."""
+        self._calls.settle()
+        remote = {prefix + name: tensor for name, tensor in self._remote(module).items() if prefix + name in state}
+        fitting = {name: tensor for name, tensor in remote.items() if state[name].shape == tensor.shape}
+        self._spread.load_state_dict({name.removeprefix(prefix): state[name] for name in fitting})
+        state |= fitting
+
+    @staticmethod
+    def _remote(module: nn.Module) -> dict[str, torch.Tensor]:
+        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        return {name: tensor for name, tensor in named if tensor.is_meta}

@@ -1,0 +1,146 @@
+"""What a model returns: the loss in it, the whole batch's output from the microbatches', and what stays differentiable.
+
+Nothing here knows a pipeline. Outputs are tensors, tuples, mappings or transformers' ``ModelOutput``; their type stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..driver.caches import is_cache
+from ..driver.microbatch import merge, rebuild_mapping, rebuild_sequence
+from ..engine.errors import SkipPipeError
+
+
+def find_loss(output: Any) -> Tensor | None:
+    """Return the loss that a model's output holds; None when it holds none.
+
+    A loss is a scalar with a gradient: the output itself, its entry ``"loss"``, or the first entry of a tuple.
+
+    >>> find_loss({"loss": torch.ones((), requires_grad=True), "logits": torch.ones(4, 2)})
+    tensor(1., requires_grad=True)
+    >>> find_loss((torch.ones(4, 2), torch.ones(()))) is None
+    True
+    """
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    elif isinstance(output, (tuple, list)):
+        output = output[0] if output else None
+    return output if isinstance(output, Tensor) and output.ndim == 0 and output.is_floating_point() else None
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """Return ``output`` with another loss in the place of its own."""
+    if isinstance(output, Mapping):
+        return rebuild_mapping(output, {**output, "loss": loss})
+    if isinstance(output, (tuple, list)):
+        return rebuild_sequence(output, [loss, *output[1:]])
+    return loss
+
+
+def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Return the whole batch's output; key-value caches of single microbatches are left out."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return merge([_without_caches(output) for output in outputs], sizes)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """Return ``output`` with ``function`` applied to each of its tensors."""
+    if isinstance(output, Tensor):
+        return function(output)
+    if isinstance(output, Mapping):
+        return rebuild_mapping(output, {key: map_tensors(function, value) for key, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        return rebuild_sequence(output, [map_tensors(function, value) for value in output])
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        names = [field.name for field in dataclasses.fields(output)]
+        return dataclasses.replace(output, **{name: map_tensors(function, getattr(output, name)) for name in names})
+    return output
+
+
+def differentiable(output: Any) -> list[Tensor]:
+    """Return the tensors of ``output`` that carry a gradient, in a fixed order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            found.append(tensor)
+        return tensor
+
+    map_tensors(note, output)
+    return found
+
+
+def guarded(output: Any, message: str) -> Any:
+    """Return a detached ``output`` such that whoever back-propagates through it is told ``message``."""
+
+    def guard(tensor: Tensor) -> Tensor:
+        return _Refusal.apply(_root(), tensor, message) if tensor.is_floating_point() else tensor  # type: ignore[no-untyped-call]
+
+    return map_tensors(guard, output)
+
+
+def watched(loss: Tensor, on_backward: Callable[[], None]) -> Tensor:
+    """Return ``loss`` such that ``on_backward`` is called, and may refuse, before its gradient goes further back."""
+    return _Watch.apply(loss, on_backward)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def gated(tensors: Sequence[Tensor], on_backward: Callable[[list[Tensor]], None]) -> list[Tensor]:
+    """Return ``tensors`` as the start of a new graph; ``on_backward`` gets the gradients of all of them at once."""
+    return list(_Gate.apply(_root(), on_backward, *(tensor.detach() for tensor in tensors)))  # type: ignore[no-untyped-call]
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, tensor: Tensor, message: str) -> Tensor:
+        ctx.message = message
+        ctx.mark_dirty(tensor)  # not a view, which loops may not change in place
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None]:
+        raise SkipPipeError(ctx.message)
+
+
+class _Watch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, on_backward: Callable[[], None]) -> Tensor:
+        ctx.on_backward = on_backward
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        ctx.on_backward()
+        return grad_outputs[0], None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, on_backward: Callable[[list[Tensor]], None], *tensors: Tensor) -> Any:
+        ctx.on_backward = on_backward
+        ctx.mark_dirty(*tensors)
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
+        ctx.on_backward(list(grad_outputs))
+        return (None,) * (len(grad_outputs) + 2)
+
+
+def _root() -> Tensor:
+    """What makes autograd call the backward of a function whose other inputs need no gradient."""
+    return torch.zeros((), requires_grad=True)
+
+
+def _without_caches(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return rebuild_mapping(output, {key: None if is_cache(value) else value for key, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        return rebuild_sequence(output, [None if is_cache(value) else value for value in output])
+    return output

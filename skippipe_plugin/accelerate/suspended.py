@@ -1,0 +1,75 @@
+"""A training step that waits, its forwards done, for the gradients of the model's outputs.
+
+The step runs in a thread of its own, which hands over like a coroutine: the loop's code and the step never run at
+the same time. So a loss may be computed in the loop, from the outputs of the whole batch, as in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..driver.randomness import random_states, set_random_states
+from ..driver.suspend import Returned, StepThread, Suspended, current_thread
+from ..engine.call import Ambient
+from .outputs import differentiable
+
+Train = Callable[[Callable[[Sequence[Any]], None]], None]
+"""Runs a step whose loss is outside, given what back-propagates into the outputs of its microbatches."""
+
+
+class SuspendedStep:
+    """One step, from its forwards to its gradients; a new one for each batch.
+
+    Args:
+        thread: Where it runs.
+        device: The driver's device.
+    """
+
+    def __init__(self, thread: StepThread, device: torch.device) -> None:
+        self._thread = thread
+        self._device = device
+        self._gradients: Sequence[Tensor] | None = None
+        self._loop_states: list[Tensor] = []
+
+    def start(self, train: Train) -> list[Any]:
+        """Run all forwards; return the outputs by microbatch."""
+        self._loop_states = random_states(self._device)
+        kinds = ("cpu",) if self._device.type == "cpu" else ("cpu", self._device.type)
+        outcome = self._thread.start(lambda: train(self._back_propagate), Ambient.current(kinds))
+        assert isinstance(outcome, Suspended), "a step ended without asking for gradients"
+        outputs: list[Any] = outcome.request
+        return outputs
+
+    def finish(self, gradients: Sequence[Tensor]) -> None:
+        """Run all backwards, given the gradients of the outputs' differentiable tensors, by microbatch."""
+        self._loop_states = random_states(self._device)
+        self._gradients = gradients
+        try:
+            outcome = self._thread.resume(gradients)
+            assert isinstance(outcome, Returned)
+        finally:
+            set_random_states(self._device, self._loop_states)
+
+    def abandon(self) -> None:
+        """Give the step up."""
+        self._thread.abandon()
+
+    def _back_propagate(self, outputs: Sequence[Any]) -> None:
+        """In the step's thread: hand the outputs over, wait for their gradients, and go back from there."""
+        if self._gradients is None:  # a step that a lost worker interrupted on its way back has them already
+            self._wait(outputs)
+        assert self._gradients is not None
+        tensors = [tensor for output in outputs for tensor in differentiable(output)]
+        torch.autograd.backward(tensors, list(self._gradients))
+
+    def _wait(self, outputs: Sequence[Any]) -> None:
+        thread = current_thread()
+        assert thread is not None
+        states = random_states(self._device)
+        set_random_states(self._device, self._loop_states)
+        thread.suspend(list(outputs))
+        set_random_states(self._device, states)
