@@ -73,3 +73,15 @@ def test_stages_are_left_out_of_models(tmp_path: Path) -> None:
         [kept, "of", "3"] for kept in "321"
     ]
     assert "trained skipping 33%" in picture.read_text()
+
+
+@pytest.mark.slow
+def test_the_example_for_accelerate_trains_the_same_model_either_way(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    small = ["--steps", "12", "--layers", "3", "--width", "32", "--text", str(text)]
+    alone = run_example("accelerate_lm.py", *small, "--plain", "--output", str(tmp_path / "alone"))
+    pipeline = run_example("accelerate_lm.py", *small, "--output", str(tmp_path / "pipeline"))
+    assert validation_loss(pipeline) == pytest.approx(validation_loss(alone), abs=2e-4)
+    names = {file.name for file in (tmp_path / "pipeline").iterdir()} - {"skippipe.json"}
+    assert names == {file.name for file in (tmp_path / "alone").iterdir()}
