@@ -168,9 +168,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help=f"methods: {', '.join(repr(method.name) for method in METHODS)}")
     parser.add_argument("--out", help="write all curves to this JSON file")
     parser.add_argument("--plot", help="draw the curves to this file")
+    parser.add_argument("--steps", type=int, help="optimizer steps, for one seed; the last half of them anneals")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     setting = Setting(steps=120, every=20, seeds=1) if arguments.quick else Setting(steps=300, every=25, seeds=2)
+    if arguments.steps:
+        setting = Setting(steps=arguments.steps, every=max(1, arguments.steps // 40), seeds=1)
     text = default_text()
     results = {}
     print(f"{setting.experts} experts, top {setting.top_k}, {setting.layers} layers, {setting.steps} steps, ", end="")

@@ -93,7 +93,8 @@ class ExpertBalance:
         if "bias" in self.methods and taken:
             self._move(strategy.routers, taken)
         self._remember(step, {name: _shares(each.loads) for name, each in taken.items()})
-        return load_metrics(taken) | self._place(strategy, step, taken)
+        spent = {"moe/spent_share": strategy.spent_share(taken)} if taken else {}
+        return load_metrics(taken) | spent | self._place(strategy, step, taken)
 
     def _place(self, strategy: SkipPipeStrategy, step: int, taken: Mapping[str, RouterStatistics]) -> dict[str, float]:
         """Every n-th step, move experts by the mean loads since the last time."""

@@ -3,6 +3,7 @@
 python examples/train_moe.py                      # a driver and three workers, about four minutes on two cores
 python examples/train_moe.py --skip-ratio 0       # every microbatch visits every stage: the result of one process
 python examples/train_moe.py --experts none       # watch the experts and leave them alone
+python examples/train_moe.py --expert-parallel 2 --devices 7 --experts all   # every stage's experts on two workers
 
 Draws the loads of all experts over the steps to `expert-loads.png`.
 """
@@ -15,10 +16,16 @@ from byte_moe import ByteMoE
 from lightning.pytorch import Trainer, seed_everything
 
 from skippipe_plugin.callbacks import ExpertConfig, LoadBalancer, draw_loads
-from skippipe_plugin.moe import ROUTERS
+from skippipe_plugin.moe import ROUTERS, MoEConfig
 from skippipe_plugin.strategies import PathConfig, SkipPipeStrategy
 
-METHODS = {"bias": ("bias",), "loss": ("loss",), "both": ("bias", "loss"), "none": ()}
+METHODS = {
+    "bias": ("bias",),
+    "loss": ("loss",),
+    "both": ("bias", "loss"),
+    "all": ("bias", "loss", "placement"),
+    "none": (),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", metavar="FILE", help="text to learn (default: Python's language reference)")
     parser.add_argument("--devices", type=int, default=4, help="processes, the driver included")
     parser.add_argument("--skip-ratio", type=float, default=1 / 3, help="share of stages that every path leaves out")
+    parser.add_argument("--expert-parallel", type=int, default=1, help="workers of a stage that share its experts")
     parser.add_argument("--experts", default="bias", choices=METHODS, help="how the experts are balanced")
     parser.add_argument("--rule", default="proportional", help="the rule for the biases: sign or proportional")
     parser.add_argument("--router", default="sigmoid", choices=[*ROUTERS, "cosine"])
@@ -62,6 +70,8 @@ def main() -> None:
             skip_ratio=arguments.skip_ratio,
             num_microbatches=arguments.num_microbatches,
             paths=PathConfig(costs="uniform"),
+            replicas=arguments.expert_parallel,
+            moe=MoEConfig(expert_parallel=arguments.expert_parallel),
         ),
         max_steps=arguments.steps,
         val_check_interval=max(1, arguments.steps // 4),
@@ -78,6 +88,7 @@ def main() -> None:
     metrics = trainer.callback_metrics
     print(f"\nvalidation loss: {metrics['val_loss']:.4f} nats per byte")
     print(f"MaxVio of the last step: {metrics['moe/max_violation']:.3f}")
+    print(f"of the blocks' products each token got {metrics['moe/spent_share']:.0%}")
     picture = Path(arguments.output) / "expert-loads.png"
     draw_loads(balancer.experts.shares, picture, title=f"Experts balanced by {arguments.experts}")
     print(f"loads of the experts: {picture}")

@@ -37,7 +37,7 @@ from ..integration.rewind import rewinder
 from ..integration.settings import PipelineSettings, ScheduleName
 from ..integration.skipping import PathPlanner, SkipRatio, skips
 from ..integration.spread import Recovery, SpreadModel
-from ..moe import MoEConfig
+from ..moe import MoEConfig, RouterStatistics
 from ..moe.migration import Move
 from ..partition import check_no_shared_parameters, find_blocks
 from ..schedule import CostModel, Schedule, Timeline
@@ -188,6 +188,10 @@ class SkipPipeStrategy(DriversStrategy):
     def rebalance_experts(self, loads: Mapping[str, Sequence[float]], steps: int) -> tuple[dict[str, Move], float]:
         """Move experts between the replicas that share them; see :meth:`SpreadModel.rebalance_experts`."""
         return self._running().rebalance_experts(loads, steps)
+
+    def spent_share(self, statistics: Mapping[str, RouterStatistics]) -> float:
+        """Return the share of the blocks' products that a token really got; see :meth:`SpreadModel.spent_share`."""
+        return self._running().spent_share(statistics)
 
     @property
     def visit_counts(self) -> dict[int, int]:

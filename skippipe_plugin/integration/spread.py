@@ -23,8 +23,9 @@ from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
 from ..driver.shards import Site
 from ..driver.steps import StepTask
 from ..engine.errors import SkipPipeError
-from ..moe import Attached, attach
+from ..moe import Attached, RouterStatistics, attach
 from ..moe.migration import Move
+from ..moe.spent import BlockSize, block_size, spent_share
 from ..partition import cut, driver_share, estimate_costs
 from ..schedule import CostModel, Schedule, Timeline, fit_costs, forward_only, gpipe, swap_ends
 from .job import DriverJob
@@ -79,6 +80,7 @@ class SpreadModel:
         self._block_names: tuple[str, ...] = ()
         self._advised = False
         self._mover: ExpertMover | None = None
+        self._sizes: Sequence[BlockSize] = ()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -139,6 +141,8 @@ class SpreadModel:
         self._plan_paths(pipeline.schedules[TRAINING])
         pipeline.form()
         self._block_names = _names_in(model, blocks)
+        if self.attached is not None:
+            self._sizes = [block_size(block, name) for block, name in zip(blocks, self._block_names, strict=True)]
         kinds = ("cpu",) if self._device.type == "cpu" else ("cpu", self._device.type)
         pipeline.load(
             model,
@@ -309,6 +313,19 @@ class SpreadModel:
         moves = self._broadcast(self._mover.plan(by_site, steps))
         self._mover.move({site: move.placement for site, move in moves.items()})
         return {f"{names[block]}.{path}": move for (block, path), move in moves.items()}, before
+
+    def spent_share(self, statistics: Mapping[str, RouterStatistics]) -> float:
+        """Return the share of the blocks' products that the last step spent on a token, of all stages and slots.
+
+        Args:
+            statistics: By router: what its tokens chose.
+        """
+        pipeline = self.pipeline
+        visits, layout = pipeline.gradients.visit_counts, pipeline.layout
+        per_path = len(pipeline.schedules[TRAINING].paths[0].visits)
+        num_microbatches = max(1.0, sum(visits.values()) / per_path)
+        visited = [visits.get(layout.stage_of_block(block), 0) / num_microbatches for block in range(len(self._sizes))]
+        return spent_share(self._sizes, visited, statistics)
 
     # -------------------------------------------------------------- weights
 

@@ -50,6 +50,14 @@ def test_experts_are_balanced_in_a_partial_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_experts_are_spread_and_moved_in_a_partial_pipeline(tmp_path: Path) -> None:
+    spread = ("--expert-parallel", "2", "--devices", "7", "--experts", "all")
+    output = run_example("train_moe.py", *SMALL, *spread, "--num-microbatches", "4", "--output", str(tmp_path))
+    assert validation_loss(output) < 6.0
+    assert re.search(r"of the blocks' products each token got 67%", output)
+
+
+@pytest.mark.slow
 def test_stages_are_left_out_of_models(tmp_path: Path) -> None:
     picture = tmp_path / "omission.svg"
     output = run_example(

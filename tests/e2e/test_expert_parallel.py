@@ -22,6 +22,7 @@ from .models import tokens
 from .modules import BATCH, loader
 from .support import Run, assert_same_run, train
 from .test_moe import LENGTH, STEPS, Watch, check, make, plain, run
+from .test_recovery import At, Ready, kill
 
 
 def spread(size: int = 2, replicas: int | None = None, **options: Any) -> dict[str, Any]:
@@ -83,6 +84,18 @@ def test_partial_paths_and_spread_experts() -> None:
     assert all(loss > 0 for loss in found.losses)
     for step in watch.steps:
         assert {each.num_tokens for each in step.values()} == {BATCH // 2 * LENGTH}
+
+
+def test_skipped_stages_and_dropped_tokens_cost_nothing() -> None:
+    """Half of the stages are visited, by tokens of which capacity drops some: one share for both."""
+    balancer = LoadBalancer(stages=False, experts=())
+    ids = tokens(BATCH * 2, LENGTH)
+    data = loader({"input_ids": ids, "labels": ids})
+    moe = MoEConfig(capacity_factor=0.5)
+    strategy = {"num_microbatches": 4, "skip_ratio": 0.5, "paths": PathConfig(costs="uniform"), "moe": moe}
+    found = train(lambda: make("mixtral"), data, 3, strategy, callbacks=[balancer], max_steps=2)
+    share = float(found.trainer.callback_metrics["moe/spent_share"])
+    assert 0.25 < share < 0.5
 
 
 def test_checkpoints_know_nothing_of_where_experts_were(tmp_path: Path) -> None:
@@ -254,3 +267,17 @@ def test_code_of_the_module_sees_the_whole_model() -> None:
 
     found = run("mixtral", 3, Look(), spread())
     assert shapes == {name: parameter.shape for name, parameter in found.module.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_after_backward", "on_before_zero_grad"])
+def test_a_lost_worker_gets_its_experts_from_their_other_holder(hook: str) -> None:
+    """Exactly, with the optimizer's state: losses and weights do not change."""
+    ids = tokens(BATCH * STEPS, LENGTH)
+    data = loader({"input_ids": ids, "labels": ids})
+    given = {"num_microbatches": 4, **spread(2, 4)}
+    recovery = StageRecovery()
+    callbacks = [Ready(), recovery, At(hook, 2, kill(4))]
+    found = train(lambda: make("mixtral"), data, 5, given, callbacks=callbacks, max_steps=STEPS)
+    assert_same_run(found, plain("mixtral")[0])
+    assert [(event.rank, event.source) for event in recovery.events] == [(4, "replica")]
