@@ -1,4 +1,4 @@
-"""A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced] [port=N] [two_nodes] [pause]``.
+"""A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced] [experts] [port=N] [two_nodes] [pause]``.
 
 Prints one JSON line per process.
 """
@@ -21,7 +21,11 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.linear = nn.Linear(width, width)
+        self.linear: nn.Module = nn.Linear(width, width)
+        if "experts" in sys.argv:
+            from skippipe_plugin.moe import MoELayer
+
+            self.linear = MoELayer(width, 8, num_experts=4)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + torch.tanh(self.linear(self.norm(hidden)))
@@ -70,12 +74,14 @@ def loader(size: int) -> DataLoader[tuple[Tensor, ...]]:
 def strategy_for(devices: int, drivers: int) -> object:
     if devices == 0:  # the same data-parallel run without the plugin
         return "ddp" if drivers > 1 else "auto"
+    from skippipe_plugin.moe import MoEConfig
     from skippipe_plugin.strategies import NetworkConfig, SkipPipeStrategy
 
     ports = [int(argument.removeprefix("port=")) for argument in sys.argv if argument.startswith("port=")]
     network = NetworkConfig(port=ports[0], local_workers=0, join_timeout_s=60) if ports else None
-    replicas = 2 if "balanced" in sys.argv else 1
-    return SkipPipeStrategy(num_microbatches=4, drivers=drivers, replicas=replicas, network=network)
+    replicas = 2 if {"balanced", "experts"} & set(sys.argv) else 1
+    moe = MoEConfig(expert_parallel=2) if "experts" in sys.argv else None
+    return SkipPipeStrategy(num_microbatches=4, drivers=drivers, replicas=replicas, network=network, moe=moe)
 
 
 def balancers() -> list[Callback]:
