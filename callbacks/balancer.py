@@ -86,6 +86,7 @@ class LoadBalancer(Callback):
         """How often the schedule was replaced."""
         self._balancer = Balancer(self.rule)
         self._costs: RollingCosts | None = None
+        self._placement: tuple[tuple[int, ...], ...] = ()
         self._last_step = -1
         self._before: Timeline | None = None
         self._sampling = False
@@ -151,7 +152,9 @@ class LoadBalancer(Callback):
         strategy = strategy_of(trainer, self)
         if not strategy.broadcast(self._was_measured(strategy)):
             return  # a short batch, or one that did not call the blocks: later steps will tell
-        if self._costs is None:
+        placement = strategy.training_schedule.placement if strategy.training_schedule is not None else ()
+        if self._costs is None or placement != self._placement:  # the first time, or after workers joined or left
+            self._balancer, self._placement = Balancer(self.rule), placement
             self._costs = RollingCosts(strategy.measure_costs(), window=self.window, memory=self.memory)
         # The first driver alone knows the timeline, so it decides for all.
         decided = self._decide(strategy, self._costs) if trainer.is_global_zero else None

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from ..driver.moving import MoveEvent
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy, WhileMissing
 from ..recovery import REBUILD_RULES, RebuildRule
 from .common import strategy_of, to_loggers
@@ -25,7 +26,13 @@ class StageRecovery(Callback):
     <https://arxiv.org/abs/2506.15461>`_) with a fresh optimizer. An exception in a worker is an error of the model and
     ends the run as ever. A worker that gets SIGTERM hands its stages over after the step.
 
-    Logs ``recovery/count``, ``recovery/seconds`` and ``recovery/steps_around`` for each event.
+    With ``elastic`` the number of stages follows the workers, between two steps: those that join by hand (``skippipe
+    worker --join``) beyond the wanted spares make further stages, and when workers leave politely with nobody to take
+    over, fewer stages are made. Blocks move with weights, accumulated gradients and optimizer state; microbatches,
+    batch and gradient scale stay, so results do not change.
+
+    Logs ``recovery/count``, ``recovery/seconds`` and ``recovery/steps_around`` for each loss, and
+    ``recovery/num_stages`` and ``recovery/move_seconds`` for each change of the number of stages.
 
     Args:
         spares: How many idle workers are kept ready on the driver's host. Without one, a replacement must first start
@@ -40,6 +47,7 @@ class StageRecovery(Callback):
         swap_ends: Exchange the first two and the last two stages for every second microbatch (CheckFree+), so that
             the copy of a neighbour is a good replacement for the first or last stage too. Such training is not exact.
         heartbeat_s: Seconds without a sign of life after which a worker counts as lost.
+        elastic: Whether the number of stages follows the workers.
 
     Example:
         >>> from skippipe_plugin.callbacks import StageRecovery
@@ -58,6 +66,7 @@ class StageRecovery(Callback):
         while_missing: WhileMissing = "wait",
         swap_ends: bool = False,
         heartbeat_s: float = 10.0,
+        elastic: bool = False,
     ) -> None:
         super().__init__()
         if spares < 0:
@@ -75,9 +84,12 @@ class StageRecovery(Callback):
             while_missing=while_missing,
             swap_ends=swap_ends,
             heartbeat_s=heartbeat_s,
+            elastic=elastic,
         )
         self.events: list[RecoveryEvent] = []
-        """What has happened, in order."""
+        """The losses and departures, in order."""
+        self.moves: list[MoveEvent] = []
+        """The changes of the number of stages, in order."""
         self._trainer: Trainer | None = None
         self._lr_factors: dict[int, float] = {}
 
@@ -111,13 +123,17 @@ class StageRecovery(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._lr_factors = dict(state_dict["lr_factors"])
 
-    def _note(self, event: RecoveryEvent) -> None:
-        self.events.append(event)
+    def _note(self, event: RecoveryEvent | MoveEvent) -> None:
         log.warning("%s", event)
+        if isinstance(event, MoveEvent):
+            self.moves.append(event)
+            metrics = {"recovery/num_stages": float(event.after), "recovery/move_seconds": event.seconds}
+        else:
+            self.events.append(event)
+            metrics = {
+                "recovery/count": float(len(self.events)),
+                "recovery/seconds": event.seconds,
+                "recovery/steps_around": float(event.steps_around),
+            }
         assert self._trainer is not None
-        metrics = {
-            "recovery/count": float(len(self.events)),
-            "recovery/seconds": event.seconds,
-            "recovery/steps_around": float(event.steps_around),
-        }
         to_loggers(self._trainer, metrics)

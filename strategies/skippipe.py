@@ -22,6 +22,7 @@ from typing_extensions import override
 from ..driver.backward import GradientScale
 from ..driver.devices import move_around
 from ..driver.microbatch import BatchError, batch_size, merge, split, split_sizes
+from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer, to_device
 from ..driver.pipeline import TRAINING
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy
@@ -214,7 +215,7 @@ class SkipPipeStrategy(DriversStrategy):
         """The process ids of the idle workers on this driver's host."""
         return [link.pid for link in self._job.idle() if link.pid is not None] if self._job is not None else []
 
-    def use_recovery(self, policy: RecoveryPolicy, report: Callable[[RecoveryEvent], None]) -> None:
+    def use_recovery(self, policy: RecoveryPolicy, report: Callable[[RecoveryEvent | MoveEvent], None]) -> None:
         """Replace workers that are lost from the next run on; called by the StageRecovery callback."""
         if self.drivers > 1:
             raise SkipPipeError(f"lost workers can be replaced for one driver only, not for drivers={self.drivers}")

@@ -21,6 +21,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer
 from ..driver.recovery import RecoveryEvent
 from ..engine.errors import SkipPipeError
@@ -78,7 +79,7 @@ class SkipPipe:
         self, accelerator: Accelerator, model: nn.Module | None = None, config: SkipPipeConfig | None = None
     ) -> None:
         self.config = config if config is not None else SkipPipeConfig.from_environment()
-        self.events: list[RecoveryEvent] = []
+        self.events: list[RecoveryEvent | MoveEvent] = []
         """The recoveries so far, in order."""
         self._accelerator = accelerator
         self._given = model
@@ -249,7 +250,7 @@ class SkipPipe:
             raise SkipPipeError("no model is spread: call accelerator.prepare(model, ...) first")
         return self._calls
 
-    def _note(self, event: RecoveryEvent) -> None:
+    def _note(self, event: RecoveryEvent | MoveEvent) -> None:
         self.events.append(event)
         log.warning("%s", event)
 

@@ -37,7 +37,7 @@ class GradientControl:
         self.visit_counts: dict[int, int] = {}
         """By block stage: how many microbatches of all drivers visited it in the last training step."""
         self._links = links
-        self._layout = layout
+        self.layout = layout
         self._leads = leads
         self._hosted: Mapping[int, Stage] = {}
         self._stage_scales: dict[int, float] = {}
@@ -64,7 +64,7 @@ class GradientControl:
             schedule: What ran.
             weights: By microbatch of this driver: its share of the global batch.
         """
-        per_driver = schedule.num_microbatches // self._layout.num_drivers
+        per_driver = schedule.num_microbatches // self.layout.num_drivers
         counts = dict.fromkeys(range(1, schedule.num_stages + 1), 0)
         shares = dict.fromkeys(counts, 0.0)
         for microbatch, path in enumerate(schedule.paths):
@@ -103,7 +103,7 @@ class GradientControl:
         self._norm_under_way = False
         # A run that clips once clips always: from now on workers measure as soon as they have merged.
         self._expected_norm = norm_type
-        sets = [self._layout.whole_set(stage, answers) for stage in range(1, len(self._layout.placement))]
+        sets = [self.layout.whole_set(stage, answers) for stage in range(1, len(self.layout.placement))]
         firsts = {ranks[0] for ranks in sets if ranks}
         powers = [answers[rank].fields["power"] for rank in firsts]
         powers += [answers[rank].fields["experts"] for ranks in sets for rank in ranks[1:]]

@@ -33,6 +33,11 @@ class Layout:
         """The ranks that hold stages only."""
         return range(self.num_drivers, self.size)
 
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks in the stack."""
+        return self.stage_blocks[-1].stop
+
     def blocks(self, stage: int) -> range:
         """Return the blocks of a block stage."""
         return self.stage_blocks[stage - 1]

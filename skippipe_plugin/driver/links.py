@@ -35,6 +35,8 @@ class Link:
         self.how_lost = "its process ended or its link broke"
         self.leaving = False
         """Whether the worker asked to be relieved of its stages."""
+        self.warm = False
+        """Whether an idle worker has imported what it will need."""
         self._asked_s: float | None = None
         self._unanswered = 0
         self._channel = channel
@@ -55,6 +57,10 @@ class Link:
     def assign(self, rank: int, stages: Sequence[int], board: Links) -> None:
         """Make this the link to ``rank`` of the pipeline that ``board`` belongs to."""
         self.rank, self.stages, self._board = rank, tuple(stages), board
+
+    def set_free(self) -> None:
+        """Belong to no pipeline any more."""
+        self._board = None
 
     @property
     def round_trip_s(self) -> float:
@@ -154,6 +160,9 @@ class Link:
             if message.kind == "leave":
                 self.leaving = True
                 continue
+            if message.kind == "warmed":
+                self.warm = True
+                continue
             board = self._board
             if board is None or message.fields["generation"] < board.generation:
                 continue  # an answer to what was given up
@@ -235,6 +244,17 @@ class Links:
     def drop(self, rank: int) -> Link:
         """Forget the worker at ``rank``, and return it."""
         return self._links.pop(rank)
+
+    def reseat(self, workers: Mapping[int, tuple[Sequence[int], Link]]) -> list[Link]:
+        """Use other workers from now on: by rank, its stages and its link; return those that are not among them."""
+        links = {rank: link for rank, (_, link) in workers.items()}
+        for rank, (stages, link) in workers.items():
+            link.assign(rank, stages, self)
+        old, self._links = list(self._links.values()), links
+        for link in links.values():
+            if link.gone:
+                self.report_lost(link)
+        return [link for link in old if link not in links.values()]
 
     @property
     def failed(self) -> bool:

@@ -37,6 +37,7 @@ from .measured import measured_timeline, network_cost
 from .programs import Programs
 from .proxies import BlockProxies, StackCall
 from .randomness import private_random_state
+from .resizing import carried_over
 from .routers import RouterControl
 from .shards import ExpertShards
 from .side_inputs import dump_probe
@@ -256,6 +257,21 @@ class Pipeline:
             ScheduleError: A path would have no stage left.
         """
         self._programs.go_around(missing)
+
+    def relayout(self, layout: Layout, schedules: Mapping[str, Schedule], came_from: Mapping[int, int]) -> None:
+        """Let the next generation have other stages; who holds what is for the caller to see to.
+
+        Args:
+            layout: The new layout, of the same blocks.
+            schedules: Its schedules, under the same names and of the same microbatches.
+            came_from: By new rank: the old rank of its worker, if it had one.
+        """
+        devices, gradients = self._worker_devices, self.gradients
+        self._worker_devices = devices | {rank: devices[old] for rank, old in came_from.items() if old in devices}
+        gradients.lr_factors = carried_over(gradients.lr_factors, self.layout.stage_blocks, layout.stage_blocks)
+        self.layout = self.remote.layout = gradients.layout = self.sender.layout = layout
+        self._programs = Programs(schedules, self.rank)
+        self.timeline = None
 
     def surviving(
         self, action: Callable[[], _T], *, rewind: Callable[[], None] = lambda: None, whole: bool = True

@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from ..engine.c10d import TCPStore, host_store
@@ -102,6 +102,11 @@ class WorkerPool:
             taken, self._idle = self._idle[:count], self._idle[count:]
         return taken
 
+    def take(self, links: Collection[Link]) -> None:
+        """Lend these idle workers, and no others."""
+        with self._changed:
+            self._idle = [link for link in self._idle if link not in links]
+
     def release(self, links: Sequence[Link]) -> None:
         """Take workers back; those that are gone are forgotten."""
         with self._changed:
@@ -111,7 +116,7 @@ class WorkerPool:
         """Return the workers that are here and unused; they stay idle."""
         with self._changed:
             self._idle = [link for link in self._idle if not link.gone]
-            return list(self._idle)
+            return [link for link in self._idle if not link.leaving]
 
     def close(self) -> None:
         """Send every worker home and stop accepting."""
@@ -128,6 +133,16 @@ class WorkerPool:
             arrived = self._listener.accept(timeout_s=_LOOK_S)
             if arrived is not None:
                 self._welcome(*arrived)
+            self._let_out()
+
+    def _let_out(self) -> None:
+        """Send those home that want to leave and hold nothing."""
+        with self._changed:
+            going = [link for link in self._idle if link.leaving]
+            self._idle = [link for link in self._idle if not link.leaving]
+            self.links = [link for link in self.links if link not in going]
+        for link in going:
+            link.close()
 
     def _welcome(self, channel: Channel, greeting: Message) -> None:
         reason = mismatch(greeting.fields.get("versions", {}))

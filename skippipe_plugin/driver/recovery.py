@@ -25,6 +25,7 @@ from ..recovery import Neighbour, RebuildRule, rebuild_stage
 from ..schedule import ScheduleError, leaves_out
 from .heartbeat import Heartbeat
 from .links import Link
+from .moving import Mover
 from .pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class RecoveryPolicy:
     while_missing: WhileMissing = "wait"
     swap_ends: bool = False
     heartbeat_s: float = 10.0
+    elastic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ class StageKeeper:
         policy: What to do.
         replacements: Where new workers come from.
         report: Called with each event, for logs and metrics.
+        mover: Spreads the blocks anew when workers join or leave; None when the number of stages is fixed.
     """
 
     def __init__(
@@ -125,11 +128,13 @@ class StageKeeper:
         policy: RecoveryPolicy,
         replacements: Replacements,
         report: Callable[[RecoveryEvent], None],
+        mover: Mover | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._policy = policy
         self._replacements = replacements
         self._report = report
+        self._mover = mover
         self._missing: dict[int, _Missing] = {}
         self._warmed: set[int] = set()
         self._attempting = False
@@ -184,6 +189,8 @@ class StageKeeper:
         for link in lost:
             self._replacements.fence(link)
             log.warning("worker rank %d (stage %s) is lost: %s", link.rank, _text(link.stages), link.how_lost)
+            if self._mover is not None:
+                self._mover.forget(link.rank)
             missing = self._missing.setdefault(link.rank, _Missing(link.how_lost))
             missing.join_deaths += link.rank in self._taking_over
             if missing.join_deaths >= _MAX_JOIN_DEATHS:
@@ -198,7 +205,8 @@ class StageKeeper:
         return {rank for rank in self._missing if rank in self._pipeline.links}
 
     def _prepare(self) -> None:
-        leaving = sum(link.leaving for link in self._pipeline.links)
+        # Who leaves an elastic run needs no replacement.
+        leaving = sum(link.leaving for link in self._pipeline.links) if self._mover is None else 0
         self._replacements.prepare(len(self._missing) + leaving + self._policy.spares)
 
     # -------------------------------------------------------- replacements
@@ -209,8 +217,13 @@ class StageKeeper:
         self._warm_spares()
         self._relieve()
         if not self._missing:
+            if self._mover is not None and not whole:
+                self._mover.resize()
             return
         if len(self._replacements.idle()) < len(self._missing) and self._may_go_around(whole):
+            if self._mover is not None and self._mover.unfinished:
+                self._pipeline.form()
+                self._mover.finish()
             return
         self._fill()
 
@@ -235,6 +248,8 @@ class StageKeeper:
             pipeline.links.add(rank, pipeline.layout.stages_of(rank), link)
         pipeline.go_around(())
         pipeline.form()
+        if self._mover is not None:
+            self._mover.finish()
         for rank in list(self._missing):
             source = self._rebuild(rank)
             missing = self._missing.pop(rank)

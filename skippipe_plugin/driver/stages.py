@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..engine.channel import Buffer
-from ..engine.handover import pack_blocks
+from ..engine.handover import pack_blocks, unpack_blocks
 from .layout import Layout
 from .links import Link, Links
 from .shards import ExpertShards
@@ -39,26 +39,27 @@ class StageSender:
         keep_structures: bool,
         shards: ExpertShards,
     ) -> None:
-        self._layout = layout
+        self.layout = layout
+        self.compile_with = compile_with
         self._blocks = blocks
-        self._fields = {"compile": compile_with}
         self._seed = seed
-        self._structures: dict[int, Packed] = {}
+        self._structures: dict[tuple[int, ...], Packed] = {}
+        """By the blocks of the first layout's stages."""
         self._keep = keep_structures
         self._shards = shards
 
     def send_all(self, links: Links) -> None:
         """Send every stage to the workers that hold it."""
-        for stage, ranks in enumerate(self._layout.placement):
+        for stage, ranks in enumerate(self.layout.placement):
             remote = [rank for rank in ranks if rank in links]
             if not stage or not remote:
                 continue
-            blocks = {block: self._blocks[block] for block in self._layout.blocks(stage)}
+            blocks = {block: self._blocks[block] for block in self.layout.blocks(stage)}
             if self._keep:
-                self._structures[stage] = pack_blocks(blocks, values=False)
+                self._structures[tuple(blocks)] = pack_blocks(blocks, values=False)
             packed: dict[int, Packed] = {}
             for rank in remote:
-                position = self._layout.position(rank)
+                position = self.layout.position(rank)
                 if position not in packed:
                     packed = {position: pack_blocks(blocks, instead=self._shards.cut(blocks, rank))}
                 self._send(links[rank], stage, packed[position], structure_only=False)
@@ -66,7 +67,16 @@ class StageSender:
     def send_structures(self, link: Link) -> None:
         """Send a worker the blocks of its stages without values, which are to follow."""
         for stage in link.stages:
-            self._send(link, stage, self._structures[stage], structure_only=True)
+            self._send(link, stage, self.structure(self.layout.blocks(stage)), structure_only=True)
+
+    def structure(self, blocks: Iterable[int]) -> Packed:
+        """Return some blocks together, without values."""
+        wanted = tuple(blocks)
+        if wanted in self._structures:
+            return self._structures[wanted]
+        known = [packed for stage, packed in self._structures.items() if not set(stage).isdisjoint(wanted)]
+        found = {index: block for packed in known for index, block in unpack_blocks(*packed).items()}
+        return pack_blocks({index: found[index] for index in wanted})
 
     def sample(self) -> Packed:
         """Return the structure of some stage, for who wants to import its classes in advance."""
@@ -75,6 +85,7 @@ class StageSender:
     def _send(self, link: Link, stage: int, packed: Packed, *, structure_only: bool) -> None:
         entries, blobs = packed
         fields = {
+            "compile": self.compile_with,
             "stage": stage,
             "blocks": entries,
             "structure_only": structure_only,
@@ -84,4 +95,4 @@ class StageSender:
             "overlap": self._shards.overlap,
             "experts": self._shards.described(stage, link.rank),
         }
-        link.send("load", self._fields | fields, blobs)
+        link.send("load", fields, blobs)

@@ -27,14 +27,16 @@ class RemoteWeights:
 
     def __init__(self, links: Links, layout: Layout, rank: int, shards: ExpertShards) -> None:
         self._links = links
-        self._layout = layout
+        self.layout = layout
         self._shards = shards
         self._hosted = set(layout.hosted(rank))
         self._blocks: Sequence[nn.Module] = ()
+        self._sizes: Sequence[int] = ()
 
     def own(self, blocks: Sequence[nn.Module]) -> None:
         """Take charge of a block stack, whose remote tensors lose their values here."""
         self._blocks = blocks
+        self._sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
         for _, block in self._remote():
             for tensor in dict.fromkeys((*block.parameters(), *block.buffers())):
                 detach(tensor)
@@ -46,6 +48,10 @@ class RemoteWeights:
             for index, block in self._remote()
             for name, parameter in block.named_parameters()
         }
+
+    def block_bytes(self) -> Sequence[int]:
+        """Return by block how many bytes its parameters take."""
+        return self._sizes
 
     def names(self) -> list[str]:
         """Name what :meth:`fetch` returns."""
@@ -72,7 +78,7 @@ class RemoteWeights:
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite weights; the workers answer "ready"."""
         for link in self._links:
-            blocks = {str(block) for block in self._layout.hosted(link.rank)}
+            blocks = {str(block) for block in self.layout.hosted(link.rank)}
             own = {
                 name: self._shards.part(tensor_key(name), tensor, link.rank)
                 for name, tensor in tensors.items()
@@ -95,8 +101,8 @@ class RemoteWeights:
 
     def first_holders(self) -> Iterator[Link]:
         """Return for each remote stage links to workers that hold all of it together: one, or those of its experts."""
-        for stage in range(1, len(self._layout.placement)):
-            for rank in self._layout.whole_set(stage, self._links):
+        for stage in range(1, len(self.layout.placement)):
+            for rank in self.layout.whole_set(stage, self._links):
                 yield self._links[rank]
 
     def _remote(self) -> Iterable[tuple[int, nn.Module]]:

@@ -18,7 +18,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -148,9 +148,31 @@ class DriverJob:
                 )
         return self.pool.acquire(num_workers, lambda: self._processes.ended_early(self.pool.joined))
 
+    @property
+    def is_launched(self) -> bool:
+        """Whether something else starts the processes: a launcher, or a supervisor."""
+        return self._launcher is not None or supervised()
+
     def idle(self) -> list[Link]:
         """Return the workers that are ready and unused."""
         return self.pool.idle()
+
+    def joined(self) -> list[Link]:
+        """Return the workers that joined by hand and are ready and unused."""
+        own = set(self._processes.running())
+        return [link for link in self.pool.idle() if link.order < 0 and link.pid not in own]
+
+    def num_coming(self) -> int:
+        """Return how many workers are being started."""
+        return self._processes.num_starting(self.pool.joined)
+
+    def lend(self, links: Sequence[Link]) -> None:
+        """Let these idle workers be used, and no others."""
+        self.pool.take(links)
+
+    def take_back(self, links: Sequence[Link]) -> None:
+        """Have these workers idle again."""
+        self.pool.release(links)
 
     def take(self, num_workers: int) -> list[Link]:
         """Return workers that replace others; a process that ends before it has joined is started once more."""
@@ -201,9 +223,13 @@ class DriverJob:
         host, port = self.pool.address
         file = os.environ.get(SECRET_FILE_VARIABLE) if supervised() else secret_file(self._network.secret_file)
         name = f"--secret-file {file}" if file is not None else f"(which takes {SECRET_VARIABLE} from its environment)"
-        only_here = ipaddress.ip_address(host).is_loopback
-        hint = "; from this machine only, unless NetworkConfig(host=...) names an address of another network"
-        return f"skippipe worker --join {host}:{port} {name}{hint if only_here else ''}"
+        address = ipaddress.ip_address(host)
+        hint = ""
+        if address.is_loopback:
+            hint = "; from this machine only, unless NetworkConfig(host=...) names an address of another network"
+        elif address.is_unspecified:
+            host = socket.gethostname()
+        return f"skippipe worker --join {host}:{port} {name}{hint}"
 
     def _given_secret(self) -> str | None:
         """Return the secret that the user has set, so that workers may join by hand; None when there is none."""

@@ -17,6 +17,7 @@ from ..driver.devices import move_around
 from ..driver.experts import ExpertMover
 from ..driver.layout import Layout
 from ..driver.links import Links
+from ..driver.moving import MoveEvent, Mover
 from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
 from ..driver.proxies import BlockProxies
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
@@ -28,13 +29,14 @@ from ..moe.migration import Move
 from ..moe.spent import BlockSize, block_size, spent_share
 from ..partition import cut, driver_share, estimate_costs
 from ..schedule import CostModel, Schedule, Timeline, fit_costs, forward_only, gpipe, swap_ends
+from .elastic import ElasticShapes, check_elastic
 from .job import DriverJob
 from .settings import PipelineSettings
 from .skipping import PathPlanner
 
 log = logging.getLogger(__name__)
 
-Recovery = tuple[RecoveryPolicy, Callable[[RecoveryEvent], None]]
+Recovery = tuple[RecoveryPolicy, Callable[[RecoveryEvent | MoveEvent], None]]
 """How losses are met, and who is told of them."""
 
 
@@ -137,7 +139,7 @@ class SpreadModel:
         if self.settings.moe is not None:
             pipeline.shards.overlap = self.settings.moe.overlap
         if recovery is not None:
-            self._keep_whole(pipeline, *recovery)
+            self._keep_whole(pipeline, blocks, *recovery)
         self._plan_paths(pipeline.schedules[TRAINING])
         pipeline.form()
         self._block_names = _names_in(model, blocks)
@@ -188,10 +190,36 @@ class SpreadModel:
             worker_devices=self._worker_devices,
         )
 
-    def _keep_whole(self, pipeline: Pipeline, policy: RecoveryPolicy, report: Callable[[RecoveryEvent], None]) -> None:
-        pipeline.keeper = StageKeeper(pipeline, policy, self._job, report)
+    def _keep_whole(
+        self,
+        pipeline: Pipeline,
+        blocks: Sequence[nn.Module],
+        policy: RecoveryPolicy,
+        report: Callable[[RecoveryEvent | MoveEvent], None],
+    ) -> None:
+        mover = self._mover_of(pipeline, blocks, policy, report) if policy.elastic else None
+        pipeline.keeper = StageKeeper(pipeline, policy, self._job, report, mover)
         if policy.swap_ends:
             pipeline.use_schedule(TRAINING, swap_ends(pipeline.schedules[TRAINING]))
+
+    def _mover_of(
+        self,
+        pipeline: Pipeline,
+        blocks: Sequence[nn.Module],
+        policy: RecoveryPolicy,
+        report: Callable[[RecoveryEvent | MoveEvent], None],
+    ) -> Mover:
+        check_elastic(self.settings, is_launched=self._job.is_launched)
+        num_microbatches = pipeline.schedules[TRAINING].num_microbatches
+        return Mover(
+            pipeline,
+            self._job,
+            ElasticShapes(self.settings, estimate_costs(blocks), num_microbatches, swap=policy.swap_ends),
+            replicas=self.settings.replicas,
+            spares=policy.spares,
+            adopted=lambda: self._plan_paths(pipeline.schedules[TRAINING]),
+            report=report,
+        )
 
     # ---------------------------------------------------------------- steps
 

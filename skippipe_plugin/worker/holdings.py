@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,15 @@ class Holdings:
         """Build the optimizer that the driver describes; its state starts empty."""
         self._optimizer = StageOptimizer(pickle.loads(plan), self._named_parameters())
 
+    def optimizer_state(self) -> dict[ParameterKey, dict[str, Any]]:
+        """Return each parameter's optimizer state; tensors are not copied."""
+        return self._optimizer.state() if self._optimizer else {}
+
+    def load_optimizer_state(self, state: Mapping[ParameterKey, Mapping[str, Any]]) -> None:
+        """Overwrite the optimizer's state, if there is an optimizer."""
+        if self._optimizer is not None:
+            self._optimizer.load_state(state)
+
     def step_optimizer(self, fields: Fields, hyperparameters: Buffer) -> None:
         """Clip, step, and drop the gradients."""
         if fields["zero"]:
@@ -105,19 +114,21 @@ class Holdings:
 
     # --------------------------------------------------------------- state
 
-    def state(self, what: str) -> State:
-        """Return ``"weights"``, the ``"optimizer"``'s state, or accumulated ``"gradients"``."""
+    def state(self, what: str, only: Collection[int] | None = None) -> State:
+        """Return ``"weights"``, the ``"optimizer"``'s state, or accumulated ``"gradients"``, perhaps of some blocks."""
         if what == "optimizer":
-            return encode_optimizer_state(self._optimizer.state() if self._optimizer else {})
+            state = self.optimizer_state()
+            return encode_optimizer_state({key: state[key] for key in state if only is None or key[0] in only})
         named = self._tensors() if what == "weights" else self._gradients()
+        if only is not None:
+            named = {name: tensor for name, tensor in named.items() if int(name.partition("\t")[0]) in only}
         entries, blobs = pack_tensors(named)
         return {"tensors": entries, "norms": list(self.norms.items())}, blobs
 
     def put(self, what: str, fields: Fields, blobs: Sequence[Buffer]) -> None:
         """Overwrite what :meth:`state` returns."""
         if what == "optimizer":
-            if self._optimizer is not None:
-                self._optimizer.load_state(decode_optimizer_state(fields, blobs))
+            self.load_optimizer_state(decode_optimizer_state(fields, blobs))
             return
         own = self._tensors()
         with torch.no_grad():

@@ -35,6 +35,7 @@ from ..engine.versions import own_versions
 from ..engine.wire import CallDecoder, norm_answer
 from ..moe.board import RouterBoard
 from ..schedule import Schedule
+from .arrange import arrange
 from .holdings import Holdings
 
 log = logging.getLogger(__name__)
@@ -270,6 +271,12 @@ class Worker:
         _extend_path(message.fields["sys_path"])
         unpack_blocks(message.fields["blocks"], message.blobs)
         torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
+        self._reply(source, "warmed", {})
+
+    def _on_arrange(self, source: int, message: Message) -> None:
+        arrange(self._holdings, message.fields, message.blobs, self._device)
+        self._routers = RouterBoard(self._holdings.blocks().values())
+        self._answer("ready", {})
 
     def _on_step(self, source: int, message: Message) -> None:
         """Note a driver's part of a step; run it when every driver has announced its own."""
@@ -340,7 +347,7 @@ class Worker:
         self._holdings.step_optimizer(message.fields, message.blobs[0])
 
     def _on_get(self, source: int, message: Message) -> None:
-        self._reply(source, "state", *self._holdings.state(message.fields["what"]))
+        self._reply(source, "state", *self._holdings.state(message.fields["what"], message.fields.get("blocks")))
 
     def _on_put(self, source: int, message: Message) -> None:
         self._holdings.put(message.fields["what"], message.fields, message.blobs)

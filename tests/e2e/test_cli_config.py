@@ -67,6 +67,7 @@ RECOVERY = {
     "while_missing": "skip",
     "swap_ends": True,
     "heartbeat_s": 5.0,
+    "elastic": True,
 }
 BALANCER = {
     "stages": False,

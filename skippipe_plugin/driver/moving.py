@@ -1,0 +1,266 @@
+"""Move blocks between workers from one step to the next, so that workers may join and leave a run.
+
+What is decided stands in :mod:`skippipe_plugin.driver.resizing`; here it is carried out. Only blocks whose worker
+changes travel, with weights, buffers, accumulated gradients and optimizer state, so nothing of the training changes.
+
+A move has two halves. First everything that must travel is fetched and nothing is changed: a loss up to here is one of
+the old layout. Then each worker of the new layout has an order, which says what it holds from now on and brings what it
+lacks. Orders can be repeated, so a loss in this half is one of the new layout: the others get their orders once more.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..engine.channel import Buffer
+from ..engine.handover import pack_tensors, unpack_tensors
+from ..engine.optimizer import ParameterKey
+from ..engine.parcel import Part, pack_parts
+from ..engine.wire import decode_optimizer_state, encode_optimizer_state
+from ..schedule import Schedule
+from .layout import Layout
+from .links import Link
+from .pipeline import Pipeline
+from .resizing import Workforce, arrivals, num_stages_for, seats
+
+log = logging.getLogger(__name__)
+
+Order = tuple[dict[str, Any], list[Buffer]]  # Any: JSON
+"""Fields and blobs of an ``arrange`` message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a number of stages makes."""
+
+    layout: Layout
+    schedules: Mapping[str, Schedule]
+
+
+@dataclass(frozen=True, slots=True)
+class MoveEvent:
+    """Workers joined or left, and the blocks were spread anew."""
+
+    before: int
+    """The number of stages before."""
+    after: int
+    num_blocks: int
+    """How many blocks went to another worker."""
+    num_bytes: int
+    """What travelled with them."""
+    seconds: float
+    """For how long training paused."""
+
+    def __str__(self) -> str:
+        why = "joined" if self.after > self.before else "left"
+        return (
+            f"workers {why}: {self.after} stages instead of {self.before}. {self.num_blocks} blocks "
+            f"({self.num_bytes / 2**20:.1f} MiB) moved within {self.seconds:.2f} s; results do not change"
+        )
+
+
+class Candidates(Protocol):
+    """Workers without stages."""
+
+    def idle(self) -> Sequence[Link]:
+        """Return all that are ready."""
+
+    def joined(self) -> Sequence[Link]:
+        """Return those that joined by hand, and are ready."""
+
+    def num_coming(self) -> int:
+        """Return how many are being started."""
+
+    def lend(self, links: Sequence[Link]) -> None:
+        """Let these be used."""
+
+    def take_back(self, links: Sequence[Link]) -> None:
+        """Have these idle again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Cargo:
+    """What travels, of all blocks together."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[ParameterKey, dict[str, Any]] = field(default_factory=dict)  # Any: the optimizer class defines it
+
+    def parts(self, blocks: Collection[int]) -> dict[str, Part]:
+        """Return the share of some blocks, as it travels."""
+        named = {"weights": self.weights, "gradients": self.gradients}
+        parts: dict[str, Part] = {
+            what: pack_tensors({name: tensor for name, tensor in tensors.items() if _block_of(name) in blocks})
+            for what, tensors in named.items()
+        }
+        return parts | {
+            "optimizer": encode_optimizer_state({k: state for k, state in self.optimizer.items() if k[0] in blocks})
+        }
+
+
+class Mover:
+    """Keeps the layout of one pipeline fitting the workers there are.
+
+    Args:
+        pipeline: Of a single driver that holds no blocks.
+        candidates: Where workers come from and go to.
+        shapes: Returns what a number of stages makes; None where the settings do not allow that number.
+        replicas: How many workers hold each stage.
+        spares: How many workers shall be ready beside those that hold stages.
+        adopted: Called when the pipeline has another layout, before it forms.
+        report: Called with each event, for logs and metrics.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        candidates: Candidates,
+        shapes: Callable[[int], Shape | None],
+        *,
+        replicas: int,
+        spares: int,
+        adopted: Callable[[], None],
+        report: Callable[[MoveEvent], None],
+    ) -> None:
+        self._pipeline = pipeline
+        self._candidates = candidates
+        self._shapes = shapes
+        self._replicas = replicas
+        self._spares = spares
+        self._adopted = adopted
+        self._report = report
+        self._orders: dict[int, Order] = {}
+        """By rank: what has not been carried out for sure."""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a loss interrupted a move; :meth:`finish` must follow before anything else is done."""
+        return bool(self._orders)
+
+    def resize(self) -> None:
+        """Between two steps with every worker there: change the number of stages if workers joined or left."""
+        present = self._num_stages
+        wanted = num_stages_for(
+            self._workforce(),
+            present=present,
+            replicas=self._replicas,
+            spares=self._spares,
+            most=self._pipeline.layout.num_blocks,
+        )
+        shape = self._shapes(wanted) if wanted != present else None
+        if shape is not None:
+            self._move(shape)
+
+    def finish(self) -> None:
+        """Let every worker carry its order out; the groups have been formed."""
+        links = self._pipeline.links
+        for rank, (fields, blobs) in self._orders.items():
+            links[rank].send("arrange", fields, blobs)
+        for rank in self._orders:
+            links[rank].expect("ready")
+        self._orders.clear()
+
+    def forget(self, rank: int) -> None:
+        """Give up the order of a rank whose worker is lost: its stages must be rebuilt."""
+        self._orders.pop(rank, None)
+
+    @property
+    def _num_stages(self) -> int:
+        return len(self._pipeline.layout.stage_blocks)
+
+    def _workforce(self) -> Workforce:
+        leaving = sum(link.leaving for link in self._pipeline.links)
+        return Workforce(
+            staying=len(self._pipeline.links) - leaving,
+            leaving=leaving,
+            ready=len(self._candidates.idle()),
+            joined=len(self._joined()),
+            coming=self._candidates.num_coming(),
+        )
+
+    def _joined(self) -> list[Link]:
+        """Those that have imported what they need: the others would hold everybody up."""
+        return [link for link in self._candidates.joined() if link.warm]
+
+    def _move(self, shape: Shape) -> None:
+        started_s = time.monotonic()
+        pipeline, layout, before = self._pipeline, shape.layout, self._num_stages
+        pipeline.heal()
+        workers = [link for link in pipeline.links if not link.leaving]
+        held: list[Collection[int]] = [pipeline.layout.hosted(link.rank) for link in workers]
+        newcomers = self._joined()[: max(0, len(layout.workers) - len(workers))]
+        held += [()] * len(newcomers)
+        workers += newcomers
+        if len(workers) < len(layout.workers):
+            return  # somebody left this moment; the next step sees who is there
+        chosen = seats(held, [layout.hosted(rank) for rank in layout.workers], pipeline.remote.block_bytes())
+        places = {rank: (held[worker], workers[worker]) for rank, worker in zip(layout.workers, chosen, strict=True)}
+        moving = {rank: arrivals(blocks, layout.hosted(rank)) for rank, (blocks, _) in places.items()}
+        cargo = self._fetch({block for blocks in moving.values() for block in blocks})
+        came_from = {rank: link.rank for rank, (_, link) in places.items() if link not in newcomers}
+        orders = {rank: self._order(layout, rank, places[rank][0], moving[rank], cargo) for rank in places}
+        # From here on the new layout counts.
+        self._candidates.lend(newcomers)
+        pipeline.relayout(layout, shape.schedules, came_from)
+        self._part_with(pipeline.links.reseat({r: (layout.stages_of(r), link) for r, (_, link) in places.items()}))
+        self._orders = orders
+        self._adopted()
+        num_bytes = sum(memoryview(blob).nbytes for _, blobs in orders.values() for blob in blobs)
+        num_blocks = sum(map(len, moving.values()))
+        pipeline.form()
+        self.finish()
+        self._report(MoveEvent(before, self._num_stages, num_blocks, num_bytes, time.monotonic() - started_s))
+
+    def _fetch(self, blocks: Collection[int]) -> _Cargo:
+        """Ask for everything that belongs to some blocks, each of the first worker that holds it."""
+        links, cargo = self._pipeline.links, _Cargo()
+        left, asked = set(blocks), []
+        for link in links:
+            own = sorted(left.intersection(self._pipeline.layout.hosted(link.rank)))
+            left -= set(own)
+            for what in ("weights", "gradients", "optimizer") if own else ():
+                link.send("get", {"what": what, "blocks": own})
+                asked.append((link, what))
+        for link, what in asked:
+            message = link.expect("state")
+            if what == "optimizer":
+                cargo.optimizer.update(decode_optimizer_state(message.fields, message.blobs))
+            else:
+                tensors = unpack_tensors(message.fields["tensors"], message.blobs)
+                (cargo.weights if what == "weights" else cargo.gradients).update(tensors)
+        return cargo
+
+    def _order(
+        self, layout: Layout, rank: int, held: Collection[int], lacking: Collection[int], cargo: _Cargo
+    ) -> Order:
+        pipeline = self._pipeline
+        parts = cargo.parts(lacking) | {"structure": pipeline.sender.structure(lacking)}
+        if pipeline.optimizer_plan is not None:
+            parts["plan"] = ({}, [pipeline.optimizer_plan])
+        entries, blobs = pack_parts(parts)
+        fields = {
+            "stages": [[stage, list(layout.blocks(stage))] for stage in layout.stages_of(rank)],
+            "keep": sorted(set(held).intersection(layout.hosted(rank))),
+            "compile": pipeline.sender.compile_with,
+            "parts": entries,
+        }
+        return fields, blobs
+
+    def _part_with(self, links: Sequence[Link]) -> None:
+        """Send home who wants to leave; the others are ready for something else."""
+        for link in links:
+            if link.leaving:
+                link.close()
+            else:
+                link.set_free()
+        self._candidates.take_back([link for link in links if not link.leaving])
+
+
+def _block_of(name: str) -> int:
+    return int(name.partition("\t")[0])

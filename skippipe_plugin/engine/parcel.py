@@ -1,0 +1,28 @@
+"""Several packed things in one message: each with its own JSON fields and its share of the blobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .channel import Buffer
+
+Part = tuple[Any, Sequence[Buffer]]  # Any: JSON
+"""Fields and blobs, as ``pack_tensors``, ``pack_blocks`` and ``encode_optimizer_state`` return them."""
+
+
+def pack_parts(parts: Mapping[str, Part]) -> tuple[list[Any], list[Buffer]]:
+    """Return the JSON entries (name, fields, number of blobs) and all blobs.
+
+    >>> entries, blobs = pack_parts({"a": ({"x": 1}, [b"1", b"2"]), "b": ([], [b"3"])})
+    >>> unpack_parts(entries, blobs)
+    {'a': ({'x': 1}, [b'1', b'2']), 'b': ([], [b'3'])}
+    """
+    entries = [[name, fields, len(blobs)] for name, (fields, blobs) in parts.items()]
+    return entries, [blob for _, blobs in parts.values() for blob in blobs]
+
+
+def unpack_parts(entries: Iterable[Any], blobs: Sequence[Buffer]) -> dict[str, Part]:
+    """Invert :func:`pack_parts`."""
+    rest = iter(blobs)
+    return {name: (fields, [next(rest) for _ in range(count)]) for name, fields, count in entries}

@@ -1,0 +1,62 @@
+"""New stages out of blocks that a worker keeps and blocks that come from others, with all that belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..engine.channel import Buffer
+from ..engine.gradients import GradientWindow
+from ..engine.handover import allocate, unpack_blocks, unpack_tensors
+from ..engine.parcel import Part, unpack_parts
+from ..engine.stage import Stage
+from ..engine.wire import block_tensors, decode_optimizer_state
+
+if TYPE_CHECKING:
+    from .holdings import Fields, Holdings
+
+
+def arrange(holdings: Holdings, fields: Fields, blobs: Sequence[Buffer], device: torch.device) -> None:
+    """Hold the stages that the driver names from now on; doing it twice changes nothing.
+
+    Kept blocks stay as they are: weights, buffers, accumulated gradients, optimizer state. What comes for the others
+    replaces everything.
+
+    Args:
+        holdings: What is held so far.
+        fields: ``stages`` (numbers with their blocks), ``keep`` (blocks), ``compile``, and the ``parts`` of the parcel.
+        blobs: Of the parcel.
+        device: Where the blocks live.
+    """
+    parts = unpack_parts(fields["parts"], blobs)
+    arrived = unpack_blocks(*parts["structure"])
+    for block in arrived.values():
+        allocate(block, device)
+        if fields["compile"] is not None:
+            block.compile(**fields["compile"])
+    kept = set(fields["keep"])
+    modules = {index: block for index, block in holdings.blocks().items() if index in kept} | arrived
+    state = {key: value for key, value in holdings.optimizer_state().items() if key[0] in kept}
+    holdings.stages = {
+        stage: Stage(stage, {block: modules[block] for block in blocks}, device) for stage, blocks in fields["stages"]
+    }
+    holdings.window = GradientWindow([p for stage in holdings.stages.values() for p in stage.parameters()])
+    holdings.norms = {}
+    _fill(arrived, parts)
+    if "plan" in parts:
+        holdings.build_optimizer(parts["plan"][1][0])
+        holdings.load_optimizer_state(state | decode_optimizer_state(*parts["optimizer"]))
+
+
+def _fill(blocks: dict[int, nn.Module], parts: Mapping[str, Part]) -> None:
+    tensors = block_tensors(blocks)
+    with torch.no_grad():
+        for what in ("weights", "gradients"):
+            for name, tensor in unpack_tensors(*parts[what]).items():
+                if what == "weights":
+                    tensors[name].copy_(tensor)
+                else:
+                    tensors[name].grad = tensor.to(tensors[name].device)
