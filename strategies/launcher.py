@@ -6,6 +6,7 @@ a worker until its driver is done, and then returns the driver's results.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ class SkipPipeLauncher(_Launcher):
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         """Run ``function``; see :class:`~lightning.pytorch.strategies.launchers.launcher._Launcher`."""
-        return self._strategy.launched(lambda: function(*args, **kwargs), trainer)
+        return self._strategy.launched(functools.partial(function, *args, **kwargs), trainer)
 
     @override
     def kill(self, signum: Any) -> None:

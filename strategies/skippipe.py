@@ -42,11 +42,13 @@ from ..moe import MoEConfig, RouterStatistics
 from ..moe.migration import Move
 from ..partition import check_no_shared_parameters, find_blocks
 from ..schedule import CostModel, Schedule, Timeline
+from ..supervisor import supervised
 from ..worker import end_with_parent
 from .averaged_log import AveragedLog
 from .checks import check_fit
 from .clipping import clip_everywhere, clip_locally
 from .compiled import uncompile
+from .continuation import FROM_MEMORY, Continuation
 from .drivers import DriversStrategy
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .outputs import loss_of, training_output
@@ -127,6 +129,7 @@ class SkipPipeStrategy(DriversStrategy):
         self._compiled: CompiledParts | None = None
         self._restore_late = False
         self._recovery: Recovery | None = None
+        self._continuation: Continuation | None = None
         self._record_timeline = False
         self._timeline: Timeline | None = None
 
@@ -246,7 +249,7 @@ class SkipPipeStrategy(DriversStrategy):
     def _configure_launcher(self) -> None:
         self._launcher = SkipPipeLauncher(self)
 
-    def launched(self, function: Callable[[], Any], trainer: Trainer | None) -> Any:
+    def launched(self, function: functools.partial[Any], trainer: Trainer | None) -> Any:
         """Run what the Trainer launches, or serve as a worker in its place (called by the launcher)."""
         _ = self.num_stages  # devices that do not fit are an error before anything starts
         launcher = self.read_launcher()
@@ -260,11 +263,15 @@ class SkipPipeStrategy(DriversStrategy):
             if launcher.rank >= self.drivers:
                 return apply_results(worker_job(launcher, self.settings.network).serve(), trainer)
         end_with_parent()
+        fits = self._join().fits if supervised() else None
+        if fits is not None and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._continuation = Continuation(fits, trainer)
+            function = self._continuation.resuming(function)
         try:
             result = function()
             self.barrier()
         except BaseException as error:
-            self._bring_back()  # before the workers of a launcher leave
+            self._bring_back(over=False)  # before the workers of a launcher leave
             self._dismiss({"error": f"{type(error).__name__}: {error}"})
             raise
         self._dismiss(collect_results(result, trainer))
@@ -280,9 +287,13 @@ class SkipPipeStrategy(DriversStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         # The workers import torch while the user's hooks prepare model and data.
+        job = self._join()
+        job.prepare(self.num_processes - self.drivers)
+        self.form_default_group(job.pool.store)
+
+    def _join(self) -> DriverJob:
         self._job = driver_job(self.settings.network, self.drivers, self.read_launcher())
-        self._job.prepare(self.num_processes - self.drivers)
-        self.form_default_group(self._job.pool.store)
+        return self._job
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -314,6 +325,8 @@ class SkipPipeStrategy(DriversStrategy):
             raise SkipPipeError(f"{len(self.optimizers)} optimizers: a pipeline steps one; give it parameter groups")
         if self.optimizers:
             self._remote = RemoteOptimizer(self._running().pipeline, self.optimizers[0])
+            if self._continuation is not None:
+                self._continuation.attach(self._running(), self._remote)
 
     @override
     def setup_precision_plugin(self) -> None:
@@ -328,10 +341,10 @@ class SkipPipeStrategy(DriversStrategy):
 
     @override
     def teardown(self) -> None:
-        self._bring_back()
+        self._bring_back(over=True)
         super().teardown()
 
-    def _bring_back(self) -> None:
+    def _bring_back(self, *, over: bool) -> None:
         """Make model and optimizer whole again on this driver, and free the workers."""
         if self._remote is not None:
             self._remote.detach()
@@ -346,6 +359,9 @@ class SkipPipeStrategy(DriversStrategy):
             if self._compiled is not None:
                 self._compiled.restore()
                 self._compiled = None
+        continuation, self._continuation = self._continuation, None
+        if continuation is not None:
+            continuation.detach(over=over)
 
     def _spread_blocks(self, module: LightningModule) -> None:
         assert self._job is not None
@@ -387,6 +403,11 @@ class SkipPipeStrategy(DriversStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._continuation is None:
+            return self._train(args, kwargs)
+        return self._continuation.step(lambda: self._train(args, kwargs))
+
+    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, batch, rest = self._step_arguments(args)
         running = self._running()
         if running.attached is not None:
@@ -460,6 +481,12 @@ class SkipPipeStrategy(DriversStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         state = super().lightning_module_state_dict()
         return state if self._spread is None else self._spread.whole_state_dict(state)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if checkpoint_path == FROM_MEMORY and self._continuation is not None:
+            return self._continuation.checkpoint()
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,8 @@ class GradientControl:
         """The gradients of the parameters that live on this driver."""
         self.visit_counts: dict[int, int] = {}
         """By block stage: how many microbatches of all drivers visited it in the last training step."""
+        self.send_step: Callable[[dict[str, Any], bytes], None] = functools.partial(_send_step, links)
+        """Sends the workers the command to step, its fields and hyperparameters."""
         self._links = links
         self.layout = layout
         self._leads = leads
@@ -124,12 +127,16 @@ class GradientControl:
                 "keep_norms": self.keep_norms,
                 "lr_factors": list(self.lr_factors.items()),
             }
-            self._links.broadcast("optimizer_step", fields, [pickle.dumps(list(hyperparameters))])
+            self.send_step(fields, pickle.dumps(list(hyperparameters)))
 
     def _norm_request(self, norm_type: float | None) -> dict[str, Any]:
         """Number a request: the answers of steps that were not clipped must not be taken for that of a later one."""
         self._num_norms += 1
         return {"norm_type": norm_type, "norm": self._num_norms}
+
+
+def _send_step(links: Links, fields: Mapping[str, Any], hyperparameters: bytes) -> None:
+    links.broadcast("optimizer_step", fields, [hyperparameters])
 
 
 class MergeOnBackward(torch.autograd.Function):

@@ -71,6 +71,10 @@ class RemoteOptimizer:
         gradients.clip(self._local(), scale=None, value=value)
         self._clip_value = value
 
+    def forget_clipping(self) -> None:
+        """Forget how to clip a step that is not taken."""
+        self._clip_scale = self._clip_value = None
+
     def _local(self) -> list[nn.Parameter]:
         members = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         return [parameter for parameter in members if not parameter.is_meta]
@@ -85,15 +89,26 @@ class RemoteOptimizer:
         """Take over an ordinary ``state_dict``, local entries here and remote ones on the workers."""
         self._optimizer.load_state_dict(dict(state_dict))
 
+    def local_state_dict(self) -> dict[str, Any]:
+        """Return the ordinary ``state_dict``, but without the state of remote parameters, which nobody is asked for."""
+        members = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        state, number_of = self._optimizer.state, {id(parameter): number for number, parameter in enumerate(members)}
+        groups = [
+            {**group, "params": [number_of[id(parameter)] for parameter in group["params"]]}
+            for group in self._optimizer.param_groups
+        ]
+        local = {number: dict(state[p]) for number, p in enumerate(members) if p in state}
+        return {"state": local, "param_groups": groups}
+
     def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the optimizer's own ``state_dict`` with the state of remote parameters."""
         state, remote = dict(state_dict["state"]), self._fetch()
-        state |= {number: remote[key] for key, number in self._numbers().items() if key in remote}
+        state |= {number: remote[key] for key, number in self.numbers().items() if key in remote}
         return {**state_dict, "state": dict(sorted(state.items()))}
 
     def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Hand the state of remote parameters over to the workers; return what is left to load here."""
-        numbers = self._numbers()
+        numbers = self.numbers()
         remote = {key: state_dict["state"][n] for key, n in numbers.items() if n in state_dict["state"]}
         taken = set(numbers.values())
         self._describe()
@@ -119,7 +134,7 @@ class RemoteOptimizer:
             parts[link.rank] = decode_optimizer_state(message.fields, message.blobs)
         return self._pipeline.shards.join_states(parts)
 
-    def _numbers(self) -> dict[ParameterKey, int]:
+    def numbers(self) -> dict[ParameterKey, int]:
         """Map remote parameters to their numbers in the optimizer's ``state_dict``."""
         members = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         return {

@@ -96,6 +96,20 @@ def unpack_blocks(fields: Sequence[Any], blobs: Sequence[Buffer]) -> dict[int, n
     return blocks
 
 
+def pack_object(value: object) -> tuple[list[Any], list[Buffer]]:
+    """Return the JSON entries of the tensors in a picklable object, and the blobs: the pickled structure first."""
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(value)
+    entries, blobs = pack_tensors({str(index): tensor for index, tensor in enumerate(pickler.tensors)})
+    return entries, [buffer.getvalue(), *blobs]
+
+
+def unpack_object(entries: Sequence[Any], blobs: Sequence[Buffer]) -> Any:  # Any: whatever was packed
+    """Invert :func:`pack_object`."""
+    return _Unpickler(io.BytesIO(blobs[0]), unpack_tensors(entries, blobs[1:])).load()
+
+
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
     """Puts each distinct tensor aside, with what makes it a parameter."""
 

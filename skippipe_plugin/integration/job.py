@@ -37,6 +37,7 @@ from ..engine.versions import own_versions
 from ..supervisor import SupervisedProcesses, supervised
 from ..worker import DriverProcesses, Worker, WorkerProcesses
 from .config import NetworkConfig
+from .fits import Fits
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,10 @@ class DriverJob:
         self._publish()
         if given is not None:
             log.warning("workers may join this job by hand: %s", self._how_to_join())
+        self.fits: Fits | None = None
+        """Under a supervisor: what the drivers before this one have left."""
+        if isinstance(self._processes, SupervisedProcesses):
+            self.fits = Fits(self.pool, self._processes)
 
     def prepare(self, num_workers: int) -> None:
         """Start what is missing to have ``num_workers`` idle workers soon; returns at once."""

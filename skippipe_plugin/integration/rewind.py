@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,37 @@ def rewinder(module: nn.Module) -> Callable[[], None]:
     Parameters need none of this: they change in the optimizer's step only. Meta tensors are the workers' own.
     """
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
-    metrics = [(part, _state_of(part)) for part in module.modules() if isinstance(part, Metric)]
+    metrics = metric_states(module)
 
     def rewind() -> None:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        for metric, (count, state) in metrics:
-            metric._update_count = count
-            metric._computed = None
-            for name, value in state.items():
-                setattr(metric, name, _copied(value))
+        set_metric_states(module, metrics)
 
     return rewind
 
 
-def _state_of(metric: Metric) -> tuple[int, dict[str, Any]]:
-    return metric._update_count, {name: _copied(getattr(metric, name)) for name in metric._defaults}
+MetricState = tuple[int, dict[str, Any]]  # Any: a metric's state is a tensor or a list of tensors
+
+
+def metric_states(module: nn.Module) -> dict[str, MetricState]:
+    """Return, by name, how often each torchmetric of ``module`` was updated, and a copy of what it has counted."""
+    metrics = {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
+    return {
+        name: (metric._update_count, {key: _copied(getattr(metric, key)) for key in metric._defaults})
+        for name, metric in metrics.items()
+    }
+
+
+def set_metric_states(module: nn.Module, states: Mapping[str, MetricState]) -> None:
+    """Overwrite what :func:`metric_states` returns."""
+    for name, (count, state) in states.items():
+        metric = cast("Metric", module.get_submodule(name))
+        metric._update_count = count
+        metric._computed = None
+        for key, value in state.items():
+            setattr(metric, key, _copied(value))
 
 
 def _copied(value: Any) -> Any:  # Any: a metric's state is a tensor or a list of tensors

@@ -373,6 +373,11 @@ class SpreadModel:
             names = {self._full_name(name): name for name in self._pipeline.remote.names()}
             self._pipeline.put_weights({names[name]: state[name] for name in names if name in state})
 
+    def remote_block_names(self) -> dict[int, str]:
+        """Return the names in the model of those blocks that are on workers, by their numbers."""
+        hosted = set(self.pipeline.layout.hosted(self._rank))
+        return {block: name for block, name in enumerate(self._block_names) if block not in hosted}
+
     def _full_name(self, name: str) -> str:
         block, _, parameter = name.partition("\t")
         return f"{self._block_names[int(block)]}.{parameter}"

@@ -31,6 +31,8 @@ class Holdings:
         self.window = GradientWindow([])
         self.norms: dict[int, float] = {}
         """By stage: the L2 norm of its gradient in the last optimizer step, before the clipping of all together."""
+        self.step = -1
+        """The number of the last optimizer step, where the driver numbers them."""
         self._optimizer: StageOptimizer | None = None
 
     def load(self, fields: Fields, blobs: Sequence[Buffer], device: torch.device) -> bool:
@@ -49,7 +51,7 @@ class Holdings:
             for block in blocks.values():
                 block.compile(**fields["compile"])
         if fields["first"]:
-            self.stages, self.norms, self._optimizer = {}, {}, None
+            self.stages, self.norms, self.step, self._optimizer = {}, {}, -1, None
         self.stages[fields["stage"]] = Stage(fields["stage"], blocks, device)
         if fields["last"]:
             self.window = GradientWindow([p for stage in self.stages.values() for p in stage.parameters()])
@@ -104,6 +106,7 @@ class Holdings:
         assert self._optimizer is not None, "an optimizer step before the optimizer"
         factors = [factor for stage, factor in fields["lr_factors"] if stage in self.stages]
         self._optimizer.step(pickle.loads(hyperparameters), lr_factor=max(factors, default=1.0))
+        self.step = fields.get("step", -1)
         # What follows is always a new accumulation window: free the memory now rather than during the next step.
         self.window.zero()
 

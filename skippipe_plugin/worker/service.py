@@ -37,6 +37,7 @@ from ..moe.board import RouterBoard
 from ..schedule import Schedule
 from .arrange import arrange
 from .holdings import Holdings
+from .keep import Keep
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +54,20 @@ class Refused(DriverGone):
 
 
 class Worker:
-    """One worker process (or a rank > 0 of a launcher, while it serves)."""
+    """One worker process (or a rank > 0 of a launcher, while it serves).
 
-    def __init__(self, channel: Channel) -> None:
+    Args:
+        channel: To the driver.
+        outlives: Whether somebody else than the driver ends the process, and it may :meth:`rejoin`.
+    """
+
+    def __init__(self, channel: Channel, *, outlives: bool = False) -> None:
         self._channels = [channel]
+        self._outlives = outlives
         self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
         self._readers: list[threading.Thread] = []
         self._transport: Transport | None = None
-        self._holdings = Holdings()
+        self._keep = Keep()
         self._programs: dict[str, tuple[Instruction, ...]] = {}
         self._replica_groups: dict[int, str] = {}
         self._routers = RouterBoard()
@@ -76,6 +83,10 @@ class Worker:
         self._may_leave = False
         self._refusal = ""
         self._doomsday: threading.Timer | None = None
+
+    @property
+    def _holdings(self) -> Holdings:
+        return self._keep.holdings
 
     # ---------------------------------------------------------------- life
 
@@ -153,9 +164,10 @@ class Worker:
                 message = channel.receive()
             except SkipPipeError:
                 if not self._closing:
-                    self._doomsday = threading.Timer(_GRACE_S, os._exit, (1,))
-                    self._doomsday.daemon = True
-                    self._doomsday.start()
+                    if not self._outlives:
+                        self._doomsday = threading.Timer(_GRACE_S, os._exit, (1,))
+                        self._doomsday.daemon = True
+                        self._doomsday.start()
                     self._abort()
                     self._inbox.put((source, None))
                 return
@@ -261,6 +273,8 @@ class Worker:
         self._step = fields["step"]
 
     def _on_load(self, source: int, message: Message) -> None:
+        if message.fields["first"]:
+            self._keep.forget()
         if self._holdings.load(message.fields, message.blobs, self._device):
             self._holdings.experts.bind(self._transport, self._holdings.stages)
             self._routers = RouterBoard(self._holdings.blocks().values())
@@ -352,6 +366,11 @@ class Worker:
     def _on_put(self, source: int, message: Message) -> None:
         self._holdings.put(message.fields["what"], message.fields, message.blobs)
         self._answer("ready", {})
+
+    def _on_keep(self, source: int, message: Message) -> None:
+        answer = self._keep.obey(message.fields, message.blobs)
+        if not message.fields.get("quiet"):
+            self._reply(source, "kept", *answer)
 
     def _on_clock(self, source: int, message: Message) -> None:
         self._reply(source, "clock", {"now": time.perf_counter()})

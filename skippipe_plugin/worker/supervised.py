@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     (host, port), key = arguments[0].rsplit(":", 1), arguments[1]
     secret = bytes.fromhex(os.environ["SKIPPIPE_SECRET"])
     store = TCPStore(host, int(port), is_master=False)
-    worker = Worker(_dial(store, key, secret))
+    worker = Worker(_dial(store, key, secret), outlives=True)
     signal.signal(signal.SIGTERM, lambda *_: worker.leave() or os._exit(128 + signal.SIGTERM))
     try:
         while not _serve(worker):

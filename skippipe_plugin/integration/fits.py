@@ -1,0 +1,66 @@
+"""The fits of a script under ``skippipe run``, and what the drivers before this one have left of them on workers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+from ..driver.pool import WorkerPool
+from ..driver.recall import Recalled, recall, recall_result
+from ..supervisor import SupervisedProcesses
+
+log = logging.getLogger(__name__)
+
+_REJOIN_S: Final = 60.0
+_LOOK_S: Final = 0.05
+
+
+class Fits:
+    """Counts the fits of this process: the third fit of a script is the third one again when it is started again.
+
+    Args:
+        pool: Where workers join.
+        processes: The workers that have outlived the last driver.
+    """
+
+    def __init__(self, pool: WorkerPool, processes: SupervisedProcesses) -> None:
+        self._pool = pool
+        self._count = 0
+        self._recalled: Recalled | None = None
+        self._lost = processes.attempt > 0
+        if self._lost:
+            _await(pool, processes)
+            self._recalled = recall(pool.idle())
+
+    def next(self) -> tuple[int, Recalled | None, dict[str, Any] | None]:
+        """Count a fit; return its number, and what it goes on from or has ended with, if a driver was lost."""
+        self._count += 1
+        recalled, result = self._recalled, recall_result(self._pool.idle(), self._count) if self._lost else None
+        if recalled is not None and recalled.fit == self._count:
+            self._recalled = None
+        if result is not None:
+            return self._count, None, result
+        if recalled is not None and recalled.fit == self._count:
+            return self._count, recalled, None
+        if recalled is not None and recalled.fit > self._count:
+            log.warning(
+                "fit %d of the script runs again from its beginning, because the worker that kept its result is gone; "
+                "fit %d, in which the driver was lost, will go on where it was",
+                self._count,
+                recalled.fit,
+            )
+        elif self._lost and self._count == 1:
+            log.warning("there is nothing to go on from: the first fit starts from its beginning")
+        return self._count, None, None
+
+
+def _await(pool: WorkerPool, processes: SupervisedProcesses) -> None:
+    """Wait for the workers that have outlived the last driver."""
+    deadline_s = time.monotonic() + _REJOIN_S
+    while (missing := set(processes.running()) - pool.joined) and time.monotonic() < deadline_s:
+        time.sleep(_LOOK_S)
+    if missing:
+        log.warning("workers with the process ids %s are there but do not join; they are ended", sorted(missing))
+    for pid in missing:
+        processes.kill(pid)

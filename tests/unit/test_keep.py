@@ -1,0 +1,87 @@
+"""What a worker keeps while drivers come and go: records, and stages whose last step may still be due."""
+
+import pickle
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from skippipe_plugin.engine.handover import pack_blocks, pack_object, unpack_object
+from skippipe_plugin.engine.optimizer import OptimizerPlan
+from skippipe_plugin.worker.keep import Keep
+
+
+def stored(name: str, fit: int, step: int, **fields: Any) -> dict[str, Any]:
+    return {"do": "store", "name": name, "fit": fit, "step": step, "lasting": False, **fields}
+
+
+def holding(value: float) -> Keep:
+    """A worker with one parameter, whose gradient is 1 and whose learning rate will be 0.5."""
+    keep, block = Keep(), nn.Linear(1, 1, bias=False)
+    nn.init.constant_(block.weight, value)
+    fields, blobs = pack_blocks({0: block})
+    load = {"seed": 0, "structure_only": False, "compile": None, "first": True, "last": True, "stage": 1}
+    load |= {"overlap": 1, "experts": []}
+    keep.holdings.load({**load, "blocks": fields}, blobs, torch.device("cpu"))
+    plan = OptimizerPlan(SGD, {"lr": 0.5}, (((0, "weight"),),))
+    keep.holdings.build_optimizer(cloudpickle.dumps(plan))
+    weight(keep).grad = torch.ones(1, 1)
+    return keep
+
+
+def weight(keep: Keep) -> nn.Parameter:
+    return next(iter(keep.holdings.blocks()[0].parameters()))
+
+
+def finish(step: int) -> tuple[dict[str, Any], list[bytes]]:
+    command = {"step": step, "zero": False, "keep_norms": False, "scale": None, "value": None, "lr_factors": []}
+    return {"do": "finish", "optimizer_step": command}, [pickle.dumps([{"lr": 0.5}])]
+
+
+def test_a_step_that_was_commanded_twice_is_taken_once() -> None:
+    keep = holding(2.0)
+    keep.obey(*finish(7))
+    weight(keep).grad = torch.ones(1, 1)
+    keep.obey(*finish(7))
+    assert float(weight(keep).detach()) == 1.5
+    keep.obey(*finish(8))
+    assert float(weight(keep).detach()) == 1.0
+
+
+def test_what_is_retained_stays_until_all_is_settled() -> None:
+    keep = holding(2.0)
+    for name in ("base", "tensors", "progress"):
+        keep.obey(stored(name, fit=1, step=3), [b"data"])
+    keep.obey({"do": "retain"}, [])
+    assert not keep.holdings.stages
+    keep.obey({"do": "retain"}, [])  # a second driver that is lost on the way changes nothing
+    keep.obey(stored("base", fit=1, step=3), [b"newer"])
+    summary, _ = keep.obey({"do": "summary"}, [])
+    assert summary["stages"] == [1]
+    assert set(summary["records"]) == {"base", "tensors", "progress"}
+    assert keep.obey({"do": "record", "name": "base"}, [])[1] == [b"data"]
+    keep.obey({"do": "settle", "step": 3}, [])
+    assert keep.obey({"do": "summary"}, [])[0]["stages"] == []
+
+
+def test_results_outlast_other_stages() -> None:
+    keep = holding(2.0)
+    keep.obey({**stored("result1", fit=1, step=3), "lasting": True}, [b"end"])
+    keep.obey(stored("base", fit=2, step=0), [b""])
+    keep.forget()
+    keep.obey({"do": "retain"}, [])
+    assert keep.obey({"do": "summary"}, [])[0] == {"stages": [1], "records": {}, "results": [1]}
+    assert keep.obey({"do": "record", "name": "result1"}, [])[1] == [b"end"]
+
+
+def test_objects_travel_with_their_tensors_apart() -> None:
+    shared = nn.Parameter(torch.arange(4.0), requires_grad=False)
+    entries, blobs = pack_object({"a": shared, "b": [shared, 1], "c": torch.zeros(0, 3)})
+    assert [entry[1] for entry in entries] == [[4], [0, 3]]
+    found = unpack_object(entries, [bytearray(blob) for blob in blobs])
+    assert found["a"] is found["b"][0]
+    assert not found["a"].requires_grad
+    assert torch.equal(found["a"], shared)
+    assert found["c"].shape == (0, 3)
