@@ -16,11 +16,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from ..schedule import Schedule, Timeline, draw, fit_costs, simulate
+from ..driver.recovery import RecoveryEvent
+from ..schedule import Mark, Schedule, Timeline, draw, fit_costs, simulate
 from ..schedule.fit import ran_whole
 from ..schedule.picture import require_matplotlib
 from ..schedule.timeline import utilisation
 from .common import log_now, strategy_of
+from .recovery import StageRecovery
 
 
 class PipelineMonitor(Callback):
@@ -29,7 +31,8 @@ class PipelineMonitor(Callback):
     Logs, under names that stay: ``pipeline/utilisation``, the mean share of the step in which the workers ran actions;
     ``pipeline/bubble``, the mean share in which they waited; ``pipeline/makespan_s``, the seconds from the step's first
     action to its last. The picture shows the measured step above the one that the simulator predicts from the step's
-    own median costs: where they differ, something other than the schedule cost time. Losses do not change.
+    own median costs: where they differ, something other than the schedule cost time. Losses do not change. Steps before
+    which :class:`StageRecovery` replaced a worker are drawn too, with a mark that says how.
 
     Args:
         every_n_steps: Which optimizer steps are measured: the n-th, the 2n-th, and so on. The others cost nothing.
@@ -63,6 +66,7 @@ class PipelineMonitor(Callback):
         self._target = Path()
         self._before: Timeline | None = None
         self._sampling = False
+        self._num_recovered = 0
         self._last_step = -1
         """The last step that was measured, counted from 1."""
 
@@ -80,26 +84,29 @@ class PipelineMonitor(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step + 1
+        strategy = strategy_of(trainer, self)
+        self._before, self._num_recovered = strategy.timeline, len(_recoveries(trainer))
         # With accumulation several batches make a step: the first one stands for it.
         self._sampling = step % self.every_n_steps == 0 and step != self._last_step
         if self._sampling:
-            strategy = strategy_of(trainer, self)
-            self._last_step, self._before = step, strategy.timeline
+            self._last_step = step
             strategy.measure_step()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._sampling:
+        recovered = _recoveries(trainer)[self._num_recovered :]
+        if not self._sampling and not recovered:
             return
-        self._sampling = False
+        self._sampling, self._last_step = False, trainer.global_step if recovered else self._last_step
         strategy = strategy_of(trainer, self)
         timeline, schedule = strategy.timeline, strategy.training_schedule
         if timeline is None or timeline is self._before or schedule is None or not timeline.events:
             return  # a further driver, or a step that did not call the blocks
         self._log(trainer, pl_module, utilisation(timeline, schedule), timeline.makespan_s)
-        self._write(timeline, schedule)
+        marks = tuple(Mark(event.rank, 0.0, f"{event.source}, {event.seconds:.2f} s") for event in recovered)
+        self._write(replace(timeline, marks=marks), schedule)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,6 +132,14 @@ class PipelineMonitor(Callback):
             draw(panels, self._target / f"{stem}.png", title=f"Step {self._last_step}, schedule {schedule.name or '?'}")
         if self.trace:
             (self._target / f"{stem}.trace.json").write_text(json.dumps(measured.chrome_trace()), encoding="utf-8")
+
+
+def _recoveries(trainer: Trainer) -> list[RecoveryEvent]:
+    found: list[RecoveryEvent] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the Trainer's own type lacks it
+        if isinstance(callback, StageRecovery):
+            found += callback.events
+    return found
 
 
 def predict(measured: Timeline, schedule: Schedule) -> Timeline | None:

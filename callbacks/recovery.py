@@ -33,6 +33,7 @@ class StageRecovery(Callback):
 
     Logs ``recovery/count``, ``recovery/seconds`` and ``recovery/steps_around`` for each loss, and
     ``recovery/num_stages`` and ``recovery/move_seconds`` for each change of the number of stages.
+    The step after a loss is measured, and :class:`PipelineMonitor` draws it with a mark for each new worker.
 
     Args:
         spares: How many idle workers are kept ready on the driver's host. Without one, a replacement must first start
@@ -137,3 +138,5 @@ class StageRecovery(Callback):
             }
         assert self._trainer is not None
         to_loggers(self._trainer, metrics)
+        if isinstance(event, RecoveryEvent):
+            strategy_of(self._trainer, self).measure_step()  # its timeline shows what came of it

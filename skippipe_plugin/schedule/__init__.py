@@ -28,7 +28,7 @@ from skippipe_plugin.schedule.picture import draw
 from skippipe_plugin.schedule.problem import PlanProblem
 from skippipe_plugin.schedule.routes import PathConstraints
 from skippipe_plugin.schedule.simulate import lower_bound_s, simulate
-from skippipe_plugin.schedule.timeline import Event, Timeline, Transfer
+from skippipe_plugin.schedule.timeline import Event, Mark, Timeline, Transfer
 from skippipe_plugin.schedule.validate import in_order_links, peak_activations, topological_order, validate
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "CostModel",
     "Event",
     "Links",
+    "Mark",
     "Meeting",
     "Message",
     "NetworkCost",

@@ -45,6 +45,7 @@ _LOOKS: Final[Mapping[Op, _Look]] = {
 _EDGE: Final = "#444444"
 _IDLE: Final = "#f7f7f7"
 _MESSAGE: Final = "#2a9d8f"
+_MARK: Final = "#1b1b1b"
 _TRACES: Final[Sequence[tuple[str, Any]]] = (
     ("#c2185b", "-"),
     ("#0d47a1", (0, (4, 1.5))),
@@ -73,8 +74,8 @@ def draw(
     """Write a picture of one timeline, or of several one above the other on the same time axis.
 
     A row per rank: boxes are actions with their microbatch, thin bars below them are messages on their way to that
-    rank, what stays pale is waiting. The lines follow the traced microbatches from rank to rank. Text is left out
-    where it does not fit.
+    rank, what stays pale is waiting; a thick upright line is a mark. The lines follow the traced microbatches from rank
+    to rank. Text is left out where it does not fit.
 
     Args:
         timelines: What to draw; each panel is named by its timeline's label.
@@ -215,6 +216,7 @@ class _Panel:
         self._frame(panels, unit)
         self._boxes()
         self._messages()
+        self._marks()
         for number, microbatch in enumerate(traced):
             self._trace(microbatch, *_TRACES[number % len(_TRACES)])
 
@@ -308,6 +310,22 @@ class _Panel:
                 boxes.append((top, top + _STRIP, self._x(transfer.start_s), self._x(transfer.end_s)))
         self._rectangles(boxes, zorder=3, facecolor=_MESSAGE, alpha=0.55, linewidth=0)
 
+    def _marks(self) -> None:
+        for mark in self._timeline.marks:
+            if mark.rank in self._row:
+                x, row = self._x(mark.at_s), self._row[mark.rank]
+                self._axes.plot([x, x], [row - 0.5, row + 0.5], color=_MARK, linewidth=3, zorder=8, clip_on=False)
+                self._axes.annotate(
+                    mark.text,
+                    (x, row - 0.5),
+                    xytext=(4, -1),
+                    textcoords="offset points",
+                    va="top",
+                    fontsize=self._size,
+                    color=_MARK,
+                    zorder=9,
+                )
+
     def _trace(self, microbatch: int, color: str, dashes: Any) -> None:  # Any: matplotlib's dash pattern
         chain = _chain(self._timeline, microbatch)
         self._bars(chain, zorder=5, facecolor="none", edgecolor=color, linewidth=1.6, linestyle=dashes)
@@ -366,6 +384,8 @@ def _handles(panels: Sequence[Timeline], traced: Sequence[int]) -> Iterator[Any]
             solid_capstyle="butt",
             label="message on its way to the rank above",
         )
+    if any(panel.marks for panel in panels):
+        yield Line2D([], [], color=_MARK, linewidth=3, label="a new worker took over")
     for number, microbatch in enumerate(traced):
         color, dashes = _TRACES[number % len(_TRACES)]
         yield Line2D(

@@ -43,6 +43,15 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """Something that happened to a rank beside its actions, such as a recovery."""
+
+    rank: int
+    at_s: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Timeline:
     """The events and transfers of one step.
 
@@ -55,6 +64,7 @@ class Timeline:
     events: tuple[Event, ...]
     transfers: tuple[Transfer, ...] = ()
     label: str = ""
+    marks: tuple[Mark, ...] = ()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -131,7 +141,7 @@ class Timeline:
             for rank in self.ranks
         ]
         slices = [_slice(event) for event in self.events]
-        trace_events = [*names, *slices, *_arrows(self)]
+        trace_events = [*names, *slices, *_arrows(self), *map(_instant, self.marks)]
         return {"traceEvents": trace_events, "displayTimeUnit": "ms", "otherData": {"label": self.label}}
 
     def to_json(self) -> str:
@@ -143,6 +153,7 @@ class Timeline:
                 "label": self.label,
                 "events": [[e.rank, str(e.action), e.start_s, e.end_s] for e in self.events],
                 "transfers": [[t.source, t.destination, str(t.action), t.start_s, t.end_s] for t in self.transfers],
+                "marks": [[mark.rank, mark.at_s, mark.text] for mark in self.marks],
             },
             allow_nan=False,
         )
@@ -160,7 +171,8 @@ class Timeline:
         try:
             events = tuple(Event(r, Action.parse(a), s, e) for r, a, s, e in data["events"])
             transfers = tuple(Transfer(r, d, Action.parse(a), s, e) for r, d, a, s, e in data["transfers"])
-            return cls(events, transfers, data["label"])
+            marks = tuple(Mark(*entry) for entry in data.get("marks", ()))  # timelines of earlier versions have none
+            return cls(events, transfers, data["label"], marks)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"a {_FORMAT} with an entry of another form: {error!r}") from error
 
@@ -208,6 +220,10 @@ def _slice(event: Event) -> dict[str, object]:
         "dur": event.duration_s * _MICROSECONDS,
         "args": {"stage": event.action.stage, "microbatch": event.action.microbatch},
     }
+
+
+def _instant(mark: Mark) -> dict[str, object]:
+    return {"ph": "i", "s": "p", "name": mark.text, "pid": mark.rank, "tid": 0, "ts": mark.at_s * _MICROSECONDS}
 
 
 def _arrows(timeline: Timeline) -> Iterator[dict[str, object]]:

@@ -1,10 +1,11 @@
 """A timeline is data with views: shares, peaks, table, trace."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from skippipe_plugin.schedule import Action, CostModel, Event, Timeline, Transfer, full_schedule, simulate
+from skippipe_plugin.schedule import Action, CostModel, Event, Mark, Timeline, Transfer, full_schedule, simulate
 
 
 def timeline() -> Timeline:
@@ -33,6 +34,16 @@ def test_touching_activations_do_not_overlap():
 
 def test_json_round_trip():
     assert Timeline.from_json(timeline().to_json()) == timeline()
+
+
+def test_marks_are_kept_and_shown_in_the_trace():
+    marked = replace(timeline(), marks=(Mark(2, 0.5, "replica, 0.21 s"),))
+    assert Timeline.from_json(marked.to_json()) == marked
+    (instant,) = [event for event in marked.chrome_trace()["traceEvents"] if event["ph"] == "i"]
+    assert (instant["name"], instant["pid"], instant["ts"]) == ("replica, 0.21 s", 2, 0.5e6)
+    older = json.loads(timeline().to_json())
+    del older["marks"]
+    assert Timeline.from_json(json.dumps(older)) == timeline()
 
 
 def test_a_trace_reads_back_without_its_messages():
