@@ -1,5 +1,6 @@
 """Workers are lost at any moment, and training goes on: same batches, same number of steps, and known weights."""
 
+import json
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torchmetrics import SumMetric
 
-from skippipe_plugin.callbacks import StageRecovery
+from skippipe_plugin.callbacks import PipelineMonitor, StageRecovery
 from skippipe_plugin.recovery import Neighbour, rebuild_stage
 from skippipe_plugin.strategies import NetworkConfig
 
@@ -325,3 +326,14 @@ def test_a_second_loss_during_the_recovery() -> None:
     result, _ = run(Second(), recovery=recovery)
     assert_counted(result)
     assert recovery.events
+
+
+@pytest.mark.slow
+def test_the_step_after_a_recovery_is_drawn_with_a_mark(tmp_path) -> None:
+    monitor = PipelineMonitor(every_n_steps=1000, folder=tmp_path, trace=True)
+    run(At("on_train_batch_start", 3, kill(2)), monitor, recovery=StageRecovery())
+    assert (tmp_path / "pipeline-step000003.png").exists()
+    trace = json.loads((tmp_path / "pipeline-step000003.trace.json").read_text())
+    (mark,) = [event for event in trace["traceEvents"] if event["ph"] == "i"]
+    assert mark["pid"] == 2
+    assert mark["name"].startswith("neighbours, ")
