@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -98,7 +99,7 @@ def after_table(runs: list[dict[str, float]]) -> str:
     return table(["what was done", "loss", "to no failure", "spread", "at once"], rows)
 
 
-def time_rows(seeds: list[int], jobs: int, pauses_s: dict[str, float]) -> list[dict[str, Any]]:
+def time_rows(seeds: Sequence[int], jobs: int, pauses_s: dict[str, float]) -> list[dict[str, Any]]:
     """Hours to the target by failure rate and way; the mean of the seeds."""
     curves = list(run_all(undisturbed, [(seed,) for seed in seeds], jobs))
     targets = {seed: curve[-1] for seed, curve in zip(seeds, curves, strict=True)}
@@ -142,26 +143,28 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=("race", "after", "time"), default=["race", "after", "time"])
     parser.add_argument("--kills", type=int, help="of each way; 7, or 2 with --quick")
-    parser.add_argument("--seeds", type=int, help="3, or 1 with --quick")
+    parser.add_argument(
+        "--seeds", type=int, help="of the trainings; 4 after a loss and 2 for the time to one, or 1 with --quick"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--out", type=Path, help="the results as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = list(range(options.seeds or (1 if options.quick else 3)))
+    num_seeds = [options.seeds or (1 if options.quick else default) for default in (4, 2)]
     results: dict[str, Any] = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     if "race" in options.only:
         results["race"] = race(options.kills or (2 if options.quick else 7))
         print(f"\nA process is killed in the middle of a step; checkpoints every {EVERY} steps\n")
         print(race_table(results["race"]), flush=True)
     if "after" in options.only:
-        results["after"] = list(run_all(after_a_loss, [(seed,) for seed in seeds], options.jobs))
+        results["after"] = list(run_all(after_a_loss, [(seed,) for seed in range(num_seeds[0])], options.jobs))
         print(f"\nHeld-out loss, nats per byte; a stage of six is lost after {BEFORE} steps, {AFTER} steps follow\n")
         print(after_table(results["after"]), flush=True)
     if "time" in options.only:
         pauses_s = PAUSES_S | {
             name: _middle(kills, "next_commit_s") for name, kills in results.get("race", {}).items() if name in PAUSES_S
         }
-        results["time"] = time_rows(seeds, options.jobs, pauses_s)
+        results["time"] = time_rows(range(num_seeds[1]), options.jobs, pauses_s)
         print(f"\nHours to the loss of {TARGET_STEP} undisturbed iterations of {ITERATION_S:g} s, at most {MOST_STEPS}")
         print(f"goal: {PAPERS_GAIN:.0%} less than with checkpoints\n")
         print(time_table(results["time"]), flush=True)

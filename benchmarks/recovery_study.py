@@ -57,9 +57,9 @@ ITERATION_S = 72.0
 RATES = (0.05, 0.10, 0.16)
 """Failures of a node per hour."""
 LOOK_EVERY = 10
-TARGET_STEP = 320
+TARGET_STEP = 240
 """The loss that an undisturbed training has after this many steps is the one to be reached."""
-MOST_STEPS = 800
+MOST_STEPS = 600
 WRITE_S = 16.0
 """Seconds that writing a checkpoint holds an iteration up: 1 GB of weights and moments per stage at 500 Mb/s."""
 REDUNDANT_FACTOR = 1 + 1 / 3.21
