@@ -27,6 +27,7 @@ _LIMIT_S = 120.0
 _LOOK_S = 0.002
 _SETTLED_STEPS = 5
 _IDLE_S = 0.5
+_MAX_RESTARTS = 1000
 
 Entry = dict[str, Any]
 
@@ -74,7 +75,13 @@ class Training:
             "journal": str(self._journal),
             "gate": str(self._gate),
         }
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--max-restarts=1000", "--nproc-per-node")
+        torchrun = (
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--max-restarts={_MAX_RESTARTS}",
+            "--nproc-per-node",
+        )
         launcher = (*torchrun, "1") if way.kind == "restarted" else ()
         environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         with self._log.open("wb") as log:
@@ -127,8 +134,13 @@ class Training:
             begin = self._wait("begin")
 
     def close(self) -> None:
-        """End all processes."""
-        for sign, patience_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+        """End all processes; torchrun gives those that it starts a session of their own."""
+        self._look()
+        starts = [entry for entry in self._entries if entry["event"] == "start"]
+        if self.way.kind == "restarted" and starts:
+            with suppress(ProcessLookupError):
+                os.kill(int(starts[-1]["pid"]), signal.SIGKILL)
+        for sign, patience_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, sign)
             with suppress(subprocess.TimeoutExpired):
