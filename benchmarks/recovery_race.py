@@ -135,16 +135,16 @@ class Training:
 
     def close(self) -> None:
         """End all processes; torchrun gives those that it starts a session of their own."""
-        self._look()
-        starts = [entry for entry in self._entries if entry["event"] == "start"]
-        if self.way.kind == "restarted" and starts:
-            with suppress(ProcessLookupError):
-                os.kill(int(starts[-1]["pid"]), signal.SIGKILL)
         for sign, patience_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, sign)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(patience_s)
+        self._look()
+        for entry in self._entries:
+            if entry["event"] == "start" and self.way.kind == "restarted":
+                with suppress(ProcessLookupError):
+                    os.kill(int(entry["pid"]), signal.SIGKILL)
 
     # ------------------------------------------------------------ the journal
 
