@@ -141,10 +141,10 @@ class Training:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(patience_s)
         self._look()
-        for entry in self._entries:
-            if entry["event"] == "start" and self.way.kind == "restarted":
-                with suppress(ProcessLookupError):
-                    os.kill(int(entry["pid"]), signal.SIGKILL)
+        starts = [entry["pid"] for entry in self._entries if entry["event"] == "start"]
+        if self.way.kind == "restarted" and starts:  # the ones before are dead, and others may have their numbers
+            with suppress(ProcessLookupError):
+                os.kill(starts[-1], signal.SIGKILL)
 
     # ------------------------------------------------------------ the journal
 
