@@ -18,7 +18,7 @@ from torchmetrics import SumMetric
 
 from skippipe_plugin.callbacks import PipelineMonitor, StageRecovery
 from skippipe_plugin.recovery import Neighbour, rebuild_stage
-from skippipe_plugin.strategies import NetworkConfig
+from skippipe_plugin.strategies import NetworkConfig, stop_workers
 
 from .experts import Own
 from .models import Transformer, tokens
@@ -215,6 +215,7 @@ def _block(of: Run, block: int) -> dict[str, Tensor]:
 
 def test_paths_go_around_a_stage_that_has_no_replacement_yet() -> None:
     recovery = StageRecovery(spares=0, while_missing="skip")
+    stop_workers()  # idle ones of runs before would take over at once
     # Without spares a replacement must start first, which takes longer than what is left of the run.
     result, _ = run(At("on_train_batch_start", 3, kill(2)), recovery=recovery)
     assert_counted(result)
