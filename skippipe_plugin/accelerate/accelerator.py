@@ -45,7 +45,7 @@ class SkipPipeAccelerator(Accelerator):  # type: ignore[misc]
         if num_processes is not None:
             config.stages_of(num_processes)  # what does not fit is an error in every process
         if launcher is not None and launcher.rank > 0:
-            worker_job(launcher).serve_until_exit()
+            worker_job(launcher, config.network).serve_until_exit()
             raise SystemExit(0)
         _check_state()
         with _alone():
@@ -65,7 +65,9 @@ def _read_launcher(environment: Mapping[str, str]) -> tuple[Launcher | None, int
         raise SkipPipeError(f"RANK={environment['RANK']} is set without {' and '.join(missing)}; set all, or none")
     hosts_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    return Launcher(int(environment["RANK"]), address, port, hosts_store=hosts_store), num_processes
+    num_nodes = num_processes // int(environment.get("LOCAL_WORLD_SIZE", num_processes))
+    rank = int(environment["RANK"])
+    return Launcher(rank, address, port, hosts_store=hosts_store, num_nodes=num_nodes), num_processes
 
 
 def _check_state() -> None:

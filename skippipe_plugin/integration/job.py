@@ -285,8 +285,9 @@ class WorkerJob:
         Raises:
             DriverGone: It ended without a farewell.
         """
-        while self._worker.serve() is not None:
-            pass
+        with _signals_left_to_the_driver(self._worker):
+            while self._worker.serve() is not None:
+                pass
 
     def close(self) -> None:
         """Close the connection to the driver."""
