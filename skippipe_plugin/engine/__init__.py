@@ -1,1 +1,1 @@
-"""To be filled."""
+"""Run a schedule on torch.distributed: transports, actions, generations, control channels."""
