@@ -128,6 +128,8 @@ class Link:
 
         Calls are counted rather than seconds, so that a pause of this very process condemns nobody.
         """
+        if self.gone:
+            return  # and why is known
         unanswered = self._asked_s is not None and self._channel.heard_s < self._asked_s
         self._unanswered = self._unanswered + 1 if unanswered else 0
         if self._unanswered >= patience:

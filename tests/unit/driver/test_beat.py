@@ -71,5 +71,17 @@ def test_who_never_answers_is_given_up_after_that_many_looks() -> None:
     assert link.how_lost == "it gave no sign of life"
 
 
+def test_who_is_gone_already_keeps_its_cause() -> None:
+    peer = Peer(lambda number: False)
+    link = Link(peer)
+    peer.close()
+    link.tell("anything", {})
+    cause = link.how_lost
+    for _ in range(2 * PATIENCE):
+        link.beat(PATIENCE)
+    link.close()
+    assert link.how_lost == cause != "it gave no sign of life"
+
+
 def test_who_was_never_asked_is_not_given_up() -> None:
     assert lives_through(Peer(lambda number: False, free=False))
