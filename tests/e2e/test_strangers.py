@@ -56,6 +56,7 @@ class Strangers(Callback):
 
 def test_strangers_at_every_port_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
+    job.stop_workers()  # a job of another test would have a port of its own, and refuse strangers too
     data, strangers = loader(tokens(24)), Strangers()
     expected = train(Configured, data, 1)
     found = train(Configured, data, 3, {"num_microbatches": 4}, callbacks=[strangers])
