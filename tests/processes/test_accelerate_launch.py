@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.dist.support import run, start, wait_until, workers_of
+from tests.processes.support import run, start, wait_until, workers_of
 
 SCRIPT = Path(__file__).with_name("accelerate_script.py")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.nodes import Node, two_nodes
-from tests.dist.support import end_well, plain, results_in, results_of, run, start, torchrun
+from tests.processes.nodes import Node, two_nodes
+from tests.processes.support import end_well, half_way, plain, results_in, results_of, run, start, torchrun
 
 
 def losses(results: list[dict], rank: int = 0) -> list[float]:
@@ -79,8 +79,7 @@ def slurm(num_tasks: int, *arguments: object) -> list:
 
 def test_tasks_of_slurm_become_workers_and_leave_its_signals_to_the_driver(alone: dict) -> None:
     driver, *workers = slurm(3, 3, 1, "pause")
-    assert driver.stdout is not None
-    assert any(line == "half way\n" for line in driver.stdout)
+    assert half_way(driver)
     for worker in workers:
         worker.send_signal(signal.SIGUSR1)  # SLURM's warning before the time limit, sent to all
         worker.send_signal(signal.SIGTERM)
@@ -127,9 +126,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces ar
 @needs_root
 @pytest.mark.slow
 @pytest.mark.parametrize("drivers", [1, 3])
-def test_two_nodes_of_torchrun_meet_at_their_own_addresses(
-    nodes: tuple[Node, Node], drivers: int, alone: dict
-) -> None:
+def test_two_nodes_of_torchrun_meet_at_their_own_addresses(nodes: tuple[Node, Node], drivers: int, alone: dict) -> None:
     expected = [alone] if drivers == 1 else run(plain(0, drivers))
     results = results_of(on_both(nodes, 2, drivers, "two_nodes"))
     for rank in range(drivers):

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 

@@ -1,6 +1,7 @@
 """A training script that kills itself: ``mortal.py FOLDER DEVICES HOOK:COUNT,KIND:COUNT,... DROPOUT NUM_FITS``.
 
-In each attempt it does so at another moment. It appends what it does to ``FOLDER/events`` and leaves ``FOLDER/end.pt`` when it comes to its end.
+In each attempt it does so at another moment. It appends what it does to ``FOLDER/events`` and leaves ``FOLDER/end.pt``
+when it comes to its end.
 """
 
 import json

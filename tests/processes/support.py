@@ -74,6 +74,12 @@ def torchrun(num_processes: int, *arguments: object) -> list[str]:
     return [*launcher, str(SCRIPT), *map(str, arguments)]
 
 
+def half_way(process: subprocess.Popen[str]) -> bool:
+    """Wait until a script that was started with ``pause`` is between two of its steps; return whether it got there."""
+    assert process.stdout is not None
+    return any(line == "half way\n" for line in process.stdout)
+
+
 def workers_of(pid: int) -> list[psutil.Process]:
     """The worker processes below ``pid``."""
     children = psutil.Process(pid).children(recursive=True)

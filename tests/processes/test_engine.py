@@ -224,7 +224,9 @@ def partial_schedules(draw: st.DrawFn) -> Schedule:
 
 @given(partial_schedules(), st.booleans(), st.sampled_from([tagged, in_pairs]))
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_skipped_swapped_and_replicated_stages(schedule: Schedule, halves: bool, make: Callable[..., Transport]) -> None:
+def test_skipped_swapped_and_replicated_stages(
+    schedule: Schedule, halves: bool, make: Callable[..., Transport]
+) -> None:
     check(split_backward(schedule) if halves else schedule, make)
 
 

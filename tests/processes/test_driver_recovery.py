@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist import mortal
-from tests.dist.support import start
+from tests.processes import mortal
+from tests.processes.support import start
 
 SCRIPT = Path(mortal.__file__)
 
@@ -43,7 +43,9 @@ def assert_like(folder: Path, undisturbed: Path, repeated: int = 0) -> None:
     while found[0].get("validated") == 0:  # sanity checks
         found.pop(0)
     expected.pop(0)
-    once = [event for event, following in zip(found, [*found[1:], {}], strict=True) if not same_moment(event, following)]
+    once = [
+        event for event, following in zip(found, [*found[1:], {}], strict=True) if not same_moment(event, following)
+    ]
     assert len(found) - len(once) == repeated
     assert len(once) == len(expected)
     for event, other in zip(once, expected, strict=True):

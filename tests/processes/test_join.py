@@ -16,7 +16,7 @@ from skippipe_plugin.engine.versions import mismatch, own_versions
 from skippipe_plugin.worker import Worker
 from skippipe_plugin.worker.joining import join as join_by_hand
 from skippipe_plugin.worker.joining import parse_address
-from tests.dist.support import plain, start
+from tests.processes.support import plain, start
 
 HOST = "127.0.0.1"
 

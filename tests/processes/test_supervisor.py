@@ -11,7 +11,7 @@ import pytest
 
 from skippipe_plugin import cli
 from skippipe_plugin.supervisor import RunOptions, run
-from tests.dist.support import plain, start, wait_until, workers_of
+from tests.processes.support import half_way, plain, start, wait_until
 
 CRASH = "import os, pathlib; open('starts', 'a').write('x'); {}"
 
@@ -69,12 +69,9 @@ def test_a_signal_for_the_supervisor_is_one_for_the_command(number: signal.Signa
 
 @pytest.mark.slow
 def test_nothing_outlives_the_supervisor() -> None:
-    supervisor = start([sys.executable, "-m", "skippipe_plugin.cli", "run", "--", *plain(3, 1, "slow")])
+    supervisor = start([sys.executable, "-m", "skippipe_plugin.cli", "run", "--", *plain(3, 1, "slow", "pause")])
     try:
-        assert wait_until(lambda: len(workers_of(supervisor.pid)) == 2)
-        # Steps are under way when the workers compute.
-        assert wait_until(lambda: all(worker.cpu_times().user > 1 for worker in workers_of(supervisor.pid)))
-        psutil.cpu_percent(interval=4)
+        assert half_way(supervisor)
         processes = psutil.Process(supervisor.pid).children(recursive=True)
         supervisor.kill()
         _, left = psutil.wait_procs(processes, timeout=15)

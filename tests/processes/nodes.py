@@ -29,8 +29,19 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     try:
         for node in pair:
             _ip("netns", "add", node.name)
-        _ip("link", "add", first.interface, "netns", first.name, "type", "veth", "peer", second.interface, "netns",
-            second.name)
+        _ip(
+            "link",
+            "add",
+            first.interface,
+            "netns",
+            first.name,
+            "type",
+            "veth",
+            "peer",
+            second.interface,
+            "netns",
+            second.name,
+        )
         for node in pair:
             _ip("-n", node.name, "addr", "add", f"{node.address}/24", "dev", node.interface)
             for interface in ("lo", node.interface):

@@ -6,19 +6,17 @@ import signal
 import psutil
 import pytest
 
-from tests.dist.support import plain, start, wait_until, workers_of
+from tests.processes.support import half_way, plain, start, wait_until, workers_of
 
 
 @pytest.fixture
 def training():
     """A driver in the middle of a long fit, with its two workers."""
-    driver = start(plain(3, 1, "slow"))
+    driver = start(plain(3, 1, "slow", "pause"))
     try:
-        assert wait_until(lambda: len(workers_of(driver.pid)) == 2)
+        assert half_way(driver)
         workers = workers_of(driver.pid)
-        # Steps are under way when the workers compute.
-        assert wait_until(lambda: all(worker.cpu_times().user > 1 for worker in workers))
-        psutil.cpu_percent(interval=4)
+        assert len(workers) == 2
         yield driver, workers
     finally:
         if driver.poll() is None:
