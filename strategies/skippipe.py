@@ -5,7 +5,6 @@ This module adapts; what a pipeline is lives in :mod:`skippipe_plugin.driver`. O
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +35,7 @@ from ..integration.job import DriverJob, driver_job, worker_job
 from ..integration.panel import start_panel
 from ..integration.rewind import rewinder
 from ..integration.settings import PipelineSettings, ScheduleName
-from ..integration.skipping import PathPlanner, SkipRatio, skips
+from ..integration.skipping import PathPlanner, SkipRatio
 from ..integration.spread import Recovery, SpreadModel
 from ..moe import MoEConfig, RouterStatistics
 from ..moe.migration import Move
@@ -210,8 +209,7 @@ class SkipPipeStrategy(DriversStrategy):
     @property
     def worker_pids(self) -> dict[int, int]:
         """By rank: the process ids of the workers on this driver's host."""
-        links = self._spread.links if self._spread is not None else ()
-        return {link.rank: link.pid for link in links if link.pid is not None}
+        return self._spread.worker_pids if self._spread is not None else {}
 
     @property
     def spare_pids(self) -> list[int]:
@@ -222,11 +220,7 @@ class SkipPipeStrategy(DriversStrategy):
         """Replace workers that are lost from the next run on; called by the StageRecovery callback."""
         if self.drivers > 1:
             raise SkipPipeError(f"lost workers can be replaced for one driver only, not for drivers={self.drivers}")
-        self.settings.check_recovery(swap_ends=policy.swap_ends)
-        if skips(self.settings.skip_ratio):
-            policy = dataclasses.replace(policy, while_missing="skip")
-            if policy.swap_ends:
-                raise ValueError("swap_ends=True exchanges stages on full paths; use skip_ratio=0 or swap_ends=False")
+        policy = self.settings.fit_recovery(policy)
         self._recovery = policy, report
         if self._job is not None:
             self._job.prepare(self.num_processes - self.drivers + policy.spares)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ..driver.recall import Recalled
+from ..engine.wire import tensor_key
 from ..integration.rewind import metric_states, set_metric_states
 
 
@@ -60,8 +61,8 @@ def whole_checkpoint(recalled: Recalled) -> dict[str, Any]:
     names: Mapping[int, str] = recalled.base["blocks"]
     remote = {}
     for key, tensor in recalled.weights.items():
-        block, _, name = key.partition("\t")
-        remote[f"{names[int(block)]}.{name}"] = tensor
+        block, name = tensor_key(key)
+        remote[f"{names[block]}.{name}"] = tensor
     local = {**recalled.base["others"], **recalled.progress["changed"], **recalled.tensors["parameters"]}
     where = {Held.BY_WORKERS: remote, Held.BY_DRIVER: local}
     checkpoint["state_dict"] = {

@@ -14,7 +14,6 @@ import yaml
 from ..driver.recovery import RecoveryPolicy
 from ..integration.config import NetworkConfig, PathConfig
 from ..integration.settings import PipelineSettings
-from ..integration.skipping import skips
 from ..moe import MoEConfig
 
 PREFIX: Final = "SKIPPIPE_"
@@ -55,8 +54,8 @@ class SkipPipeConfig(PipelineSettings):
             raise ValueError(f"num_stages={self.num_stages!r} must be a positive integer")
         if self.drivers != 1:
             raise ValueError(f"drivers={self.drivers}: under accelerate one process drives the pipeline")
-        if self.recovery is not None and self.recovery.swap_ends and skips(self.skip_ratio):
-            raise ValueError("swap_ends=True exchanges stages on full paths; use skip_ratio=0 or swap_ends=False")
+        if self.recovery is not None:
+            self.fit_recovery(self.recovery)
 
     def stages_of(self, num_processes: int) -> int:
         """Return how many stages the processes of a launcher make, the driver included.

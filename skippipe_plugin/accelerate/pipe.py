@@ -6,7 +6,6 @@ on the accelerator *instance*, until :meth:`SkipPipe.close`. Everything else of 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
@@ -28,7 +27,6 @@ from ..engine.errors import SkipPipeError
 from ..integration.compiled import CompiledParts, originals
 from ..integration.job import DriverJob, Launcher, driver_job
 from ..integration.panel import start_panel
-from ..integration.skipping import skips
 from ..integration.spread import SpreadModel
 from ..partition import check_no_shared_parameters, find_blocks
 from .calls import ModelCalls
@@ -171,8 +169,7 @@ class SkipPipe:
     @property
     def worker_pids(self) -> dict[int, int]:
         """By rank: the process ids of the workers on this host."""
-        links = self._spread.links if self._spread is not None else ()
-        return {link.rank: link.pid for link in links if link.pid is not None}
+        return self._spread.worker_pids if self._spread is not None else {}
 
     def _choose_num_stages(self, num_processes: int | None) -> int:
         if num_processes is not None:
@@ -216,9 +213,7 @@ class SkipPipe:
             device=device,
             worker_devices=_worker_devices(device, self._num_stages * self.config.replicas),
         )
-        if policy is not None and skips(self.config.skip_ratio):
-            policy = dataclasses.replace(policy, while_missing="skip")
-        recovery = None if policy is None else (policy, self._note)
+        recovery = None if policy is None else (self.config.fit_recovery(policy), self._note)
         self._spread.spread(root, blocks, compile_with=self._compiled.options, recovery=recovery)
         if self.config.verbose:
             self._accelerator.print(start_panel(self._spread, root, blocks, described))

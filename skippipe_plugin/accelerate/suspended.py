@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..driver.randomness import random_states, set_random_states
 from ..driver.suspend import Returned, StepThread, Suspended, current_thread
-from ..engine.call import Ambient
+from ..engine.call import Ambient, device_types
 from .outputs import differentiable
 
 Train = Callable[[Callable[[Sequence[Any]], None]], None]
@@ -38,8 +38,7 @@ class SuspendedStep:
     def start(self, train: Train) -> list[Any]:
         """Run all forwards; return the outputs by microbatch."""
         self._loop_states = random_states(self._device)
-        kinds = ("cpu",) if self._device.type == "cpu" else ("cpu", self._device.type)
-        outcome = self._thread.start(lambda: train(self._back_propagate), Ambient.current(kinds))
+        outcome = self._thread.start(lambda: train(self._back_propagate), Ambient.current(device_types(self._device)))
         assert isinstance(outcome, Suspended), "a step ended without asking for gradients"
         outputs: list[Any] = outcome.request
         return outputs

@@ -85,6 +85,11 @@ class Link:
             if message is not None and message.kind == kind:
                 return message
 
+    def ask(self, kind: str, fields: Mapping[str, Any], answer: str) -> Message:
+        """Send a message and wait for its ``answer``, as :meth:`send` and :meth:`expect` do."""
+        self.send(kind, fields)
+        return self.expect(answer)
+
     def expect_or_lose(self, kind: str) -> Message | None:
         """Wait for the answer ``kind``; None when the worker is gone. Failures other than losses are raised."""
         assert self._board is not None, "a link that no pipeline uses"

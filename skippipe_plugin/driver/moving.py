@@ -22,7 +22,7 @@ from ..engine.channel import Buffer
 from ..engine.handover import pack_tensors, unpack_tensors
 from ..engine.optimizer import ParameterKey
 from ..engine.parcel import Part, pack_parts
-from ..engine.wire import decode_optimizer_state, encode_optimizer_state
+from ..engine.wire import decode_optimizer_state, encode_optimizer_state, tensor_key
 from ..schedule import Schedule
 from .layout import Layout
 from .links import Link
@@ -96,7 +96,7 @@ class _Cargo:
         """Return the share of some blocks, as it travels."""
         named = {"weights": self.weights, "gradients": self.gradients}
         parts: dict[str, Part] = {
-            what: pack_tensors({name: tensor for name, tensor in tensors.items() if _block_of(name) in blocks})
+            what: pack_tensors({name: tensor for name, tensor in tensors.items() if tensor_key(name)[0] in blocks})
             for what, tensors in named.items()
         }
         return parts | {
@@ -260,7 +260,3 @@ class Mover:
             else:
                 link.set_free()
         self._candidates.take_back([link for link in links if not link.leaving])
-
-
-def _block_of(name: str) -> int:
-    return int(name.partition("\t")[0])

@@ -129,8 +129,7 @@ class RemoteOptimizer:
         parts: dict[int, dict[ParameterKey, dict[str, Any]]] = {}
         self._pipeline.heal()
         for link in self._pipeline.remote.first_holders():
-            link.send("get", {"what": "optimizer"})
-            message = link.expect("state")
+            message = link.ask("get", {"what": "optimizer"}, "state")
             parts[link.rank] = decode_optimizer_state(message.fields, message.blobs)
         return self._pipeline.shards.join_states(parts)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.c10d import Store
-from ..engine.call import Ambient, Call, CallSpec
+from ..engine.call import Ambient, Call, CallSpec, device_types
 from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
@@ -500,7 +500,6 @@ class Pipeline:
             self.measure_next = False
 
     def _step_run(self, task: StepTask) -> StepRun:
-        kinds = ("cpu",) if self.device.type == "cpu" else ("cpu", self.device.type)
         return StepRun(
             task,
             first=self.microbatches.start,
@@ -508,7 +507,7 @@ class Pipeline:
             proxies=self._proxies_now(),
             writer=self._writer,
             device=self.device,
-            ambient=Ambient.current(kinds),
+            ambient=Ambient.current(device_types(self.device)),
         )
 
     def _proxies_now(self) -> BlockProxies:

@@ -13,7 +13,7 @@ from ..engine.channel import Buffer, Message
 from ..engine.errors import SkipPipeError
 from ..engine.handover import unpack_object, unpack_tensors
 from ..engine.optimizer import ParameterKey
-from ..engine.wire import decode_optimizer_state
+from ..engine.wire import decode_optimizer_state, tensor_key
 from .links import Link, Links
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,7 @@ def recall(links: Sequence[Link]) -> Recalled | None:
     Raises:
         SkipPipeError: Some blocks died with the driver.
     """
-    board = Links()
-    board.recovering = True
-    for rank, link in enumerate(links):
-        board.add(rank, (), link)
+    _listen_to(links)
     summaries = {rank: fields for rank, link in enumerate(links) if (fields := _ask(link, "summary").fields)}
     stands = [(stand, rank) for rank, summary in summaries.items() for stand in _stands(summary)]
     if not stands:
@@ -88,13 +85,19 @@ def recall(links: Sequence[Link]) -> Recalled | None:
 
 def recall_result(links: Sequence[Link], fit: int) -> Any | None:  # Any: what the fit was finished with
     """Return what an earlier fit ended with, if a worker has kept it."""
+    _listen_to(links)
+    for link in links:
+        if fit in _ask(link, "summary").fields.get("results", ()):
+            return _record(link, f"result{fit}")[0]
+    return None
+
+
+def _listen_to(links: Sequence[Link]) -> None:
+    """Hear the answers of idle workers, of which some may be lost meanwhile."""
     board = Links()
     board.recovering = True
     for rank, link in enumerate(links):
         board.add(rank, (), link)
-        if fit in _ask(link, "summary").fields.get("results", ()):
-            return _record(link, f"result{fit}")[0]
-    return None
 
 
 def _stands(summary: Mapping[str, Any]) -> list[tuple[int, int, int]]:
@@ -106,7 +109,7 @@ def _stands(summary: Mapping[str, Any]) -> list[tuple[int, int, int]]:
 
 
 def _check_complete(base: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    lost = set(base["blocks"]) - {int(name.partition("\t")[0]) for name in weights}
+    lost = set(base["blocks"]) - {tensor_key(name)[0] for name in weights}
     if lost:
         raise SkipPipeError(
             f"the driver was lost together with every worker that held the blocks {sorted(lost)}, so the run cannot go "

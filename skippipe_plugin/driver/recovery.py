@@ -20,7 +20,7 @@ from torch import Tensor
 from ..engine.channel import Buffer
 from ..engine.errors import SkipPipeError, StageLostError
 from ..engine.handover import import_paths, pack_tensors, unpack_tensors
-from ..engine.wire import block_tensors
+from ..engine.wire import block_tensors, tensor_key, tensor_name
 from ..recovery import Neighbour, RebuildRule, rebuild_stage
 from ..schedule import ScheduleError, leaves_out
 from .heartbeat import Heartbeat
@@ -306,7 +306,7 @@ class StageKeeper:
                 )
             blocks = pipeline.layout.blocks(stage)
             for block, state in zip(blocks, rebuild_stage(len(blocks), before, after, self._policy.rule), strict=True):
-                weights |= {f"{block}\t{name}": tensor for name, tensor in state.items()}
+                weights |= {tensor_name(block, name): tensor for name, tensor in state.items()}
             averaged = before is not None and after is not None and self._policy.rule != "copy"
             sources.append("neighbours" if averaged else "copy")
             pipeline.gradients.lr_factors[stage] = self._policy.lr_factor
@@ -345,9 +345,9 @@ class StageKeeper:
     def _as_neighbour(self, stage: int, tensors: Mapping[str, Tensor], norm: float) -> Neighbour:
         states: dict[int, dict[str, Tensor]] = {block: {} for block in self._pipeline.layout.blocks(stage)}
         for name, tensor in tensors.items():
-            block, _, local = name.partition("\t")
-            if int(block) in states:
-                states[int(block)][local] = tensor.detach()
+            block, local = tensor_key(name)
+            if block in states:
+                states[block][local] = tensor.detach()
         return Neighbour(list(states.values()), norm)
 
     def _state_of(self, link: Link) -> _State:
@@ -355,8 +355,7 @@ class StageKeeper:
 
     @staticmethod
     def _ask(link: Link, what: str) -> tuple[Mapping[str, Any], Sequence[Buffer]]:
-        link.send("get", {"what": what})
-        message = link.expect("state")
+        message = link.ask("get", {"what": what}, "state")
         return message.fields, message.blobs
 
     def _hand_over(self, rank: int, state: _State) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..engine.optimizer import ParameterKey
+from ..engine.wire import tensor_key
 from ..moe.parallel import Placement
 from ..moe.shards import (
     ExpertSite,
@@ -119,9 +120,3 @@ class ExpertShards:
 
     def _num_experts(self, key: ParameterKey) -> int:
         return len(self.placements[self._site_of[key]])
-
-
-def tensor_key(name: str) -> ParameterKey:
-    """Read the name under which a tensor travels, ``"<block>\\t<name>"``."""
-    block, _, parameter = name.partition("\t")
-    return int(block), parameter

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.handover import pack_tensors, unpack_tensors
-from ..engine.wire import block_tensors
+from ..engine.wire import block_tensors, tensor_key
 from .layout import Layout
 from .links import Link, Links
 from .remote import detach, reattach
-from .shards import ExpertShards, tensor_key
+from .shards import ExpertShards
 
 
 class RemoteWeights:
@@ -61,8 +61,7 @@ class RemoteWeights:
         """Fetch everything, each stage from the first worker that holds it."""
         parts: dict[int, dict[str, Tensor]] = {}
         for link in self.first_holders():
-            link.send("get", {"what": "weights"})
-            message = link.expect("state")
+            message = link.ask("get", {"what": "weights"}, "state")
             parts[link.rank] = unpack_tensors(message.fields["tensors"], message.blobs)
         return self._shards.join(parts)
 
@@ -78,11 +77,11 @@ class RemoteWeights:
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite weights; the workers answer "ready"."""
         for link in self._links:
-            blocks = {str(block) for block in self.layout.hosted(link.rank)}
+            blocks = set(self.layout.hosted(link.rank))
             own = {
-                name: self._shards.part(tensor_key(name), tensor, link.rank)
+                name: self._shards.part(key, tensor, link.rank)
                 for name, tensor in tensors.items()
-                if name.split("\t")[0] in blocks
+                if (key := tensor_key(name))[0] in blocks
             }
             entries, blobs = pack_tensors(own)
             link.send("put", {"what": "weights", "tensors": entries}, blobs)
@@ -94,7 +93,7 @@ class RemoteWeights:
             value = weights.get(name)
             if value is None:
                 value = torch.full(tensor.shape, float("nan")).to(tensor.dtype)
-                lost.append(int(name.split("\t")[0]))
+                lost.append(tensor_key(name)[0])
             reattach(tensor, value)
         self._blocks = ()
         return list(dict.fromkeys(lost))

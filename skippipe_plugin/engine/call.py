@@ -96,6 +96,11 @@ class Ambient:
             yield
 
 
+def device_types(device: torch.device) -> tuple[str, ...]:
+    """Return the types of device whose autocast concerns code that runs on ``device``: the host's and its own."""
+    return ("cpu",) if device.type == "cpu" else ("cpu", device.type)
+
+
 @dataclass(frozen=True, slots=True)
 class BlockMode:
     """The flags of one block that user code may change at any time on the driver's proxies."""

@@ -115,7 +115,18 @@ def decode_optimizer_state(fields: Mapping[str, Any], blobs: Sequence[Buffer]) -
 def block_tensors(blocks: Mapping[int, torch.nn.Module]) -> dict[str, Tensor]:
     """Return parameters and buffers of blocks under ``"<block>\\t<name>"``, non-persistent buffers too."""
     return {
-        f"{index}\t{name}": tensor
+        tensor_name(index, name): tensor
         for index, block in blocks.items()
         for name, tensor in (*block.named_parameters(), *block.named_buffers())
     }
+
+
+def tensor_name(block: int, name: str) -> str:
+    """Return the name under which a block's parameter or buffer travels, ``"<block>\\t<name>"``."""
+    return f"{block}\t{name}"
+
+
+def tensor_key(name: str) -> ParameterKey:
+    """Invert :func:`tensor_name`."""
+    block, _, local = name.partition("\t")
+    return int(block), local

@@ -37,12 +37,11 @@ class Fits:
         """Count a fit; return its number, and what it goes on from or has ended with, if a driver was lost."""
         self._count += 1
         recalled, result = self._recalled, recall_result(self._pool.idle(), self._count) if self._lost else None
-        if recalled is not None and recalled.fit == self._count:
+        is_lost_fit = recalled is not None and recalled.fit == self._count
+        if is_lost_fit:
             self._recalled = None
-        if result is not None:
-            return self._count, None, result
-        if recalled is not None and recalled.fit == self._count:
-            return self._count, recalled, None
+        if result is not None or is_lost_fit:
+            return self._count, None if result is not None else recalled, result
         if recalled is not None and recalled.fit > self._count:
             log.warning(
                 "fit %d of the script runs again from its beginning, because the worker that kept its result is gone; "

@@ -228,12 +228,8 @@ class DriverJob:
         host, port = self.pool.address
         file = os.environ.get(SECRET_FILE_VARIABLE) if supervised() else secret_file(self._network.secret_file)
         name = f"--secret-file {file}" if file is not None else f"(which takes {SECRET_VARIABLE} from its environment)"
-        address = ipaddress.ip_address(host)
-        hint = ""
-        if address.is_loopback:
-            hint = "; from this machine only, unless NetworkConfig(host=...) names an address of another network"
-        elif address.is_unspecified:
-            host = socket.gethostname()
+        here = "; from this machine only, unless NetworkConfig(host=...) names an address of another network"
+        hint = here if ipaddress.ip_address(host).is_loopback else ""
         return f"skippipe worker --join {host}:{port} {name}{hint}"
 
     def _given_secret(self) -> str | None:

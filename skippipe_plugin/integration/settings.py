@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
 
 from ..driver.backward import GradientScale
+from ..driver.recovery import RecoveryPolicy
 from ..moe import MoEConfig
 from ..schedule import Schedule
 from .config import NetworkConfig, PathConfig
@@ -51,10 +52,16 @@ class PipelineSettings:
         if self.moe is not None and self.driver_stage and self.drivers > 1:
             raise ValueError("moe with driver_stage=True takes one driver: each would count its own experts only")
 
-    def check_recovery(self, *, swap_ends: bool) -> None:
-        """Raise a ValueError where lost workers cannot be replaced because of how experts are spread."""
+    def fit_recovery(self, policy: RecoveryPolicy) -> RecoveryPolicy:
+        """Return how lost workers are replaced with these settings: steps that skip anyway do not wait for a stage.
+
+        Raises:
+            ValueError: They cannot be replaced in that way.
+        """
+        if policy.swap_ends and skips(self.skip_ratio):
+            raise ValueError("swap_ends=True exchanges stages on full paths; use skip_ratio=0 or swap_ends=False")
         size = self.moe.expert_parallel if self.moe is not None else 1
-        if size > 1 and swap_ends:
+        if size > 1 and policy.swap_ends:
             raise ValueError(
                 "swap_ends=True sends replicas different ways, and with expert_parallel they work together"
             )
@@ -64,6 +71,7 @@ class PipelineSettings:
                 f"held exists nowhere else; use replicas={2 * size}, or leave StageRecovery out and resume from a "
                 "checkpoint"
             )
+        return replace(policy, while_missing="skip") if skips(self.skip_ratio) else policy
 
     @cached_property
     def shape(self) -> PipelineShape:

@@ -23,7 +23,9 @@ from ..driver.proxies import BlockProxies
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
 from ..driver.shards import Site
 from ..driver.steps import StepTask
+from ..engine.call import device_types
 from ..engine.errors import SkipPipeError
+from ..engine.wire import tensor_key
 from ..moe import Attached, RouterStatistics, attach
 from ..moe.migration import Move
 from ..moe.spent import BlockSize, block_size, spent_share
@@ -100,6 +102,11 @@ class SpreadModel:
         """Whether the blocks are on their workers, or on their way."""
         return self._pipeline is not None
 
+    @property
+    def worker_pids(self) -> dict[int, int]:
+        """By rank: the process ids of the workers on this host."""
+        return {link.rank: link.pid for link in self.links if link.pid is not None}
+
     def device_of(self, rank: int) -> str:
         """Name the device that a rank computes on."""
         return str(self._device) if rank == self._rank else self._worker_devices.get(rank, "cpu")
@@ -145,10 +152,9 @@ class SpreadModel:
         self._block_names = _names_in(model, blocks)
         if self.attached is not None:
             self._sizes = [block_size(block, name) for block, name in zip(blocks, self._block_names, strict=True)]
-        kinds = ("cpu",) if self._device.type == "cpu" else ("cpu", self._device.type)
         pipeline.load(
             model,
-            functools.partial(BlockProxies, self._block_names, blocks, kinds),
+            functools.partial(BlockProxies, self._block_names, blocks, device_types(self._device)),
             compile_with,
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )
@@ -379,8 +385,8 @@ class SpreadModel:
         return {block: name for block, name in enumerate(self._block_names) if block not in hosted}
 
     def _full_name(self, name: str) -> str:
-        block, _, parameter = name.partition("\t")
-        return f"{self._block_names[int(block)]}.{parameter}"
+        block, local = tensor_key(name)
+        return f"{self._block_names[block]}.{local}"
 
 
 def _start_alike(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from ..engine.gradients import GradientWindow
 from ..engine.handover import allocate, materialize, pack_tensors, unpack_blocks, unpack_tensors
 from ..engine.optimizer import ParameterKey, StageOptimizer
 from ..engine.stage import Stage
-from ..engine.wire import block_tensors, decode_optimizer_state, encode_optimizer_state
+from ..engine.wire import block_tensors, decode_optimizer_state, encode_optimizer_state, tensor_key
 from .experts import SpreadExperts
 
 Fields = Mapping[str, Any]  # Any: JSON
@@ -124,7 +124,7 @@ class Holdings:
             return encode_optimizer_state({key: state[key] for key in state if only is None or key[0] in only})
         named = self._tensors() if what == "weights" else self._gradients()
         if only is not None:
-            named = {name: tensor for name, tensor in named.items() if int(name.partition("\t")[0]) in only}
+            named = {name: tensor for name, tensor in named.items() if tensor_key(name)[0] in only}
         entries, blobs = pack_tensors(named)
         return {"tensors": entries, "norms": list(self.norms.items())}, blobs
 
