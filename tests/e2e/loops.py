@@ -121,9 +121,9 @@ def accelerator(kind: str, **arguments: Any) -> Iterator[Accelerator]:
     _forget()
     try:
         if kind == "plain":
-            yield Accelerator(cpu=True, **arguments)
+            yield Accelerator(**{"cpu": True, **arguments})
             return
-        piped = SkipPipeAccelerator(cpu=True, **{"num_stages": STAGES, "num_microbatches": 4, **arguments})
+        piped = SkipPipeAccelerator(**{"cpu": True, "num_stages": STAGES, "num_microbatches": 4, **arguments})
         try:
             yield piped
         finally:

@@ -43,9 +43,8 @@ def trainer_for(devices: int, strategy: Mapping[str, Any] | None = None, **optio
     plugin = {"strategy": SkipPipeStrategy(**(strategy or {}))} if devices > 1 or strategy else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available.*")
-        return Trainer(
-            accelerator="cpu", devices=devices, **plugin, **{**quiet, "enable_model_summary": False, **options}
-        )
+        usual = {"accelerator": "cpu", **quiet, "enable_model_summary": False}
+        return Trainer(devices=devices, **plugin, **{**usual, **options})
 
 
 def train(
