@@ -31,22 +31,27 @@ def after_a_loss(seed: int) -> dict[str, float]:
     """Train, lose a stage, train on; return the held-out loss by what was done about it."""
     torch.set_num_threads(1)
     text, batches = held_out(), list(islice(batches_of(seed), BEFORE + AFTER))
-    training, restored = Training(seed), {}
+    training, swapping, restored = Training(seed), Training(seed, swap_ends=True), {}
     for age in sorted(CHECKPOINT_AGES, reverse=True):
         restored[age] = training.run(batches[training.step : BEFORE - age]).copy()
-    training.run(batches[training.step : BEFORE])
+    for each in (training, swapping):
+        each.run(batches[each.step : BEFORE])
 
     def later(of: Training) -> float:
         return of.run(batches[of.step : of.step + AFTER]).loss_on(text)
 
-    losses = {"no failure": later(training.copy())}
-    for stage, name in ((MIDDLE, "middle"), (END, "first")):
+    losses = {"no failure": later(training.copy()), "swapped ends, no failure": later(swapping.copy())}
+    for of, stage, name in (
+        (training, MIDDLE, "middle stage"),
+        (training, END, "first stage"),
+        (swapping, END, "swapped ends, first stage"),
+    ):
         for rule in ("norm", "squared", "mean", "copy", "random"):
             if stage == MIDDLE or rule in ("copy", "random"):  # there is nothing to average at an end
-                lost = training.copy()
+                lost = of.copy()
                 lost.lose(stage, rule)
-                losses[f"{name} stage, {rule}, at once"] = lost.loss_on(text)
-                losses[f"{name} stage, {rule}"] = later(lost)
+                losses[f"{name}, {rule}, at once"] = lost.loss_on(text)
+                losses[f"{name}, {rule}"] = later(lost)
     return losses | {f"checkpoint, {age} steps old": later(each) for age, each in restored.items()}
 
 
