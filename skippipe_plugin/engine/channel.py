@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from .handshake import MAC_BYTES, MAGIC, PROTOCOL_VERSION, ChannelClosed, ChannelError, SessionKeys, authenticate_driver
 
@@ -32,6 +32,16 @@ _NUMBER = struct.Struct("!Q")
 
 _MIN_RTT_AT = 148
 """Where Linux keeps tcpi_min_rtt, in microseconds, in struct tcp_info."""
+_SIGNS_OF_LIFE: Final = {
+    "TCP_KEEPIDLE": 10,  # seconds of silence before the other host is asked
+    "TCP_KEEPINTVL": 5,  # and between two questions
+    "TCP_KEEPCNT": 4,
+    "TCP_USER_TIMEOUT": 30_000,  # milliseconds for which the other host may leave untaken what was sent
+}
+"""A link counts as broken after 30 s without a sign of the other *host*: nobody tells this end that a cable was cut.
+
+The kernels ask and answer, so a process that is only paused, or busy, keeps its links.
+"""
 
 MAX_JSON_BYTES = 64 << 20
 MAX_BLOBS = 1 << 20
@@ -58,7 +68,7 @@ class Channel:
 
     def __init__(self, connection: socket.socket, keys: SessionKeys, secret: bytes = b"") -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        _expect_signs_of_life(connection)
         connection.settimeout(None)
         self._connection = connection
         self._secret = secret
@@ -226,6 +236,13 @@ def connect(host: str, port: int, secret: bytes, timeout_s: float = 30.0) -> Cha
         if isinstance(error, (OSError, ChannelError)):
             raise ChannelError(f"cannot join the driver at {host}:{port}: {error}") from error
         raise
+
+
+def _expect_signs_of_life(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _SIGNS_OF_LIFE.items():
+        if hasattr(socket, name):  # not every platform has all of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def host_and_port(address: tuple[Any, ...]) -> str:  # Any: IPv6 addresses have four parts

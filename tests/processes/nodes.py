@@ -1,4 +1,4 @@
-"""Two nodes on one machine: network namespaces, each with one address, and a cable between them. Needs root."""
+"""Nodes on one machine: network namespaces, each with one address, and cables between them. Needs root."""
 
 import os
 import subprocess
@@ -50,6 +50,44 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     finally:
         for node in pair:
             subprocess.run(["ip", "netns", "delete", node.name], check=False, capture_output=True)
+
+
+@dataclass(frozen=True)
+class Cable:
+    """What connects this machine to a node."""
+
+    node: Node
+    address: str
+    """Of this machine, as the node sees it."""
+    interface: str
+
+    def cut(self) -> None:
+        """Carry nothing any more, and tell nobody."""
+        _ip("link", "set", self.interface, "down")
+
+    def repair(self) -> None:
+        """Carry everything again."""
+        _ip("link", "set", self.interface, "up")
+
+
+@contextmanager
+def cable_to_a_node() -> Iterator[Cable]:
+    """Make a node that reaches this machine and nothing else; remove it at the end."""
+    cable = Cable(Node(f"skippipe{os.getpid()}c", "10.79.1.2"), "10.79.1.1", f"skp{os.getpid()}")
+    node = cable.node
+    _ip("netns", "add", node.name)
+    try:
+        far = ["peer", "name", node.interface, "netns", node.name]
+        _ip("link", "add", cable.interface, "type", "veth", *far)
+        _ip("addr", "add", f"{cable.address}/24", "dev", cable.interface)
+        _ip("-n", node.name, "addr", "add", f"{node.address}/24", "dev", node.interface)
+        for interface in ("lo", node.interface):
+            _ip("-n", node.name, "link", "set", interface, "up")
+        cable.repair()
+        yield cable
+    finally:
+        subprocess.run(["ip", "netns", "delete", node.name], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "delete", cable.interface], check=False, capture_output=True)
 
 
 def _ip(*arguments: str) -> None:
