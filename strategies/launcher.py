@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Trainer
@@ -16,15 +16,16 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
-if TYPE_CHECKING:
-    from .skippipe import SkipPipeStrategy
-
 
 class SkipPipeLauncher(_Launcher):
-    """Runs the Trainer's function on drivers, and a worker in its place elsewhere."""
+    """Runs the Trainer's function on drivers, and a worker in its place elsewhere.
 
-    def __init__(self, strategy: SkipPipeStrategy) -> None:
-        self._strategy = strategy
+    Args:
+        launched: Called with the Trainer's function and the Trainer; decides which of the two this process is.
+    """
+
+    def __init__(self, launched: Callable[[functools.partial[Any], Trainer | None], Any]) -> None:
+        self._launched = launched
 
     @property
     @override
@@ -34,7 +35,7 @@ class SkipPipeLauncher(_Launcher):
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         """Run ``function``; see :class:`~lightning.pytorch.strategies.launchers.launcher._Launcher`."""
-        return self._strategy.launched(functools.partial(function, *args, **kwargs), trainer)
+        return self._launched(functools.partial(function, *args, **kwargs), trainer)
 
     @override
     def kill(self, signum: Any) -> None:

@@ -241,10 +241,10 @@ class SkipPipeStrategy(DriversStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        self._launcher = SkipPipeLauncher(self)
+        self._launcher = SkipPipeLauncher(self._run_or_serve)
 
-    def launched(self, function: functools.partial[Any], trainer: Trainer | None) -> Any:
-        """Run what the Trainer launches, or serve as a worker in its place (called by the launcher)."""
+    def _run_or_serve(self, function: functools.partial[Any], trainer: Trainer | None) -> Any:
+        """Run what the Trainer launches, or serve as a worker in its place."""
         _ = self.num_stages  # devices that do not fit are an error before anything starts
         launcher = self.read_launcher()
         if launcher is None and self.num_nodes > 1:
