@@ -52,7 +52,13 @@ def test_ranks_of_torchrun_become_workers_and_return_the_drivers_results(alone: 
     assert results[1]["losses"] == []
 
 
-@pytest.mark.parametrize("launch", [plain, lambda *arguments: torchrun(4, *arguments)], ids=["plain", "torchrun"])
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(plain, id="plain", marks=pytest.mark.slow),
+        pytest.param(lambda *arguments: torchrun(4, *arguments), id="torchrun"),
+    ],
+)
 def test_two_drivers_share_the_data_like_ddp(launch, data_parallel: list[dict]) -> None:
     results = run(launch(4, 2))
     for rank in (0, 1):
@@ -77,6 +83,7 @@ def slurm(num_tasks: int, *arguments: object) -> list:
     return [start(plain(*arguments), **job, **task) for task in tasks]
 
 
+@pytest.mark.slow
 def test_tasks_of_slurm_become_workers_and_leave_its_signals_to_the_driver(alone: dict) -> None:
     driver, *workers = slurm(3, 3, 1, "pause")
     assert half_way(driver)
@@ -89,6 +96,7 @@ def test_tasks_of_slurm_become_workers_and_leave_its_signals_to_the_driver(alone
     assert all(result["validated"] == results[0]["validated"] for result in results)
 
 
+@pytest.mark.slow
 def test_tasks_that_do_not_fit_the_devices_are_an_error() -> None:
     (process,) = slurm(1, 2, 1)
     _, errors = process.communicate(timeout=100)
