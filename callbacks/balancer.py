@@ -37,7 +37,8 @@ class LoadBalancer(Callback):
     again when ``memory`` more steps have been measured.
 
     Args:
-        stages: Whether to balance stages, over replicas and paths.
+        stages: Whether to balance stages, over replicas and paths. Replicas that share experts keep working together:
+            their microbatches move together, to the next group of replicas.
         every_n_steps: Which optimizer steps are measured: the n-th, the 2n-th, and so on. The others cost nothing; a
             measured one costs a few clock readings, and a plan, where one is made, a few tenths of a second.
         min_gain: The share of the step that a new plan must save.
@@ -122,12 +123,6 @@ class LoadBalancer(Callback):
             raise ValueError(
                 "LoadBalancer chooses paths, and the strategy was given a schedule of your own; leave one of them out"
             )
-        schedule = strategy_of(trainer, self).training_schedule
-        if self._stages and schedule is not None and schedule.coupled:
-            raise ValueError(
-                "LoadBalancer moves microbatches between replicas one by one, and with expert parallelism replicas "
-                "work together; use LoadBalancer(stages=False, experts=...)"
-            )
         self._balancer, self._costs, self.changes, self._last_step = Balancer(self.rule), None, 0, -1
 
     @override
@@ -177,7 +172,9 @@ class LoadBalancer(Callback):
         rolling.add(timeline, schedule)
         costs = rolling.model()
         problem, latest = planner.problem(planner.ratio, costs), rolling.model(latest=True)
-        return costs, self._balancer.decide(schedule, self._last_step, latest, problem, lambda: planner.plan(costs))
+        return costs, self._balancer.decide(
+            schedule, self._last_step, costs, latest, problem, lambda: planner.plan(costs)
+        )
 
     def _tell(self, trainer: Trainer, pl_module: LightningModule, decision: Decision) -> None:
         if trainer.is_global_zero:

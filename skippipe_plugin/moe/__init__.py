@@ -19,6 +19,7 @@ from skippipe_plugin.moe.experts import ExpertWeights, run_experts
 from skippipe_plugin.moe.families import RouterSite, find_routers, register_family
 from skippipe_plugin.moe.gates import CosineGate, LinearGate
 from skippipe_plugin.moe.layer import MoELayer
+from skippipe_plugin.moe.rectification import rectify
 from skippipe_plugin.moe.routers import ROUTERS, ExpertChoice, GShard, NullExperts, Sigmoid, Softmax
 from skippipe_plugin.moe.routing import Router, Routing, count_loads, limit_capacity, route
 
@@ -49,6 +50,7 @@ __all__ = [
     "load_balancing_loss",
     "max_violation",
     "quantile_bias",
+    "rectify",
     "register_family",
     "route",
     "run_experts",

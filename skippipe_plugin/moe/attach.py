@@ -6,6 +6,7 @@ Classes, parameter names and state dicts stay the model's. The hooks travel with
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from skippipe_plugin.moe.balance import add_auxiliary_loss, load_balancing_loss, quantile_bias
 from skippipe_plugin.moe.config import MoEConfig
 from skippipe_plugin.moe.families import RouterSite, find_routers, find_unknown
-from skippipe_plugin.moe.parallel import IMPLEMENTATION, Company, run_module
-from skippipe_plugin.moe.routers import Sigmoid, Softmax, find_router
+from skippipe_plugin.moe.parallel import IMPLEMENTATION, SHARD, Company, Shard, run_module
+from skippipe_plugin.moe.rectification import rectify
+from skippipe_plugin.moe.routers import Sigmoid, Softmax, find_router, scores_of
 from skippipe_plugin.moe.routing import (
     Router,
     Routing,
@@ -71,6 +73,8 @@ class RouterHook:
         self.top_k = config.top_k or site.top_k
         self.rule: Router | None = site.rule if config.router == "model" else find_router(config.router)
         self.capacity_factor = config.capacity_factor
+        self._rectify = config.rectify
+        self._experts = site.experts
         self._quantiles = config.quantiles
         self.loss_coefficient = config.auxiliary_loss
         """Times the load-balancing loss of each microbatch is added to the model's gradient."""
@@ -104,6 +108,11 @@ class RouterHook:
                 f"quantile balancing needs a router that adds its bias to all experts' scores, with top_k below the "
                 f"number of experts; {self.name} has {self.rule} with top_k={self.top_k} of {self.num_experts}"
             )
+        if self._fills and self._closes():
+            raise ValueError(
+                f"rectify={self._rectify!r} would offer tokens to groups of experts that the router {self.name} has "
+                "closed to them; use rectify='dropped'"
+            )
         if self._replaces and self.rule is not None and num_null(self.rule):
             raise ValueError(
                 f"the router {self.rule} needs logits of its own for null experts, and {self.name} has none: new "
@@ -112,8 +121,16 @@ class RouterHook:
 
     def _has_quantiles(self) -> bool:
         """Tell whether the router's choice is the best ``scores + bias`` of all experts."""
-        limited = isinstance(self.rule, Sigmoid) and self.rule.top_groups < self.rule.num_groups
-        return isinstance(self.rule, (Softmax, Sigmoid)) and not limited and self.top_k < self.num_experts
+        return isinstance(self.rule, (Softmax, Sigmoid)) and not self._closes() and self.top_k < self.num_experts
+
+    def _closes(self) -> bool:
+        """Tell whether the router closes groups of experts to a token."""
+        return isinstance(self.rule, Sigmoid) and self.rule.top_groups < self.rule.num_groups
+
+    @property
+    def _fills(self) -> bool:
+        """Whether a token may get one slot more, in an expert that has room left."""
+        return self._rectify in ("padding", "both")
 
     # ------------------------------------------------------------ the hook
 
@@ -153,7 +170,14 @@ class RouterHook:
         if self.capacity_factor is None:
             return routing
         capacity = expert_capacity(len(logits), self.top_k, self.num_experts, self.capacity_factor)
-        return limit_capacity(routing, self.num_experts, capacity)
+        limited = limit_capacity(routing, self.num_experts, capacity)
+        if self._rectify is None:
+            return limited
+        shard: Shard | None = getattr(self._experts, SHARD, None)
+        here = None if shard is None else shard.is_here().to(logits.device)
+        scores = self.rule.scores if isinstance(self.rule, (Softmax, Sigmoid)) else lambda x: scores_of(x).softmax(-1)
+        own_scores, bias = scores(logits)[:, : self.num_experts], self.bias(router)
+        return rectify(routing, limited, own_scores, capacity, self._rectify, bias=bias, here=here)
 
     # ------------------------------------------------------------ the bias
 
@@ -204,10 +228,11 @@ class RouterHook:
     @torch.no_grad()
     def _count(self, router: nn.Module, logits: Tensor, routing: Routing, loads: Tensor) -> None:
         log_scores = logits.detach().float().log_softmax(-1)
+        filled = (routing.experts < self.num_experts).sum(-1)
         self._statistics += RouterStatistics(
             loads,
             len(logits),
-            routing.experts.numel() - int(loads.sum()),
+            int((routing.experts.shape[1] - self._fills - filled).clamp(min=0).sum()),
             float(-(log_scores.exp() * log_scores).sum()),
             self._count_quantiles(router, logits) if self._quantiles else None,
         )
@@ -315,6 +340,12 @@ def attach(model: nn.Module, config: MoEConfig | None = None) -> Attached:
     hooks = {name: RouterHook(name, site, config) for name, site in sites.items()}
     if config.causal and config.router != "model":
         warn_unless_causal(find_router(config.router))
+    if config.causal and config.rectify in ("padding", "both"):
+        warnings.warn(
+            f"rectify={config.rectify!r} gives tokens the room that later ones leave: a causal language model leaks "
+            "the future through it. Choose rectify='dropped', or say causal=False",
+            stacklevel=2,
+        )
     for name, site in sites.items():
         hooks[name].register(site.router)
     routers = {name: site.router for name, site in sites.items()}

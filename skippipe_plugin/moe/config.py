@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from skippipe_plugin.moe.rectification import Rectify
 from skippipe_plugin.moe.routers import ExpertChoice, GShard, check_capacity_factor, find_router
 from skippipe_plugin.moe.routing import Router
 
@@ -30,12 +31,18 @@ class MoEConfig:
     """How many experts a token chooses; None keeps the model's number."""
     capacity_factor: float | None = None
     """How many times its even share an expert takes; later tokens are dropped beyond it. None drops no token."""
+    rectify: Rectify | None = None
+    """What becomes of what a limited capacity wastes (Rectify-Router, arXiv 2402.12399): ``"dropped"`` lets dropped
+    tokens go to their best expert on the device where they are, ``"padding"`` lets experts with room left take the
+    tokens that would choose them next, ``"both"`` does both. See :func:`~skippipe_plugin.moe.rectify`."""
     quantiles: bool = False
     """Whether routers note the bias that quantile balancing takes from each microbatch
     (:func:`~skippipe_plugin.moe.quantile_bias`), for ``LoadBalancer`` with ``rule="quantile"``."""
     freeze_after: int | None = None
-    """The optimizer step from which the routers' weights do not change any more: the second stage of StableMoE (arXiv
-    2204.08396), in which tokens stop to move between experts. Its first stage's distillation is not part of this."""
+    """The optimizer step from which the routers' weights do not change any more, as in the second stage of StableMoE
+    (arXiv 2204.08396). What is frozen is the model's router, which reads hidden states: as those change, tokens still
+    move between experts, only less. The paper freezes another router, distilled in its first stage, that reads word
+    embeddings alone; its weights would be new parameters of the model, and no block is given token ids."""
     experts: Literal["auto", "model"] = "auto"
     """``"auto"`` computes the experts of transformers our way, ``"model"`` leaves them as they are."""
     auxiliary_loss: float = 0.0
@@ -47,6 +54,7 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if self.capacity_factor is not None:
             check_capacity_factor(self.capacity_factor)
+        self._check_rectify()
         if self.expert_parallel < 1:
             raise ValueError(f"expert_parallel={self.expert_parallel} is out of range; it is at least 1")
         if self.overlap != "auto" and (not isinstance(self.overlap, int) or self.overlap < 1):
@@ -72,4 +80,19 @@ class MoEConfig:
             raise ValueError(
                 "experts='model' cannot leave slots empty, which the experts of transformers do not all allow; "
                 "keep experts='auto', or drop no tokens"
+            )
+
+    def _check_rectify(self) -> None:
+        if self.rectify is None:
+            return
+        if self.rectify not in get_args(Rectify):
+            raise ValueError(
+                f"rectify={self.rectify!r} is unknown; choose {', '.join(map(repr, get_args(Rectify)))}, or None"
+            )
+        if self.capacity_factor is None:
+            raise ValueError(f"rectify={self.rectify!r} has no effect without a capacity_factor, which drops no token")
+        if self.router != "model" and isinstance(find_router(self.router), (GShard, ExpertChoice)):
+            raise ValueError(
+                f"rectify={self.rectify!r} knows what capacity_factor drops, and the router {self.router!r} has a "
+                "limit of its own; use router='softmax' with capacity_factor"
             )

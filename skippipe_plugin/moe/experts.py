@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -68,7 +69,8 @@ def run_experts(hidden: Tensor, routing: Routing, experts: ExpertWeights, *, met
     order = routing.experts.reshape(-1).argsort(stable=True)  # empty slots come last
     rows = order[: int(counts.sum())]
     token = rows.div(slots, rounding_mode="floor") if slots > 1 else rows
-    output = compute_rows(hidden.index_select(0, token).to(compute), counts, experts, method)
+    compute_rows = prepare(experts, len(rows), hidden.device, method)
+    output = compute_rows(hidden.index_select(0, token).to(compute), counts)
     weights = routing.weights.reshape(-1)[rows]
     # Sums of a token's experts are taken in the weights' precision, float32 at least.
     weighted = output * weights.unsqueeze(-1)
@@ -76,11 +78,17 @@ def run_experts(hidden: Tensor, routing: Routing, experts: ExpertWeights, *, met
     return total.to(hidden.dtype)
 
 
-def compute_rows(chosen: Tensor, counts: Tensor, experts: ExpertWeights, method: Method = "auto") -> Tensor:
-    """Run experts on rows that are sorted by expert and of the experts' type, ``counts[e]`` of them for expert e."""
-    if _choose_method(method, chosen, experts) == "grouped":
-        return _grouped(chosen, counts, experts)
-    return _loop(chosen, counts.tolist(), experts)
+def prepare(
+    experts: ExpertWeights, num_rows: int, device: torch.device, method: Method = "auto"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the compute of ``num_rows`` rows in all, in one call or in several for chunks of them.
+
+    A call takes rows [rows, dim] that are sorted by expert and of the experts' type, and how many of them each expert
+    gets, [experts]. The weights are taken apart once for all calls, so that their gradients are put together once.
+    """
+    if _choose_method(method, num_rows, device, experts) == "grouped":
+        return partial(_grouped, experts)
+    return partial(_loop, _take_apart(experts))
 
 
 def hidden_size(experts: ExpertWeights) -> int:
@@ -94,47 +102,60 @@ def compute_dtype(hidden: Tensor, experts: ExpertWeights) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else experts.up.dtype
 
 
-def _choose_method(method: Method, chosen: Tensor, experts: ExpertWeights) -> Literal["loop", "grouped"]:
-    possible = _can_group(chosen, experts)
+def _choose_method(
+    method: Method, num_rows: int, device: torch.device, experts: ExpertWeights
+) -> Literal["loop", "grouped"]:
+    possible = _can_group(num_rows, device, experts)
     if method == "auto":
-        few = len(chosen) < FEW_TOKENS * experts.num_experts
-        return "grouped" if possible and (few or chosen.device.type == "cuda") else "loop"
+        few = num_rows < FEW_TOKENS * experts.num_experts
+        return "grouped" if possible and (few or device.type == "cuda") else "loop"
     if method == "grouped" and not possible:
         raise ValueError(
             f"grouped_mm takes float32, float16 or bfloat16, at least one token and sizes that are multiples of "
-            f"{ALIGNMENT_BYTES} bytes; there are {len(chosen)} tokens in {chosen.dtype}, experts of "
+            f"{ALIGNMENT_BYTES} bytes; there are {num_rows} tokens in {experts.up.dtype}, experts of "
             f"{tuple(experts.up.shape)} and {tuple(experts.down.shape)}: use method='auto'"
         )
     return method
 
 
-def _can_group(chosen: Tensor, experts: ExpertWeights) -> bool:
+def _can_group(num_rows: int, device: torch.device, experts: ExpertWeights) -> bool:
     """Keep from ``grouped_mm`` what it refuses: other types, odd sizes, and backward without a single row."""
-    if chosen.dtype not in (torch.float32, torch.float16, torch.bfloat16) or len(chosen) == 0:
+    if experts.up.dtype not in (torch.float32, torch.float16, torch.bfloat16) or num_rows == 0:
         return False
-    if chosen.device.type == "cuda" and torch.cuda.get_device_capability(chosen.device) < (8, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return False
     sizes = {*experts.up.shape[1:], *experts.down.shape[1:]}
-    return all(size * chosen.element_size() % ALIGNMENT_BYTES == 0 for size in sizes)
+    return all(size * experts.up.element_size() % ALIGNMENT_BYTES == 0 for size in sizes)
 
 
-def _loop(chosen: Tensor, counts: list[int], experts: ExpertWeights) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Apart:
+    """The weights of each expert for itself, as ``F.linear`` takes them."""
+
+    experts: ExpertWeights
+    ups: tuple[Tensor, ...]
+    downs: tuple[Tensor, ...]
+    up_biases: tuple[Tensor | None, ...]
+    down_biases: tuple[Tensor | None, ...]
+
+
+def _take_apart(experts: ExpertWeights) -> _Apart:
+    """Unbind and do not index: the backward of ``up[expert]`` is a tensor of all experts' size, for each of them."""
+    biases = (_unbind(bias, experts.num_experts) for bias in (experts.up_bias, experts.down_bias))
+    return _Apart(experts, _as_linear(experts.up, experts), _as_linear(experts.down, experts), *biases)
+
+
+def _loop(apart: _Apart, chosen: Tensor, counts: Tensor) -> Tensor:
     """Run one expert after the other on its rows.
 
-    ``unbind`` and not indexing: the backward of ``up[expert]`` is a tensor of all experts' size, for each of them.
     Temporaries of one expert's size stay in the caches; those of all rows would be paged in anew in every step.
     """
-    ups, downs = _as_linear(experts.up, experts), _as_linear(experts.down, experts)
-    up_biases = _unbind(experts.up_bias, len(counts))
-    down_biases = _unbind(experts.down_bias, len(counts))
-    outputs = []
-    used = [expert for expert, count in enumerate(counts) if count] or [
-        0
-    ]  # without rows one still gives zeros as gradient
-    pieces = torch.split(chosen, counts)
-    for expert in used:
-        inner = F.linear(pieces[expert], ups[expert], up_biases[expert])
-        outputs.append(F.linear(experts.activation(inner), downs[expert], down_biases[expert]))
+    experts, outputs = apart.experts, []
+    pieces = torch.split(chosen, counts.tolist())
+    used = [number for number, piece in enumerate(pieces) if len(piece)]
+    for expert in used or [0]:  # without rows one still gives zeros as gradient
+        inner = F.linear(pieces[expert], apart.ups[expert], apart.up_biases[expert])
+        outputs.append(F.linear(experts.activation(inner), apart.downs[expert], apart.down_biases[expert]))
     output = torch.cat(outputs)
     return output if experts.norm is None else experts.norm(output)
 
@@ -147,8 +168,10 @@ def _unbind(bias: Tensor | None, num_experts: int) -> tuple[Tensor | None, ...]:
     return (None,) * num_experts if bias is None else bias.unbind()
 
 
-def _grouped(chosen: Tensor, counts: Tensor, experts: ExpertWeights) -> Tensor:
+def _grouped(experts: ExpertWeights, chosen: Tensor, counts: Tensor) -> Tensor:
     """Run all experts in two calls of ``grouped_mm``."""
+    if len(chosen) == 0:  # which its backward does not take
+        return _loop(_take_apart(experts), chosen, counts)
     ends = counts.cumsum(0).to(torch.int32)
     up, down = experts.up, experts.down
     if not experts.transposed:

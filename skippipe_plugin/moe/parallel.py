@@ -13,7 +13,7 @@ The ranks' calls pair up in order. A rank that has no tokens for a call of the o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from skippipe_plugin.moe.experts import ExpertWeights, compute_dtype, compute_rows, hidden_size, run_experts
+from skippipe_plugin.moe.experts import ExpertWeights, compute_dtype, hidden_size, prepare, run_experts
 from skippipe_plugin.moe.routing import Routing, empty_slots
 
 Placement = tuple[int, ...]
@@ -77,6 +77,10 @@ class Shard:
         places[torch.tensor(by_rank)] = torch.arange(len(by_rank))
         places[-1] = len(by_rank)
         return places
+
+    def is_here(self) -> Tensor:
+        """Tell which experts are on this rank: [experts], bool."""
+        return torch.tensor(self.placement) == self.company.exchange.position
 
     def own_part(self, routing: Routing) -> Routing:
         """Return what is chosen of the experts here, by their numbers here."""
@@ -251,7 +255,8 @@ class Company:
         kind = call.rows.device.type
         mixed = torch.autocast(kind, dtype=call.dtype) if call.autocast else nullcontext()
         with torch.set_grad_enabled(call.grad), mixed:
-            call.output = _compute_received(call.rows, call.counts, call.weights.to(call.dtype))
+            compute_rows = prepare(call.weights.to(call.dtype), len(call.rows), call.rows.device)
+            call.output = _compute_received(call.rows, call.counts, compute_rows)
 
 
 def computes_our_way(experts: nn.Module) -> bool:
@@ -316,9 +321,10 @@ def run_spread_experts(hidden: Tensor, routing: Routing, experts: ExpertWeights,
         send, receive = sent[number].sum(1).tolist(), received[number].sum(1).tolist()
         way = _Trip(company, first + number, send, receive, _Say.DISPATCH, _Say.DISPATCH_BACK)
         ways.append((way, way.begin(rows.index_select(0, chunk.tokens).to(compute))))
+    compute_rows = prepare(local, int(received.sum()), hidden.device)
     for number, (way, token) in enumerate(ways):
         rows_here, start_s = way.end(token), time.perf_counter()
-        output = _compute_received(rows_here, received[number], local)
+        output = _compute_received(rows_here, received[number], compute_rows)
         company.note(shard.site, len(rows_here), time.perf_counter() - start_s)
         back = _Trip(company, way.call, way.receive, way.send, _Say.COMBINE, _Say.COMBINE_BACK)
         backs.append((back, back.begin(output)))
@@ -344,12 +350,12 @@ def _cut(tensor: Tensor, degree: int) -> tuple[Tensor, ...]:
     return tensor.tensor_split(degree)  # as many on every rank, however few tokens it has
 
 
-def _compute_received(rows: Tensor, counts: Tensor, experts: ExpertWeights) -> Tensor:
+def _compute_received(rows: Tensor, counts: Tensor, compute_rows: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Run the experts on rows that came rank by rank, each rank's sorted by expert; ``counts`` is [ranks, experts]."""
     size, num_experts = counts.shape
     expert = torch.arange(num_experts).repeat(size).repeat_interleave(counts.reshape(-1))
     order = expert.argsort(stable=True).to(rows.device)
-    output = compute_rows(rows.index_select(0, order), counts.sum(0).to(rows.device), experts)
+    output = compute_rows(rows.index_select(0, order), counts.sum(0).to(rows.device))
     return output.index_select(0, order.argsort())
 
 

@@ -136,7 +136,7 @@ def limit_capacity(routing: Routing, num_experts: int, capacity: int, priority: 
     else:
         order = routing.weights.detach().reshape(-1).sort(descending=True, stable=True).indices
     ranks = torch.empty_like(index)
-    ranks[order] = _rank_within_group(index[order], num_experts + 1)
+    ranks[order] = rank_within_groups(index[order], num_experts + 1)
     full = (ranks >= capacity).view(tokens, slots)
     return empty_slots(routing, full, num_experts)
 
@@ -146,7 +146,7 @@ def empty_slots(routing: Routing, mask: Tensor, num_experts: int) -> Routing:
     return Routing(routing.weights.masked_fill(mask, 0.0), routing.experts.masked_fill(mask, num_experts))
 
 
-def _rank_within_group(groups: Tensor, num_groups: int) -> Tensor:
+def rank_within_groups(groups: Tensor, num_groups: int) -> Tensor:
     """Number the members of each group from 0, in their order: ``[2, 0, 2, 2] -> [0, 0, 1, 2]``."""
     members, order = groups.sort(stable=True)
     sizes = torch.bincount(groups, minlength=num_groups)

@@ -87,21 +87,28 @@ class Balancer:
         self._candidate: Schedule | None = None
 
     def decide(
-        self, schedule: Schedule, step: int, latest: CostModel, problem: PlanProblem, replan: Callable[[], Plan]
+        self,
+        schedule: Schedule,
+        step: int,
+        costs: CostModel,
+        latest: CostModel,
+        problem: PlanProblem,
+        replan: Callable[[], Plan],
     ) -> Decision:
         """Keep the schedule or replace it.
 
         Args:
             schedule: What runs.
             step: The number of optimizer steps so far.
+            costs: The medians of the measured steps, for the ranks of the schedule.
             latest: The costs of the last measured step alone.
-            problem: What would be planned, on the medians.
-            replan: Plans it.
+            problem: What would be planned, on the medians; where ranks are coupled, for groups of them.
+            replan: Plans it, for the ranks of the schedule.
         """
         self._note(schedule, step)
         if self._candidate is not None:
-            return self._confirm(self._candidate, schedule, step, latest, problem)
-        timeline, rule = simulate(schedule, problem.cost), self.rule
+            return self._confirm(self._candidate, schedule, step, costs, latest)
+        timeline, rule = simulate(schedule, costs), self.rule
         present_s = timeline.makespan_s
         steps = step - self._since
         if steps < rule.min_steps:
@@ -114,23 +121,21 @@ class Balancer:
         if self._turned_down is not None and outlook.is_near(self._turned_down, rule.min_gain / 2 * present_s):
             return Decision(present_s, None, None, "costs are as they were when the last plan was turned down")
         new, self._turned_down = replan().schedule, outlook
-        planned_s = simulate(new, problem.cost).makespan_s
+        planned_s = simulate(new, costs).makespan_s
         change = _change(present_s, planned_s)
         if not rule.permits(present_s, planned_s, steps):
             return Decision(present_s, planned_s, None, f"{change}: saves less than min_gain={rule.min_gain:.0%}")
         self._candidate = new
         return Decision(present_s, planned_s, None, f"{change}: the next measured step has to confirm it")
 
-    def _confirm(
-        self, new: Schedule, schedule: Schedule, step: int, latest: CostModel, problem: PlanProblem
-    ) -> Decision:
+    def _confirm(self, new: Schedule, schedule: Schedule, step: int, costs: CostModel, latest: CostModel) -> Decision:
         self._candidate = None
         present_s, planned_s = (simulate(each, latest).makespan_s for each in (schedule, new))
         change = _change(present_s, planned_s)
         if not self.rule.permits(present_s, planned_s, step - self._since):
             return Decision(present_s, planned_s, None, f"{change}: the gain was not confirmed")
         self._note(new, step)
-        return Decision(present_s, planned_s, new, f"{change}; {_why(schedule, new, problem.cost)}")
+        return Decision(present_s, planned_s, new, f"{change}; {_why(schedule, new, costs)}")
 
     def _note(self, schedule: Schedule, step: int) -> None:
         if schedule != self._schedule:

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from skippipe_plugin.callbacks import LoadBalancer, PipelineMonitor
+from skippipe_plugin.moe import MoEConfig, MoELayer
 from skippipe_plugin.schedule import Schedule, full_schedule
 
 from .emulation import OneBlockPerStage, Watch
@@ -106,6 +107,39 @@ def test_work_moves_away_from_a_worker_that_becomes_slow(tmp_path: Path, skip_ra
         rows = [row for row in csv.DictReader(file) if row["balance/present_s"]]
     assert [int(row["step"]) for row in rows] == list(range(1, STEPS))
     assert float(rows[-1]["balance/changes"]) == balancer.changes
+
+
+class SleepyExperts(Sleeper):
+    """A sleeper with a mixture of experts."""
+
+    def __init__(self, claim: str = "", seconds: float = QUICK_S) -> None:
+        super().__init__(claim, seconds)
+        self.experts = MoELayer(16, 12, 4, router="sigmoid")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.experts(x))
+
+
+@pytest.mark.slow
+def test_replicas_that_share_experts_lose_work_together(tmp_path: Path) -> None:
+    """Two pairs of replicas; when one rank is slow its pair gets fewer pairs of microbatches. Results do not change."""
+    balancer, watch, forwards = LoadBalancer(every_n_steps=1, min_steps=2, window=3), Watch(), Forwards()
+    data = loader(tokens(MICROBATCHES * STEPS), MICROBATCHES)
+
+    def module(claim: str, seconds: float) -> OneBlockPerStage:
+        return OneBlockPerStage([SleepyExperts(claim, seconds)], (16, 16))
+
+    strategy = {"num_microbatches": MICROBATCHES, "replicas": 4, "moe": MoEConfig(expert_parallel=2)}
+    callbacks = [watch, forwards, balancer]
+    found = train(
+        lambda: module(str(tmp_path / "slow"), QUICK_S), data, 5, strategy, max_steps=STEPS, callbacks=callbacks
+    )
+    assert_same_run(found, train(lambda: module("", 0.0), data, 1, max_steps=STEPS))
+    slow = max(forwards.longest_s, key=forwards.longest_s.__getitem__)
+    pair, others = ((1, 2), (3, 4)) if slow in (1, 2) else ((3, 4), (1, 2))
+    after = visits(watch.schedules[-1])
+    assert balancer.changes
+    assert after[pair[0]] == after[pair[1]] < after[others[0]] == after[others[1]]
 
 
 def test_a_schedule_of_ones_own_has_nothing_to_choose() -> None:

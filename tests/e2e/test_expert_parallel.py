@@ -244,9 +244,7 @@ def test_experts_that_do_not_divide() -> None:
         run("mixtral", 4, Watch(), spread(3) | {"num_microbatches": 3})
 
 
-def test_callbacks_that_need_replicas_apart_say_so() -> None:
-    with pytest.raises(ValueError, match=r"use LoadBalancer\(stages=False"):
-        fit_with(LoadBalancer(), spread())
+def test_recovery_needs_a_second_holder_of_every_expert() -> None:
     with pytest.raises(ValueError, match="each expert has one holder, so what a lost worker held exists nowhere else"):
         fit_with(StageRecovery(), spread())
 

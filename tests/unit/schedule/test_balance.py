@@ -1,6 +1,7 @@
 """A schedule is replaced when a plan is better by a margin, twice, and never because of noise."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from math import inf
@@ -9,7 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skippipe_plugin.schedule import ComputeCost, CostModel, NetworkCost, PathConstraints, PlanProblem, plan, simulate
+from skippipe_plugin.schedule import (
+    ComputeCost,
+    CostModel,
+    NetworkCost,
+    PathConstraints,
+    PlanProblem,
+    condense_costs,
+    expand,
+    full_schedule,
+    plan,
+    simulate,
+    validate,
+)
 from skippipe_plugin.schedule.balance import Balancer, SwitchRule
 from skippipe_plugin.schedule.rolling import RollingCosts
 
@@ -53,7 +66,12 @@ def test_noise_changes_nothing(seed, skip_ratio, noise):
     for step in range(1, 5):
         fresh, latest = costs(chance, noise), costs(chance, noise)
         decision = balancer.decide(
-            truth.schedule, step, latest, problem(fresh, skip_ratio), lambda fresh=fresh: planned(fresh, skip_ratio)
+            truth.schedule,
+            step,
+            fresh,
+            latest,
+            problem(fresh, skip_ratio),
+            lambda fresh=fresh: planned(fresh, skip_ratio),
         )
         assert decision.schedule is None
 
@@ -67,7 +85,12 @@ def test_what_replaces_a_schedule_is_better_and_then_stays(seed, skip_ratio, ran
     slow = costs(chance, slow={rank: factor})
     for step in range(3, 15):
         decision = balancer.decide(
-            schedule, step, slow, problem(slow, skip_ratio), lambda step=step: planned(slow, skip_ratio, seed=step)
+            schedule,
+            step,
+            slow,
+            slow,
+            problem(slow, skip_ratio),
+            lambda step=step: planned(slow, skip_ratio, seed=step),
         )
         if decision.schedule is not None:
             before, after = (simulate(each, slow).makespan_s for each in (schedule, decision.schedule))
@@ -89,29 +112,29 @@ def slowed() -> tuple[CostModel, CostModel]:
 def test_a_gain_that_the_next_step_does_not_confirm_changes_nothing():
     even, slow = slowed()
     balancer, schedule = Balancer(SwitchRule(min_steps=1)), planned(even, 0.0).schedule
-    first = balancer.decide(schedule, 10, slow, problem(slow, 0.0), lambda: planned(slow, 0.0))
+    first = balancer.decide(schedule, 10, slow, slow, problem(slow, 0.0), lambda: planned(slow, 0.0))
     assert "has to confirm it" in first.reason
-    second = balancer.decide(schedule, 20, even, problem(slow, 0.0), lambda: planned(slow, 0.0))
+    second = balancer.decide(schedule, 20, slow, even, problem(slow, 0.0), lambda: planned(slow, 0.0))
     assert (first.schedule, second.schedule) == (None, None)
     assert "not confirmed" in second.reason
-    third = balancer.decide(schedule, 30, even, problem(slow, 0.0), lambda: pytest.fail("planned twice"))
+    third = balancer.decide(schedule, 30, slow, even, problem(slow, 0.0), lambda: pytest.fail("planned twice"))
     assert "as they were" in third.reason
 
 
 def test_a_schedule_runs_for_a_while():
     even, slow = slowed()
     balancer, schedule = Balancer(SwitchRule(min_steps=20)), planned(even, 0.0).schedule
-    early = balancer.decide(schedule, 10, slow, problem(slow, 0.0), lambda: pytest.fail("planned too early"))
+    early = balancer.decide(schedule, 10, slow, slow, problem(slow, 0.0), lambda: pytest.fail("planned too early"))
     assert early.reason == "the schedule has run for 10 of min_steps=20"
-    balancer.decide(schedule, 20, slow, problem(slow, 0.0), lambda: planned(slow, 0.0))
-    new = balancer.decide(schedule, 30, slow, problem(slow, 0.0), lambda: planned(slow, 0.0)).schedule
+    balancer.decide(schedule, 20, slow, slow, problem(slow, 0.0), lambda: planned(slow, 0.0))
+    new = balancer.decide(schedule, 30, slow, slow, problem(slow, 0.0), lambda: planned(slow, 0.0)).schedule
     assert new is not None
-    again = balancer.decide(new, 40, slow, problem(slow, 0.0), lambda: pytest.fail("planned too early"))
+    again = balancer.decide(new, 40, slow, slow, problem(slow, 0.0), lambda: pytest.fail("planned too early"))
     assert "for 10 of min_steps=20" in again.reason
     other = planned(even, 0.34).schedule  # somebody else changed it, such as a skip ratio over steps
     assert (
         "for 0 of"
-        in balancer.decide(other, 60, slow, problem(slow, 0.34), lambda: pytest.fail("planned too early")).reason
+        in balancer.decide(other, 60, slow, slow, problem(slow, 0.34), lambda: pytest.fail("planned too early")).reason
     )
 
 
@@ -119,9 +142,33 @@ def test_nothing_is_planned_where_the_bound_forbids_a_gain():
     cost = CostModel.uniform(1, 2)
     alone = PlanProblem(placement=((0,), (1,)), microbatches_per_driver=4, cost=cost)
     decision = Balancer(SwitchRule(min_steps=1)).decide(
-        plan(alone, max_iterations=1000).schedule, 5, cost, alone, lambda: pytest.fail("planned in vain")
+        plan(alone, max_iterations=1000).schedule, 5, cost, cost, alone, lambda: pytest.fail("planned in vain")
     )
     assert decision.reason == "no plan is faster than 12 s, the running one takes 12 s"
+
+
+def test_coupled_ranks_get_and_lose_microbatches_together():
+    """Two groups of two that share experts: when one rank of a group is slow, pairs of microbatches leave the group."""
+    bundled, size = full_schedule("1f1b", num_stages=1, num_microbatches=6, replicas=2), 2
+    schedule = expand(bundled, size)
+    assert schedule.coupled == ((1, 2), (3, 4))
+    even = CostModel.uniform(1, 5)
+    slow = replace(even, compute=replace(even.compute, rank_factor=(1.0, 1.0, 1.0, 3.0, 1.0)))
+    together = PlanProblem(placement=bundled.placement, microbatches_per_driver=6, cost=condense_costs(slow, 1, size))
+
+    def replan():
+        found = plan(together, max_iterations=4_000)
+        return replace(found, schedule=expand(found.schedule, size))
+
+    balancer = Balancer(SwitchRule(min_steps=1))
+    first = balancer.decide(schedule, 5, slow, slow, together, replan)
+    new = balancer.decide(schedule, 10, slow, slow, together, replan).schedule
+    assert new is not None
+    validate(new)
+    assert new.coupled == schedule.coupled
+    assert simulate(new, slow).makespan_s == first.planned_s < first.present_s == simulate(schedule, slow).makespan_s
+    visits = Counter(visit.rank for path in new.paths for visit in path.visits)
+    assert visits[1] == visits[2] > visits[3] == visits[4] > 0
 
 
 # ------------------------------------------------------------- rolling costs
