@@ -38,6 +38,7 @@ MOE = {
     "overlap": "auto",
     "top_k": 2,
     "capacity_factor": 1.5,
+    "rectify": "both",
     "quantiles": True,
     "freeze_after": 100,
     "experts": "auto",

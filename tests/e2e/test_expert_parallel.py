@@ -98,6 +98,16 @@ def test_skipped_stages_and_dropped_tokens_cost_nothing() -> None:
     assert 0.25 < share < 0.5
 
 
+def test_dropped_tokens_go_to_experts_of_their_own_worker() -> None:
+    """Two of four experts are on each worker, so there is one for every slot that a full expert gave up."""
+    watch = Watch(config=MoEConfig(expert_parallel=2, capacity_factor=0.5, rectify="dropped"))
+    run("mixtral", 3, watch, {"replicas": 2})
+    unlimited = plain("mixtral")[1].steps[0]
+    for name, each in watch.steps[0].items():
+        assert (each.num_empty, int(each.loads.sum())) == (0, int(unlimited[name].loads.sum()))
+        assert each.loads.tolist() != unlimited[name].loads.tolist()
+
+
 def test_checkpoints_know_nothing_of_where_experts_were(tmp_path: Path) -> None:
     """Spread over two, then in one process, then over four: as one run in one process."""
     ids = tokens(BATCH * 2, LENGTH)  # an epoch of two steps

@@ -40,7 +40,7 @@ def by_the_paper(scores: Tensor, top_k: int, capacity: int, what: str, here: set
     weights, visits = torch.zeros_like(scores), [set[int]() for _ in range(num_tokens)]
     chosen, dropped = [], [0] * num_tokens
     for token in range(num_tokens):
-        ranking = sorted(range(EXPERTS), key=lambda expert: -table[token][expert] + bias[expert])
+        ranking = sorted(range(EXPERTS), key=lambda expert: -(table[token][expert] + bias[expert]))
         chosen.append(ranking[:top_k])
         for expert in chosen[token]:
             if loads[expert] < capacity:
