@@ -92,7 +92,8 @@ class StageRecovery(Callback):
         self.moves: list[MoveEvent] = []
         """The changes of the number of stages, in order."""
         self._trainer: Trainer | None = None
-        self._lr_factors: dict[int, float] = {}
+        self._trains = False
+        self._lr_factors: dict[int, float] = {}  # by block: a run may go on with another number of stages
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -101,7 +102,8 @@ class StageRecovery(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy_of(trainer, self).lr_factors.update(self._lr_factors)
+        strategy_of(trainer, self).lr_factors_of_blocks = self._lr_factors
+        self._trains = True
         frozen = [
             name
             for name, parameter in pl_module.named_parameters()
@@ -115,9 +117,14 @@ class StageRecovery(Callback):
             )
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._lr_factors = strategy_of(trainer, self).lr_factors_of_blocks
+        self._trains = False
+
+    @override
     def state_dict(self) -> dict[str, Any]:
-        if self._trainer is not None and self._trainer.training:
-            self._lr_factors = dict(strategy_of(self._trainer, self).lr_factors)
+        if self._trains and self._trainer is not None and self._trainer.training:
+            self._lr_factors = strategy_of(self._trainer, self).lr_factors_of_blocks
         return {"lr_factors": self._lr_factors}
 
     @override

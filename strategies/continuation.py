@@ -48,6 +48,7 @@ class Continuation:
 
     def __init__(self, fits: Fits, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._fits = fits
         self._fit, self._recalled, self._result = fits.next()
         self._spread: SpreadModel | None = None
         self._remote: RemoteOptimizer | None = None
@@ -210,6 +211,7 @@ class Continuation:
     def _start(self, progress: Mapping[str, Any]) -> None:
         assert self._spread is not None
         self._mirror_now.start({"blocks": self._spread.remote_block_names()}, progress, self._pending)
+        self._fits.settle()
 
     def _progress(self, phase: Phase) -> dict[str, Any]:
         trainer = self._trainer

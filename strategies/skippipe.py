@@ -207,6 +207,15 @@ class SkipPipeStrategy(DriversStrategy):
         return self._running().pipeline.gradients.lr_factors
 
     @property
+    def lr_factors_of_blocks(self) -> dict[int, float]:
+        """The same by block: what a run goes on with, whatever its number of stages."""
+        return self._running().pipeline.gradients.lr_factors_of_blocks
+
+    @lr_factors_of_blocks.setter
+    def lr_factors_of_blocks(self, factors: Mapping[int, float]) -> None:
+        self._running().pipeline.gradients.lr_factors_of_blocks = factors
+
+    @property
     def worker_pids(self) -> dict[int, int]:
         """By rank: the process ids of the workers on this driver's host."""
         return self._spread.worker_pids if self._spread is not None else {}

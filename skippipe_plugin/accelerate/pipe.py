@@ -351,14 +351,16 @@ class SkipPipe:
 
     def _save_state(self, models: Sequence[nn.Module], weights: Sequence[Any], output_dir: str) -> None:
         if self._calls is not None:
-            state = self._calls.state() | {"lr_factors": list(self.spread.pipeline.gradients.lr_factors.items())}
+            state = self._calls.state() | {
+                "lr_factors": list(self.spread.pipeline.gradients.lr_factors_of_blocks.items())
+            }
             (Path(output_dir) / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_state(self, models: Sequence[nn.Module], input_dir: str) -> None:
         file = Path(input_dir) / _STATE_FILE
         if self._calls is not None and file.exists():  # other checkpoints of accelerate fit as well
             state = json.loads(file.read_text(encoding="utf-8"))
-            self.spread.pipeline.gradients.lr_factors = dict(map(tuple, state.pop("lr_factors")))
+            self.spread.pipeline.gradients.lr_factors_of_blocks = dict(map(tuple, state.pop("lr_factors")))
             self._calls.load_state(state)
 
 

@@ -17,6 +17,7 @@ from ..engine.wire import norm_answer
 from ..schedule import Schedule
 from .layout import Layout
 from .links import Links
+from .resizing import carried_over
 
 GradientScale = Literal["batch", "visit"]
 """What the gradient of a stage is the mean over: all microbatches of the batch, or those that visited the stage.
@@ -54,6 +55,17 @@ class GradientControl:
         """By stage on this driver: the norm of its last gradient, before the clipping of all together."""
         self.lr_factors: dict[int, float] = {}
         """By stage: what its learning rate is multiplied with, where that is not 1."""
+
+    @property
+    def lr_factors_of_blocks(self) -> dict[int, float]:
+        """The same by block, for who goes on with other stages: each then has the mean of its blocks."""
+        return {block: factor for stage, factor in self.lr_factors.items() for block in self.layout.blocks(stage)}
+
+    @lr_factors_of_blocks.setter
+    def lr_factors_of_blocks(self, factors: Mapping[int, float]) -> None:
+        single = [range(block, block + 1) for block in range(self.layout.num_blocks)]
+        by_number = {block + 1: factor for block, factor in factors.items()}
+        self.lr_factors = carried_over(by_number, single, self.layout.stage_blocks)
 
     def own(self, parameters: Sequence[nn.Parameter], hosted: Mapping[int, Stage]) -> None:
         """Take charge of this driver's parameters, those of hosted stages among them."""

@@ -31,6 +31,8 @@ class Link:
         """The worker's process id, when it is on this host."""
         self.order = -1
         """The rank a launcher gave the worker; workers of a driver's own have none."""
+        self.name = ""
+        """What a worker that joined by hand calls itself; the others have no name."""
         self.gone = False
         self.how_lost = "its process ended or its link broke"
         self.leaving = False
@@ -250,7 +252,9 @@ class Links:
 
     def drop(self, rank: int) -> Link:
         """Forget the worker at ``rank``, and return it."""
-        return self._links.pop(rank)
+        link = self._links.pop(rank)
+        link.set_free()
+        return link
 
     def reseat(self, workers: Mapping[int, tuple[Sequence[int], Link]]) -> list[Link]:
         """Use other workers from now on: by rank, its stages and its link; return those that are not among them."""
@@ -261,7 +265,15 @@ class Links:
         for link in links.values():
             if link.gone:
                 self.report_lost(link)
-        return [link for link in old if link not in links.values()]
+        parted = [link for link in old if link not in links.values()]
+        for link in parted:
+            link.set_free()
+        return parted
+
+    def ends(self) -> list[Link]:
+        """Return the workers of the first and the last rank, which keep a copy of what the driver itself holds."""
+        links = sorted(self, key=lambda link: link.rank)
+        return links if len(links) < 2 else [links[0], links[-1]]
 
     @property
     def failed(self) -> bool:

@@ -141,18 +141,14 @@ class DriverMirror:
 
     def finish(self, result: Any) -> None:
         """Store what the fit ends with, on one worker, for as long as that one lives."""
-        holders = self._holders()
+        holders = self._links.ends()
         self._store(f"result{self._fit}", result, holders=holders[self._fit % len(holders) :][:1], lasting=True)
-
-    def _holders(self) -> list[Link]:
-        links = sorted(self._links, key=lambda link: link.rank)
-        return links if len(links) < 2 else [links[0], links[-1]]
 
     def _store(self, name: str, record: Any, *, holders: list[Link] | None = None, **fields: Any) -> None:
         entries, blobs = pack_object(record)
         message = {"do": "store", "name": name, "fit": self._fit, "step": self._step, "entries": entries}
         message |= {"lasting": False, **fields}
-        holders = self._holders() if holders is None else holders
+        holders = self._links.ends() if holders is None else holders
         for link in holders:
             self._send(link, message, blobs)
         if fields.get("quiet"):

@@ -6,6 +6,7 @@ changes travel, with weights, buffers, accumulated gradients and optimizer state
 A move has two halves. First everything that must travel is fetched and nothing is changed: a loss up to here is one of
 the old layout. Then each worker of the new layout has an order, which says what it holds from now on and brings what it
 lacks. Orders can be repeated, so a loss in this half is one of the new layout: the others get their orders once more.
+Workers without a place in it keep what they have until all orders are carried out.
 """
 
 from __future__ import annotations
@@ -13,26 +14,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor
-
-from ..engine.channel import Buffer
-from ..engine.handover import pack_tensors, unpack_tensors
-from ..engine.optimizer import ParameterKey
-from ..engine.parcel import Part, pack_parts
-from ..engine.wire import decode_optimizer_state, encode_optimizer_state, tensor_key
+from ..engine.parcel import Part
 from ..schedule import Schedule
 from .layout import Layout
 from .links import Link
+from .orders import Order, carry_out, fetch, fetch_records, order
 from .pipeline import Pipeline
 from .resizing import Workforce, arrivals, num_stages_for, seats
 
 log = logging.getLogger(__name__)
-
-Order = tuple[dict[str, Any], list[Buffer]]  # Any: JSON
-"""Fields and blobs of an ``arrange`` message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,34 +74,14 @@ class Candidates(Protocol):
         """Let these be used."""
 
     def take_back(self, links: Sequence[Link]) -> None:
-        """Have these idle again."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Cargo:
-    """What travels, of all blocks together."""
-
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[ParameterKey, dict[str, Any]] = field(default_factory=dict)  # Any: the optimizer class defines it
-
-    def parts(self, blocks: Collection[int]) -> dict[str, Part]:
-        """Return the share of some blocks, as it travels."""
-        named = {"weights": self.weights, "gradients": self.gradients}
-        parts: dict[str, Part] = {
-            what: pack_tensors({name: tensor for name, tensor in tensors.items() if tensor_key(name)[0] in blocks})
-            for what, tensors in named.items()
-        }
-        return parts | {
-            "optimizer": encode_optimizer_state({k: state for k, state in self.optimizer.items() if k[0] in blocks})
-        }
+        """Have these idle again, or send them home if they want to leave."""
 
 
 class Mover:
     """Keeps the layout of one pipeline fitting the workers there are.
 
     Args:
-        pipeline: Of a single driver that holds no blocks.
+        pipeline: Of a single driver, whose own blocks stay where they are.
         candidates: Where workers come from and go to.
         shapes: Returns what a number of stages makes; None where the settings do not allow that number.
         replicas: How many workers hold each stage.
@@ -137,6 +110,8 @@ class Mover:
         self._report = report
         self._orders: dict[int, Order] = {}
         """By rank: what has not been carried out for sure."""
+        self._parting: list[Link] = []
+        """Who has no stages in the new layout, and gives nothing up before the others have theirs."""
 
     @property
     def unfinished(self) -> bool:
@@ -145,13 +120,14 @@ class Mover:
 
     def resize(self) -> None:
         """Between two steps with every worker there: change the number of stages if workers joined or left."""
-        present = self._num_stages
-        wanted = num_stages_for(
+        layout, driver = self._pipeline.layout, self._pipeline.rank
+        own, present = len(layout.stages_of(driver)), self._num_stages
+        wanted = own + num_stages_for(
             self._workforce(),
-            present=present,
+            present=present - own,
             replicas=self._replicas,
             spares=self._spares,
-            most=self._pipeline.layout.num_blocks,
+            most=layout.num_blocks - len(layout.hosted(driver)),
         )
         shape = self._shapes(wanted) if wanted != present else None
         if shape is not None:
@@ -159,12 +135,10 @@ class Mover:
 
     def finish(self) -> None:
         """Let every worker carry its order out; the groups have been formed."""
-        links = self._pipeline.links
-        for rank, (fields, blobs) in self._orders.items():
-            links[rank].send("arrange", fields, blobs)
-        for rank in self._orders:
-            links[rank].expect("ready")
+        carry_out(self._pipeline, self._orders)
         self._orders.clear()
+        self._candidates.take_back(self._parting)
+        self._parting = []
 
     def forget(self, rank: int) -> None:
         """Give up the order of a rank whose worker is lost: its stages must be rebuilt."""
@@ -202,61 +176,35 @@ class Mover:
         chosen = seats(held, [layout.hosted(rank) for rank in layout.workers], pipeline.remote.block_bytes())
         places = {rank: (held[worker], workers[worker]) for rank, worker in zip(layout.workers, chosen, strict=True)}
         moving = {rank: arrivals(blocks, layout.hosted(rank)) for rank, (blocks, _) in places.items()}
-        cargo = self._fetch({block for blocks in moving.values() for block in blocks})
+        cargo = fetch(self._sources({block for blocks in moving.values() for block in blocks}))
+        records = self._records()
         came_from = {rank: link.rank for rank, (_, link) in places.items() if link not in newcomers}
-        orders = {rank: self._order(layout, rank, places[rank][0], moving[rank], cargo) for rank in places}
         # From here on the new layout counts.
         self._candidates.lend(newcomers)
         pipeline.relayout(layout, shape.schedules, came_from)
-        self._part_with(pipeline.links.reseat({r: (layout.stages_of(r), link) for r, (_, link) in places.items()}))
-        self._orders = orders
+        self._parting = pipeline.links.reseat({r: (layout.stages_of(r), link) for r, (_, link) in places.items()})
+        ends = [link.rank for link in pipeline.links.ends()]
+        self._orders = {
+            rank: order(pipeline, rank, cargo, held=blocks, records=records if rank in ends else {})
+            for rank, (blocks, _) in places.items()
+        }
         self._adopted()
-        num_bytes = sum(memoryview(blob).nbytes for _, blobs in orders.values() for blob in blobs)
+        num_bytes = sum(each.num_bytes for each in self._orders.values())
         num_blocks = sum(map(len, moving.values()))
         pipeline.form()
         self.finish()
         self._report(MoveEvent(before, self._num_stages, num_blocks, num_bytes, time.monotonic() - started_s))
 
-    def _fetch(self, blocks: Collection[int]) -> _Cargo:
-        """Ask for everything that belongs to some blocks, each of the first worker that holds it."""
-        links, cargo = self._pipeline.links, _Cargo()
-        left, asked = set(blocks), []
-        for link in links:
+    def _sources(self, blocks: Collection[int]) -> dict[Link, list[int]]:
+        """Choose for each block the first worker that holds it."""
+        left, sources = set(blocks), {}
+        for link in self._pipeline.links:
             own = sorted(left.intersection(self._pipeline.layout.hosted(link.rank)))
             left -= set(own)
-            for what in ("weights", "gradients", "optimizer") if own else ():
-                link.send("get", {"what": what, "blocks": own})
-                asked.append((link, what))
-        for link, what in asked:
-            message = link.expect("state")
-            if what == "optimizer":
-                cargo.optimizer.update(decode_optimizer_state(message.fields, message.blobs))
-            else:
-                tensors = unpack_tensors(message.fields["tensors"], message.blobs)
-                (cargo.weights if what == "weights" else cargo.gradients).update(tensors)
-        return cargo
+            if own:
+                sources[link] = own
+        return sources
 
-    def _order(
-        self, layout: Layout, rank: int, held: Collection[int], lacking: Collection[int], cargo: _Cargo
-    ) -> Order:
-        pipeline = self._pipeline
-        parts = cargo.parts(lacking) | {"structure": pipeline.sender.structure(lacking)}
-        if pipeline.optimizer_plan is not None:
-            parts["plan"] = ({}, [pipeline.optimizer_plan])
-        entries, blobs = pack_parts(parts)
-        fields = {
-            "stages": [[stage, list(layout.blocks(stage))] for stage in layout.stages_of(rank)],
-            "keep": sorted(set(held).intersection(layout.hosted(rank))),
-            "compile": pipeline.sender.compile_with,
-            "parts": entries,
-        }
-        return fields, blobs
-
-    def _part_with(self, links: Sequence[Link]) -> None:
-        """Send home who wants to leave; the others are ready for something else."""
-        for link in links:
-            if link.leaving:
-                link.close()
-            else:
-                link.set_free()
-        self._candidates.take_back([link for link in links if not link.leaving])
+    def _records(self) -> dict[str, Part]:
+        """Fetch what is kept of the driver's own state; a worker that took over lately may lack some of it."""
+        return {name: part for link in self._pipeline.links.ends() for name, part in fetch_records(link).items()}

@@ -269,7 +269,7 @@ class Pipeline:
         devices, gradients = self._worker_devices, self.gradients
         self._worker_devices = devices | {rank: devices[old] for rank, old in came_from.items() if old in devices}
         gradients.lr_factors = carried_over(gradients.lr_factors, self.layout.stage_blocks, layout.stage_blocks)
-        self.layout = self.remote.layout = gradients.layout = self.sender.layout = layout
+        self.layout = self.remote.layout = gradients.layout = self.sender.layout = self.shards.layout = layout
         self._programs = Programs(schedules, self.rank)
         self.timeline = None
 

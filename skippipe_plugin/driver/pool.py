@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from ..engine.c10d import TCPStore, host_store
 from ..engine.channel import Channel, Message
@@ -30,6 +30,16 @@ class EndedEarly(SkipPipeError):
     """A worker process ended before it had joined."""
 
 
+class Doorkeeper(Protocol):
+    """Is told what happens at the door, in its thread."""
+
+    def greet(self, link: Link) -> None:
+        """A worker has joined; it does not count as idle yet."""
+
+    def look(self, links: Sequence[Link]) -> None:
+        """These have joined and were not sent home; called several times a second."""
+
+
 class WorkerPool:
     """Accepts workers on ``host:port`` and lends them to pipelines.
 
@@ -39,6 +49,7 @@ class WorkerPool:
         secret: The job's secret in hexadecimal; made when None.
         store: The store of the job; made (and hosted here) when None.
         join_timeout_s: For how long :meth:`acquire` waits.
+        door: Is told who comes and who is there; None when nobody needs to know.
     """
 
     def __init__(
@@ -49,16 +60,18 @@ class WorkerPool:
         secret: str | None = None,
         store: TCPStore | None = None,
         join_timeout_s: float = 180.0,
+        door: Doorkeeper | None = None,
     ) -> None:
         self.secret = secret or secrets.token_hex(32)
         self._listener = Listener(host, port, bytes.fromhex(self.secret))
         self.store = store or host_store(host)
         self._join_timeout_s = join_timeout_s
+        self._doorkeeper = door
         self.generations = itertools.count()
         self.joined: set[int] = set()
         """The process ids of the workers on this host that ever joined."""
         self.links: list[Link] = []
-        """Every worker that ever joined."""
+        """Every worker that has joined and is there."""
         self._idle: list[Link] = []
         self._changed = threading.Condition()
         self._closing = threading.Event()
@@ -87,7 +100,7 @@ class WorkerPool:
             SkipPipeError: Nobody came in time.
         """
         deadline = time.monotonic() + self._join_timeout_s
-        while self.num_idle < count:
+        while len(self._usable()) < count:
             with self._changed:
                 came = self._changed.wait(_LOOK_S)
             if not came and (dead := ended()):
@@ -98,9 +111,15 @@ class WorkerPool:
                     f"{self.num_idle} of {count} workers joined {host}:{port} within {self._join_timeout_s:g} s; check "
                     "that the other processes were started and can reach this address"
                 )
-        with self._changed:
-            taken, self._idle = self._idle[:count], self._idle[count:]
+        taken = self._usable()[:count]
+        self.take(taken)
         return taken
+
+    def _usable(self) -> list[Link]:
+        """Return who is idle; last those that a launcher holds here, though they have asked to leave."""
+        ready = self.idle()
+        with self._changed:
+            return [*ready, *(link for link in self._idle if link.leaving and link.order >= 0)]
 
     def take(self, links: Collection[Link]) -> None:
         """Lend these idle workers, and no others."""
@@ -134,13 +153,18 @@ class WorkerPool:
             if arrived is not None:
                 self._welcome(*arrived)
             self._let_out()
+            if self._doorkeeper is not None:
+                self._doorkeeper.look(self.links)
 
     def _let_out(self) -> None:
-        """Send those home that want to leave and hold nothing."""
+        """Send those home that want to leave and hold nothing.
+
+        Ranks of a launcher stay until the end: one that ended early would end the whole job, by the launcher's rule.
+        """
         with self._changed:
-            going = [link for link in self._idle if link.leaving]
-            self._idle = [link for link in self._idle if not link.leaving]
-            self.links = [link for link in self.links if link not in going]
+            going = [link for link in self._idle if link.leaving and link.order < 0]
+            self._idle = [link for link in self._idle if link not in going]
+            self.links = [link for link in self.links if link not in going and not link.gone]
         for link in going:
             link.close()
 
@@ -151,11 +175,13 @@ class WorkerPool:
             channel.hang_up("refuse", {"reason": f"{reason}; install the driver's versions"})
             return
         link = Link(channel, greeting.fields.get("pid") if channel.is_local else None)
-        link.order = greeting.fields.get("rank", -1)
+        link.order, link.name = greeting.fields.get("rank", -1), greeting.fields.get("name", "")
+        if self._doorkeeper is not None:
+            self._doorkeeper.greet(link)
         with self._changed:
             if link.pid is not None:
                 self.joined.add(link.pid)
             self.links.append(link)
             self._idle.append(link)
-            self._idle.sort(key=lambda link: link.order)
+            self._idle.sort(key=lambda link: (link.name != "", link.order))  # first those that belong to the driver
             self._changed.notify_all()

@@ -62,12 +62,14 @@ def recall(links: Sequence[Link]) -> Recalled | None:
     optimizer: dict[ParameterKey, Mapping[str, Any]] = {}
     found: set[int] = set()
     for rank, summary in summaries.items():
-        if set(summary["stages"]) - found:
-            found |= set(summary["stages"])
-            message = _ask(links[rank], "state", what="weights")
-            weights |= unpack_tensors(message.fields["tensors"], message.blobs)
-            message = _ask(links[rank], "state", what="optimizer")
-            optimizer |= decode_optimizer_state(message.fields, message.blobs)
+        for part, held in enumerate(summary["blocks"]):
+            blocks = sorted(set(held) - found)
+            found |= set(blocks)
+            if blocks:
+                message = _ask(links[rank], "state", what="weights", part=part, blocks=blocks)
+                weights |= unpack_tensors(message.fields["tensors"], message.blobs)
+                message = _ask(links[rank], "state", what="optimizer", part=part, blocks=blocks)
+                optimizer |= decode_optimizer_state(message.fields, message.blobs)
     _check_complete(base, weights)
     for rank in summaries:
         _ask(links[rank], "retain")

@@ -13,19 +13,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol, TypeVar
+from typing import Final, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from ..engine.channel import Buffer
 from ..engine.errors import SkipPipeError, StageLostError
-from ..engine.handover import import_paths, pack_tensors, unpack_tensors
+from ..engine.handover import import_paths, unpack_tensors
+from ..engine.parcel import Part
 from ..engine.wire import block_tensors, tensor_key, tensor_name
 from ..recovery import Neighbour, RebuildRule, rebuild_stage
 from ..schedule import ScheduleError, leaves_out
 from .heartbeat import Heartbeat
 from .links import Link
 from .moving import Mover
+from .orders import Cargo, carry_out, fetch, fetch_records, order
 from .pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,9 @@ class Replacements(Protocol):
     def take(self, count: int) -> list[Link]:
         """Return ``count`` workers, waiting for them."""
 
+    def take_back(self, links: Sequence[Link]) -> None:
+        """Have these idle again, or send them home if they want to leave."""
+
 
 @dataclass(slots=True)
 class _Missing:
@@ -105,10 +109,6 @@ class _Missing:
     since_s: float = field(default_factory=time.monotonic)
     join_deaths: int = 0
     steps_around: int = 0
-
-
-_State = dict[str, tuple[Mapping[str, Any], Sequence[Buffer]]]
-"""By what it is (weights, optimizer, gradients): fields and blobs of a worker's state, as they travel."""
 
 
 class StageKeeper:
@@ -263,14 +263,17 @@ class StageKeeper:
         for link in leaving[: len(self._replacements.idle())]:
             noticed_s = time.monotonic()
             pipeline.heal()
-            state = self._state_of(link)
+            cargo, records, rank = self._all_of(link), fetch_records(link), link.rank
             (replacement,) = self._replacements.take(1)
-            pipeline.links.drop(link.rank).close()
-            pipeline.links.add(link.rank, link.stages, replacement)
-            self._missing[link.rank] = _Missing("it asked to leave", noticed_s)
-            pipeline.form()
-            self._hand_over(link.rank, state)
-            self._announce(link.rank, self._missing.pop(link.rank), "relieved")
+            pipeline.links.drop(rank)
+            try:
+                pipeline.links.add(rank, link.stages, replacement)
+                self._missing[rank] = _Missing("it asked to leave", noticed_s)
+                pipeline.form()
+                self._hand_over(rank, cargo, records)
+            finally:
+                self._replacements.take_back([link])
+            self._announce(rank, self._missing.pop(rank), "relieved")
 
     def _announce(self, rank: int, missing: _Missing, source: Source) -> None:
         stages = tuple(self._pipeline.layout.stages_of(rank))
@@ -293,7 +296,7 @@ class StageKeeper:
         stages = pipeline.layout.stages_of(rank)
         replica = self._replica(rank)
         if replica is not None:
-            self._hand_over(rank, self._state_of(replica))
+            self._hand_over(rank, self._all_of(replica))
             return "replica"
         weights: dict[str, Tensor] = {}
         sources: list[Source] = []
@@ -310,8 +313,7 @@ class StageKeeper:
             averaged = before is not None and after is not None and self._policy.rule != "copy"
             sources.append("neighbours" if averaged else "copy")
             pipeline.gradients.lr_factors[stage] = self._policy.lr_factor
-        entries, blobs = pack_tensors(weights)
-        self._hand_over(rank, {"weights": ({"tensors": entries}, blobs)})
+        self._hand_over(rank, Cargo(weights))
         return "neighbours" if "neighbours" in sources else "copy"
 
     def _replica(self, rank: int) -> Link | None:
@@ -336,9 +338,9 @@ class StageKeeper:
                 return self._as_neighbour(other, block_tensors(hosted.blocks), norm)
             for rank in pipeline.layout.placement[other]:
                 if rank in pipeline.links and rank not in self._missing:
-                    fields, blobs = self._ask(pipeline.links[rank], "weights")
-                    tensors = unpack_tensors(fields["tensors"], blobs)
-                    return self._as_neighbour(other, tensors, dict(fields["norms"]).get(other, 0.0))
+                    message = pipeline.links[rank].ask("get", {"what": "weights"}, "state")
+                    tensors = unpack_tensors(message.fields["tensors"], message.blobs)
+                    return self._as_neighbour(other, tensors, dict(message.fields["norms"]).get(other, 0.0))
             other += step
         return None
 
@@ -350,24 +352,12 @@ class StageKeeper:
                 states[block][local] = tensor.detach()
         return Neighbour(list(states.values()), norm)
 
-    def _state_of(self, link: Link) -> _State:
-        return {what: self._ask(link, what) for what in ("weights", "optimizer", "gradients")}
+    def _all_of(self, link: Link) -> Cargo:
+        return fetch({link: self._pipeline.layout.hosted(link.rank)})
 
-    @staticmethod
-    def _ask(link: Link, what: str) -> tuple[Mapping[str, Any], Sequence[Buffer]]:
-        message = link.ask("get", {"what": what}, "state")
-        return message.fields, message.blobs
-
-    def _hand_over(self, rank: int, state: _State) -> None:
+    def _hand_over(self, rank: int, cargo: Cargo, records: Mapping[str, Part] | None = None) -> None:
         pipeline = self._pipeline
-        link = pipeline.links[rank]
-        pipeline.sender.send_structures(link)
-        link.expect("ready")
-        if pipeline.optimizer_plan is not None:
-            link.send("optimizer", {}, [pipeline.optimizer_plan])
-        for what, (fields, blobs) in state.items():
-            link.send("put", {**fields, "what": what}, blobs)
-            link.expect("ready")
+        carry_out(pipeline, {rank: order(pipeline, rank, cargo, records=records)})
 
 
 def _text(stages: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ class Workforce:
 
 
 def num_stages_for(workforce: Workforce, *, present: int, replicas: int, spares: int, most: int) -> int:
-    """Return how many stages the pipeline should have.
+    """Return how many stages the workers should hold.
 
     It shrinks when workers leave and nobody is there, or on the way, to replace them; it grows by those that joined by
     hand and are not needed as replacements or spares. What the driver itself has ready is never a reason to grow.
@@ -38,13 +38,13 @@ def num_stages_for(workforce: Workforce, *, present: int, replicas: int, spares:
 
     Args:
         workforce: Who is there.
-        present: The number of stages now.
+        present: The number of their stages now.
         replicas: How many workers hold each stage.
         spares: How many workers shall be ready beside those that hold stages.
         most: The largest number of stages that can be made.
 
     Returns:
-        At least 1; ``present`` when nothing should change, also when nobody but those that leave is left.
+        At least 1 if there are some; ``present`` when nothing should change, also when only those that leave are left.
     """
     free = workforce.ready - workforce.leaving
     if free < 0:

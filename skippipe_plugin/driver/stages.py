@@ -1,4 +1,4 @@
-"""Sends stages to the workers that are to hold them: structure and weights, or the structure alone."""
+"""Sends stages to the workers that are to hold them, and knows their structures afterwards."""
 
 from __future__ import annotations
 
@@ -62,12 +62,7 @@ class StageSender:
                 position = self.layout.position(rank)
                 if position not in packed:
                     packed = {position: pack_blocks(blocks, instead=self._shards.cut(blocks, rank))}
-                self._send(links[rank], stage, packed[position], structure_only=False)
-
-    def send_structures(self, link: Link) -> None:
-        """Send a worker the blocks of its stages without values, which are to follow."""
-        for stage in link.stages:
-            self._send(link, stage, self.structure(self.layout.blocks(stage)), structure_only=True)
+                self._send(links[rank], stage, packed[position])
 
     def structure(self, blocks: Iterable[int]) -> Packed:
         """Return some blocks together, without values."""
@@ -82,13 +77,12 @@ class StageSender:
         """Return the structure of some stage, for who wants to import its classes in advance."""
         return next(iter(self._structures.values()))
 
-    def _send(self, link: Link, stage: int, packed: Packed, *, structure_only: bool) -> None:
+    def _send(self, link: Link, stage: int, packed: Packed) -> None:
         entries, blobs = packed
         fields = {
             "compile": self.compile_with,
             "stage": stage,
             "blocks": entries,
-            "structure_only": structure_only,
             "seed": self._seed + stage,
             "first": stage == link.stages[0],
             "last": stage == link.stages[-1],

@@ -14,16 +14,14 @@ from .settings import PipelineSettings
 from .skipping import PathPlanner
 
 
-def check_elastic(settings: PipelineSettings, *, is_launched: bool) -> None:
+def check_elastic(settings: PipelineSettings) -> None:
     """Raise SkipPipeError when the number of stages cannot change under these settings, with the way out."""
     reasons = {
         "drivers > 1 (all would have to change at once)": settings.drivers > 1,
-        "driver_stage=True (the driver's own blocks do not move)": settings.driver_stage,
         "moe=... (the routers' statistics do not move)": settings.moe is not None,
         "a schedule of your own (it is made for one number of stages)": isinstance(settings.schedule, Schedule),
         "costs from a file (they are those of one number of stages)": settings.paths.costs
         not in ("measure", "uniform"),
-        "torchrun, SLURM or skippipe run (they fix the number of processes)": is_launched,
     }
     found = [reason for reason, applies in reasons.items() if applies]
     if found:
@@ -36,16 +34,18 @@ class ElasticShapes:
     Args:
         settings: The user's.
         costs: By block: how long it computes, in any unit.
+        hosted: How many blocks the driver holds itself: the first ones, whatever the number of stages.
         num_microbatches: Of every schedule: the cut of the batches stays.
         swap: Whether training exchanges the ends of paths.
     """
 
     def __init__(
-        self, settings: PipelineSettings, costs: Sequence[float], num_microbatches: int, *, swap: bool
+        self, settings: PipelineSettings, costs: Sequence[float], hosted: int, num_microbatches: int, *, swap: bool
     ) -> None:
         self._settings = settings
         self._shape = dataclasses.replace(settings.shape, num_microbatches=num_microbatches)
         self._costs = costs
+        self._hosted = hosted
         self._swap = swap
 
     def __call__(self, num_stages: int) -> Shape | None:
@@ -57,4 +57,11 @@ class ElasticShapes:
             PathPlanner(self._settings.skip_ratio, self._settings.paths, schedules[TRAINING])
         except ValueError:
             return None
-        return Shape(self._shape.layout(cut(self._costs, num_stages)), schedules)
+        return Shape(self._shape.layout(self._cut(num_stages)), schedules)
+
+    def _cut(self, num_stages: int) -> tuple[range, ...]:
+        first = self._hosted
+        if not first:
+            return cut(self._costs, num_stages)
+        moving = cut(self._costs[first:], num_stages - 1)
+        return range(first), *(range(first + blocks.start, first + blocks.stop) for blocks in moving)

@@ -9,6 +9,7 @@ from typing import Any, Final
 from ..driver.pool import WorkerPool
 from ..driver.recall import Recalled, recall, recall_result
 from ..supervisor import SupervisedProcesses
+from .roll import RollCall, drop
 
 log = logging.getLogger(__name__)
 
@@ -22,16 +23,18 @@ class Fits:
     Args:
         pool: Where workers join.
         processes: The workers that have outlived the last driver.
+        roll: Those of them that nobody here has started.
     """
 
-    def __init__(self, pool: WorkerPool, processes: SupervisedProcesses) -> None:
+    def __init__(self, pool: WorkerPool, processes: SupervisedProcesses, roll: RollCall) -> None:
         self._pool = pool
         self._count = 0
         self._recalled: Recalled | None = None
         self._lost = processes.attempt > 0
         if self._lost:
-            _await(pool, processes)
+            _await(pool, processes, roll)
             self._recalled = recall(pool.idle())
+        roll.is_over = True
 
     def next(self) -> tuple[int, Recalled | None, dict[str, Any] | None]:
         """Count a fit; return its number, and what it goes on from or has ended with, if a driver was lost."""
@@ -53,12 +56,21 @@ class Fits:
             log.warning("there is nothing to go on from: the first fit starts from its beginning")
         return self._count, None, None
 
+    def settle(self) -> None:
+        """Everything stands anew on the workers that are used: the others may forget what they hold."""
+        for link in self._pool.idle():
+            drop(link)
 
-def _await(pool: WorkerPool, processes: SupervisedProcesses) -> None:
+
+def _await(pool: WorkerPool, processes: SupervisedProcesses, roll: RollCall) -> None:
     """Wait for the workers that have outlived the last driver."""
-    deadline_s = time.monotonic() + _REJOIN_S
-    while (missing := set(processes.running()) - pool.joined) and time.monotonic() < deadline_s:
+    deadline_s, missing, absent = time.monotonic() + _REJOIN_S, set(processes.running()), set(roll.awaited)
+    while (missing or absent) and time.monotonic() < deadline_s:
         time.sleep(_LOOK_S)
+        missing = set(processes.running()) - pool.joined
+        absent = set(roll.awaited) - {link.name for link in pool.idle()}
+    if absent:
+        log.warning("%d workers that had joined by hand do not come back", len(absent))
     if missing:
         log.warning("workers with the process ids %s are there but do not join; they are ended", sorted(missing))
     for pid in missing:

@@ -38,6 +38,7 @@ from ..supervisor import SupervisedProcesses, supervised
 from ..worker import DriverProcesses, Worker, WorkerProcesses
 from .config import NetworkConfig
 from .fits import Fits
+from .roll import RollCall, drop
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,9 @@ class DriverJob:
         if launcher is None and supervised():
             self._processes = SupervisedProcesses(_supervised_key(host, network.port))
             self._store_host, store = self._processes.store()
+            roll = RollCall(self._processes.store()[1], self._store_host, self._processes.key)
             self.pool = WorkerPool(
-                host, network.port, secret=self._processes.secret, store=store, join_timeout_s=limit_s
+                host, network.port, secret=self._processes.secret, store=store, join_timeout_s=limit_s, door=roll
             )
             # The store outlives this driver: its generations are others than those of the drivers before.
             self.pool.generations = itertools.count(self._processes.attempt * _GENERATIONS)
@@ -125,7 +127,7 @@ class DriverJob:
         self.fits: Fits | None = None
         """Under a supervisor: what the drivers before this one have left."""
         if isinstance(self._processes, SupervisedProcesses):
-            self.fits = Fits(self.pool, self._processes)
+            self.fits = Fits(self.pool, self._processes, roll)
 
     def prepare(self, num_workers: int) -> None:
         """Start what is missing to have ``num_workers`` idle workers soon; returns at once."""
@@ -153,19 +155,13 @@ class DriverJob:
                 )
         return self.pool.acquire(num_workers, lambda: self._processes.ended_early(self.pool.joined))
 
-    @property
-    def is_launched(self) -> bool:
-        """Whether something else starts the processes: a launcher, or a supervisor."""
-        return self._launcher is not None or supervised()
-
     def idle(self) -> list[Link]:
         """Return the workers that are ready and unused."""
         return self.pool.idle()
 
     def joined(self) -> list[Link]:
         """Return the workers that joined by hand and are ready and unused."""
-        own = set(self._processes.running())
-        return [link for link in self.pool.idle() if link.order < 0 and link.pid not in own]
+        return [link for link in self.pool.idle() if link.name]
 
     def num_coming(self) -> int:
         """Return how many workers are being started."""
@@ -176,7 +172,9 @@ class DriverJob:
         self.pool.take(links)
 
     def take_back(self, links: Sequence[Link]) -> None:
-        """Have these workers idle again."""
+        """Have these workers idle again; what they hold is of no use any more."""
+        for link in links:
+            drop(link)
         self.pool.release(links)
 
     def take(self, num_workers: int) -> list[Link]:
@@ -260,7 +258,7 @@ class WorkerJob:
     def __init__(self, launcher: Launcher, network: NetworkConfig) -> None:
         first = _get(launcher.store(), _driver_key(0))
         channel = connect(first["host"], first["port"], bytes.fromhex(_secret_of(first, network)))
-        channel.send("hello", {"rank": launcher.rank, "versions": own_versions()})
+        channel.send("hello", {"rank": launcher.rank, "pid": os.getpid(), "versions": own_versions()})
         self._worker = Worker(channel)
 
     def serve(self) -> dict[str, Any]:

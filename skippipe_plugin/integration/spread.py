@@ -215,12 +215,13 @@ class SpreadModel:
         policy: RecoveryPolicy,
         report: Callable[[RecoveryEvent | MoveEvent], None],
     ) -> Mover:
-        check_elastic(self.settings, is_launched=self._job.is_launched)
+        check_elastic(self.settings)
         num_microbatches = pipeline.schedules[TRAINING].num_microbatches
+        hosted, costs = len(pipeline.layout.hosted(self._rank)), estimate_costs(blocks)
         return Mover(
             pipeline,
             self._job,
-            ElasticShapes(self.settings, estimate_costs(blocks), num_microbatches, swap=policy.swap_ends),
+            ElasticShapes(self.settings, costs, hosted, num_microbatches, swap=policy.swap_ends),
             replicas=self.settings.replicas,
             spares=policy.spares,
             adopted=lambda: self._plan_paths(pipeline.schedules[TRAINING]),

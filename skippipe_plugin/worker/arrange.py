@@ -1,17 +1,16 @@
-"""New stages out of blocks that a worker keeps and blocks that come from others, with all that belongs to them."""
+"""Stages out of blocks that a worker keeps and blocks that come from others, with all that belongs to them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..engine.channel import Buffer
 from ..engine.gradients import GradientWindow
 from ..engine.handover import allocate, unpack_blocks, unpack_tensors
-from ..engine.parcel import Part, unpack_parts
+from ..engine.parcel import Part
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, decode_optimizer_state
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from .holdings import Fields, Holdings
 
 
-def arrange(holdings: Holdings, fields: Fields, blobs: Sequence[Buffer], device: torch.device) -> None:
+def arrange(holdings: Holdings, fields: Fields, parts: Mapping[str, Part], device: torch.device) -> None:
     """Hold the stages that the driver names from now on; doing it twice changes nothing.
 
     Kept blocks stay as they are: weights, buffers, accumulated gradients, optimizer state. What comes for the others
@@ -27,22 +26,25 @@ def arrange(holdings: Holdings, fields: Fields, blobs: Sequence[Buffer], device:
 
     Args:
         holdings: What is held so far.
-        fields: ``stages`` (numbers with their blocks), ``keep`` (blocks), ``compile``, and the ``parts`` of the parcel.
-        blobs: Of the parcel.
+        fields: ``stages`` (each: number, blocks, spread experts), ``keep`` (blocks), ``compile``, ``overlap``.
+        parts: What comes: ``structure``, ``weights``, ``gradients``, ``optimizer`` (its state), ``plan`` (to build it).
         device: Where the blocks live.
     """
-    parts = unpack_parts(fields["parts"], blobs)
     arrived = unpack_blocks(*parts["structure"])
     for block in arrived.values():
         allocate(block, device)
-        if fields["compile"] is not None:
-            block.compile(**fields["compile"])
     kept = set(fields["keep"])
     modules = {index: block for index, block in holdings.blocks().items() if index in kept} | arrived
     state = {key: value for key, value in holdings.optimizer_state().items() if key[0] in kept}
-    holdings.stages = {
-        stage: Stage(stage, {block: modules[block] for block in blocks}, device) for stage, blocks in fields["stages"]
-    }
+    holdings.stages = {}
+    holdings.experts.forget(fields["overlap"])
+    for stage, blocks, experts in fields["stages"]:
+        own = {block: modules[block] for block in blocks}
+        holdings.experts.cut(stage, own, experts)
+        holdings.stages[stage] = Stage(stage, own, device)
+    if fields["compile"] is not None:
+        for block in arrived.values():
+            block.compile(**fields["compile"])
     holdings.window = GradientWindow([p for stage in holdings.stages.values() for p in stage.parameters()])
     holdings.norms = {}
     _fill(arrived, parts)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..engine import gradients
 from ..engine.channel import Buffer
 from ..engine.gradients import GradientWindow
-from ..engine.handover import allocate, materialize, pack_tensors, unpack_blocks, unpack_tensors
+from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
 from ..engine.optimizer import ParameterKey, StageOptimizer
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, decode_optimizer_state, encode_optimizer_state, tensor_key
@@ -40,10 +40,7 @@ class Holdings:
         torch.manual_seed(fields["seed"])
         blocks = unpack_blocks(fields["blocks"], blobs)
         for block in blocks.values():
-            if fields["structure_only"]:
-                allocate(block, device)  # the values follow
-            else:
-                materialize(block, device)
+            materialize(block, device)
         if fields["first"]:
             self.experts.forget(fields["overlap"])
         self.experts.cut(fields["stage"], blocks, fields["experts"])

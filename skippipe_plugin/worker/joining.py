@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import signal
 import time
+import uuid
+from collections.abc import Mapping
+from datetime import timedelta
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
-from ..engine.channel import Channel, NobodyThere, connect
+from ..engine.c10d import TCPStore
+from ..engine.channel import Channel, ChannelError, NobodyThere, connect
 from ..engine.errors import SkipPipeError
 from ..engine.versions import own_versions
 from .service import DriverGone, Refused, Worker
@@ -17,6 +23,8 @@ from .service import DriverGone, Refused, Worker
 log = logging.getLogger(__name__)
 
 _RETRY_S: Final = 0.5
+_LOOK_S: Final = 0.05
+_STORE_ANSWERS: Final = timedelta(seconds=20)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -43,7 +51,7 @@ def work(host: str, port: int, secret: str) -> None:
     """
     # Ctrl-C in a terminal reaches the whole process group; it is for the driver, which then ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _serve(connect(host, port, bytes.fromhex(secret)), signal.SIGTERM)
+    _serve(_begin(connect(host, port, bytes.fromhex(secret)), "", signal.SIGTERM))
 
 
 def join(host: str, port: int, secret: str, *, wait_s: float) -> None:
@@ -58,16 +66,26 @@ def join(host: str, port: int, secret: str, *, wait_s: float) -> None:
     Raises:
         SkipPipeError: The driver did not come, refused this worker, or is gone.
     """
-    channel = _connect(host, port, bytes.fromhex(secret), wait_s)
+    name, key = uuid.uuid4().hex, bytes.fromhex(secret)
+    worker = _begin(_connect(host, port, key, wait_s), name, signal.SIGTERM, signal.SIGINT)
     log.warning("joined the driver at %s:%d; Ctrl-C or SIGTERM leaves it after the step", host, port)
-    try:
-        _serve(channel, signal.SIGTERM, signal.SIGINT)
-    except Refused:
-        raise
-    except DriverGone as error:
-        raise SkipPipeError(
-            f"the driver at {host}:{port} is gone: it ended, or the link broke. If the job goes on, join it again"
-        ) from error
+    while True:
+        try:
+            _serve(worker)
+            return
+        except Refused:
+            raise
+        except (DriverGone, ChannelError) as error:
+            gone = (
+                f"the driver at {host}:{port} is gone: it ended, or the link broke. If the job goes on, join it again"
+            )
+            if worker.next_driver is None:
+                raise SkipPipeError(gone) from error
+            log.warning("the driver is gone; waiting until skippipe run has started it again")
+            try:
+                worker.rejoin(_dial_next(worker.next_driver, key, name))
+            except RuntimeError as nobody:  # the store is gone
+                raise SkipPipeError(gone) from nobody
 
 
 def _connect(host: str, port: int, secret: bytes, wait_s: float) -> Channel:
@@ -87,10 +105,39 @@ def _connect(host: str, port: int, secret: bytes, wait_s: float) -> Channel:
             time.sleep(_RETRY_S)
 
 
-def _serve(channel: Channel, *polite: signal.Signals) -> None:
-    """Serve until told to exit; leave politely at the first of the ``polite`` signals, at once where nobody minds."""
-    channel.send("hello", {"pid": os.getpid(), "versions": own_versions()})
-    worker = Worker(channel)
+def dial(store: TCPStore, key: str, secret: bytes, name: str = "") -> Channel:
+    """Join the driver whose address is in a store, as soon as there is one that answers.
+
+    Args:
+        store: Which outlives drivers.
+        key: Where in the store the address is.
+        secret: The job's.
+        name: Of a worker that joined by hand.
+
+    Raises:
+        RuntimeError: The store is gone.
+    """
+    while True:
+        if store.check([key]):
+            address = json.loads(store.get(key))
+            with contextlib.suppress(ChannelError):  # it is the address of the one before
+                return _greet(connect(address["host"], address["port"], secret), name)
+        time.sleep(_LOOK_S)
+
+
+def _dial_next(where: Mapping[str, Any], secret: bytes, name: str) -> Channel:
+    store = TCPStore(where["host"], where["port"], is_master=False, timeout=_STORE_ANSWERS)
+    return dial(store, where["key"], secret, name)
+
+
+def _greet(channel: Channel, name: str) -> Channel:
+    channel.send("hello", {"pid": os.getpid(), "name": name, "versions": own_versions()})
+    return channel
+
+
+def _begin(channel: Channel, name: str, *polite: signal.Signals) -> Worker:
+    """Join; leave politely at the first of the ``polite`` signals, at once where nobody minds."""
+    worker = Worker(_greet(channel, name))
 
     def leave(number: int, frame: FrameType | None) -> None:
         if not worker.leave():
@@ -98,5 +145,10 @@ def _serve(channel: Channel, *polite: signal.Signals) -> None:
 
     for each in polite:
         signal.signal(each, leave)
+    return worker
+
+
+def _serve(worker: Worker) -> None:
+    """Serve until told to exit."""
     while worker.serve() is not None:
         pass

@@ -15,7 +15,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple
 from typing import Any, Final
 
@@ -35,7 +35,6 @@ from ..engine.versions import own_versions
 from ..engine.wire import CallDecoder, norm_answer
 from ..moe.board import RouterBoard
 from ..schedule import Schedule
-from .arrange import arrange
 from .holdings import Holdings
 from .keep import Keep
 
@@ -64,6 +63,8 @@ class Worker:
     def __init__(self, channel: Channel, *, outlives: bool = False) -> None:
         self._channels = [channel]
         self._outlives = outlives
+        self.next_driver: Mapping[str, Any] | None = None
+        """Where the next driver will be found, if this one has said so: ``host``, ``port`` and ``key`` of a store."""
         self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
         self._readers: list[threading.Thread] = []
         self._transport: Transport | None = None
@@ -80,7 +81,7 @@ class Worker:
         self._step = -1
         self._steps: dict[int, Any] = {}  # Any: JSON
         self._closing = False
-        self._may_leave = False
+        self._may_leave = self._wants_to_leave = False
         self._refusal = ""
         self._doomsday: threading.Timer | None = None
 
@@ -132,6 +133,7 @@ class Worker:
     def leave(self) -> bool:
         """Ask to be relieved of the stages at the end of the step; False when nobody would take them over."""
         if self._may_leave:
+            self._wants_to_leave = True
             # In a thread: this may be called from a signal handler, in the middle of a message.
             threading.Thread(target=self._ask_to_leave, name="leaving", daemon=True).start()
         return self._may_leave
@@ -288,7 +290,8 @@ class Worker:
         self._reply(source, "warmed", {})
 
     def _on_arrange(self, source: int, message: Message) -> None:
-        arrange(self._holdings, message.fields, message.blobs, self._device)
+        self._keep.arrange(message.fields, message.blobs, self._device)
+        self._holdings.experts.bind(self._transport, self._holdings.stages)
         self._routers = RouterBoard(self._holdings.blocks().values())
         self._answer("ready", {})
 
@@ -367,10 +370,16 @@ class Worker:
         self._holdings.put(message.fields["what"], message.fields, message.blobs)
         self._answer("ready", {})
 
+    def _on_outlive(self, source: int, message: Message) -> None:
+        """Whoever joined by hand belongs to a supervised job, and waits for the next driver when this one is lost."""
+        self.next_driver, self._outlives = message.fields, True
+
     def _on_keep(self, source: int, message: Message) -> None:
         answer = self._keep.obey(message.fields, message.blobs)
         if not message.fields.get("quiet"):
             self._reply(source, "kept", *answer)
+        if self._wants_to_leave and message.fields["do"] in ("settle", "drop"):
+            self._ask_to_leave()  # the driver that was asked first may be gone
 
     def _on_clock(self, source: int, message: Message) -> None:
         self._reply(source, "clock", {"now": time.perf_counter()})

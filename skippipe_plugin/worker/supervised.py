@@ -6,25 +6,19 @@ it holds and waits for the next one, as long as the supervisor lives.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import signal
 import sys
-import time
-from typing import Final
 
 from ..engine.c10d import TCPStore
-from ..engine.channel import Channel, ChannelError, connect
+from ..engine.channel import ChannelError
 from ..engine.errors import SkipPipeError
-from ..engine.versions import own_versions
+from .joining import dial
 from .processes import end_with_stdin
 from .service import DriverGone, Worker
 
 log = logging.getLogger("skippipe_plugin.worker")
-
-_LOOK_S: Final = 0.05
 
 
 def main(arguments: list[str]) -> int:
@@ -34,11 +28,11 @@ def main(arguments: list[str]) -> int:
     (host, port), key = arguments[0].rsplit(":", 1), arguments[1]
     secret = bytes.fromhex(os.environ["SKIPPIPE_SECRET"])
     store = TCPStore(host, int(port), is_master=False)
-    worker = Worker(_dial(store, key, secret), outlives=True)
+    worker = Worker(dial(store, key, secret), outlives=True)
     signal.signal(signal.SIGTERM, lambda *_: worker.leave() or os._exit(128 + signal.SIGTERM))
     try:
         while not _serve(worker):
-            worker.rejoin(_dial(store, key, secret))
+            worker.rejoin(dial(store, key, secret))
     except SkipPipeError as error:
         log.error("%s", error)
         return 1
@@ -53,18 +47,6 @@ def _serve(worker: Worker) -> bool:
     except (DriverGone, ChannelError):
         return False
     return True
-
-
-def _dial(store: TCPStore, key: str, secret: bytes) -> Channel:
-    """Join the driver whose address is in the store, as soon as there is one that answers."""
-    while True:
-        if store.check([key]):
-            address = json.loads(store.get(key))
-            with contextlib.suppress(ChannelError):  # it is the address of the one before
-                channel = connect(address["host"], address["port"], secret)
-                channel.send("hello", {"pid": os.getpid(), "versions": own_versions()})
-                return channel
-        time.sleep(_LOOK_S)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from skippipe_plugin.callbacks import LoadBalancer, PipelineMonitor, StageRecovery
 from skippipe_plugin.driver.moving import Mover
 from skippipe_plugin.driver.pipeline import Pipeline
+from skippipe_plugin.strategies import NetworkConfig
 
 from .models import Transformer, tokens
 from .modules import LanguageModel, loader
@@ -173,11 +174,21 @@ def test_replicas(play) -> None:
 
 
 @pytest.mark.slow
-def test_spares_come_first(play) -> None:
-    """A joiner that is wanted as a spare makes no stage, and takes over from who leaves."""
+def test_a_driver_keeps_its_own_stage(play) -> None:
+    settings = {"driver_stage": True}
+    recovery = StageRecovery(spares=0, elastic=True)
+    found = run(strategy=settings, callbacks=[recovery, play(joins={3: 2}, leaves={6: 1, 8: 2})])
+    assert stages(recovery) == [(3, 5), (5, 4), (4, 3)]
+    assert_same_run(found, run(strategy=settings), weights_rtol=0.0, weights_atol=1e-5)
+
+
+@pytest.mark.slow
+def test_spares_come_first(play, tmp_path) -> None:
+    """Where the driver may not start a spare itself, one of two joiners is it, and takes over from who leaves."""
     recovery = StageRecovery(spares=1, elastic=True)
-    found = run(callbacks=[recovery, play(joins={3: 2}, leaves={6: 1})])
-    assert stages(recovery) == [(2, 3)]  # of two joiners and the driver's own spare
+    settings = {"network": NetworkConfig(local_workers=2, secret_file=str(tmp_path / "secret"))}
+    found = run(strategy=settings, callbacks=[recovery, play(joins={3: 2}, leaves={6: 1})])
+    assert stages(recovery) == [(2, 3)]
     assert [event.source for event in recovery.events] == ["relieved"]
     assert_same_run(found, run(), weights_rtol=0.0, weights_atol=1e-5)
 
@@ -227,14 +238,14 @@ class Kill(Callback):
 @pytest.mark.slow
 @pytest.mark.parametrize("while_missing", ["wait", "skip"])
 @pytest.mark.parametrize("victim", [1, 2, None])
-@pytest.mark.parametrize("point", [(Mover, "_fetch"), (Pipeline, "relayout"), (Mover, "finish")])
+@pytest.mark.parametrize("point", [(Mover, "_sources"), (Pipeline, "relayout"), (Mover, "finish")])
 def test_a_loss_in_the_middle_of_a_move(play, monkeypatch, point: Any, victim: int | None, while_missing: str) -> None:
     recovery = StageRecovery(spares=0, elastic=True, while_missing=while_missing)
     killer = Kill(monkeypatch, point, victim)
     found = run(callbacks=[recovery, killer, play(joins={3: 1})])
     assert killer.killed
     assert found.trainer.global_step == STEPS
-    assert recovery.events or point == (Mover, "_fetch")
+    assert recovery.events or point == (Mover, "_sources")
     assert all(torch.isfinite(tensor).all() for tensor in found.weights.values())
 
 

@@ -1,13 +1,17 @@
-"""A training script that kills itself: ``mortal.py FOLDER DEVICES HOOK:COUNT,KIND:COUNT,... DROPOUT NUM_FITS``.
+"""A training script that kills itself: ``mortal.py FOLDER DEVICES HOOK:COUNT,KIND:COUNT,... DROPOUT NUM_FITS [MOVES]``.
 
 In each attempt it does so at another moment. It appends what it does to ``FOLDER/events`` and leaves ``FOLDER/end.pt``
-when it comes to its end.
+when it comes to its end. MOVES makes the run elastic: ``+@2,-1@5`` has a worker join by hand before the step after the
+second one, and the worker of rank 1 leave before the step after the fifth; ``-@5`` has all leave that did not join
+by hand.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +96,10 @@ def data(shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
 
 
 class Killer(Callback):
-    """Kills the process when a hook is reached, or a kind of message was sent to one worker, for the n-th time."""
+    """Kills the process when a hook is reached, or a kind of message was sent to one worker, for the n-th time.
+
+    A kind of message is its name, or what a message to the worker's keep says to do.
+    """
 
     def __init__(self, moment: str) -> None:
         from skippipe_plugin.driver.links import Link
@@ -111,12 +118,60 @@ class Killer(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(self, send: Callable[..., None]) -> Callable[..., None]:
-        def patched(link: Any, kind: str, *args: Any, **kwargs: Any) -> None:
-            send(link, kind, *args, **kwargs)
-            if kind == self.kind:
+        def patched(link: Any, kind: str, fields: Any = None, *args: Any) -> None:
+            send(link, kind, fields or {}, *args)
+            if self.kind in (kind, (fields or {}).get("do")):
                 self.reached()
 
         return patched
+
+
+class Moves(Callback):
+    """Lets workers join and leave before given steps, each once, however often the driver is started."""
+
+    def __init__(self, folder: Path, moves: str) -> None:
+        self.folder = folder
+        self.moves = [(what, int(step)) for what, _, step in (move.partition("@") for move in moves.split(","))]
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for number, (what, step) in enumerate(self.moves):
+            done = self.folder / f"move{number}"
+            if step == trainer.global_step and not done.exists():
+                done.touch()
+                links = trainer.strategy._spread.links  # type: ignore[attr-defined]
+                if what == "+":
+                    self.join(trainer)
+                else:
+                    self.leave([link for link in links if what in (f"-{link.rank}", "-" + link.name)])
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        with (self.folder / "stages").open("a") as file:
+            file.write(f"{len(trainer.strategy._spread.pipeline.layout.stage_blocks)}\n")  # type: ignore[attr-defined]
+
+    def join(self, trainer: Trainer) -> None:
+        job = trainer.strategy._job  # type: ignore[attr-defined]
+        there = len(job.joined())
+        command = [sys.executable, "-m", "skippipe_plugin.cli", "worker", "--join", "{}:{}".format(*job.pool.address)]
+        environment = os.environ | {"SKIPPIPE_SECRET": job.pool.secret}
+        with (self.folder / "joined").open("a") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        with (self.folder / "pids").open("a") as file:
+            file.write(f"{process.pid}\n")
+        wait_for(lambda: len(job.joined()) > there)
+        trainer.strategy._spread.pipeline.keeper._warm_spares()  # type: ignore[attr-defined]
+        wait_for(lambda: all(link.warm for link in job.idle()))
+
+    def leave(self, links: Sequence[Any]) -> None:
+        for link in links:
+            os.kill(link.pid, signal.SIGTERM)
+        wait_for(lambda: all(link.leaving for link in links))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def fit(
@@ -155,7 +210,14 @@ def main() -> None:
     for number in range(num_fits):
         one = folder / str(number) if num_fits > 1 else folder
         one.mkdir(exist_ok=True)
-        fit(one, int(sys.argv[2]), killers, dropout=float(sys.argv[4]))
+        callbacks = [*killers, *elastic(one, *sys.argv[6:])]
+        fit(one, int(sys.argv[2]), callbacks, dropout=float(sys.argv[4]))
+
+
+def elastic(folder: Path, moves: str = "") -> list[Callback]:
+    from skippipe_plugin.callbacks import StageRecovery
+
+    return [StageRecovery(spares=0, elastic=True), Moves(folder, moves)] if moves else []
 
 
 if __name__ == "__main__":

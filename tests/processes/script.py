@@ -1,12 +1,13 @@
 """A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced] [experts] [port=N] [two_nodes] [pause]``.
 
-Prints one JSON line per process.
+``moves=+@1,-2@3 folder=PATH`` makes it elastic, see ``mortal.py``. Prints one JSON line per process.
 """
 
 import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -83,6 +84,16 @@ def strategy_for(devices: int, drivers: int) -> object:
     return SkipPipeStrategy(num_microbatches=4, drivers=drivers, replicas=replicas, network=network, moe=moe)
 
 
+def elastic() -> list[Callback]:
+    given = dict(argument.split("=") for argument in sys.argv if argument.startswith(("moves=", "folder=")))
+    if not given:
+        return []
+    from skippipe_plugin.callbacks import StageRecovery
+    from tests.processes.mortal import Moves
+
+    return [StageRecovery(spares=0, elastic=True), Moves(Path(given["folder"]), given["moves"])]
+
+
 def balancers() -> list[Callback]:
     if "balanced" not in sys.argv:
         return []
@@ -102,7 +113,7 @@ def main() -> None:
         num_nodes=2 if "two_nodes" in sys.argv else 1,
         strategy=strategy_for(devices, drivers),  # type: ignore[arg-type]
         max_steps=10_000 if "slow" in sys.argv else 5,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *elastic()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -110,6 +110,16 @@ def test_skippipe_run_gives_the_same(alone: dict) -> None:
     assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_workers_join_a_run_of_torchrun_and_its_ranks_hand_their_stages_over(alone: dict, tmp_path: Path) -> None:
+    """A rank that got SIGTERM stays, without stages, until all return: torchrun takes an early end for a failure."""
+    results = run(torchrun(3, 3, 1, "moves=+@1,-1@3,-1@4", f"folder={tmp_path}"))
+    assert losses(results) == pytest.approx(alone["losses"], rel=1e-5)
+    assert (tmp_path / "stages").read_text().split() == ["2", "3", "3", "2", "1"]
+    assert len(results) == 3
+    assert all(result["validated"] == [pytest.approx(alone["validated"][0], rel=1e-5)] for result in results)
+
+
 @pytest.fixture
 def nodes() -> Iterator[tuple[Node, Node]]:
     with two_nodes() as pair:

@@ -4,12 +4,14 @@ import pickle
 from typing import Any
 
 import cloudpickle
+import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
 
-from skippipe_plugin.engine.handover import pack_blocks, pack_object, unpack_object
+from skippipe_plugin.engine.handover import pack_blocks, pack_object, pack_tensors, unpack_object, unpack_tensors
 from skippipe_plugin.engine.optimizer import OptimizerPlan
+from skippipe_plugin.engine.parcel import pack_parts
 from skippipe_plugin.worker.keep import Keep
 
 
@@ -22,7 +24,7 @@ def holding(value: float) -> Keep:
     keep, block = Keep(), nn.Linear(1, 1, bias=False)
     nn.init.constant_(block.weight, value)
     fields, blobs = pack_blocks({0: block})
-    load = {"seed": 0, "structure_only": False, "compile": None, "first": True, "last": True, "stage": 1}
+    load = {"seed": 0, "compile": None, "first": True, "last": True, "stage": 1}
     load |= {"overlap": 1, "experts": []}
     keep.holdings.load({**load, "blocks": fields}, blobs, torch.device("cpu"))
     plan = OptimizerPlan(SGD, {"lr": 0.5}, (((0, "weight"),),))
@@ -59,11 +61,60 @@ def test_what_is_retained_stays_until_all_is_settled() -> None:
     keep.obey({"do": "retain"}, [])  # a second driver that is lost on the way changes nothing
     keep.obey(stored("base", fit=1, step=3), [b"newer"])
     summary, _ = keep.obey({"do": "summary"}, [])
-    assert summary["stages"] == [1]
+    assert summary["blocks"] == [[0]]
     assert set(summary["records"]) == {"base", "tensors", "progress"}
     assert keep.obey({"do": "record", "name": "base"}, [])[1] == [b"data"]
     keep.obey({"do": "settle", "step": 3}, [])
-    assert keep.obey({"do": "summary"}, [])[0]["stages"] == []
+    assert keep.obey({"do": "summary"}, [])[0]["blocks"] == [[]]
+
+
+def order(stages: list[Any], arriving: dict[int, float], records: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Hold these stages: some blocks come, with one weight each; nothing is kept."""
+    weights = pack_tensors({f"{block}\tweight": torch.full((1, 1), value) for block, value in arriving.items()})
+    structure = {block: nn.Linear(1, 1, bias=False) for block in arriving}
+    parts = {"structure": pack_blocks(structure, values=False), "weights": weights, "gradients": pack_tensors({})}
+    entries, blobs = pack_parts({**parts, "records": pack_parts(records)})
+    return {"stages": stages, "keep": [], "compile": None, "overlap": 1, "parts": entries}, blobs
+
+
+def found(keep: Keep) -> dict[int, float]:
+    """What a driver that comes anew gathers: each block, from whichever part of what is left."""
+    blocks: dict[int, float] = {}
+    for part, held in enumerate(keep.obey({"do": "summary"}, [])[0]["blocks"]):
+        fields, blobs = keep.obey({"do": "state", "what": "weights", "part": part, "blocks": held}, [])
+        blocks |= {int(name[0]): float(tensor) for name, tensor in unpack_tensors(fields["tensors"], blobs).items()}
+    return blocks
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_blocks_that_go_elsewhere_are_kept_until_all_orders_are_carried_out(times: int) -> None:
+    """Whichever of them the driver dies at."""
+    keep = holding(2.0)
+    for name in ("base", "tensors", "progress"):
+        keep.obey(stored(name, fit=1, step=3), [b"data"])
+    for _ in range(times):
+        keep.arrange(*order([[1, [1], []]], {1: 5.0}, {}), torch.device("cpu"))
+    assert list(keep.holdings.blocks()) == [1]
+    assert found(keep) == {0: 2.0, 1: 5.0}
+    assert set(keep.obey({"do": "summary"}, [])[0]["records"]) == {"base", "tensors", "progress"}
+    keep.obey({"do": "retain"}, [])
+    keep.obey({"do": "retain"}, [])
+    assert found(keep) == {0: 2.0, 1: 5.0}
+    assert keep.obey({"do": "record", "name": "base"}, [])[1] == [b"data"]
+
+
+def test_then_they_are_gone_and_the_records_are_those_that_came() -> None:
+    keep = holding(2.0)
+    keep.obey(stored("base", fit=1, step=3), [b"old"])
+    record = stored("progress", fit=1, step=3), [b"new"]
+    keep.arrange(*order([[1, [1], []]], {1: 5.0}, {"progress": record}), torch.device("cpu"))
+    keep.obey({"do": "part"}, [])
+    assert found(keep) == {1: 5.0}
+    assert keep.obey({"do": "summary"}, [])[0]["records"] == {"progress": (1, 3)}
+    assert keep.obey({"do": "record", "name": "progress"}, [])[1] == [b"new"]
+    keep.obey({"do": "drop"}, [])
+    assert found(keep) == {}
+    assert not keep.holdings.stages
 
 
 def test_results_outlast_other_stages() -> None:
@@ -72,7 +123,7 @@ def test_results_outlast_other_stages() -> None:
     keep.obey(stored("base", fit=2, step=0), [b""])
     keep.forget()
     keep.obey({"do": "retain"}, [])
-    assert keep.obey({"do": "summary"}, [])[0] == {"stages": [1], "records": {}, "results": [1]}
+    assert keep.obey({"do": "summary"}, [])[0] == {"blocks": [[0]], "records": {}, "results": [1]}
     assert keep.obey({"do": "record", "name": "result1"}, [])[1] == [b"end"]
 
 

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from skippipe_plugin.engine.handover import pack_blocks
 from skippipe_plugin.engine.optimizer import OptimizerPlan, local_hyperparameters
-from skippipe_plugin.engine.parcel import pack_parts
+from skippipe_plugin.engine.parcel import pack_parts, unpack_parts
 from skippipe_plugin.worker.arrange import arrange
 from skippipe_plugin.worker.holdings import Holdings
 
@@ -48,7 +48,7 @@ def load(stages: dict[int, Sequence[int]], blocks: Sequence[nn.Module], plan: by
     holdings = Holdings()
     for stage, own in stages.items():
         entries, blobs = pack_blocks({index: blocks[index] for index in own})
-        fields = {"seed": 0, "compile": None, "overlap": 1, "experts": [], "structure_only": False}
+        fields = {"seed": 0, "compile": None, "overlap": 1, "experts": []}
         fields |= {"blocks": entries, "stage": stage}
         holdings.load(fields | {"first": stage == min(stages), "last": stage == max(stages)}, blobs, CPU)
     holdings.build_optimizer(plan)
@@ -75,8 +75,13 @@ def order(source: Holdings, target: Holdings, stages: dict[int, Sequence[int]], 
     }
     entries, blobs = pack_parts(parts)
     keep = [block for block in wanted if block not in moving]
-    fields = {"stages": list(stages.items()), "keep": keep, "compile": None, "parts": entries}
-    return fields, [bytes(blob) for blob in blobs]  # as after the wire: memory of its own
+    fields = {
+        "stages": [[stage, own, []] for stage, own in stages.items()],
+        "keep": keep,
+        "compile": None,
+        "overlap": 1,
+    }
+    return fields, unpack_parts(entries, [bytes(blob) for blob in blobs])  # as after the wire: memory of its own
 
 
 def run(holders: Sequence[Holdings], optimizer: Optimizer, seed: int, *, step: bool) -> None:
@@ -115,8 +120,8 @@ def test_moved_blocks_train_on_as_if_they_had_stayed(name: str, times: int) -> N
         (second, order(first, second, {2: [2, 3]}, plan, blocks[0])),
         (first, order(second, first, {1: [0, 1]}, plan, blocks[0])),
     ]
-    for holdings, (fields, blobs) in orders * times:
-        arrange(holdings, fields, blobs, CPU)
+    for holdings, (fields, parts) in orders * times:
+        arrange(holdings, fields, parts, CPU)
     assert [list(holdings.blocks()) for holdings in (first, second, third)] == [[0, 1], [2, 3], [4, 5]]
     assert third.blocks()[4].tied.weight is third.blocks()[4].linear.weight
     assert not third.blocks()[4].frozen.requires_grad

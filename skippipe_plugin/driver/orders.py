@@ -1,0 +1,127 @@
+"""Orders: what a worker holds from now on, with everything that it lacks for that.
+
+Blocks come to a worker in the middle of a run in this way only, whether it replaces another one or the number of stages
+has changed. An order is one message, so a worker has carried it out or has not. Until all have carried theirs out each
+also retains what it held before: a driver that dies on the way leaves every block somewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..engine.channel import Buffer
+from ..engine.handover import pack_tensors, unpack_tensors
+from ..engine.optimizer import ParameterKey
+from ..engine.parcel import Part, pack_parts, unpack_parts
+from ..engine.wire import decode_optimizer_state, encode_optimizer_state, tensor_key
+from .links import Link
+from .pipeline import Pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Cargo:
+    """What travels, of all blocks together."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters and buffers, by ``"<block>\\t<name>"``."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """What is accumulated."""
+    optimizer: dict[ParameterKey, dict[str, Any]] = field(default_factory=dict)  # Any: the optimizer class defines it
+
+    def parts(self, blocks: Collection[int]) -> dict[str, Part]:
+        """Return the share of some blocks, as it travels."""
+        named = {"weights": self.weights, "gradients": self.gradients}
+        parts: dict[str, Part] = {
+            what: pack_tensors({name: tensor for name, tensor in tensors.items() if tensor_key(name)[0] in blocks})
+            for what, tensors in named.items()
+        }
+        state = {key: state for key, state in self.optimizer.items() if key[0] in blocks}
+        return parts | {"optimizer": encode_optimizer_state(state)}
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An ``arrange`` message."""
+
+    fields: dict[str, Any]  # Any: JSON
+    blobs: list[Buffer]
+
+    @property
+    def num_bytes(self) -> int:
+        """How much travels."""
+        return sum(memoryview(blob).nbytes for blob in self.blobs)
+
+
+def fetch(sources: Mapping[Link, Collection[int]]) -> Cargo:
+    """Ask each worker for everything that belongs to some of its blocks."""
+    cargo = Cargo()
+    kinds = ("weights", "gradients", "optimizer")
+    for link, blocks in sources.items():
+        for what in kinds:
+            link.send("get", {"what": what, "blocks": sorted(blocks)})
+    for link in sources:
+        for what in kinds:
+            message = link.expect("state")
+            if what == "optimizer":
+                cargo.optimizer.update(decode_optimizer_state(message.fields, message.blobs))
+            else:
+                tensors = unpack_tensors(message.fields["tensors"], message.blobs)
+                (cargo.weights if what == "weights" else cargo.gradients).update(tensors)
+    return cargo
+
+
+def fetch_records(link: Link) -> dict[str, Part]:
+    """Return what a worker keeps of the driver's own state, by name; nothing without a supervisor."""
+    message = link.ask("keep", {"do": "records"}, "kept")
+    return unpack_parts(message.fields["records"], message.blobs)
+
+
+def order(
+    pipeline: Pipeline,
+    rank: int,
+    cargo: Cargo,
+    *,
+    held: Collection[int] = (),
+    records: Mapping[str, Part] | None = None,
+) -> Order:
+    """Say what the worker at ``rank`` holds, and give it what it lacks.
+
+    Args:
+        pipeline: Whose layout counts; it knows the structures of the blocks and the optimizer.
+        rank: The worker's.
+        cargo: What was fetched, of these blocks at least.
+        held: The blocks that the worker has.
+        records: What it keeps of the driver's own state from now on.
+    """
+    layout = pipeline.layout
+    wanted = layout.hosted(rank)
+    lacking = [block for block in wanted if block not in held]
+    parts = cargo.parts(lacking)
+    parts |= {"structure": pipeline.sender.structure(lacking), "records": pack_parts(records or {})}
+    if pipeline.optimizer_plan is not None:
+        parts["plan"] = ({}, [pipeline.optimizer_plan])
+    entries, blobs = pack_parts(parts)
+    stages = layout.stages_of(rank)
+    fields = {
+        "stages": [[stage, list(layout.blocks(stage)), pipeline.shards.described(stage, rank)] for stage in stages],
+        "keep": [block for block in wanted if block in held],
+        "compile": pipeline.sender.compile_with,
+        "overlap": pipeline.shards.overlap,
+        "parts": entries,
+    }
+    return Order(fields, blobs)
+
+
+def carry_out(pipeline: Pipeline, orders: Mapping[int, Order]) -> None:
+    """Let workers carry their orders out, by rank, in the generation that has been formed."""
+    links = [pipeline.links[rank] for rank in orders]
+    for link, each in zip(links, orders.values(), strict=True):
+        link.send("arrange", each.fields, each.blobs)
+    for link in links:
+        link.expect("ready")
+    for link in links:
+        link.tell("keep", {"do": "part", "quiet": True})
