@@ -114,10 +114,10 @@ class SleepyExperts(Sleeper):
 
     def __init__(self, claim: str = "", seconds: float = QUICK_S) -> None:
         super().__init__(claim, seconds)
-        self.experts = MoELayer(16, 12, 4, router="sigmoid")
+        self.moe = MoELayer(16, 12, 4, router="sigmoid")
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + self.experts(x))
+        return super().forward(x + self.moe(x))
 
 
 @pytest.mark.slow
@@ -129,7 +129,8 @@ def test_replicas_that_share_experts_lose_work_together(tmp_path: Path) -> None:
     def module(claim: str, seconds: float) -> OneBlockPerStage:
         return OneBlockPerStage([SleepyExperts(claim, seconds)], (16, 16))
 
-    strategy = {"num_microbatches": MICROBATCHES, "replicas": 4, "moe": MoEConfig(expert_parallel=2)}
+    moe = MoEConfig(expert_parallel=2)
+    strategy = {"num_microbatches": MICROBATCHES, "replicas": 4, "blocks": "blocks", "moe": moe}
     callbacks = [watch, forwards, balancer]
     found = train(
         lambda: module(str(tmp_path / "slow"), QUICK_S), data, 5, strategy, max_steps=STEPS, callbacks=callbacks
