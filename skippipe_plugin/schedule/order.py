@@ -48,8 +48,9 @@ def list_schedule(
         paths: By microbatch. Their order is the order of age within a driver; drivers take turns.
         cost: What to play on; by default forward 1, backward 2 per stage, the rest free.
         activation_caps: What holds a forward of a block stage back. None: nothing. "position": a rank starts one
-            only while it holds fewer activations than the ranks that follow on the path (itself included) outnumber
-            those that share its position, rounded up: L - p on a path of length L with equal replicas, which is 1F1B.
+            only while it holds fewer activations than the ranks that follow on the path (itself and the drivers
+            included, since the loss is theirs) outnumber those that share its position, rounded up: L + 1 - p on a
+            path of length L without replicas, which is 1F1B over L + 1 positions.
             These caps bend where reordered paths would deadlock under them; they suit full paths, others run faster
             under ``driver_in_flight`` (twice the number of ranks is a good start). A sequence: the most
             (stage, microbatch) pairs that may live on each rank, the driver's stage 0 included; never exceeded.
@@ -90,8 +91,12 @@ def turns(paths: Sequence[Path]) -> list[tuple[int, int]]:
 
 
 def position_cap(placement: Sequence[Sequence[int]], path: Path, position: int) -> int:
-    """Return how many activations keep a rank at a position of a path busy: L - position with equal replicas."""
-    widths = [len(placement[stage]) for stage in path.stages[position:]]
+    """Return how many activations keep a rank at a position of a path busy: L + 1 - position without replicas.
+
+    The loss is a position too, the last one: with one activation less the last stage would idle while its hidden
+    states travel to the driver, the head and the loss are computed, and the gradient travels back.
+    """
+    widths = [len(placement[stage]) for stage in (*path.stages[position:], DRIVER_STAGE)]
     return -(-sum(widths) // widths[0])
 
 
