@@ -187,8 +187,6 @@ class DriverJob:
 
     def fence(self, link: Link) -> None:
         """End the process of a lost worker, if this driver has started it and it is there still."""
-        if link in self.pool.links:
-            self.pool.links.remove(link)
         if link.pid is not None:
             self._processes.kill(link.pid)
 
