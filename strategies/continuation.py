@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
@@ -23,10 +24,11 @@ from torch.utils._pytree import tree_map_only
 
 from ..driver.mirror import DriverMirror, DriverState
 from ..driver.optimizer import RemoteOptimizer
-from ..driver.recall import Recalled
+from ..driver.recall import Recalled, rebuilt
+from ..driver.recovery import RecoveryEvent, Source
 from ..engine.errors import SkipPipeError, StageLostError
 from ..integration.fits import Fits
-from ..integration.spread import SpreadModel
+from ..integration.spread import Recovery, SpreadModel
 from .replay import RandomState, random_state, set_random_state
 from .snapshot import logged, set_logged, snapshot, whole_checkpoint
 
@@ -50,6 +52,9 @@ class Continuation:
         self._trainer = trainer
         self._fits = fits
         self._fit, self._recalled, self._result = fits.next()
+        self._began_s = time.monotonic()
+        self._recovery: Recovery | None = None
+        self._rebuilt: Mapping[range, Source] = {}
         self._spread: SpreadModel | None = None
         self._remote: RemoteOptimizer | None = None
         self._mirror: DriverMirror | None = None
@@ -71,9 +76,18 @@ class Continuation:
         call.arguments["ckpt_path"] = FROM_MEMORY
         return functools.partial(function.func, *call.args, **call.kwargs)
 
-    def checkpoint(self) -> dict[str, Any]:
-        """Return the checkpoint that the fit goes on from."""
+    def checkpoint(self, recovery: Recovery | None) -> dict[str, Any]:
+        """Return the checkpoint that the fit goes on from.
+
+        Args:
+            recovery: How stages are rebuilt whose workers died with the driver; None when they are not.
+
+        Raises:
+            SkipPipeError: They are not, or cannot be.
+        """
         if self._recalled is not None:
+            self._recovery = recovery
+            self._recalled, self._rebuilt = rebuilt(self._recalled, None if recovery is None else recovery[0].rule)
             return whole_checkpoint(self._recalled)
         assert self._result is not None, "nothing to go on from"
         return dict(self._result)
@@ -241,9 +255,22 @@ class Continuation:
         self._mirror_now.state.put({**recalled.base["others"], **progress["changed"]})
         set_logged(trainer, progress["logged"])
         set_random_state(progress["random"], self._loaders)
+        self._report_rebuilt()
         self._start(self._progress(progress["phase"]))
         if progress["phase"] == "after batch":
             self._on_batch_end(data_fetcher)
+
+    def _report_rebuilt(self) -> None:
+        """Say which blocks are not what they were; their learning rate is scaled as after any such loss."""
+        assert self._spread is not None
+        gradients, layout = self._spread.pipeline.gradients, self._spread.pipeline.layout
+        for blocks, source in self._rebuilt.items():
+            assert self._recovery is not None, "nobody wants lost blocks rebuilt"
+            policy, report = self._recovery
+            gradients.lr_factors_of_blocks |= dict.fromkeys(blocks, policy.lr_factor)
+            stages = tuple(sorted(set(map(layout.stage_of_block, blocks))))
+            how_lost, seconds = "it died together with the driver", time.monotonic() - self._began_s
+            report(RecoveryEvent(layout.placement[stages[0]][0], stages, how_lost, source, seconds, 0))
 
     def _wind_forward(self, progress: Mapping[str, Any], data_fetcher: Any) -> None:
         """Fetch and drop the batches of the epoch that were trained on, from the epoch's random state."""

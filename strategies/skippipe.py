@@ -488,7 +488,7 @@ class SkipPipeStrategy(DriversStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if checkpoint_path == FROM_MEMORY and self._continuation is not None:
-            return self._continuation.checkpoint()
+            return self._continuation.checkpoint(self._recovery)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     @override

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from torch import Tensor
@@ -13,8 +13,10 @@ from ..engine.channel import Buffer, Message
 from ..engine.errors import SkipPipeError
 from ..engine.handover import unpack_object, unpack_tensors
 from ..engine.optimizer import ParameterKey
-from ..engine.wire import decode_optimizer_state, tensor_key
+from ..engine.wire import decode_optimizer_state, tensor_key, tensor_name
+from ..recovery import Neighbour, RebuildRule, rebuild_stage
 from .links import Link, Links
+from .recovery import Source, source_of
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ class Recalled:
     weights: Mapping[str, Tensor]
     """By ``"<block>\\t<name>"``: parameters and buffers of the blocks."""
     optimizer: Mapping[ParameterKey, Mapping[str, Any]]
+    living: Sequence[tuple[Sequence[int], float]]
+    """Of each stage that was found: its blocks, and the L2 norm of its last gradient, before the common clipping."""
 
 
 def recall(links: Sequence[Link]) -> Recalled | None:
@@ -43,9 +47,6 @@ def recall(links: Sequence[Link]) -> Recalled | None:
 
     Args:
         links: The idle workers, the survivors among them.
-
-    Raises:
-        SkipPipeError: Some blocks died with the driver.
     """
     _listen_to(links)
     summaries = {rank: fields for rank, link in enumerate(links) if (fields := _ask(link, "summary").fields)}
@@ -61,6 +62,7 @@ def recall(links: Sequence[Link]) -> Recalled | None:
     weights: dict[str, Tensor] = {}
     optimizer: dict[ParameterKey, Mapping[str, Any]] = {}
     found: set[int] = set()
+    living: list[tuple[Sequence[int], float]] = []
     for rank, summary in summaries.items():
         for part, held in enumerate(summary["blocks"]):
             blocks = sorted(set(held) - found)
@@ -68,9 +70,9 @@ def recall(links: Sequence[Link]) -> Recalled | None:
             if blocks:
                 message = _ask(links[rank], "state", what="weights", part=part, blocks=blocks)
                 weights |= unpack_tensors(message.fields["tensors"], message.blobs)
+                living += _living(message.fields, blocks)
                 message = _ask(links[rank], "state", what="optimizer", part=part, blocks=blocks)
                 optimizer |= decode_optimizer_state(message.fields, message.blobs)
-    _check_complete(base, weights)
     for rank in summaries:
         _ask(links[rank], "retain")
     return Recalled(
@@ -82,7 +84,69 @@ def recall(links: Sequence[Link]) -> Recalled | None:
         progress=progress,
         weights=weights,
         optimizer=optimizer,
+        living=living,
     )
+
+
+def rebuilt(recalled: Recalled, rule: RebuildRule | None) -> tuple[Recalled, dict[range, Source]]:
+    """Rebuild the blocks that died with the driver from those that did not, with fresh optimizers.
+
+    Neighbouring stages that were lost count as one. What the driver itself held is no neighbour.
+
+    Args:
+        recalled: What was found.
+        rule: How two neighbours are weighted; None when nothing may be rebuilt.
+
+    Returns:
+        All of the state, and by rebuilt blocks where their weights came from.
+
+    Raises:
+        SkipPipeError: Something must be rebuilt and may not be, or there is nothing left to do it from.
+    """
+    lost = sorted(set(recalled.base["blocks"]) - {tensor_key(key)[0] for key in recalled.weights})
+    if not lost:
+        return recalled, {}
+    if rule is None or not recalled.living:
+        raise SkipPipeError(
+            f"the driver was lost together with every worker that held the blocks {lost}, so the run cannot go on from "
+            "memory; start it again from the last checkpoint. StageRecovery() rebuilds such blocks from the stages "
+            "around them, and replicas (replicas=2) make such a loss less likely"
+        )
+    weights, sources = dict(recalled.weights), {}
+    for run in _runs(lost):
+        before, after = _neighbour(recalled, run, -1), _neighbour(recalled, run, 1)
+        for block, state in zip(run, rebuild_stage(len(run), before, after, rule), strict=True):
+            weights |= {tensor_name(block, name): tensor for name, tensor in state.items()}
+        sources[run] = source_of(before, after, rule)
+    return replace(recalled, weights=weights), sources
+
+
+def _runs(blocks: Sequence[int]) -> list[range]:
+    """Return the runs of consecutive numbers in an ascending sequence."""
+    firsts = [block for block in blocks if block - 1 not in blocks]
+    lasts = [block for block in blocks if block + 1 not in blocks]
+    return [range(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
+
+
+def _neighbour(recalled: Recalled, run: range, step: int) -> Neighbour | None:
+    """Return the nearest living stage before (step -1) or after (1) a run of lost blocks."""
+    stages = [(blocks, norm) for blocks, norm in recalled.living if (blocks[0] - run.start) * step > 0]
+    if not stages:
+        return None
+    blocks, norm = min(stages, key=lambda stage: abs(stage[0][0] - run.start))
+    states: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
+    for key, tensor in recalled.weights.items():
+        block, name = tensor_key(key)
+        if block in states:
+            states[block][name] = tensor
+    return Neighbour(list(states.values()), norm)
+
+
+def _living(fields: Mapping[str, Any], blocks: Sequence[int]) -> list[tuple[Sequence[int], float]]:
+    """Return blocks and gradient norm of each stage that a worker has handed out, or the part of it that it has."""
+    norms = dict(fields["norms"])
+    parts = [([block for block in own if block in blocks], norms.get(stage, 0.0)) for stage, own in fields["stages"]]
+    return [(own, norm) for own, norm in parts if own]
 
 
 def recall_result(links: Sequence[Link], fit: int) -> Any | None:  # Any: what the fit was finished with
@@ -108,15 +172,6 @@ def _stands(summary: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     if set(_RECORDS) - set(records) or len({records[name][0] for name in _RECORDS}) > 1:
         return []
     return [(records["base"][0], records["tensors"][1], records["progress"][1])]
-
-
-def _check_complete(base: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    lost = set(base["blocks"]) - {tensor_key(name)[0] for name in weights}
-    if lost:
-        raise SkipPipeError(
-            f"the driver was lost together with every worker that held the blocks {sorted(lost)}, so the run cannot go "
-            "on from memory; start it again from the last checkpoint. Replicas (replicas=2) make that less likely"
-        )
 
 
 def _record(link: Link, name: str) -> tuple[Any, Mapping[str, Any]]:

@@ -310,8 +310,7 @@ class StageKeeper:
             blocks = pipeline.layout.blocks(stage)
             for block, state in zip(blocks, rebuild_stage(len(blocks), before, after, self._policy.rule), strict=True):
                 weights |= {tensor_name(block, name): tensor for name, tensor in state.items()}
-            averaged = before is not None and after is not None and self._policy.rule != "copy"
-            sources.append("neighbours" if averaged else "copy")
+            sources.append(source_of(before, after, self._policy.rule))
             pipeline.gradients.lr_factors[stage] = self._policy.lr_factor
         self._hand_over(rank, Cargo(weights))
         return "neighbours" if "neighbours" in sources else "copy"
@@ -358,6 +357,11 @@ class StageKeeper:
     def _hand_over(self, rank: int, cargo: Cargo, records: Mapping[str, Part] | None = None) -> None:
         pipeline = self._pipeline
         carry_out(pipeline, {rank: order(pipeline, rank, cargo, records=records)})
+
+
+def source_of(before: Neighbour | None, after: Neighbour | None, rule: RebuildRule) -> Source:
+    """Return what a stage's weights come from that are rebuilt from these neighbours."""
+    return "neighbours" if before is not None and after is not None and rule != "copy" else "copy"
 
 
 def _text(stages: Sequence[int]) -> str:

@@ -123,7 +123,8 @@ class Holdings:
         if only is not None:
             named = {name: tensor for name, tensor in named.items() if tensor_key(name)[0] in only}
         entries, blobs = pack_tensors(named)
-        return {"tensors": entries, "norms": list(self.norms.items())}, blobs
+        stages = [(number, list(stage.blocks)) for number, stage in self.stages.items()]
+        return {"tensors": entries, "norms": list(self.norms.items()), "stages": stages}, blobs
 
     def put(self, what: str, fields: Fields, blobs: Sequence[Buffer]) -> None:
         """Overwrite what :meth:`state` returns."""

@@ -1,9 +1,12 @@
-"""A training script that kills itself: ``mortal.py FOLDER DEVICES HOOK:COUNT,KIND:COUNT,... DROPOUT NUM_FITS [MOVES]``.
+"""A training script that kills itself: ``mortal.py FOLDER MOMENT,MOMENT,... SETTINGS``.
 
-In each attempt it does so at another moment. It appends what it does to ``FOLDER/events`` and leaves ``FOLDER/end.pt``
-when it comes to its end. MOVES makes the run elastic: ``+@2,-1@5`` has a worker join by hand before the step after the
-second one, and the worker of rank 1 leave before the step after the fifth; ``-@5`` has all leave that did not join
-by hand.
+In each attempt it does so at another moment, ``HOOK:COUNT`` or ``KIND:COUNT`` of a message; ``HOOK:COUNT:RANKS`` kills
+the workers of these ranks too, or only them without the 0 of the driver; ``MOMENT+MOMENT`` are two in one attempt. It
+appends what it does to ``FOLDER/events`` and leaves ``FOLDER/end.pt`` when it comes to its end.
+
+The settings are those of :func:`fit`, in JSON, with ``num_fits`` and ``moves``. These make the run elastic:
+``+@2,-1@5`` has a worker join by hand before the step after the second one, and the worker of rank 1 leave before the
+step after the fifth; ``-@5`` has all leave that did not join by hand.
 """
 
 import json
@@ -12,19 +15,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import SumMetric
 
 EPOCHS, BATCHES, BATCH = 2, 5, 8
+SIZE = BATCHES * BATCH
+Data = Literal["plain", "iterable", "workers"]
+Sample = tuple[Tensor, Tensor, int]
 
 
 class Block(nn.Module):
@@ -88,15 +94,43 @@ class Model(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss_epoch"}}
 
 
-def data(shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
+def samples() -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
-    size = BATCHES * BATCH
-    inputs, labels = torch.randn(size, 4, generator=generator), torch.randint(0, 2, (size,), generator=generator)
-    return DataLoader(TensorDataset(inputs, labels, torch.arange(size)), batch_size=BATCH, shuffle=shuffle)
+    inputs, labels = torch.randn(SIZE, 4, generator=generator), torch.randint(0, 2, (SIZE,), generator=generator)
+    return TensorDataset(inputs, labels, torch.arange(SIZE))
+
+
+class Stream(IterableDataset[Sample]):
+    """Draws the order of an epoch when it begins, and noise with each sample."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        tensors = samples().tensors
+        for index in torch.randperm(SIZE).tolist():
+            inputs, label, number = (tensor[index] for tensor in tensors)
+            yield inputs + 0.1 * torch.randn(4), label, number
+
+
+class Noisy(Dataset[Sample]):
+    """Draws noise with each sample, in whatever process asks for it."""
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, index: int) -> Sample:
+        inputs, label, number = samples()[index]
+        return inputs + 0.1 * torch.randn(4), label, number
+
+
+def training_data(kind: Data) -> DataLoader[Any]:
+    if kind == "iterable":
+        return DataLoader(Stream(), batch_size=BATCH)
+    if kind == "workers":
+        return DataLoader(Noisy(), batch_size=BATCH, shuffle=True, num_workers=2)
+    return DataLoader(samples(), batch_size=BATCH, shuffle=True)
 
 
 class Killer(Callback):
-    """Kills the process when a hook is reached, or a kind of message was sent to one worker, for the n-th time.
+    """Kills processes when a hook is reached, or a kind of message was sent to one worker, for the n-th time.
 
     A kind of message is its name, or what a message to the worker's keep says to do.
     """
@@ -104,18 +138,34 @@ class Killer(Callback):
     def __init__(self, moment: str) -> None:
         from skippipe_plugin.driver.links import Link
 
-        hook, _, count = moment.partition(":")
-        self.left = int(count or 0)
+        hook, count, ranks = (*moment.split(":"), "0")[:3]
+        self.left, self.ranks = int(count or 0), sorted(map(int, ranks), reverse=True)
+        self.trainer: Trainer | None = None
         if hook.startswith("on_"):
             setattr(self, hook, self.reached)
         else:
             self.kind = hook
             Link.send, Link.tell = self.counted(Link.send), self.counted(Link.tell)  # type: ignore[method-assign]
 
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.trainer = trainer
+
     def reached(self, *_: Any, **__: Any) -> None:
         self.left -= 1
         if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            pids = {0: os.getpid()}
+            if any(self.ranks):
+                pids |= self.workers()
+            for rank in self.ranks:  # the driver last
+                os.kill(pids[rank], signal.SIGKILL)
+
+    def workers(self) -> dict[int, int]:
+        """The workers' process ids by rank, once the spares are there that StageRecovery keeps."""
+        assert self.trainer is not None
+        strategy: Any = self.trainer.strategy
+        policies = [callback.policy for callback in self.trainer.callbacks if hasattr(callback, "policy")]
+        wait_for(lambda: len(strategy.spare_pids) >= sum(policy.spares for policy in policies))
+        return dict(strategy.worker_pids)
 
     def counted(self, send: Callable[..., None]) -> Callable[..., None]:
         def patched(link: Any, kind: str, fields: Any = None, *args: Any) -> None:
@@ -175,15 +225,25 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def fit(
-    folder: Path, devices: int = 1, callbacks: Sequence[Callback] = (), *, dropout: float = 0.0, **options: Any
+    folder: Path,
+    devices: int = 1,
+    callbacks: Sequence[Callback] = (),
+    *,
+    dropout: float = 0.0,
+    replicas: int = 1,
+    recovery: dict[str, Any] | None = None,
+    data: Data = "plain",
+    **options: Any,
 ) -> None:
     """Train; with one device by the plain Trainer."""
     seed_everything(3, verbose=False)
     strategy: Any = "auto"
     if devices > 1:
+        from skippipe_plugin.callbacks import StageRecovery
         from skippipe_plugin.strategies import SkipPipeStrategy
 
-        strategy = SkipPipeStrategy(num_microbatches=1)
+        strategy = SkipPipeStrategy(num_microbatches=1, replicas=replicas)
+        callbacks = [*callbacks, *([StageRecovery(**recovery)] if recovery is not None else [])]
     model = Model(folder, dropout)
     trainer = Trainer(
         accelerator="cpu",
@@ -198,23 +258,22 @@ def fit(
         enable_model_summary=False,
         **{"val_check_interval": 3, **options},
     )
-    trainer.fit(model, data(shuffle=True), data(shuffle=False))
+    trainer.fit(model, training_data(data), DataLoader(samples(), batch_size=BATCH))
     torch.save({"state_dict": model.state_dict(), "step": trainer.global_step}, folder / "end.pt")
 
 
 def main() -> None:
-    moments = sys.argv[3].split(",")
+    folder, moments, settings = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
     attempt = int(os.environ["SKIPPIPE_ATTEMPT"])
-    killers = [Killer(moments[attempt])] if attempt < len(moments) else []
-    folder, num_fits = Path(sys.argv[1]), int(sys.argv[5])
+    killers = list(map(Killer, moments[attempt].split("+"))) if attempt < len(moments) else []
+    num_fits, moves = settings.pop("num_fits", 1), settings.pop("moves", "")
     for number in range(num_fits):
         one = folder / str(number) if num_fits > 1 else folder
         one.mkdir(exist_ok=True)
-        callbacks = [*killers, *elastic(one, *sys.argv[6:])]
-        fit(one, int(sys.argv[2]), callbacks, dropout=float(sys.argv[4]))
+        fit(one, callbacks=[*killers, *elastic(one, moves)], **settings)
 
 
-def elastic(folder: Path, moves: str = "") -> list[Callback]:
+def elastic(folder: Path, moves: str) -> list[Callback]:
     from skippipe_plugin.callbacks import StageRecovery
 
     return [StageRecovery(spares=0, elastic=True), Moves(folder, moves)] if moves else []

@@ -1,5 +1,6 @@
 """The driver of an elastic run is killed, also while blocks move: the next one finds them wherever they are."""
 
+import json
 import os
 import signal
 import sys
@@ -42,7 +43,7 @@ def is_running(pid: int) -> bool:
 def run(folder: Path, moves: str, *moments: str, timeout_s: float = 170) -> str:
     """Run the script under a supervisor; return what it said on standard error."""
     command = [sys.executable, "-m", "skippipe_plugin.cli", "run", "--", sys.executable, str(SCRIPT)]
-    process = start([*command, str(folder), "3", ",".join(moments), "0.0", "1", moves])
+    process = start([*command, str(folder), ",".join(moments), json.dumps({"devices": 3, "moves": moves})])
     try:
         _, errors = process.communicate(timeout=timeout_s)
     finally:
