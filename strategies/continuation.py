@@ -62,6 +62,7 @@ class Continuation:
         self._num_sanity_steps = trainer.num_sanity_val_steps
         self._epoch_state: RandomState = {}
         self._first_fetch: RandomState | None = None
+        self._last_fetch: RandomState | None = None
         self._outputs: list[Any] = []
         """What the training steps since the last optimizer step have returned."""
         self._pending: Any = None
@@ -172,8 +173,8 @@ class Continuation:
             self._mirror_now.note(self._progress("before batch"))
 
     def _before_fetch(self) -> None:
-        if self._first_fetch is None:
-            self._first_fetch = random_state(self._loaders)
+        self._last_fetch = random_state(self._loaders)
+        self._first_fetch = self._first_fetch or self._last_fetch
         epoch_loop = self._trainer.fit_loop.epoch_loop
         type(epoch_loop)._on_before_fetch(epoch_loop)
 
@@ -220,7 +221,7 @@ class Continuation:
         return self._remote.local_state_dict()["param_groups"]  # type: ignore[no-any-return]
 
     def _note_epoch(self) -> None:
-        self._epoch_state, self._first_fetch = random_state(self._loaders), None
+        self._epoch_state, self._first_fetch, self._last_fetch = random_state(self._loaders), None, None
 
     def _start(self, progress: Mapping[str, Any]) -> None:
         assert self._spread is not None
@@ -237,7 +238,7 @@ class Continuation:
             "batches": trainer.fit_loop.epoch_loop.batch_progress.current.completed,
             "random": random_state(self._loaders),
             "random_at_epoch": self._epoch_state,
-            "random_at_fetch": self._first_fetch,
+            "random_at_fetches": (self._first_fetch, self._last_fetch),
         }
 
     # ------------------------------------------------------------------ go on
@@ -251,7 +252,8 @@ class Continuation:
         loop._restarting = False
         epoch_loop.restarting = False  # its validation loop's too: nothing is half done
         epoch_loop.max_steps = self._max_steps
-        self._epoch_state, self._first_fetch = progress["random_at_epoch"], progress["random_at_fetch"]
+        self._epoch_state = progress["random_at_epoch"]
+        self._first_fetch, self._last_fetch = progress["random_at_fetches"]
         self._mirror_now.state.put({**recalled.base["others"], **progress["changed"]})
         set_logged(trainer, progress["logged"])
         set_random_state(progress["random"], self._loaders)
@@ -278,9 +280,12 @@ class Continuation:
             return  # Lightning has brought them there
         set_random_state(progress["random_at_epoch"], self._loaders)
         iter(data_fetcher)
-        if progress["random_at_fetch"] is not None:
-            set_random_state(progress["random_at_fetch"], self._loaders)
-        for _ in range(progress["batches"]):
+        first, last = progress["random_at_fetches"]
+        for number in range(progress["batches"]):
+            if number == 0:
+                set_random_state(first, self._loaders)
+            if number == progress["batches"] - 1:  # a stream's next batch, which is trained on, is fetched with it
+                set_random_state(last, self._loaders)
             next(data_fetcher)
         data_fetcher.fetched -= progress["batches"]  # Lightning adds them
 
