@@ -55,15 +55,17 @@ class DriverState:
         return {"parameters": parameters, "optimizer": state, "numbers": self._optimizer.numbers()}
 
     def others(self) -> Mapping[str, Tensor]:
-        """Return the other parameters, and the buffers; remember them."""
-        others = {name: tensor for name, tensor in self._local() if not tensor.requires_grad}
-        self._prints = {name: _fingerprint(tensor) for name, tensor in others.items()}
-        return others
+        """Return the other parameters, and the buffers."""
+        return {name: tensor for name, tensor in self._local() if not tensor.requires_grad}
+
+    def remember_others(self) -> None:
+        """Let :meth:`changed` compare with what :meth:`others` are now."""
+        self._prints = {name: _fingerprint(tensor) for name, tensor in self.others().items()}
 
     def changed(self) -> Mapping[str, Tensor]:
-        """Return what is not trained and has changed since :meth:`others`: the step counts, user code may average."""
-        others = {name: tensor for name, tensor in self._local() if not tensor.requires_grad}
-        return {name: tensor for name, tensor in others.items() if self._prints.get(name) != _fingerprint(tensor)}
+        """Return which :meth:`others` have changed since they were remembered: steps count, user code may average."""
+        prints = self._prints
+        return {name: tensor for name, tensor in self.others().items() if prints.get(name) != _fingerprint(tensor)}
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite some of what is not trained."""
@@ -120,6 +122,7 @@ class DriverMirror:
             pending: The outcome of the last optimizer step's batch, if that is not over.
         """
         self._base = base
+        self.state.remember_others()
         self._store("base", {"others": self.state.others(), **base})
         self._store("tensors", {**self.state.trained(), "outcome": pending})
         noted = self._step if pending is None else self._step - 1
@@ -154,7 +157,9 @@ class DriverMirror:
         if fields.get("quiet"):
             return
         lacking = [link for link in holders if "base" not in self._answer(link).get("records", ("base",))]
-        if lacking and name == "tensors":  # workers that took over
+        if (
+            lacking and name == "tensors"
+        ):  # workers that took over; changes still count from the start, as for the others
             self._store("base", {"others": self.state.others(), **self._base}, holders=lacking)
 
     def _ask_all(self, fields: Mapping[str, Any]) -> None:

@@ -48,7 +48,9 @@ def test_buffers_are_sent_again_when_they_have_changed_and_put_back() -> None:
     parts = model()
     state = DriverState(parts, Local(AdamW(parts["head"].parameters())))
     before = {name: tensor.clone() for name, tensor in state.others().items()}
+    state.remember_others()
     parts["norm"](torch.randn(5, 4))
+    state.others()  # sent to a worker that takes over; the other one has those of the start
     assert set(state.changed()) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     state.put(before)
     assert int(parts["norm"].num_batches_tracked) == 0
@@ -66,7 +68,7 @@ def test_buffers_are_sent_again_when_they_have_changed_and_put_back() -> None:
 def test_a_frozen_parameter_that_user_code_changes_is_noticed(change: Callable[[Tensor], object]) -> None:
     parts = model()
     state = DriverState(parts, Local(AdamW(parts["head"].parameters())))
-    state.others()
+    state.remember_others()
     assert not state.changed()
     with torch.no_grad():
         change(parts["frozen"].weight)
