@@ -302,9 +302,10 @@ class Links:
 
     def report_lost(self, link: Link) -> None:
         """Note that a worker is gone."""
+        so = f", so stage {link.stages[0]} is lost" if link.stages else ""  # an idle worker holds none
         self._fail(
             StageLostError(
-                f"{link} is gone: {link.how_lost}, so stage {link.stages[0]} is lost. "
+                f"{link} is gone: {link.how_lost}{so}. "
                 "Without the StageRecovery callback a run cannot go on without it; start again from the last checkpoint"
             )
         )

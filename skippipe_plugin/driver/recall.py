@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
 from ..engine.channel import Buffer, Message
-from ..engine.errors import SkipPipeError
+from ..engine.errors import SkipPipeError, StageLostError
 from ..engine.handover import unpack_object, unpack_tensors
 from ..engine.optimizer import ParameterKey
 from ..engine.wire import decode_optimizer_state, tensor_key, tensor_name
@@ -20,6 +20,7 @@ from .recovery import Source, source_of
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _RECORDS: Final = ("base", "tensors", "progress")
 
 
@@ -48,8 +49,11 @@ def recall(links: Sequence[Link]) -> Recalled | None:
     Args:
         links: The idle workers, the survivors among them.
     """
-    _listen_to(links)
-    summaries = {rank: fields for rank, link in enumerate(links) if (fields := _ask(link, "summary").fields)}
+    return _surviving(links, _recall)
+
+
+def _recall(links: Sequence[Link]) -> Recalled | None:
+    summaries = {rank: _ask(link, "summary").fields for rank, link in enumerate(links)}
     stands = [(stand, rank) for rank, summary in summaries.items() for stand in _stands(summary)]
     if not stands:
         return None
@@ -151,19 +155,27 @@ def _living(fields: Mapping[str, Any], blocks: Sequence[int]) -> list[tuple[Sequ
 
 def recall_result(links: Sequence[Link], fit: int) -> Any | None:  # Any: what the fit was finished with
     """Return what an earlier fit ended with, if a worker has kept it."""
-    _listen_to(links)
-    for link in links:
-        if fit in _ask(link, "summary").fields.get("results", ()):
-            return _record(link, f"result{fit}")[0]
-    return None
+
+    def find(links: Sequence[Link]) -> Any | None:
+        for link in links:
+            if fit in _ask(link, "summary").fields["results"]:
+                return _record(link, f"result{fit}")[0]
+        return None
+
+    return _surviving(links, find)
 
 
-def _listen_to(links: Sequence[Link]) -> None:
-    """Hear the answers of idle workers, of which some may be lost meanwhile."""
-    board = Links()
-    board.recovering = True
-    for rank, link in enumerate(links):
-        board.add(rank, (), link)
+def _surviving(links: Sequence[Link], ask: Callable[[Sequence[Link]], _T]) -> _T:
+    """Ask idle workers, and those that are left once more when one is lost meanwhile."""
+    while True:
+        board, present = Links(), [link for link in links if not link.gone]
+        for rank, link in enumerate(present):
+            link.forget_answers()
+            board.add(rank, (), link)
+        try:
+            return ask(present)
+        except StageLostError:
+            log.warning("a worker was lost while what the last driver has left was gathered; looking at the others")
 
 
 def _stands(summary: Mapping[str, Any]) -> list[tuple[int, int, int]]:
@@ -181,6 +193,5 @@ def _record(link: Link, name: str) -> tuple[Any, Mapping[str, Any]]:
 
 
 def _ask(link: Link, do: str, *, blobs: Sequence[Buffer] = (), **fields: Any) -> Message:
-    link.tell("keep", {"do": do, **fields}, blobs)
-    message = link.expect_or_lose("kept")
-    return message if message is not None else Message("kept")
+    link.send("keep", {"do": do, **fields}, blobs)
+    return link.expect("kept")

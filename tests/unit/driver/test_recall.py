@@ -1,13 +1,21 @@
-"""Stages that died together with the driver: rebuilt from the nearest that did not."""
+"""What another driver finds: also when a worker dies as it looks, or had died together with the last driver."""
 
+import queue
+import time
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from skippipe_plugin.driver.recall import Recalled, rebuilt
+from skippipe_plugin.driver.links import Link
+from skippipe_plugin.driver.recall import Recalled, rebuilt, recall
+from skippipe_plugin.engine.channel import ChannelClosed, Message
 from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.engine.handover import pack_object
+from skippipe_plugin.engine.stage import Stage
 from skippipe_plugin.engine.wire import tensor_key, tensor_name
+from skippipe_plugin.worker.keep import Keep
 
 STAGES = {1: [0, 1], 2: [2], 3: [3], 4: [4, 5]}
 NORMS = {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
@@ -80,3 +88,50 @@ def test_what_cannot_be_rebuilt_is_an_error_that_names_the_blocks(lost: list[int
     blocks = [block for stage in lost for block in STAGES[stage]]
     with pytest.raises(SkipPipeError, match=rf"held the blocks \{blocks}, so .* from the last checkpoint"):
         rebuilt(found(*lost), rule)
+
+
+class Worker:
+    """The channel to a worker that holds one block and all records, and dies at its ``dies_at``-th question."""
+
+    def __init__(self, block: int, dies_at: int) -> None:
+        self.dies_at, self.asked, self.heard_s = dies_at, 0, time.monotonic()
+        self.keep = Keep()
+        self.keep.holdings.stages[1 + block] = Stage(1 + block, {block: nn.Linear(2, 2)}, torch.device("cpu"))
+        records = {"base": {"blocks": {0: "0", 1: "1"}}, "tensors": {"outcome": None}, "progress": {"phase": "before"}}
+        for name, record in records.items():
+            entries, blobs = pack_object(record)
+            fields = {"do": "store", "name": name, "fit": 1, "step": 3, "lasting": False, "entries": entries}
+            self.keep.obey(fields, blobs)
+        self.answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+
+    def send(self, kind: str, fields: Any = None, blobs: Any = ()) -> None:
+        self.asked += kind == "keep"
+        if kind != "keep" or self.asked == self.dies_at:
+            return self.answers.put(None)
+        answer, data = self.keep.obey(fields, blobs)
+        return self.answers.put(Message("kept", {"generation": -1, **answer}, data))
+
+    def receive(self) -> Message:
+        message = self.answers.get()
+        if message is None:
+            raise ChannelClosed("closed")
+        return message
+
+    def close(self) -> None:
+        self.answers.put(None)
+
+
+@pytest.mark.parametrize("dies_at", range(1, 8))
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_worker_that_dies_while_it_is_asked_is_done_without(which: int, dies_at: int) -> None:
+    """The last worker is asked for the records too, so it is asked seven times; the first one four times."""
+    workers = [Worker(block, dies_at if block == which else 0) for block in (0, 1)]
+    links = [Link(worker) for worker in workers]
+    recalled = recall(links)
+    assert recalled is not None
+    assert (recalled.fit, recalled.step, recalled.progress) == (1, 3, {"phase": "before"})
+    survived = {0, 1} - ({which} if workers[which].asked >= dies_at else set())
+    assert {tensor_key(key)[0] for key in recalled.weights} == survived
+    assert [blocks for blocks, _ in recalled.living] == [[block] for block in sorted(survived)]
+    for link in links:
+        link.close()
