@@ -302,10 +302,10 @@ class Links:
 
     def report_lost(self, link: Link) -> None:
         """Note that a worker is gone."""
-        so = f", so stage {link.stages[0]} is lost" if link.stages else ""  # an idle worker holds none
+        stage = link.stages[0] if link.stages else "of nobody"  # idle workers hold none
         self._fail(
             StageLostError(
-                f"{link} is gone: {link.how_lost}{so}. "
+                f"{link} is gone: {link.how_lost}, so stage {stage} is lost. "
                 "Without the StageRecovery callback a run cannot go on without it; start again from the last checkpoint"
             )
         )
