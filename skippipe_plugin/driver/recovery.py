@@ -19,14 +19,13 @@ from torch import Tensor
 
 from ..engine.errors import SkipPipeError, StageLostError
 from ..engine.handover import import_paths, unpack_tensors
-from ..engine.parcel import Part
 from ..engine.wire import block_tensors, tensor_key, tensor_name
 from ..recovery import Neighbour, RebuildRule, rebuild_stage
 from ..schedule import ScheduleError, leaves_out
 from .heartbeat import Heartbeat
 from .links import Link
 from .moving import Mover
-from .orders import Cargo, carry_out, fetch, fetch_records, order
+from .orders import Cargo, Order, carry_out, fetch, fetch_records, order
 from .pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -109,6 +108,10 @@ class _Missing:
     since_s: float = field(default_factory=time.monotonic)
     join_deaths: int = 0
     steps_around: int = 0
+    leaver: Link | None = None
+    """Who has left the rank politely, and keeps what it holds until another worker has it."""
+    order: Order | None = None
+    """What gives another worker all that the leaver held."""
 
 
 class StageKeeper:
@@ -220,10 +223,10 @@ class StageKeeper:
             if self._mover is not None and not whole:
                 self._mover.resize()
             return
-        if len(self._replacements.idle()) < len(self._missing) and self._may_go_around(whole):
-            if self._mover is not None and self._mover.unfinished:
-                self._pipeline.form()
-                self._mover.finish()
+        vacant = self._missing.keys() - self._taking_over
+        if len(self._replacements.idle()) < len(vacant) and self._may_go_around(whole):
+            if self._taking_over or (self._mover is not None and self._mover.unfinished):
+                self._complete()
             return
         self._fill()
 
@@ -247,14 +250,17 @@ class StageKeeper:
         for rank, link in zip(vacant, self._replacements.take(len(vacant)), strict=True):
             pipeline.links.add(rank, pipeline.layout.stages_of(rank), link)
         pipeline.go_around(())
-        pipeline.form()
+        self._complete()
+        self._prepare()
+
+    def _complete(self) -> None:
+        """Form a generation with everybody who is there, and give the new ones what they have to hold."""
+        self._pipeline.form()
         if self._mover is not None:
             self._mover.finish()
-        for rank in list(self._missing):
-            source = self._rebuild(rank)
-            missing = self._missing.pop(rank)
-            self._announce(rank, missing, source)
-        self._prepare()
+        # First what leavers have left: it may be what others are rebuilt from.
+        for rank in sorted(self._taking_over, key=lambda rank: self._missing[rank].order is None):
+            self._make_whole(rank)
 
     def _relieve(self) -> None:
         """Replace workers that want to leave, as far as others are ready."""
@@ -263,19 +269,25 @@ class StageKeeper:
         for link in leaving[: len(self._replacements.idle())]:
             noticed_s = time.monotonic()
             pipeline.heal()
-            cargo, records, rank = self._all_of(link), fetch_records(link), link.rank
+            rank, all_of_it = link.rank, order(pipeline, link.rank, self._all_of(link), records=fetch_records(link))
             (replacement,) = self._replacements.take(1)
             pipeline.links.drop(rank)
-            try:
-                pipeline.links.add(rank, link.stages, replacement)
-                self._missing[rank] = _Missing("it asked to leave", noticed_s)
-                pipeline.form()
-                self._hand_over(rank, cargo, records)
-            finally:
-                self._replacements.take_back([link])
-            self._announce(rank, self._missing.pop(rank), "relieved")
+            pipeline.links.add(rank, link.stages, replacement)
+            self._missing[rank] = _Missing("it asked to leave", noticed_s, leaver=link, order=all_of_it)
+            pipeline.form()
+            self._make_whole(rank)
 
-    def _announce(self, rank: int, missing: _Missing, source: Source) -> None:
+    def _make_whole(self, rank: int) -> None:
+        """Give the new worker at ``rank`` what it has to hold, and say so."""
+        missing = self._missing[rank]
+        if missing.order is not None:
+            carry_out(self._pipeline, {rank: missing.order})
+            source: Source = "relieved"
+        else:
+            source = self._rebuild(rank)
+        del self._missing[rank]
+        if missing.leaver is not None:
+            self._replacements.take_back([missing.leaver])
         stages = tuple(self._pipeline.layout.stages_of(rank))
         seconds = time.monotonic() - missing.since_s
         self._report(RecoveryEvent(rank, stages, missing.how_lost, source, seconds, missing.steps_around))
@@ -354,9 +366,8 @@ class StageKeeper:
     def _all_of(self, link: Link) -> Cargo:
         return fetch({link: self._pipeline.layout.hosted(link.rank)})
 
-    def _hand_over(self, rank: int, cargo: Cargo, records: Mapping[str, Part] | None = None) -> None:
-        pipeline = self._pipeline
-        carry_out(pipeline, {rank: order(pipeline, rank, cargo, records=records)})
+    def _hand_over(self, rank: int, cargo: Cargo) -> None:
+        carry_out(self._pipeline, {rank: order(self._pipeline, rank, cargo)})
 
 
 def source_of(before: Neighbour | None, after: Neighbour | None, rule: RebuildRule) -> Source:
