@@ -35,6 +35,7 @@ class ChaosMonkey(Callback):
         self.kills: list[str] = []
         """By kill: what the run was doing."""
         self._due = ""
+        self._killed: set[int] = set()
         self._timers: list[threading.Timer] = []
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -54,7 +55,7 @@ class ChaosMonkey(Callback):
 
     def _reached(self, what: str, trainer: Trainer) -> None:
         workers = trainer.strategy.worker_pids.values()
-        if what != self._due or any(timer.is_alive() for timer in self._timers) or not all(map(is_alive, workers)):
+        if what != self._due or any(timer.is_alive() for timer in self._timers) or not all(map(self._lives, workers)):
             return
         self._due = ""
         await_spare(trainer)
@@ -65,17 +66,18 @@ class ChaosMonkey(Callback):
             self._timers.append(timer)
 
     def _kill(self, trainer: Trainer, what: str) -> None:
-        victims = list(filter(is_alive, [*trainer.strategy.worker_pids.values(), *trainer.strategy.spare_pids]))
+        victims = list(filter(self._lives, [*trainer.strategy.worker_pids.values(), *trainer.strategy.spare_pids]))
         if victims:
-            os.kill(self.random.choice(victims), signal.SIGKILL)
+            victim = self.random.choice(victims)
+            self._killed.add(victim)  # a busy machine takes its time to end what was killed
+            os.kill(victim, signal.SIGKILL)
             self.kills.append(what)
 
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    def _lives(self, pid: int) -> bool:
+        try:
+            return pid not in self._killed and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
 
 def soak(seed: int, steps: int, every: int, folder: Path) -> tuple[ChaosMonkey, StageRecovery]:
