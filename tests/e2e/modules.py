@@ -37,7 +37,7 @@ def loader(columns: Mapping[str, Tensor] | Tensor, batch_size: int = BATCH, **op
 
 def adamw(module: nn.Module) -> Optimizer:
     # Some gradients are zero but for rounding (the bias of a key): with the usual eps, Adam makes full steps of them.
-    return AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
+    return AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2, eps=1e-5)
 
 
 def two_groups(module: nn.Module) -> AdamW:
@@ -46,7 +46,7 @@ def two_groups(module: nn.Module) -> AdamW:
     plain = [parameter for name, parameter in named if name.endswith("bias") or "norm" in name]
     decayed = [parameter for name, parameter in named if not (name.endswith("bias") or "norm" in name)]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0, "lr": 3e-3}]
-    return AdamW(groups, lr=1e-2, eps=1e-4)
+    return AdamW(groups, lr=1e-2, eps=1e-5)
 
 
 def cosine(module: nn.Module) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def adagrad(module: nn.Module) -> Adagrad:
 
 
 def amsgrad(module: nn.Module) -> AdamW:
-    return AdamW(module.parameters(), lr=1e-2, amsgrad=True, eps=1e-4, foreach=True)
+    return AdamW(module.parameters(), lr=1e-2, amsgrad=True, eps=1e-5, foreach=True)
 
 
 OPTIMIZERS = {

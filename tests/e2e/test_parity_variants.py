@@ -121,7 +121,11 @@ def test_clipping_where_a_worker_trains_nothing(algorithm: str) -> None:
 
 
 def test_tied_embeddings() -> None:
-    assert_same_run(*both(lambda: LanguageModel(Transformer(tied=True))))
+    # The larger logits round more, and so do the gradients that are zero but for rounding: a larger eps than elsewhere.
+    def calm(module: nn.Module) -> AdamW:
+        return AdamW(module.parameters(), lr=1e-2, eps=1e-4)
+
+    assert_same_run(*both(lambda: LanguageModel(Transformer(tied=True), calm)))
 
 
 @pytest.mark.parametrize("batch_size", [7, 3])
