@@ -105,7 +105,7 @@ def full_schedule(
     path 1 = 0: 1@1 2@2
     rank 0 = 0F0 0F1 0L0 0L1 0B0 0B1
     rank 1 = 1F0 1F1 1B0 1B1
-    rank 2 = 2F0 2B0 2F1 2B1
+    rank 2 = 2F0 2F1 2B0 2B1
 
     Args:
         name: A key of ``FULL_SCHEDULES``.

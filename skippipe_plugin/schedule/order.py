@@ -41,7 +41,7 @@ def list_schedule(
     >>> paths = [Path.parse("0: 1@1 2@2")] * 2
     >>> schedule = list_schedule([[0], [1], [2]], paths, activation_caps="position")
     >>> " ".join(map(str, schedule.orders[2]))
-    '2F0 2B0 2F1 2B1'
+    '2F0 2F1 2B0 2B1'
 
     Args:
         placement: By stage, the ranks that hold it; entry 0 is the drivers.
