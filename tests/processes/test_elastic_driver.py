@@ -58,6 +58,7 @@ def stages(folder: Path) -> list[int]:
     return [count for count, before in zip(counts, [0, *counts[:-1]], strict=True) if count != before]
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_in_the_middle_of_a_move_goes_on(undisturbed: Path, folder: Path) -> None:
     errors = run(folder, "+@2", "arrange:2")
     assert "the driver was lost in fit 1, which goes on from memory at epoch 0, batch 2" in errors

@@ -52,13 +52,8 @@ def test_ranks_of_torchrun_become_workers_and_return_the_drivers_results(alone: 
     assert results[1]["losses"] == []
 
 
-@pytest.mark.parametrize(
-    "launch",
-    [
-        pytest.param(plain, id="plain", marks=pytest.mark.slow),
-        pytest.param(lambda *arguments: torchrun(4, *arguments), id="torchrun"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [plain, lambda *arguments: torchrun(4, *arguments)], ids=["plain", "torchrun"])
 def test_two_drivers_share_the_data_like_ddp(launch, data_parallel: list[dict]) -> None:
     results = run(launch(4, 2))
     for rank in (0, 1):
