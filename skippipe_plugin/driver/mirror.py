@@ -157,9 +157,8 @@ class DriverMirror:
         if fields.get("quiet"):
             return
         lacking = [link for link in holders if "base" not in self._answer(link).get("records", ("base",))]
-        if (
-            lacking and name == "tensors"
-        ):  # workers that took over; changes still count from the start, as for the others
+        # Workers that took over lack it; changes still count from the start for them, as for the others.
+        if lacking and name == "tensors":
             self._store("base", {"others": self.state.others(), **self._base}, holders=lacking)
 
     def _ask_all(self, fields: Mapping[str, Any]) -> None:

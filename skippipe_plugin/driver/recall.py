@@ -13,10 +13,10 @@ from ..engine.channel import Buffer, Message
 from ..engine.errors import SkipPipeError, StageLostError
 from ..engine.handover import unpack_object, unpack_tensors
 from ..engine.optimizer import ParameterKey
-from ..engine.wire import decode_optimizer_state, tensor_key, tensor_name
-from ..recovery import Neighbour, RebuildRule, rebuild_stage
+from ..engine.wire import decode_optimizer_state, tensor_key
+from ..recovery import Neighbour, RebuildRule
 from .links import Link, Links
-from .recovery import Source, source_of
+from .recovery import Source, neighbour_of, rebuilt_weights, source_of
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +119,7 @@ def rebuilt(recalled: Recalled, rule: RebuildRule | None) -> tuple[Recalled, dic
     weights, sources = dict(recalled.weights), {}
     for run in _runs(lost):
         before, after = _neighbour(recalled, run, -1), _neighbour(recalled, run, 1)
-        for block, state in zip(run, rebuild_stage(len(run), before, after, rule), strict=True):
-            weights |= {tensor_name(block, name): tensor for name, tensor in state.items()}
+        weights |= rebuilt_weights(run, before, after, rule)
         sources[run] = source_of(before, after, rule)
     return replace(recalled, weights=weights), sources
 
@@ -138,12 +137,7 @@ def _neighbour(recalled: Recalled, run: range, step: int) -> Neighbour | None:
     if not stages:
         return None
     blocks, norm = min(stages, key=lambda stage: abs(stage[0][0] - run.start))
-    states: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
-    for key, tensor in recalled.weights.items():
-        block, name = tensor_key(key)
-        if block in states:
-            states[block][name] = tensor
-    return Neighbour(list(states.values()), norm)
+    return neighbour_of(blocks, recalled.weights, norm)
 
 
 def _living(fields: Mapping[str, Any], blocks: Sequence[int]) -> list[tuple[Sequence[int], float]]:

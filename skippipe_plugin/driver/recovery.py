@@ -320,8 +320,7 @@ class StageKeeper:
                     "start again from the last checkpoint"
                 )
             blocks = pipeline.layout.blocks(stage)
-            for block, state in zip(blocks, rebuild_stage(len(blocks), before, after, self._policy.rule), strict=True):
-                weights |= {tensor_name(block, name): tensor for name, tensor in state.items()}
+            weights |= rebuilt_weights(blocks, before, after, self._policy.rule)
             sources.append(source_of(before, after, self._policy.rule))
             pipeline.gradients.lr_factors[stage] = self._policy.lr_factor
         self._hand_over(rank, Cargo(weights))
@@ -346,28 +345,42 @@ class StageKeeper:
             hosted = pipeline.hosted_stage(other)
             if hosted is not None:
                 norm = pipeline.gradients.hosted_norms.get(other, 0.0)
-                return self._as_neighbour(other, block_tensors(hosted.blocks), norm)
+                return neighbour_of(pipeline.layout.blocks(other), block_tensors(hosted.blocks), norm)
             for rank in pipeline.layout.placement[other]:
                 if rank in pipeline.links and rank not in self._missing:
                     message = pipeline.links[rank].ask("get", {"what": "weights"}, "state")
                     tensors = unpack_tensors(message.fields["tensors"], message.blobs)
-                    return self._as_neighbour(other, tensors, dict(message.fields["norms"]).get(other, 0.0))
+                    norm = dict(message.fields["norms"]).get(other, 0.0)
+                    return neighbour_of(pipeline.layout.blocks(other), tensors, norm)
             other += step
         return None
-
-    def _as_neighbour(self, stage: int, tensors: Mapping[str, Tensor], norm: float) -> Neighbour:
-        states: dict[int, dict[str, Tensor]] = {block: {} for block in self._pipeline.layout.blocks(stage)}
-        for name, tensor in tensors.items():
-            block, local = tensor_key(name)
-            if block in states:
-                states[block][local] = tensor.detach()
-        return Neighbour(list(states.values()), norm)
 
     def _all_of(self, link: Link) -> Cargo:
         return fetch({link: self._pipeline.layout.hosted(link.rank)})
 
     def _hand_over(self, rank: int, cargo: Cargo) -> None:
         carry_out(self._pipeline, {rank: order(self._pipeline, rank, cargo)})
+
+
+def neighbour_of(blocks: Sequence[int], tensors: Mapping[str, Tensor], norm: float) -> Neighbour:
+    """Return the stage of some blocks as a neighbour of lost ones, from tensors by their names on the wire."""
+    states: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
+    for key, tensor in tensors.items():
+        block, name = tensor_key(key)
+        if block in states:
+            states[block][name] = tensor.detach()
+    return Neighbour(list(states.values()), norm)
+
+
+def rebuilt_weights(
+    blocks: Sequence[int], before: Neighbour | None, after: Neighbour | None, rule: RebuildRule
+) -> dict[str, Tensor]:
+    """Rebuild lost blocks from their neighbours; return their tensors by their names on the wire."""
+    return {
+        tensor_name(block, name): tensor
+        for block, state in zip(blocks, rebuild_stage(len(blocks), before, after, rule), strict=True)
+        for name, tensor in state.items()
+    }
 
 
 def source_of(before: Neighbour | None, after: Neighbour | None, rule: RebuildRule) -> Source:

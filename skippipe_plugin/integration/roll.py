@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from ..driver.links import Link
 from ..engine.c10d import TCPStore
@@ -50,5 +49,4 @@ class RollCall:
 
 def drop(link: Link) -> None:
     """Let a worker forget what it holds: others hold it, further on in training."""
-    fields: dict[str, Any] = {"do": "drop", "quiet": True}
-    link.tell("keep", fields)
+    link.tell("keep", {"do": "drop", "quiet": True})

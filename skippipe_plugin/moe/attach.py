@@ -73,7 +73,7 @@ class RouterHook:
         self.top_k = config.top_k or site.top_k
         self.rule: Router | None = site.rule if config.router == "model" else find_router(config.router)
         self.capacity_factor = config.capacity_factor
-        self._rectify = config.rectify
+        self._rectify, self._fills = config.rectify, config.fills_padding
         self._experts = site.experts
         self._quantiles = config.quantiles
         self.loss_coefficient = config.auxiliary_loss
@@ -126,11 +126,6 @@ class RouterHook:
     def _closes(self) -> bool:
         """Tell whether the router closes groups of experts to a token."""
         return isinstance(self.rule, Sigmoid) and self.rule.top_groups < self.rule.num_groups
-
-    @property
-    def _fills(self) -> bool:
-        """Whether a token may get one slot more, in an expert that has room left."""
-        return self._rectify in ("padding", "both")
 
     # ------------------------------------------------------------ the hook
 
@@ -340,7 +335,7 @@ def attach(model: nn.Module, config: MoEConfig | None = None) -> Attached:
     hooks = {name: RouterHook(name, site, config) for name, site in sites.items()}
     if config.causal and config.router != "model":
         warn_unless_causal(find_router(config.router))
-    if config.causal and config.rectify in ("padding", "both"):
+    if config.causal and config.fills_padding:
         warnings.warn(
             f"rectify={config.rectify!r} gives tokens the room that later ones leave: a causal language model leaks "
             "the future through it. Choose rectify='dropped', or say causal=False",

@@ -82,6 +82,11 @@ class MoEConfig:
                 "keep experts='auto', or drop no tokens"
             )
 
+    @property
+    def fills_padding(self) -> bool:
+        """Whether a token may get one slot more, in an expert that has room left."""
+        return self.rectify in ("padding", "both")
+
     def _check_rectify(self) -> None:
         if self.rectify is None:
             return
