@@ -4,18 +4,22 @@ python benchmarks/moe_layer.py                    # about four minutes on one co
 python benchmarks/moe_layer.py --quick --only reference
 
 Every way computes the same Mixtral experts on the same tokens with the same choices of a router. `dense` is the
-yardstick: as many rows times the matrices of a single expert. Milliseconds of processor time on one thread, the least
+yardstick: as many rows times the matrices of a single expert. Milliseconds of processor time on one thread, the median
 of the rounds; the ways take turns, so that other load meets all alike. Results must agree, or the script stops.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +129,7 @@ def once(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 
 def measure(case: Case, precision: Precision, rounds: int) -> Iterator[tuple[str, float | None]]:
-    """Yield the least time of each way; None where it is not run."""
+    """Yield the median time of each way; None where it is not run."""
     layer, hidden, routing = setting(case, precision)
     ways = [way for way in WAYS if way != "batched_mm" or case.batched]
     times: dict[str, list[float]] = {way: [] for way in ways}
@@ -140,25 +144,31 @@ def measure(case: Case, precision: Precision, rounds: int) -> Iterator[tuple[str
     for way in ways[1:]:
         torch.testing.assert_close(results[way], results["eager"], rtol=precision.tolerance, atol=precision.tolerance)
     for way in WAYS:
-        yield way, min(times[way]) if way in times else None
+        yield way, median(times[way]) if way in times else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two rounds instead of three")
+    parser.add_argument("--quick", action="store_true", help="three rounds instead of seven")
     parser.add_argument("--only", nargs="+", metavar="CASE", default=[case.name for case in CASES])
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
     arguments = parser.parse_args()
     if unknown := set(arguments.only) - {case.name for case in CASES}:
         sys.exit(f"unknown cases: {', '.join(unknown)}; there are {', '.join(case.name for case in CASES)}")
     torch.set_num_threads(1)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, transformers_experts)
     print("| case | dtype | MaxVio | dense | eager | grouped_mm | batched_mm | ours |\n|" + "---|" * 8)
+    rows = []
     for case in (case for case in CASES if case.name in arguments.only):
         for precision in PRECISIONS:
             loads = count_loads(setting(case, precision)[2].experts, case.experts)
-            times = dict(measure(case, precision, 2 if arguments.quick else 3))
+            times = dict(measure(case, precision, 3 if arguments.quick else 7))
+            rows.append({**asdict(case), "precision": precision.name, "milliseconds": times})
             cells = ["-" if took is None else f"{took:.0f} ({took / times['dense']:.2f})" for took in times.values()]
             print(f"| {case.name} | {precision.name} | {max_violation(loads):.2f} | {' | '.join(cells)} |", flush=True)
+    if arguments.out:
+        environment = {"torch": torch.__version__, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+        arguments.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import argparse
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -34,6 +34,9 @@ from skippipe_plugin.moe import MoELayer
 from skippipe_plugin.moe.parallel import SHARD, Company, Shard
 from skippipe_plugin.moe.routing import Routing
 from skippipe_plugin.moe.shards import even_placement, find_sites, take_shard
+
+LONGEST_S = 300.0
+"""For how long a process may be silent; one that failed never answers."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +140,15 @@ def measure(rank: int, case: Case, port: int, rounds: int, results: Any) -> None
 def run(case: Case, rounds: int) -> dict[str, Any]:
     """Return the medians of the slowest process, the mean share of waiting, and the bytes a process sends."""
     context = mp.get_context("spawn")
-    results = context.SimpleQueue()
+    results = context.Queue()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
-        context.Process(target=measure, args=(rank, case, store.port, rounds, results)) for rank in range(case.ranks)
+        context.Process(target=measure, args=(rank, case, store.port, rounds, results), daemon=True)
+        for rank in range(case.ranks)
     ]
     for process in processes:
         process.start()
-    found = [results.get() for _ in processes]
+    found = [results.get(timeout=LONGEST_S) for _ in processes]
     for process in processes:
         process.join()
     seconds, shares, sent = zip(*found, strict=True)
@@ -155,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, float32 and even loads only")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2], help="numbers of processes")
-    parser.add_argument("--out", help="write all figures to this JSON file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     rounds = 3 if arguments.quick else 9
@@ -174,9 +178,8 @@ def main() -> None:
             cells += [f"{over:.2f}", f"{row['waiting']:.0%}", f"{row['megabytes']:.0f}"]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     if arguments.out:
-        with open(arguments.out, "w") as file:  # noqa: PTH123
-            json.dump(rows, file)
+        arguments.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
