@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 import torch
@@ -158,14 +159,37 @@ class StepRun:
         self._announced_s = self._first_s = self._held_since_s = 0.0
         self._modes: tuple[int, tuple[BlockMode, ...]] | None = None
         self._opening: Mapping[str, object] | None = None
+        self._coming: Sequence[int] = ()
+        self._most_ahead = 0
+        self._ahead: dict[int, tuple[Call, Tensor]] = {}
+        """By microbatch: what was embedded ahead and has not entered the blocks yet."""
+        self._start_s = 0.0
+        """How long the user's code last took up to the blocks."""
         self.step = -1
         self.losses: dict[int, Tensor | None] = {}
 
     # ------------------------------------------------------ life of a step
 
-    def open(self, step: int, paths: Sequence[Path], opening: Mapping[str, object]) -> None:
-        """Begin step number ``step``; ``opening`` is told to the workers together with the first call."""
+    def open(
+        self,
+        step: int,
+        paths: Sequence[Path],
+        opening: Mapping[str, object],
+        coming: Sequence[int] = (),
+        most_ahead: int = 0,
+    ) -> None:
+        """Begin step number ``step``.
+
+        Args:
+            step: Its number.
+            paths: By microbatch.
+            opening: What the workers are told together with the first call.
+            coming: The microbatches of this driver that may be embedded ahead of their turns, in that order.
+            most_ahead: How many may be at once.
+        """
         self.step, self._paths, self._opening = step, paths, opening
+        self._coming, self._most_ahead = coming, most_ahead
+        self._calls = {}
         self._first_s = time.monotonic() + self._writer.round_trip_s * _FIRST_SHARE
 
     def start_all(self) -> None:
@@ -192,7 +216,27 @@ class StepRun:
     # ----------------------------------------------------- the driver part
 
     def embed(self, microbatch: int) -> tuple[Call, Tensor]:
-        index, start_s = microbatch - self._first, time.monotonic()
+        if microbatch in self._ahead:
+            return self._ahead.pop(microbatch)
+        start_s = time.monotonic()
+        embedded = self._embed(microbatch)
+        if len(self._held_back) == 1:
+            self._held_since_s = start_s
+        if self._opening is not None:
+            self._embed_ahead()
+        self._announce_after(0.0 if self._opening is not None else self._held_since_s + _HELD_BACK_S)
+        return embedded
+
+    def announce_due(self) -> None:
+        self._announce_after(self._announced_s + _HELD_BACK_S)
+
+    def announce(self) -> None:
+        self._embed_ahead()  # this driver would only wait
+        self._announce()
+
+    def _embed(self, microbatch: int) -> tuple[Call, Tensor]:
+        """Run the user's code up to the blocks, and hold the announcement of their call back."""
+        index = microbatch - self._first
         if index not in self._outcomes:
             self._start(index)
         outcome = self._outcomes[index]
@@ -210,16 +254,24 @@ class StepRun:
                 "the blocks of the pipeline were called with gradients enabled in validation, test or prediction; "
                 "there is no way back through them outside of training_step. Call them under torch.no_grad()"
             )
-        if not self._held_back:
-            self._held_since_s = start_s
         self._held_back.append(prepared)
-        self._announce_after(0.0 if self._opening is not None else self._held_since_s + _HELD_BACK_S)
         return prepared.call, stack_call.hidden
 
-    def announce_due(self) -> None:
-        self._announce_after(self._announced_s + _HELD_BACK_S)
+    def _embed_ahead(self) -> None:
+        """Embed further microbatches, once all that were ahead have had their turn, so that one message announces them.
 
-    def announce(self) -> None:
+        Only where that is quick, since others wait for the message.
+        """
+        if self._ahead:
+            return
+        until_s = time.monotonic() + _HELD_BACK_S
+        coming = (each for each in self._coming if each - self._first not in self._calls)
+        for microbatch in islice(coming, self._most_ahead):
+            if time.monotonic() + self._start_s > until_s:
+                return
+            self._ahead[microbatch] = self._embed(microbatch)
+
+    def _announce(self) -> None:
         if self._held_back or self._opening is not None:
             held_back, self._held_back = self._held_back, []
             opening, self._opening = self._opening, None
@@ -228,7 +280,7 @@ class StepRun:
 
     def _announce_after(self, moment_s: float) -> None:
         if time.monotonic() > max(moment_s, self._first_s):
-            self.announce()
+            self._announce()
 
     def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
         index = microbatch - self._first
@@ -281,7 +333,9 @@ class StepRun:
         if self._task.training:
             seed = block_seed(self._task.seed, self._first + index)
             seed_everything(block_seed(seed, _EMBED), self._device)
+        start_s = time.monotonic()
         outcome = self._threads[index].start(self._task.functions[index], self._ambient)
+        self._start_s = time.monotonic() - start_s
         if isinstance(outcome, Returned):
             self._proxies.check_complete(self._threads[index])
             if self._task.training and outcome.value is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ..schedule import DRIVER_STAGE, Action, Meeting, Op, Path, Schedule, meetings
 
@@ -45,6 +47,18 @@ def compile_program(schedule: Schedule, rank: int) -> tuple[Instruction, ...]:
     """Return the instructions of ``rank``, in the order of the schedule."""
     places, coupled = _places(schedule), meetings(schedule)
     return tuple(_instruction(schedule, action, rank, places, coupled.get(action)) for action in schedule.orders[rank])
+
+
+def embedded_in_order(program: Iterable[Instruction]) -> list[int]:
+    """Return the microbatches that a driver's program embeds, in that order."""
+    return [each.microbatch for each in program if each.action.stage == DRIVER_STAGE and each.action.op is Op.F]
+
+
+def most_in_flight(program: Iterable[Instruction]) -> int:
+    """Return of how many microbatches a driver's program keeps the embeddings at once, for their backward."""
+    steps = {Op.F: 1, Op.B: -1}
+    changes = [steps.get(each.action.op, 0) for each in program if each.action.stage == DRIVER_STAGE]
+    return max(accumulate(changes), default=0)
 
 
 def directed_links(*schedules: Schedule) -> set[tuple[int, int]]:
