@@ -57,9 +57,8 @@ def one_f_one_b(placement: Sequence[Sequence[int]], paths: Sequence[Path], *, ba
 
     As fast as GPipe on free links, while the stage at position i of p holds ``min(m, p + 1 - i)`` activations only:
     the 1F1B of p + 1 stages (Narayanan et al. 2021, arXiv 2104.04473), since the loss on the driver is the last of
-    them. Each driver keeps at least twice its share of the pipeline in flight, so that its own hop is hidden: with
-    fewer, every slow link is paid for once per microbatch. It begins a share at a time, because each message to the
-    workers costs them more than an embedding costs memory.
+    them. Each driver keeps twice its share of the pipeline in flight, so that its own hop is hidden: with fewer, every
+    slow link is paid for once per microbatch.
 
     Raises:
         ScheduleError: The placement or a path is not legal.
@@ -71,8 +70,7 @@ def one_f_one_b(placement: Sequence[Sequence[int]], paths: Sequence[Path], *, ba
         placement,
         paths,
         activation_caps="position",
-        driver_in_flight=3 * share,
-        driver_burst=share,
+        driver_in_flight=2 * share,
         backward=backward,
         name="1f1b",
     )

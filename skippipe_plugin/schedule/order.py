@@ -32,7 +32,6 @@ def list_schedule(
     cost: CostModel | None = None,
     activation_caps: ActivationCaps = None,
     driver_in_flight: int | None = None,
-    driver_burst: int = 1,
     backward: bool = True,
     name: str = "",
 ) -> Schedule:
@@ -55,8 +54,6 @@ def list_schedule(
             under ``driver_in_flight`` (twice the number of ranks is a good start). A sequence: the most
             (stage, microbatch) pairs that may live on each rank, the driver's stage 0 included; never exceeded.
         driver_in_flight: The most microbatches that a driver may have begun and not finished; None for no limit.
-        driver_burst: A driver at that limit begins no other microbatch before it can begin this many; what it tells
-            the workers about them then shares a message.
         backward: False for evaluation.
         name: The schedule's name.
 
@@ -68,14 +65,12 @@ def list_schedule(
         ValueError: A limit has the wrong length or is below 1, or the cost model lacks a stage or rank.
     """
     num_ranks = 1 + max((rank for ranks in placement for rank in ranks), default=-1)
-    _check_limits(num_ranks, activation_caps, driver_in_flight, driver_burst)
+    _check_limits(num_ranks, activation_caps, driver_in_flight)
     schedule = Schedule(tuple(map(tuple, placement)), tuple(paths), ((),) * num_ranks, backward=backward, name=name)
     validate_routes(schedule)
     cost = cost or CostModel.uniform(schedule.num_stages, num_ranks)
     cost.check_covers(schedule.num_stages, num_ranks)
-    schedule = replace(
-        schedule, orders=_play_within(schedule, cost, activation_caps, driver_in_flight or inf, driver_burst)
-    )
+    schedule = replace(schedule, orders=_play_within(schedule, cost, activation_caps, driver_in_flight or inf))
     validate(schedule, memory_caps=None if isinstance(activation_caps, str) else activation_caps)
     return schedule
 
@@ -100,13 +95,9 @@ def position_cap(placement: Sequence[Sequence[int]], path: Path, position: int) 
     return -(-sum(widths) // widths[0])
 
 
-def _check_limits(
-    num_ranks: int, activation_caps: ActivationCaps, driver_in_flight: int | None, driver_burst: int
-) -> None:
+def _check_limits(num_ranks: int, activation_caps: ActivationCaps, driver_in_flight: int | None) -> None:
     if driver_in_flight is not None and driver_in_flight < 1:
         raise ValueError(f"driver_in_flight is {driver_in_flight}; a driver needs at least 1 microbatch in flight")
-    if not 1 <= driver_burst <= (driver_in_flight or inf):
-        raise ValueError(f"driver_burst is {driver_burst}; it is at least 1 and at most driver_in_flight")
     if isinstance(activation_caps, str):
         if activation_caps != "position":
             raise ValueError(f"activation_caps is {activation_caps!r}; use 'position', one cap per rank, or None")
@@ -115,12 +106,12 @@ def _check_limits(
 
 
 def _play_within(
-    schedule: Schedule, cost: CostModel, caps: ActivationCaps, driver_in_flight: float, driver_burst: int
+    schedule: Schedule, cost: CostModel, caps: ActivationCaps, driver_in_flight: float
 ) -> tuple[tuple[Action, ...], ...]:
     """Play; if caps by rank lock up, play again with fewer microbatches under way, down to one."""
     under_way: float = inf
     while True:
-        orders = _Play(schedule, cost, caps, driver_in_flight, driver_burst, under_way).run()
+        orders = _Play(schedule, cost, caps, driver_in_flight, under_way).run()
         if orders is not None:
             return orders
         if under_way == 1:
@@ -148,14 +139,12 @@ class _Play:
         cost: CostModel,
         caps: ActivationCaps,
         driver_in_flight: float,
-        driver_burst: int,
         under_way: float,
     ) -> None:
         self.schedule = schedule
         self.cost = cost
         self.ages = turns(schedule.paths)
         self.driver_in_flight = driver_in_flight
-        self.driver_burst = driver_burst
         self.under_way = under_way
         self.chains = [chain(path, m, backward=schedule.backward) for m, path in enumerate(schedule.paths)]
         self.next = [0] * len(self.chains)
@@ -164,7 +153,6 @@ class _Play:
             self.queues[path.driver].append(microbatch)
         self.ranks = [_Rank([], []) for _ in range(schedule.num_ranks)]
         self.begun = dict.fromkeys(schedule.drivers, 0)
-        self.beginning = set(schedule.drivers)  # not at their limit, or far enough below it again
         self.urgency = _ALTERNATING if isinstance(caps, str) else _BACKWARD_FIRST
         self.rank_caps = None if isinstance(caps, str) else caps
         self.position_caps = self._position_caps() if isinstance(caps, str) and schedule.backward else {}
@@ -235,7 +223,7 @@ class _Play:
         if self.rank_caps is not None and rank.live >= self.rank_caps[number]:
             return False
         if action.stage == DRIVER_STAGE:
-            return number in self.beginning and sum(self.begun.values()) < self.under_way
+            return self.begun[number] < self.driver_in_flight and sum(self.begun.values()) < self.under_way
         return rank.blocks_live < self.position_caps.get((action.stage, action.microbatch), inf)
 
     def _start(self, action: Action, number: int, now_s: float) -> None:
@@ -266,10 +254,6 @@ class _Play:
         self.ranks[number].live += change
         if action.stage == DRIVER_STAGE:
             self.begun[number] += change
-            if self.begun[number] >= self.driver_in_flight:
-                self.beginning.discard(number)
-            elif self.begun[number] <= self.driver_in_flight - self.driver_burst:
-                self.beginning.add(number)
         else:
             self.ranks[number].blocks_live += change
 

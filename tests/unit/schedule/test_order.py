@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from skippipe_plugin.schedule import (
     CostModel,
     NetworkCost,
-    Op,
     Path,
     ScheduleError,
     Visit,
@@ -78,20 +77,6 @@ def test_the_driver_admits_no_more_than_it_may():
         assert peak_activations(list_schedule(placement, paths, driver_in_flight=limit))[0] == limit
 
 
-@pytest.mark.parametrize(("limit", "burst"), [(1, 1), (4, 1), (4, 2), (5, 3), (6, 6)])
-def test_a_full_driver_begins_microbatches_in_bursts(limit, burst):
-    placement, paths = rotated(5, 3, 14)
-    schedule = list_schedule(placement, paths, driver_in_flight=limit, driver_burst=burst)
-    assert peak_activations(schedule)[0] == limit
-    in_flight, was_full = 0, False
-    for action in schedule.orders[0]:
-        if action.op is Op.F:
-            assert in_flight <= limit - burst or not was_full
-            in_flight, was_full = in_flight + 1, in_flight + 1 == limit
-        elif action.op is Op.B:
-            in_flight -= 1
-
-
 def test_rotated_paths_reach_the_bound():
     """Each worker is equally often the first: no ramp is left (P = 6, 30 microbatches, one worker skipped: 72)."""
     placement, paths = rotated(5, 4, 30)
@@ -120,8 +105,6 @@ def test_a_cost_model_changes_the_order():
     ("arguments", "error", "reason"),
     [
         ({"driver_in_flight": 0}, ValueError, "driver_in_flight is 0"),
-        ({"driver_burst": 0}, ValueError, "driver_burst is 0"),
-        ({"driver_in_flight": 2, "driver_burst": 3}, ValueError, "driver_burst is 3"),
         ({"activation_caps": "positions"}, ValueError, "use 'position', one cap per rank, or None"),
         ({"activation_caps": [1]}, ValueError, "1 activation caps for 3 ranks"),
         ({"activation_caps": [1, 1, 0]}, ScheduleError, "one microbatch alone holds more"),
