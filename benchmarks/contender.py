@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from models import Case, Stack, loss_of, make_batch, make_blocks
-from protocol import Console, Timer
+from protocol import Console, Timer, end_with_parent
 from torch import Tensor, nn
 
 Step = Callable[[], float | None]
@@ -160,6 +160,7 @@ SERVERS = {"one": serve_one, "torch": serve_torch, "engine": serve_engine, "sche
 
 def main() -> None:
     torch.set_num_threads(1)
+    end_with_parent()
     console = Console()
     settings = json.loads(sys.stdin.readline())
     if sys.argv[1] == "trainer":

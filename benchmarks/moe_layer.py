@@ -1,6 +1,6 @@
 """What the experts of one layer cost, forward and backward: ours, those of transformers, and one dense product.
 
-python benchmarks/moe_layer.py                    # about four minutes on one core
+python benchmarks/moe_layer.py                    # about ten minutes on one core
 python benchmarks/moe_layer.py --quick --only reference
 
 Every way computes the same Mixtral experts on the same tokens with the same choices of a router. `dense` is the

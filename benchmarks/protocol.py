@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,18 @@ class Console:
     def commands(self) -> Iterator[dict[str, Any]]:
         for line in sys.stdin:
             yield json.loads(line)
+
+
+def end_with_parent() -> None:
+    """Let this process end when its parent is gone, in the middle of a step too."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def cpu_s(pid: int) -> float:
