@@ -6,6 +6,7 @@ It owns the links to the workers and this rank's end of the groups. Nothing here
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
@@ -127,6 +128,7 @@ class Pipeline:
         self._generation = -1
         self._step = 0
         self._threads = StepThreads()
+        self._took_s: deque[float] = deque(maxlen=16)
         self._proxies: BlockProxies | None = None
         self._sender: StageSender | None = None
         self._hosted: dict[int, Stage] = {}
@@ -512,6 +514,7 @@ class Pipeline:
             writer=self._writer,
             device=self.device,
             ambient=Ambient.current(device_types(self.device)),
+            took_s=self._took_s,
         )
 
     def _proxies_now(self) -> BlockProxies:

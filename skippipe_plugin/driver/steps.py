@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from typing import Any, Final
 
 import torch
@@ -130,7 +132,10 @@ class CallWriter:
 
 
 class StepRun:
-    """Implements the executor's driver part for the microbatches of one driver and one step (or evaluation round)."""
+    """Implements the executor's driver part for the microbatches of one driver and one step (or evaluation round).
+
+    ``took_s`` remembers across steps how long the last functions took up to the blocks.
+    """
 
     def __init__(
         self,
@@ -142,6 +147,7 @@ class StepRun:
         writer: CallWriter,
         device: torch.device,
         ambient: Ambient,
+        took_s: deque[float],
     ) -> None:
         self._task = task
         self._first = first
@@ -151,6 +157,7 @@ class StepRun:
         self._writer = writer
         self._device = device
         self._ambient = ambient
+        self._took_s = took_s
         self._outcomes: dict[int, Outcome] = {}
         self._calls: dict[int, Call] = {}
         self._hidden: dict[int, Tensor] = {}
@@ -163,8 +170,6 @@ class StepRun:
         self._most_ahead = 0
         self._ahead: dict[int, tuple[Call, Tensor]] = {}
         """By microbatch: what was embedded ahead and has not entered the blocks yet."""
-        self._start_s = 0.0
-        """How long the user's code last took up to the blocks."""
         self.step = -1
         self.losses: dict[int, Tensor | None] = {}
 
@@ -264,11 +269,10 @@ class StepRun:
         """
         if self._ahead:
             return
-        until_s = time.monotonic() + _HELD_BACK_S
+        # The least: a busy machine makes any of them look slow.
+        quick = int(_HELD_BACK_S / max(min(self._took_s, default=inf), 1e-6))
         coming = (each for each in self._coming if each - self._first not in self._calls)
-        for microbatch in islice(coming, self._most_ahead):
-            if time.monotonic() + self._start_s > until_s:
-                return
+        for microbatch in islice(coming, min(quick, self._most_ahead)):
             self._ahead[microbatch] = self._embed(microbatch)
 
     def _announce(self) -> None:
@@ -335,7 +339,7 @@ class StepRun:
             seed_everything(block_seed(seed, _EMBED), self._device)
         start_s = time.monotonic()
         outcome = self._threads[index].start(self._task.functions[index], self._ambient)
-        self._start_s = time.monotonic() - start_s
+        self._took_s.append(time.monotonic() - start_s)
         if isinstance(outcome, Returned):
             self._proxies.check_complete(self._threads[index])
             if self._task.training and outcome.value is None:

@@ -1,6 +1,7 @@
 """What a driver says of a step, and how far it runs ahead of the schedule to say it in few messages."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,7 +71,14 @@ def threads() -> Iterator[StepThreads]:
 class Steps:
     """A step of eight microbatches whose functions only call the blocks."""
 
-    def __init__(self, threads: StepThreads, clock: Clock, first: int = 0, embedding_s: float = 0.0001) -> None:
+    def __init__(
+        self,
+        threads: StepThreads,
+        clock: Clock,
+        first: int = 0,
+        embedding_s: float = 0.0001,
+        took_s: Sequence[float] = (),
+    ) -> None:
         self.started: list[int] = []
         self.clock, self.first, self.embedding_s = clock, first, embedding_s
         self.writer = Writer()
@@ -83,6 +91,7 @@ class Steps:
             writer=self.writer,
             device=torch.device("cpu"),
             ambient=AMBIENT,
+            took_s=deque(took_s),
         )
 
     def step(self, index: int) -> torch.Tensor | None:
@@ -127,6 +136,13 @@ def test_an_embedding_that_takes_its_time_keeps_its_turn(threads: StepThreads, c
         steps.embed(index)
         steps.run.announce()
         assert steps.started == list(range(index + 1))
+
+
+def test_a_busy_machine_does_not_make_an_embedding_slow(threads: StepThreads, clock: Clock) -> None:
+    steps = Steps(threads, clock, embedding_s=0.005, took_s=[0.0001])
+    steps.open()
+    steps.embed(0)
+    assert steps.started == [0, 1, 2, 3]
 
 
 def test_a_step_that_is_measured_embeds_each_microbatch_in_its_turn(threads: StepThreads, clock: Clock) -> None:
