@@ -126,6 +126,7 @@ def serve_schedules(console: Console, settings: dict[str, Any]) -> None:
     from common import Workers, pipeline_over, pipeline_step
 
     from skippipe_plugin.driver.pipeline import TRAINING
+    from skippipe_plugin.integration.spread import measured_costs
     from skippipe_plugin.schedule import Schedule
 
     workers = Workers(settings["host"], settings["workers"])
@@ -151,7 +152,9 @@ def serve_schedules(console: Console, settings: dict[str, Any]) -> None:
                 pipeline.collect_timeline = True
                 step()
                 pipeline.collect_timeline = False
-                console.answer(cost=pipeline.measured_costs().to_json())
+                cost = measured_costs(pipeline)
+                assert cost is not None, "the first driver has a timeline"
+                console.answer(cost=cost.to_json())
     workers.close()
 
 

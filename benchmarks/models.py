@@ -50,8 +50,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         batch, length, width = hidden.shape
-        heads = self.qkv(self.norm1(hidden)).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(*heads, is_causal=True)
+        heads = self.qkv(self.norm1(hidden)).view(batch, length, 3, self.num_heads, -1)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         hidden = hidden + self.out(attended.transpose(1, 2).reshape(batch, length, width))
         return hidden + self.down(functional.gelu(self.up(self.norm2(hidden))))
 

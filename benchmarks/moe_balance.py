@@ -190,12 +190,14 @@ def main() -> None:
     parser.add_argument("--plot", help="draw the curves to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    setting, methods = Setting(steps=300, every=25, seeds=2), SHORT
+    setting = Setting(steps=300, every=25, seeds=2)
     if arguments.long:
-        setting, methods = Setting(steps=1500, every=50, seeds=1, layers=2, lr=1e-3), LONG
+        setting = Setting(steps=1500, every=50, seeds=1, layers=2, lr=1e-3)
     if arguments.quick:
         setting = replace(setting, steps=120, every=20, seeds=1)
-    methods = [method for method in methods if not arguments.only or method.name in arguments.only]
+    methods = [
+        method for method in (LONG if arguments.long else SHORT) if not arguments.only or method.name in arguments.only
+    ]
     if not methods:
         sys.exit(f"--only {arguments.only} names no method")
     text = default_text()

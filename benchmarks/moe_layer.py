@@ -120,10 +120,10 @@ def setting(case: Case, precision: Precision) -> tuple[Layer, Tensor, Routing]:
     return layer, hidden, Routing(chosen.weights.to(precision.dtype), chosen.experts)
 
 
-def once(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
+def once(run: Callable[..., Tensor], *arguments: object) -> tuple[float, Tensor]:
     """Return the processor time of a forward and a backward, in milliseconds, and the result."""
     start_s = time.process_time()
-    result = run()
+    result = run(*arguments)
     result.float().sum().backward()
     return 1e3 * (time.process_time() - start_s), result.detach()
 
@@ -138,7 +138,7 @@ def measure(case: Case, precision: Precision, rounds: int) -> Iterator[tuple[str
         for way in ways:
             layer.zero_grad()
             with precision.context():
-                took_ms, results[way] = once(lambda way=way: layer.compute(way, hidden, routing))
+                took_ms, results[way] = once(layer.compute, way, hidden, routing)
             if turn:  # the first one warms up
                 times[way].append(took_ms)
     for way in ways[1:]:
@@ -163,8 +163,9 @@ def main() -> None:
         for precision in PRECISIONS:
             loads = count_loads(setting(case, precision)[2].experts, case.experts)
             times = dict(measure(case, precision, 3 if arguments.quick else 7))
+            dense_ms = times["dense"] or float("nan")
             rows.append({**asdict(case), "precision": precision.name, "milliseconds": times})
-            cells = ["-" if took is None else f"{took:.0f} ({took / times['dense']:.2f})" for took in times.values()]
+            cells = ["-" if took is None else f"{took:.0f} ({took / dense_ms:.2f})" for took in times.values()]
             print(f"| {case.name} | {precision.name} | {max_violation(loads):.2f} | {' | '.join(cells)} |", flush=True)
     if arguments.out:
         environment = {"torch": torch.__version__, "cores": os.cpu_count(), "load": os.getloadavg()[0]}

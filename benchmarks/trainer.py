@@ -145,8 +145,8 @@ def other_ranks(settings: dict[str, Any], command: dict[str, Any]) -> Iterator[N
     ranks = []
     for rank, prefix in enumerate(settings["ranks"], start=1):
         environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = [*prefix, sys.executable, str(Path(__file__).resolve()), task]
-        ranks.append(subprocess.Popen(process, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr))
+        command_line = [*prefix, sys.executable, str(Path(__file__).resolve()), task]
+        ranks.append(subprocess.Popen(command_line, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr))
     try:
         yield
     finally:

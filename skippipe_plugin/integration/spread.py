@@ -259,15 +259,7 @@ class SpreadModel:
 
         Every driver calls this alike, between two training steps, and gets the same.
         """
-        pipeline = self.pipeline
-        stages = pipeline.layout.stage_blocks
-        sizes = tuple(pipeline.forms[block].num_bytes for block in (0, *(blocks.stop for blocks in stages)))
-        network = pipeline.measure_links(max(sizes))
-        cost = None
-        if pipeline.timeline is not None:  # the first driver alone has one
-            compute = fit_costs(pipeline.timeline, pipeline.schedules[TRAINING]).compute
-            cost = CostModel(compute, network, sizes)
-        return self._broadcast(cost)  # type: ignore[no-any-return]
+        return self._broadcast(measured_costs(self.pipeline))  # type: ignore[no-any-return]
 
     def take_up(self, costs: CostModel, schedule: Schedule | None = None) -> None:
         """Plan from other costs from now on, and run the next steps by another schedule of the same stages, if given.
@@ -409,3 +401,13 @@ def _warn_lost(blocks: Sequence[str]) -> None:
             f"the weights of {', '.join(blocks)} were lost with their worker and are NaN now; load a checkpoint",
             stacklevel=2,
         )
+
+
+def measured_costs(pipeline: Pipeline) -> CostModel | None:
+    """Measure the links, and return them with the last measured step's seconds; None but on the first driver."""
+    stages = pipeline.layout.stage_blocks
+    sizes = tuple(pipeline.forms[block].num_bytes for block in (0, *(blocks.stop for blocks in stages)))
+    network = pipeline.measure_links(max(sizes))
+    if pipeline.timeline is None:  # the first driver alone has one
+        return None
+    return CostModel(fit_costs(pipeline.timeline, pipeline.schedules[TRAINING]).compute, network, sizes)
