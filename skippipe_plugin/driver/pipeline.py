@@ -22,7 +22,7 @@ from ..engine.gradients import sum_over_holders
 from ..engine.handover import import_paths
 from ..engine.pairs import LinkBackend, transport_for
 from ..engine.ping import LinkCost, measure_links
-from ..engine.program import directed_links, embedded_in_order, most_in_flight
+from ..engine.program import directed_links
 from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec, Transport
 from ..schedule import (
@@ -489,15 +489,14 @@ class Pipeline:
             "timeline": timeline,
             "forget_caches": self._proxies_now().ledger.take_freed(),
         }
-        program = self._programs.compiled[name]
         # As many ahead of their turns as have had them: twice the hidden states on the driver, not all of them. What is
         # measured shows each embedding in its place, and what it takes.
-        coming = [] if timeline else [each for each in embedded_in_order(program) if each in live]
-        run.open(self._step, schedule.paths, opening, coming, most_in_flight(program))
+        coming = [] if timeline else [each for each in self._programs.embedded[name] if each in live]
+        run.open(self._step, schedule.paths, opening, coming, self._programs.most_in_flight[name])
         if not live:
             run.announce()
         executor = Executor(transport, self._hosted, self.device, driver=run)
-        events = executor.run(program, set(live), NoFeed())
+        events = executor.run(self._programs.compiled[name], set(live), NoFeed())
         done = self.links.expect_all("done")
         if timeline and self.leads:
             remote = {rank: message.fields["timeline"] for rank, message in done.items()}

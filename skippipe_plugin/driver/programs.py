@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ..engine.program import compile_program
+from ..engine.program import Instruction, compile_program, embedded_in_order, most_in_flight
 from ..schedule import Schedule, detour, validate
 
 
@@ -21,10 +21,16 @@ class Programs:
         self.whole = dict(schedules)
         """By name, as they are when no worker is missing."""
         self._missing: frozenset[int] = frozenset()
-        self.schedules = dict(schedules)
+        self.schedules: dict[str, Schedule] = {}
         """By name, around workers that are missing."""
-        self.compiled = {name: compile_program(schedule, rank) for name, schedule in schedules.items()}
+        self.compiled: dict[str, tuple[Instruction, ...]] = {}
         """By name: this rank's actions."""
+        self.embedded: dict[str, list[int]] = {}
+        """By name: the microbatches that this rank embeds, in that order."""
+        self.most_in_flight: dict[str, int] = {}
+        """By name: of how many microbatches this rank keeps the embeddings at once."""
+        for name, schedule in schedules.items():
+            self._set(name, schedule)
 
     def use(self, name: str, schedule: Schedule) -> None:
         """Run another schedule under ``name``.
@@ -49,4 +55,5 @@ class Programs:
 
     def _set(self, name: str, schedule: Schedule) -> None:
         self.schedules[name] = schedule
-        self.compiled[name] = compile_program(schedule, self._rank)
+        self.compiled[name] = program = compile_program(schedule, self._rank)
+        self.embedded[name], self.most_in_flight[name] = embedded_in_order(program), most_in_flight(program)

@@ -229,7 +229,9 @@ class StepRun:
             self._held_since_s = start_s
         if self._opening is not None:
             self._embed_ahead()
-        self._announce_after(0.0 if self._opening is not None else self._held_since_s + _HELD_BACK_S)
+            self._announce_after(0.0)
+        else:
+            self._announce_after(self._held_since_s + _HELD_BACK_S)
         return embedded
 
     def announce_due(self) -> None:
