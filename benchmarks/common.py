@@ -17,11 +17,11 @@ import torch
 from models import loss_of
 from torch import Tensor, nn
 
+from skippipe_plugin.driver.capture.proxies import BlockProxies
 from skippipe_plugin.driver.layout import Layout
 from skippipe_plugin.driver.links import Link, Links
 from skippipe_plugin.driver.pipeline import EVALUATION, TRAINING, Pipeline, Rendezvous
 from skippipe_plugin.driver.pool import WorkerPool
-from skippipe_plugin.driver.proxies import BlockProxies
 from skippipe_plugin.driver.steps import StepTask
 from skippipe_plugin.partition import cut, estimate_costs
 from skippipe_plugin.schedule import Schedule, full_schedule

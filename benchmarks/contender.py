@@ -126,7 +126,7 @@ def serve_schedules(console: Console, settings: dict[str, Any]) -> None:
     from common import Workers, pipeline_over, pipeline_step
 
     from skippipe_plugin.driver.pipeline import TRAINING
-    from skippipe_plugin.integration.spread import measured_costs
+    from skippipe_plugin.model.spread import measured_costs
     from skippipe_plugin.schedule import Schedule
 
     workers = Workers(settings["host"], settings["workers"])

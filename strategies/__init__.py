@@ -1,7 +1,8 @@
 """Lightning strategies of skippipe."""
 
-from ..integration.config import NetworkConfig, PathConfig
-from ..integration.job import stop_workers
+from ..job.job import stop_workers
+from ..job.network import NetworkConfig
+from ..model.config import PathConfig
 from .skippipe import SkipPipeStrategy
 
 __all__ = ["NetworkConfig", "PathConfig", "SkipPipeStrategy", "stop_workers"]

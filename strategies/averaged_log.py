@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
-from ..driver.suspend import current_thread
+from ..driver.capture.suspend import current_thread
 
 _Entry = tuple[int, Any, dict[str, Any]]  # Any: what self.log accepts
 

@@ -27,8 +27,8 @@ from ..driver.optimizer import RemoteOptimizer
 from ..driver.recall import Recalled, rebuilt
 from ..driver.recovery import RecoveryEvent, Source
 from ..engine.errors import SkipPipeError, StageLostError
-from ..integration.fits import Fits
-from ..integration.spread import Recovery, SpreadModel
+from ..job.fits import Fits
+from ..model.spread import Recovery, SpreadModel
 from .replay import RandomState, random_state, set_random_state
 from .snapshot import logged, set_logged, snapshot, whole_checkpoint
 

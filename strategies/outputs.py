@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..driver.microbatch import merge
+from ..driver.capture.microbatch import merge
 from ..engine.errors import SkipPipeError
 
 

@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..driver.backward import GradientScale
-from ..driver.devices import move_around
-from ..driver.microbatch import BatchError, batch_size, merge, split, split_sizes
+from ..driver.capture.devices import move_around
+from ..driver.capture.microbatch import BatchError, batch_size, merge, split, split_sizes
+from ..driver.capture.rewind import rewinder
 from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer, to_device
 from ..driver.pipeline import TRAINING
@@ -29,14 +30,14 @@ from ..driver.routers import RouterControl
 from ..driver.steps import StepTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
-from ..integration.compiled import CompiledParts, originals
-from ..integration.config import NetworkConfig, PathConfig
-from ..integration.job import DriverJob, driver_job, worker_job
-from ..integration.panel import start_panel
-from ..integration.rewind import rewinder
-from ..integration.settings import PipelineSettings, ScheduleName
-from ..integration.skipping import PathPlanner, SkipRatio
-from ..integration.spread import Recovery, SpreadModel
+from ..job.job import DriverJob, driver_job, worker_job
+from ..job.network import NetworkConfig
+from ..model.compiled import CompiledParts, originals
+from ..model.config import PathConfig
+from ..model.panel import start_panel
+from ..model.settings import PipelineSettings, ScheduleName
+from ..model.skipping import PathPlanner, SkipRatio
+from ..model.spread import Recovery, SpreadModel
 from ..moe import MoEConfig, RouterStatistics
 from ..moe.migration import Move
 from ..partition import check_no_shared_parameters, find_blocks

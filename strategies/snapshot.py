@@ -18,9 +18,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from ..driver.capture.rewind import metric_states, set_metric_states
 from ..driver.recall import Recalled
 from ..engine.wire import tensor_key
-from ..integration.rewind import metric_states, set_metric_states
 
 
 class Held(enum.Enum):

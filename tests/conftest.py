@@ -44,7 +44,7 @@ def workers_end_with_the_session() -> Iterator[None]:
     """End the workers that one test after the other took over, and see that this leaves none."""
     yield
     workers = _reusable_workers()
-    if job := sys.modules.get("skippipe_plugin.integration.job"):
+    if job := sys.modules.get("skippipe_plugin.job.job"):
         job.stop_workers()
     _, left = psutil.wait_procs(workers, timeout=0)
     assert not left, f"stop_workers() left {left}"
@@ -52,7 +52,7 @@ def workers_end_with_the_session() -> Iterator[None]:
 
 def _reusable_workers() -> set[psutil.Process]:
     """List the workers that this process keeps for its next pipeline; a test may leave them."""
-    job = sys.modules.get("skippipe_plugin.integration.job")
+    job = sys.modules.get("skippipe_plugin.job.job")
     drivers = [entry for entry in job._registry.values() if isinstance(entry, job.DriverJob)] if job else []
     pids = {process.pid for driver in drivers for process in driver._processes._processes}
     return {child for child in _children() if child.pid in pids}

@@ -8,7 +8,8 @@ except ImportError as error:  # pragma: no cover - depends on the environment
     ) from error
 
 from ..driver.recovery import RecoveryPolicy
-from ..integration.config import NetworkConfig, PathConfig
+from ..job.network import NetworkConfig
+from ..model.config import PathConfig
 from .accelerator import SkipPipeAccelerator
 from .config import SkipPipeConfig
 from .pipe import SkipPipe

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 
 from ..engine.errors import SkipPipeError
-from ..integration.job import Launcher, worker_job
+from ..job.job import Launcher, worker_job
 from .config import SkipPipeConfig
 from .pipe import SkipPipe
 

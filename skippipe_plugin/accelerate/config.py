@@ -12,8 +12,9 @@ from typing import Any, Final, Self
 import yaml
 
 from ..driver.recovery import RecoveryPolicy
-from ..integration.config import NetworkConfig, PathConfig
-from ..integration.settings import PipelineSettings
+from ..job.network import NetworkConfig
+from ..model.config import PathConfig
+from ..model.settings import PipelineSettings
 from ..moe import MoEConfig
 
 PREFIX: Final = "SKIPPIPE_"

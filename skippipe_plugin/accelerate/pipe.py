@@ -24,14 +24,14 @@ from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer
 from ..driver.recovery import RecoveryEvent
 from ..engine.errors import SkipPipeError
-from ..integration.compiled import CompiledParts, originals
-from ..integration.job import DriverJob, Launcher, driver_job
-from ..integration.panel import start_panel
-from ..integration.spread import SpreadModel
+from ..job.job import DriverJob, Launcher, driver_job
+from ..model.calls import ModelCalls
+from ..model.compiled import CompiledParts, originals
+from ..model.panel import start_panel
+from ..model.spread import SpreadModel
+from ..model.whole import WholeModel
 from ..partition import check_no_shared_parameters, find_blocks
-from .calls import ModelCalls
 from .config import SkipPipeConfig
-from .model import WholeModel
 
 log = logging.getLogger(__name__)
 

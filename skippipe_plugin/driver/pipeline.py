@@ -31,20 +31,21 @@ from ..schedule import (
     Timeline,
 )
 from .backward import GradientControl, mergeable
+from .capture.proxies import BlockProxies, StackCall
+from .capture.randomness import private_random_state
+from .capture.side_inputs import dump_probe
+from .capture.suspend import StepThreads, current_thread
+from .capture.writer import CallWriter
 from .clocks import WorkerClocks
 from .layout import Layout
 from .links import Links
 from .measured import measured_timeline, network_cost
 from .programs import Programs
-from .proxies import BlockProxies, StackCall
-from .randomness import private_random_state
 from .resizing import carried_over
 from .routers import RouterControl
 from .shards import ExpertShards
-from .side_inputs import dump_probe
 from .stages import StageSender
-from .steps import CallWriter, NoFeed, StepRun, StepTask, merged_loss
-from .suspend import StepThreads, current_thread
+from .steps import NoFeed, StepRun, StepTask, merged_loss
 from .weights import RemoteWeights
 
 TRAINING: Final = "training"

@@ -13,15 +13,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..engine.call import Ambient, BlockMode, Call, Hop, block_seed, seed_everything
+from ..engine.call import Ambient, BlockMode, Call, block_seed, seed_everything
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate
 from ..schedule import Path
-from .layout import Layout
-from .links import Links
-from .proxies import BlockProxies, StackCall
-from .side_inputs import Digests, Outbox, PreparedCall, SpecNumbers
-from .suspend import Outcome, Returned, StepThreads, Suspended
+from .capture.proxies import BlockProxies, StackCall
+from .capture.side_inputs import PreparedCall
+from .capture.suspend import Outcome, Returned, StepThreads, Suspended
+from .capture.writer import CallWriter
 
 _HELD_BACK_S: Final = 0.002
 """For how long announcements are collected before they are sent, so that cheap embeddings share one message."""
@@ -53,82 +52,6 @@ class StepTask:
     """Undoes what the functions have changed on the driver, before they run once more."""
     outside: Callable[[Sequence[Any]], None] | None = None
     """Back-propagates into what the functions returned, when the loss is computed outside of them; it may wait."""
-
-
-class CallWriter:
-    """Turns recorded calls into messages; remembers across steps what each worker knows."""
-
-    def __init__(self, links: Links, layout: Layout) -> None:
-        self._links = links
-        self._layout = layout
-        self._numbers = SpecNumbers()
-        self._digests = Digests()
-        self._outboxes = {link.rank: Outbox() for link in links}
-
-    @property
-    def round_trip_s(self) -> float:
-        """The longest round trip to a worker."""
-        return max((link.round_trip_s for link in self._links), default=0.0)
-
-    def prepare(
-        self,
-        microbatch: int,
-        path: Path,
-        call: StackCall,
-        proxies: BlockProxies,
-        modes: tuple[BlockMode, ...],
-        seed: int,
-    ) -> PreparedCall:
-        """Describe ``call`` for the ranks on ``path``."""
-        spec = proxies.spec(call, self._hops(microbatch, path, call, modes), modes)
-        digests = tuple(map(self._digests.digest, call.side_inputs))
-        whole = Call(spec, tuple(call.side_inputs), seed, proxies.cache_use(call))
-        return PreparedCall(microbatch, whole, self._numbers.number(spec), digests)
-
-    def send(
-        self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path], opening: Mapping[str, object] | None
-    ) -> None:
-        """Announce calls to the workers on their paths, and the step itself to all if ``opening`` describes it."""
-        for link in self._links:
-            visiting = [call for call in calls if any(v.rank == link.rank for v in paths[call.microbatch].visits)]
-            if visiting or opening is not None:
-                fields, blobs = self._outboxes[link.rank].encode(step, visiting)
-                kind = "calls" if opening is None else "step"
-                link.send(kind, fields | dict(opening or {}), blobs)  # type: ignore[arg-type]
-
-    def _hops(self, microbatch: int, path: Path, call: StackCall, modes: Sequence[BlockMode]) -> tuple[Hop, ...]:
-        self._check_forms(microbatch, path, call)
-        requires_grad = call.ambient.grad and call.hidden.requires_grad
-        hops = [Hop(call.specs[0], requires_grad)]
-        for visit in path.visits:
-            blocks = self._layout.blocks(visit.stage)
-            trained = any(flag for block in blocks for flag in modes[block].requires_grad)
-            requires_grad = requires_grad or (call.ambient.grad and trained)
-            hops.append(Hop(call.specs[blocks.stop], requires_grad))
-        return tuple(hops)
-
-    def _check_forms(self, microbatch: int, path: Path, call: StackCall) -> None:
-        """A path has to visit the stages that change the form of the hidden states, in their order."""
-        forms, form = call.specs, call.specs[0]
-        for visit in path.visits:
-            blocks = self._layout.blocks(visit.stage)
-            if form != forms[blocks.start]:
-                break
-            form = forms[blocks.stop]
-        else:
-            if form == forms[-1]:
-                return
-        shaping = self._layout.shaping_stages(forms)
-        changes = ", ".join(
-            f"stage {stage} turns {forms[blocks.start]} into {forms[blocks.stop]}"
-            for stage in shaping
-            for blocks in [self._layout.blocks(stage)]
-        )
-        raise SkipPipeError(
-            f"the path of microbatch {microbatch} ({path}) does not visit the stages {shaping} in this order, which "
-            f"every path must: they change the form of the hidden states ({changes}). Visit them, use skip_ratio=..., "
-            "which does, or name a stack of blocks that keep the form of their input with blocks=..."
-        )
 
 
 class StepRun:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..engine.handover import pack_tensors, unpack_tensors
 from ..engine.wire import block_tensors, tensor_key
+from .capture.remote import detach, reattach
 from .layout import Layout
 from .links import Link, Links
-from .remote import detach, reattach
 from .shards import ExpertShards
 
 

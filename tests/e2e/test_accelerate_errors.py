@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from skippipe_plugin.accelerate import SkipPipe, SkipPipeConfig
-from skippipe_plugin.driver.microbatch import BatchError
+from skippipe_plugin.driver.capture.microbatch import BatchError
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.partition import PartitionError
 from tests.e2e import loops

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from skippipe_plugin.driver.microbatch import BatchError
+from skippipe_plugin.driver.capture.microbatch import BatchError
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.partition import PartitionError
 from skippipe_plugin.strategies import NetworkConfig, SkipPipeStrategy

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import seed_everything
 
-from skippipe_plugin.integration.skipping import PathPlanner
+from skippipe_plugin.model.skipping import PathPlanner
 from skippipe_plugin.schedule import CostModel, Path, Schedule, full_schedule, list_schedule
 from skippipe_plugin.strategies import NetworkConfig, PathConfig, SkipPipeStrategy
 

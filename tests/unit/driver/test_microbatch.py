@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skippipe_plugin.driver.microbatch import BatchError, batch_size, merge, split, split_sizes
+from skippipe_plugin.driver.capture.microbatch import BatchError, batch_size, merge, split, split_sizes
 
 Pair = namedtuple("Pair", ["x", "y"])
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from skippipe_plugin.driver.proxies import StackCall
-from skippipe_plugin.driver.side_inputs import PreparedCall
+from skippipe_plugin.driver.capture.proxies import StackCall
+from skippipe_plugin.driver.capture.side_inputs import PreparedCall
+from skippipe_plugin.driver.capture.suspend import StepThreads, current_thread
 from skippipe_plugin.driver.steps import StepRun, StepTask
-from skippipe_plugin.driver.suspend import StepThreads, current_thread
 from skippipe_plugin.engine.call import Ambient
 from skippipe_plugin.engine.errors import SkipPipeError
 

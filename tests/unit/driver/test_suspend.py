@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from skippipe_plugin.driver.suspend import (
+from skippipe_plugin.driver.capture.suspend import (
     Returned,
     StepAbandoned,
     StepThread,

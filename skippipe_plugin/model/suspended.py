@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..driver.randomness import random_states, set_random_states
-from ..driver.suspend import Returned, StepThread, Suspended, current_thread
+from ..driver.capture.randomness import random_states, set_random_states
+from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
 from ..engine.call import Ambient, device_types
 from .outputs import differentiable
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from ..engine.stage import Probe, ReturnStructure
-from ..engine.transport import TensorSpec
+from ...engine.stage import Probe, ReturnStructure
+from ...engine.transport import TensorSpec
 
 _Signature = tuple[object, ...]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..integration.spread import SpreadModel
 from .calls import ModelCalls
+from .spread import SpreadModel
 
 
 class WholeModel:

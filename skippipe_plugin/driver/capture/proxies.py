@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..engine.call import Ambient, BlockMode, CacheRef, CacheUse, CallSpec, Hop, SideInput, Template
-from ..engine.errors import SkipPipeError
-from ..engine.stage import Probe, Unavailable
-from ..engine.transport import TensorSpec
+from ...engine.call import Ambient, BlockMode, CacheRef, CacheUse, CallSpec, Hop, SideInput, Template
+from ...engine.errors import SkipPipeError
+from ...engine.stage import Probe, Unavailable
+from ...engine.transport import TensorSpec
 from .caches import CacheLedger, is_cache
 from .shapes import ShapeBook
 from .suspend import current_thread

@@ -13,9 +13,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..engine.call import CacheOp
-from ..engine.errors import SkipPipeError
-from ..engine.kvcache import CREATE
+from ...engine.call import CacheOp
+from ...engine.errors import SkipPipeError
+from ...engine.kvcache import CREATE
 
 _REPEATED_METHODS: Final = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.errors import SkipPipeError
-from ..engine.handover import swap_memory
+from ...engine.errors import SkipPipeError
+from ...engine.handover import swap_memory
 
 
 class RemoteTensor(Tensor):

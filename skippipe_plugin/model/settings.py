@@ -8,9 +8,10 @@ from typing import Literal, get_args
 
 from ..driver.backward import GradientScale
 from ..driver.recovery import RecoveryPolicy
+from ..job.network import NetworkConfig
 from ..moe import MoEConfig
 from ..schedule import Schedule
-from .config import NetworkConfig, PathConfig
+from .config import PathConfig
 from .shape import PipelineShape
 from .skipping import SkipRatio, check_ratio, skips
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from ..engine.handover import materialize
+from ...engine.handover import materialize
 
 
 def move_around(module: nn.Module, blocks: Collection[nn.Module], device: torch.device) -> None:

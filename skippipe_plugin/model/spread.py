@@ -13,26 +13,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..driver.devices import move_around
+from ..driver.capture.devices import move_around
+from ..driver.capture.proxies import BlockProxies
 from ..driver.experts import ExpertMover
 from ..driver.layout import Layout
 from ..driver.links import Links
 from ..driver.moving import MoveEvent, Mover
 from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
-from ..driver.proxies import BlockProxies
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
 from ..driver.shards import Site
 from ..driver.steps import StepTask
 from ..engine.call import device_types
 from ..engine.errors import SkipPipeError
 from ..engine.wire import tensor_key
+from ..job.job import DriverJob
 from ..moe import Attached, RouterStatistics, attach
 from ..moe.migration import Move
 from ..moe.spent import BlockSize, block_size, spent_share
 from ..partition import cut, driver_share, estimate_costs
 from ..schedule import CostModel, Schedule, Timeline, fit_costs, forward_only, gpipe, swap_ends
 from .elastic import ElasticShapes, check_elastic
-from .job import DriverJob
 from .settings import PipelineSettings
 from .skipping import PathPlanner
 

@@ -14,16 +14,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..driver.caches import is_cache
-from ..driver.microbatch import BatchError, batch_size, split, split_sizes
+from ..driver.capture.caches import is_cache
+from ..driver.capture.microbatch import BatchError, batch_size, split, split_sizes
+from ..driver.capture.rewind import rewinder
+from ..driver.capture.suspend import StepThread, current_thread
 from ..driver.steps import StepTask
-from ..driver.suspend import StepThread, current_thread
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
-from ..integration.rewind import rewinder
-from ..integration.spread import SpreadModel
 from .outputs import differentiable, find_loss, gated, guarded, map_tensors, merge_outputs, watched, with_loss
 from .shares import loss_is_summed, loss_shares
+from .spread import SpreadModel
 from .suspended import SuspendedStep
 
 _ONE_BACKWARD: Final = (

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.call import Ambient
+from ...engine.call import Ambient
 
 
 class StepAbandoned(BaseException):

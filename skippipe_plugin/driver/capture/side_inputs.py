@@ -13,10 +13,10 @@ from typing import Final
 import cloudpickle
 from torch import Tensor
 
-from ..engine.call import Call, CallSpec
-from ..engine.errors import SkipPipeError
-from ..engine.transport import as_bytes
-from ..engine.wire import NumberedCall, encode_calls
+from ...engine.call import Call, CallSpec
+from ...engine.errors import SkipPipeError
+from ...engine.transport import as_bytes
+from ...engine.wire import NumberedCall, encode_calls
 
 _HASHED_BYTES: Final = 8 << 20
 """Larger side inputs are taken to be new each time: hashing would cost more than it saves."""

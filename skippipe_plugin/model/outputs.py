@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..driver.caches import is_cache
-from ..driver.microbatch import merge, rebuild_mapping, rebuild_sequence
+from ..driver.capture.caches import is_cache
+from ..driver.capture.microbatch import merge, rebuild_mapping, rebuild_sequence
 from ..engine.errors import SkipPipeError
 
 

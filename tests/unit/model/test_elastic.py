@@ -4,9 +4,9 @@ import pytest
 
 from skippipe_plugin.driver.pipeline import EVALUATION, TRAINING
 from skippipe_plugin.engine.errors import SkipPipeError
-from skippipe_plugin.integration.config import PathConfig
-from skippipe_plugin.integration.elastic import ElasticShapes, check_elastic
-from skippipe_plugin.integration.settings import PipelineSettings
+from skippipe_plugin.model.config import PathConfig
+from skippipe_plugin.model.elastic import ElasticShapes, check_elastic
+from skippipe_plugin.model.settings import PipelineSettings
 from skippipe_plugin.moe import MoEConfig
 from skippipe_plugin.schedule import full_schedule
 

@@ -34,9 +34,9 @@ from ..engine.errors import SkipPipeError
 from ..engine.handout import find_secret, fingerprint, leave_secret
 from ..engine.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, job_secret, secret_file
 from ..engine.versions import own_versions
+from ..job.network import NetworkConfig
 from ..supervisor import SupervisedProcesses, supervised
 from ..worker import DriverProcesses, Worker, WorkerProcesses
-from .config import NetworkConfig
 from .fits import Fits
 from .roll import RollCall, drop
 
