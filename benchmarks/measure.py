@@ -34,6 +34,8 @@ class Process:
     settings: dict[str, Any] = field(default_factory=dict)
     command: tuple[str, ...] = ()
     """What to start it under, such as ``ip netns exec``."""
+    checkout: Path = HERE.parent
+    """Whose code it runs: this checkout's, or an older one's, to see what a change costs."""
 
 
 class Contender:
@@ -107,8 +109,13 @@ class Contender:
 
 
 def _start(process: Process) -> subprocess.Popen[str]:
-    command = [*process.command, sys.executable, str(HERE / "contender.py"), process.kind]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    command = [*process.command, sys.executable, str(process.checkout / "benchmarks/contender.py"), process.kind]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(process.checkout),
+        "PYTHONWARNINGS": "ignore",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     started = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None, text=True, env=environment
     )

@@ -4,6 +4,7 @@ python benchmarks/overhead.py                   # all of it, about ten minutes o
 python benchmarks/overhead.py --quick           # fewer contenders and samples, under two minutes
 python benchmarks/overhead.py --only tiny wan   # some cases
 python benchmarks/overhead.py --out results.json
+python benchmarks/overhead.py --only tiny --against ../before   # what a change costs: beside another checkout
 
 See README.md for what the columns mean.
 """
@@ -30,6 +31,8 @@ from models import Case
 from wan import Lab, LabError, Matrix, check_permitted
 
 P = 4
+BEFORE = " (before)"
+"""What follows the names of contenders that run another checkout's code."""
 NETWORK = HERE / "geo7.json"
 
 
@@ -80,22 +83,28 @@ def engine(
     size: int = P,
     host: str = "127.0.0.1",
     commands: Sequence[tuple[str, ...]] | None = None,
+    checkout: Path = HERE.parent,
 ) -> Contender:
     """A driver with blocks of its own and ``size - 1`` workers, or a driver without and ``size`` workers."""
     commands = commands or [()] * size
     workers = commands[1:] if driver_stage else commands
     settings = {"schedule": schedule, "driver_stage": driver_stage, "host": host, "workers": workers}
-    return Contender(engine_name(schedule, driver_stage, size), [Process("engine", settings, commands[0])], size)
+    name = engine_name(schedule, driver_stage, size) + _whose(checkout)
+    return Contender(name, [Process("engine", settings, commands[0], checkout)], size)
 
 
 def engine_name(schedule: str, driver_stage: bool, size: int = P) -> str:
     return f"ours {schedule}, driver + {size - driver_stage} workers"
 
 
-def trainer(devices: int, optimizer: str = "sgd") -> Contender:
+def trainer(devices: int, optimizer: str = "sgd", checkout: Path = HERE.parent) -> Contender:
     settings = {"devices": devices, "schedule": "1f1b", "driver_stage": True, "optimizer": optimizer}
     name = "Trainer, one process" if devices == 1 else f"Trainer, ours 1f1b, driver + {devices - 1} workers"
-    return Contender(name, [Process("trainer", settings)], devices)
+    return Contender(name + _whose(checkout), [Process("trainer", settings, checkout=checkout)], devices)
+
+
+def _whose(checkout: Path) -> str:
+    return "" if checkout == HERE.parent else BEFORE
 
 
 @contextmanager
@@ -127,6 +136,20 @@ def run_local(plans: dict[str, Plan], quick: bool) -> dict[str, Any]:
             racing = [c for c in contenders if not (emulated and c.name.startswith("Trainer"))]
             results[key] = run_case(racing, plan, rounds)
             report(results[key])
+    return results
+
+
+def run_against(plans: dict[str, Plan], checkout: Path) -> dict[str, Any]:
+    """This checkout and another one in turns, in one set of processes: what the change between them costs."""
+    both = (HERE.parent, checkout)
+    contenders = [engine(schedule, True, checkout=each) for schedule in ("gpipe", "1f1b") for each in both]
+    contenders += [trainer(P, checkout=each) for each in both]
+    results = {}
+    with started(contenders):
+        for key, plan in plans.items():
+            racing = [c for c in contenders if not (plan.case.block == "sleep" and c.name.startswith("Trainer"))]
+            results[key] = run_case(racing, plan, 3 * plan.rounds)
+            report_against(results[key])
     return results
 
 
@@ -223,6 +246,23 @@ def report(result: dict[str, Any]) -> None:
     print(table(header, rows), flush=True)
 
 
+def report_against(result: dict[str, Any]) -> None:
+    """Medians of both, the ratio of the medians, and the median of the ratios of each round's pair."""
+    samples, rows = result["samples"], []
+    for name, after in samples.items():
+        if name.endswith(BEFORE):
+            continue
+        before = samples[name + BEFORE]
+        pairs = [new["wall_s"] / old["wall_s"] for new, old in zip(after, before, strict=True)]
+        after_s, before_s = middle(after, "wall_s"), middle(before, "wall_s")
+        cpu = middle(after, "cpu_s") / middle(before, "cpu_s")
+        numbers = [f"{before_s * 1e3:.2f}", f"{after_s * 1e3:.2f}", f"{after_s / before_s:.3f}", f"{median(pairs):.3f}"]
+        rows.append([name, *numbers, f"{cpu:.3f}"])
+    load = ", ".join(f"{value:.1f}" for value in result["load"])
+    print(f"\n{Case.of(result['case']).name}: {len(after)} samples each, load average {load} at the start\n")
+    print(table(["", "before ms", "after ms", "ratio", "by pairs", "CPU ratio"], rows), flush=True)
+
+
 def ratio(value: float, reference: float | None) -> str:
     return f"{value / reference:.2f}" if reference else ""
 
@@ -276,16 +316,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all samples as JSON")
     parser.add_argument("--quick", action="store_true", help="fewer contenders, cases and samples")
     parser.add_argument("--only", nargs="+", choices=PLANS, metavar="CASE", help=f"some of {', '.join(PLANS)}")
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="race another checkout's code instead of torch's"
+    )
     arguments = parser.parse_args()
     chosen = arguments.only or (QUICK if arguments.quick else tuple(PLANS))
     results: dict[str, Any] = {"environment": environment(), "arguments": sys.argv[1:]}
     print(json.dumps(results["environment"]), flush=True)
     local = {key: PLANS[key] for key in chosen if key not in ("wan", "memory")}
-    if local:
+    if arguments.against:
+        results |= run_against(local, arguments.against.resolve())
+    elif local:
         results |= run_local(local, arguments.quick)
-    if "wan" in chosen:
+    if "wan" in chosen and not arguments.against:
         results["wan"] = run_wan(PLANS["wan"], arguments.quick)
-    if "memory" in chosen:
+    if "memory" in chosen and not arguments.against:
         results["memory"] = run_memory(PLANS["memory"])
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=1))

@@ -4,6 +4,7 @@ python benchmarks/recovery.py                     # everything, under eight minu
 python benchmarks/recovery.py --quick             # fewer kills and seeds, under three minutes
 python benchmarks/recovery.py --only race after   # some parts: race, after, time
 python benchmarks/recovery.py --out recovery.json
+python benchmarks/recovery.py --only race --against ../before   # what a change costs: beside another checkout
 
 race: processes of running trainings are killed; the seconds until they commit a step again, and the work done twice.
 after: a stage of a model is lost, and the loss is compared after 50 further steps.
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from measure import table
-from recovery_race import EVERY, RaceError, race
+from recovery_race import EVERY, WAYS, RaceError, against, race
 from recovery_run import BATCH
 from recovery_study import (
     AFTER,
@@ -58,7 +59,7 @@ Samples = dict[str, list[dict[str, float]]]
 
 def race_table(samples: Samples) -> str:
     """Medians, spread, what is lost, and whether the limits hold."""
-    peer = _middle(samples["torchrun and checkpoints"], "regained_s")
+    peer = _middle(samples.get("torchrun and checkpoints") or next(iter(samples.values())), "regained_s")
     rows = []
     for name, kills in samples.items():
         step_s, pause_s = _middle(kills, "step_s"), _middle(kills, "next_commit_s")
@@ -148,12 +149,14 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--out", type=Path, help="the results as JSON")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="race another checkout's code as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
     num_seeds = [options.seeds or (1 if options.quick else default) for default in (4, 2)]
     results: dict[str, Any] = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     if "race" in options.only:
-        results["race"] = race(options.kills or (2 if options.quick else 7))
+        ways = against(options.against.resolve()) if options.against else WAYS
+        results["race"] = race(options.kills or (2 if options.quick else 7), ways)
         print(f"\nA process is killed in the middle of a step; checkpoints every {EVERY} steps\n")
         print(race_table(results["race"]), flush=True)
     if "after" in options.only:

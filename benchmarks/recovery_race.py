@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -40,6 +40,8 @@ class Way:
     kind: str
     devices: int
     recovery: dict[str, Any] = field(default_factory=dict)
+    checkout: Path = HERE.parent
+    """Whose code it runs."""
 
 
 WAYS = (
@@ -50,6 +52,12 @@ WAYS = (
 )
 """The peer is the cheapest restart there is: one process that holds the whole model. Each process more has to import
 the same again and to find the others, and no Lightning strategy survives the loss of a pipeline stage in place."""
+
+
+def against(checkout: Path) -> tuple[Way, ...]:
+    """Return the quick ways of this checkout, each beside the same one of another."""
+    ours = WAYS[:2]
+    return ours + tuple(replace(way, name=f"{way.name} (before)", checkout=checkout) for way in ours)
 
 
 class RaceError(RuntimeError):
@@ -84,9 +92,10 @@ class Training:
         )
         launcher = (*torchrun, "1") if way.kind == "restarted" else ()
         environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment["PYTHONPATH"] = str(way.checkout)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, *launcher, str(HERE / "recovery_run.py"), json.dumps(settings)],
+                [sys.executable, *launcher, str(way.checkout / "benchmarks/recovery_run.py"), json.dumps(settings)],
                 env=os.environ | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
