@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..engine.call import Ambient, BlockMode, Call, block_seed, seed_everything
+from ..engine.call import Ambient, Call, block_seed, seed_everything
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate
 from ..schedule import Path
@@ -87,7 +87,6 @@ class StepRun:
         self._leaves: dict[int, Tensor] = {}
         self._held_back: list[PreparedCall] = []
         self._announced_s = self._first_s = self._held_since_s = 0.0
-        self._modes: tuple[int, tuple[BlockMode, ...]] | None = None
         self._opening: Mapping[str, object] | None = None
         self._coming: Sequence[int] = ()
         self._most_ahead = 0
@@ -95,6 +94,7 @@ class StepRun:
         """By microbatch: what was embedded ahead and has not entered the blocks yet."""
         self.step = -1
         self.losses: dict[int, Tensor | None] = {}
+        proxies.begin_step()
 
     # ------------------------------------------------------ life of a step
 
@@ -174,8 +174,7 @@ class StepRun:
             raise SkipPipeError(_SOME_WITHOUT_LOSS)
         stack_call: StackCall = outcome.request
         seed = block_seed(self._task.seed, microbatch)
-        path, modes = self._paths[microbatch], self._modes_of_step()
-        prepared = self._writer.prepare(microbatch, path, stack_call, self._proxies, modes, seed)
+        prepared = self._writer.prepare(microbatch, self._paths[microbatch], stack_call, self._proxies, seed)
         self._calls[index] = prepared.call
         if self._task.training:
             self._hidden[index] = stack_call.hidden
@@ -251,12 +250,6 @@ class StepRun:
             back_propagate(hidden, gradient)
 
     # -------------------------------------------------------------- pieces
-
-    def _modes_of_step(self) -> tuple[BlockMode, ...]:
-        """Read the blocks' flags once for all microbatches: large models have thousands."""
-        if self._modes is None or self._modes[0] != self.step:
-            self._modes = (self.step, self._proxies.modes())
-        return self._modes[1]
 
     def _start(self, index: int) -> None:
         if self._task.training:

@@ -109,6 +109,10 @@ class BlockMode:
     """``training`` of the block and of its submodules, in the order of ``modules()``."""
     requires_grad: tuple[bool, ...]
     """``requires_grad`` of its parameters, in the order of ``parameters()``."""
+    attributes: bytes = b""
+    """What user code has set on the block since the hand-over, as ``engine.attributes.pack_changes`` packs it."""
+    tensors: tuple[int, ...] = ()
+    """The slots of the side inputs that belong to :attr:`attributes`."""
 
 
 @dataclass(frozen=True, slots=True)

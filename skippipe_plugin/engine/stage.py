@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from .attributes import apply_changes
 from .call import Ambient, BlockMode, CacheRef, Call, Hop, SideInput, Template, block_seed, seed_everything
 from .errors import SkipPipeError
 from .kvcache import CacheShelf
@@ -149,7 +150,7 @@ class Stage:
         module = self.blocks[block]
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         state = torch.get_rng_state()
-        self._set_mode(block, call.spec.modes[block])
+        self._set_mode(block, call)
         ambient = Ambient(False, False, call.spec.ambient.autocast)
         with ambient.entered():
             output = self._call_block(block, call, _random(enters, self.device), filled={}, with_cache=False)
@@ -163,7 +164,7 @@ class Stage:
         filled: dict[int, tuple[list[Any], dict[str, Any]]] = {}
         self._shelf.apply(call.caches.ops)
         for block in self.blocks:
-            self._set_mode(block, call.spec.modes[block])
+            self._set_mode(block, call)
             seed_everything(block_seed(call.seed, block), self.device)
             hidden = _hidden_of(self._call_block(block, call, hidden, filled, with_cache=True))
         return hidden
@@ -196,12 +197,14 @@ class Stage:
 
         return template.fill(leaf)
 
-    def _set_mode(self, block: int, mode: BlockMode) -> None:
-        known = self._modes.get(block)
-        if known is mode or known == mode:
+    def _set_mode(self, block: int, call: Call) -> None:
+        mode, known = call.spec.modes[block], self._modes.get(block)
+        if (known is mode or known == mode) and not mode.tensors:
             return
         self._modes[block] = mode
         module = self.blocks[block]
+        if mode.attributes:
+            apply_changes(module, mode.attributes, [call.side_inputs[slot] for slot in mode.tensors])
         for child, training in zip(module.modules(), mode.training, strict=True):
             child.training = training
         for parameter, requires_grad in zip(module.parameters(), mode.requires_grad, strict=True):

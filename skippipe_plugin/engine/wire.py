@@ -45,6 +45,7 @@ def encode_calls(
     specs: Mapping[int, CallSpec],
     side_inputs: Mapping[str, Tensor],
     dropped: Sequence[str],
+    dropped_specs: Sequence[int] = (),
 ) -> tuple[dict[str, Any], list[Buffer]]:
     """Return the fields and blobs of a ``calls`` message with the specs and side inputs its reader lacks."""
     entries, blobs = pack_tensors(side_inputs)
@@ -54,6 +55,7 @@ def encode_calls(
         "calls": [[call.microbatch, call.spec, call.seed, call.side_inputs] for call in calls],
         "caching": list(caching),
         "specs": list(specs),
+        "dropped_specs": list(dropped_specs),
         "side_inputs": entries,
         "dropped": list(dropped),
     }
@@ -73,6 +75,8 @@ class CallDecoder:
         fields, blobs = message.fields, message.blobs
         for digest in fields["dropped"]:
             self._side_inputs.pop(digest, None)
+        for number in fields["dropped_specs"]:
+            self._specs.pop(number, None)
         rest = iter(blobs)
         for number in fields["specs"]:
             self._specs[number] = pickle.loads(next(rest))

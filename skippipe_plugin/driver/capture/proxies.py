@@ -7,7 +7,7 @@ a placeholder at once; the last one hands the whole call over and returns the re
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from ...engine.call import Ambient, BlockMode, CacheRef, CacheUse, CallSpec, Hop
 from ...engine.errors import SkipPipeError
 from ...engine.stage import Probe, Unavailable
 from ...engine.transport import TensorSpec
+from .attributes import BlockAttributes
 from .caches import CacheLedger, is_cache
 from .shapes import ShapeBook
 from .suspend import current_thread
@@ -37,6 +38,8 @@ class StackCall:
     side_inputs: list[Tensor] = field(default_factory=list)
     templates: list[Template] = field(default_factory=list)
     block_template: list[int] = field(default_factory=list)
+    modes: list[BlockMode] = field(default_factory=list)
+    """By block: its flags and attributes when it was called."""
     caches: dict[int, Any] = field(default_factory=dict)  # Any: transformers' Cache
     placeholder: Tensor | None = None
     """What the next block must be called with."""
@@ -63,8 +66,9 @@ class BlockProxies:
         self._device_types = tuple(device_types)
         self._probe = probe
         self._forward = forward
-        self._modules = [list(block.modules()) for block in blocks]
-        self._parameters = [list(block.parameters()) for block in blocks]
+        self._attributes = [BlockAttributes(name, block) for name, block in zip(names, blocks, strict=True)]
+        self._fresh = False
+        """Whether the blocks' flags were read in this step."""
         self._open: weakref.WeakKeyDictionary[Any, StackCall] = weakref.WeakKeyDictionary()
         self.forms: tuple[TensorSpec, ...] = ()
         """Of the last call: what entered each block, and what left the stack; empty before."""
@@ -76,7 +80,7 @@ class BlockProxies:
 
     def install(self) -> dict[int, nn.Module]:
         """Turn the blocks into proxies; return modules that still compute and share their parameters."""
-        real = {index: copy.copy(block) for index, block in enumerate(self.blocks)}
+        real = {index: _twin(block, {}) for index, block in enumerate(self.blocks)}
         for index, block in enumerate(self.blocks):
             block.__dict__["_skippipe_call"] = lambda args, kwargs, index=index: self._called(index, args, kwargs)
             block.__class__ = _proxy_class(type(block))
@@ -89,19 +93,15 @@ class BlockProxies:
                 del block.__dict__["_skippipe_call"]
                 block.__class__ = type(block).__mro__[1]
 
-    def modes(self) -> tuple[BlockMode, ...]:
-        """Read the flags of all blocks, which user code may have changed."""
-        with torch._C.DisableTorchFunctionSubclass():  # remote tensors' own handling takes long for so many flags
-            return tuple(
-                BlockMode(tuple(module.training for module in modules), tuple(p.requires_grad for p in parameters))
-                for modules, parameters in zip(self._modules, self._parameters, strict=True)
-            )
+    def begin_step(self) -> None:
+        """Read the blocks' flags anew at the next call of the stack; large models have thousands."""
+        self._fresh = False
 
     # --------------------------------------------------------------- calls
 
-    def spec(self, call: StackCall, hops: tuple[Hop, ...], modes: tuple[BlockMode, ...]) -> CallSpec:
+    def spec(self, call: StackCall, hops: tuple[Hop, ...]) -> CallSpec:
         """Return the part of ``call`` that is the same for most microbatches."""
-        return CallSpec(hops, tuple(call.templates), tuple(call.block_template), modes, call.ambient)
+        return CallSpec(hops, tuple(call.templates), tuple(call.block_template), tuple(call.modes), call.ambient)
 
     def cache_use(self, call: StackCall) -> CacheUse:
         """Return the key-value caches of ``call``, with what happened to them since the call before."""
@@ -129,6 +129,7 @@ class BlockProxies:
         else:
             call = self._expect(owner, block)
         self._record(call, block, args, kwargs)
+        call.modes.append(self._mode(call, block))
         probe = self.book.output(block, call.specs[-1], lambda: self._ask(call, block))
         call.specs.append(probe.output)
         if block + 1 < len(self.blocks):
@@ -157,6 +158,10 @@ class BlockProxies:
         hidden = _first_tensor(args, kwargs)
         if hidden is None:
             raise SkipPipeError(f"{self.names[0]} was called without a tensor of hidden states")
+        if not self._fresh:
+            for attributes in self._attributes:
+                attributes.refresh_flags()
+            self._fresh = True
         call = StackCall(hidden, Ambient.current(self._device_types), placeholder=hidden)
         call.specs.append(TensorSpec.of(hidden))
         return call
@@ -211,13 +216,33 @@ class BlockProxies:
             return CacheRef(list(call.caches).index(key))
         return value
 
+    def _mode(self, call: StackCall, block: int) -> BlockMode:
+        """Return what user code has set on ``block`` until now."""
+        mode, tensors = self._attributes[block].mode()
+        if not tensors:
+            return mode
+        return dataclasses.replace(mode, tensors=tuple(_slot(call.side_inputs, tensor) for tensor in tensors))
+
     def _ask(self, call: StackCall, block: int) -> Probe:
         """Ask the holder of ``block`` what it does with this input."""
         template = call.templates[call.block_template[-1]]
-        spec = CallSpec(
-            (), (template,), (0,) * len(self.blocks), self.modes(), Ambient(False, False, call.ambient.autocast)
-        )
+        modes = (call.modes[block],) * len(self.blocks)
+        spec = CallSpec((), (template,), (0,) * len(self.blocks), modes, Ambient(False, False, call.ambient.autocast))
         return self._probe(block, spec, call.side_inputs, call.specs[-1])
+
+
+def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
+    """Return a module with the same parameters, buffers and hooks, but with attributes of its own at every level.
+
+    A block that its driver hosts finds what user code had set when it was called, as on a worker, not what it sets now.
+    """
+    if id(module) not in known:
+        twin = known[id(module)] = type(module).__new__(type(module))
+        twin.__dict__.update(vars(module))
+        twin.__dict__["_modules"] = {
+            name: None if child is None else _twin(child, known) for name, child in module._modules.items()
+        }
+    return known[id(module)]
 
 
 class _Outside:

@@ -22,13 +22,16 @@ _HASHED_BYTES: Final = 8 << 20
 """Larger side inputs are taken to be new each time: hashing would cost more than it saves."""
 _KEPT_BYTES: Final = 64 << 20
 """How much of side inputs each worker keeps for later microbatches and steps."""
+_KEPT_SPECS: Final = 256
+"""How many distinct specs are remembered: where a value in them changes with every step there is no end of them."""
 
 
 class SpecNumbers:
     """Numbers distinct call specs."""
 
     def __init__(self) -> None:
-        self._numbers: dict[bytes, int] = {}
+        self._numbers: OrderedDict[bytes, int] = OrderedDict()
+        self._unique = itertools.count()
         self._last: tuple[CallSpec, int] | None = None
 
     def number(self, spec: CallSpec) -> int:
@@ -41,7 +44,12 @@ class SpecNumbers:
                     f"an argument of the blocks cannot be sent to the workers: {error}; pass tensors, numbers, "
                     "strings or containers of them"
                 ) from error
-            self._last = (spec, self._numbers.setdefault(key, len(self._numbers)))
+            if key not in self._numbers:
+                self._numbers[key] = next(self._unique)
+            self._numbers.move_to_end(key)
+            self._last = (spec, self._numbers[key])
+            if len(self._numbers) > _KEPT_SPECS:
+                self._numbers.popitem(last=False)
         return self._last[1]
 
 
@@ -75,13 +83,15 @@ class Outbox:
     """What one worker has been told, so that it is told nothing twice."""
 
     def __init__(self) -> None:
-        self._specs: set[int] = set()
+        self._specs: OrderedDict[int, None] = OrderedDict()
         self._kept: OrderedDict[str, int] = OrderedDict()
 
     def encode(self, step: int, calls: Sequence[PreparedCall]) -> tuple[dict[str, object], list[object]]:
         """Return a ``calls`` message for this worker."""
         specs = {call.number: call.call.spec for call in calls if call.number not in self._specs}
-        self._specs |= specs.keys()
+        for call in calls:
+            self._specs[call.number] = None
+            self._specs.move_to_end(call.number)
         fresh: dict[str, Tensor] = {}
         used: set[str] = set()
         for prepared in calls:
@@ -93,8 +103,15 @@ class Outbox:
                     fresh[digest] = tensor
                     self._kept[digest] = tensor.numel() * tensor.element_size()
         numbered = [NumberedCall(p.microbatch, p.number, p.call.seed, p.digests, p.call.caches) for p in calls]
-        fields, blobs = encode_calls(step, numbered, specs, fresh, self._evict(used))
+        fields, blobs = encode_calls(step, numbered, specs, fresh, self._evict(used), self._forget_specs(len(calls)))
         return fields, list(blobs)
+
+    def _forget_specs(self, in_use: int) -> list[int]:
+        """Forget the specs that were not needed for longest, but none of this message."""
+        forgotten = []
+        while len(self._specs) > max(_KEPT_SPECS, in_use):
+            forgotten.append(self._specs.popitem(last=False)[0])
+        return forgotten
 
     def _evict(self, used: set[str]) -> list[str]:
         """Forget the side inputs that were not needed for longest until the rest fits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...engine.call import BlockMode, Call, Hop
+from ...engine.call import Call, Hop
 from ...engine.errors import SkipPipeError
 from ...schedule import Path
 from ..layout import Layout
@@ -34,11 +34,10 @@ class CallWriter:
         path: Path,
         call: StackCall,
         proxies: BlockProxies,
-        modes: tuple[BlockMode, ...],
         seed: int,
     ) -> PreparedCall:
         """Describe ``call`` for the ranks on ``path``."""
-        spec = proxies.spec(call, self._hops(microbatch, path, call, modes), modes)
+        spec = proxies.spec(call, self._hops(microbatch, path, call))
         digests = tuple(map(self._digests.digest, call.side_inputs))
         whole = Call(spec, tuple(call.side_inputs), seed, proxies.cache_use(call))
         return PreparedCall(microbatch, whole, self._numbers.number(spec), digests)
@@ -54,13 +53,13 @@ class CallWriter:
                 kind = "calls" if opening is None else "step"
                 link.send(kind, fields | dict(opening or {}), blobs)  # type: ignore[arg-type]
 
-    def _hops(self, microbatch: int, path: Path, call: StackCall, modes: Sequence[BlockMode]) -> tuple[Hop, ...]:
+    def _hops(self, microbatch: int, path: Path, call: StackCall) -> tuple[Hop, ...]:
         self._check_forms(microbatch, path, call)
         requires_grad = call.ambient.grad and call.hidden.requires_grad
         hops = [Hop(call.specs[0], requires_grad)]
         for visit in path.visits:
             blocks = self._layout.blocks(visit.stage)
-            trained = any(flag for block in blocks for flag in modes[block].requires_grad)
+            trained = any(flag for block in blocks for flag in call.modes[block].requires_grad)
             requires_grad = requires_grad or (call.ambient.grad and trained)
             hops.append(Hop(call.specs[blocks.stop], requires_grad))
         return tuple(hops)
