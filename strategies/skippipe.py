@@ -52,6 +52,7 @@ from .continuation import FROM_MEMORY, Continuation
 from .drivers import DriversStrategy
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .outputs import loss_of, training_output
+from .sections import shared_sections
 
 
 class SkipPipeStrategy(DriversStrategy):
@@ -425,7 +426,7 @@ class SkipPipeStrategy(DriversStrategy):
         ]
         weights = [size / sum(sizes) / self.drivers for size in sizes]
         task = StepTask(functions, weights, loss_of, self._seed(), training=True, rewind=self._rewinder(module))
-        with self.precision_plugin.train_step_context(), averaged.installed():
+        with self.precision_plugin.train_step_context(), averaged.installed(), shared_sections(module):
             values, loss = running.train(task, module.trainer.global_step)
         return training_output(values, loss, sizes)
 
@@ -455,7 +456,7 @@ class SkipPipeStrategy(DriversStrategy):
         ]
         weights, rewind = [size / sum(sizes) for size in sizes], self._rewinder(module)
         task = StepTask(functions, weights, loss_of, self._seed(), training=False, rewind=rewind)
-        with averaged.installed():
+        with averaged.installed(), shared_sections(module):
             values = self._running().evaluate(task)
         return merge(values, sizes)
 

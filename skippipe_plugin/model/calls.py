@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..driver.capture.caches import is_cache
 from ..driver.capture.microbatch import BatchError, batch_size, split, split_sizes
 from ..driver.capture.rewind import rewinder
-from ..driver.capture.suspend import StepThread, current_thread
+from ..driver.capture.suspend import StepThread, current_thread, new_step_thread
 from ..driver.steps import StepTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
@@ -177,7 +177,7 @@ class ModelCalls:
 
     def _train_outside(self, batch: _Batch, rewind: Callable[[], None]) -> Any:
         """The loop computes the loss: after its forwards the step waits for the gradients of the outputs."""
-        self._thread = self._thread or StepThread()
+        self._thread = self._thread or new_step_thread()
         suspended = SuspendedStep(self._thread, self._device)
         outputs = suspended.start(functools.partial(self._run_outside, batch, rewind))
         pending = self._pending = _Pending(suspended)

@@ -26,6 +26,7 @@ from .attributes import BlockAttributes
 from .caches import CacheLedger, is_cache
 from .shapes import ShapeBook
 from .suspend import current_thread
+from .switches import check_modes
 
 
 @dataclass(slots=True)
@@ -155,6 +156,7 @@ class BlockProxies:
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackCall:
         _refuse_captured_outputs(kwargs, self.names[0])
+        check_modes(self.names[0])
         hidden = _first_tensor(args, kwargs)
         if hidden is None:
             raise SkipPipeError(f"{self.names[0]} was called without a tensor of hidden states")

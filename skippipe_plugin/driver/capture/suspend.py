@@ -1,15 +1,16 @@
 """Suspend a user's step function where it calls the blocks, and resume it with their result.
 
-Each microbatch's function runs in a thread of its own, so that grad mode, autocast and device contexts stay apart,
-but only one runs at a time: control is handed over and back like between coroutines. The threads are kept for the
-next step and joined by :meth:`StepThreads.close`.
+Each microbatch's function runs in a coroutine of its own, a :class:`StepThread`, and only one runs at a time: control
+is handed over and back. On the main thread they are greenlets (:mod:`.greenlets`), so that whatever belongs to a thread
+is as in one process; elsewhere, and without the greenlet package, threads (:mod:`.os_threads`). What a function
+switches on for itself is its own (:mod:`.switches`), and one that waits for another is found (:mod:`.patience`).
 """
 
 from __future__ import annotations
 
 import contextvars
-import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,26 +46,34 @@ def current_thread() -> StepThread | None:
     return _running.get()
 
 
-class StepThread:
-    """One suspended function at a time, in a thread that outlives it."""
+class StepThread(ABC):
+    """One suspended function at a time, in a coroutine that outlives it.
 
-    def __init__(self) -> None:
-        self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._to_caller: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
+    Args:
+        label: Which microbatch it works for.
+        others_wait: Whether functions of other microbatches are suspended, which this one could wait for in vain.
+    """
+
+    def __init__(self, label: int = 0, others_wait: Callable[[], bool] = lambda: False) -> None:
         self.suspended = False
-        self.label = 0
-        """Which microbatch it works for; set by whoever starts it."""
-        self._thread = threading.Thread(target=self._loop, name="skippipe step", daemon=True)
-        self._thread.start()
+        self.label = label
+        self.others_wait = others_wait
 
+    @abstractmethod
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
         """Run ``function`` until it suspends or returns; its exceptions are raised here with their own traceback."""
-        context = contextvars.copy_context()
-        return self._hand_over(lambda: context.run(self._run, function, ambient))
 
+    @abstractmethod
     def resume(self, answer: Any) -> Outcome:
         """Answer the request under which the function waits, and run it on."""
-        return self._hand_over(answer)
+
+    @abstractmethod
+    def suspend(self, request: Any) -> Any:
+        """Hand ``request`` to the caller of :meth:`start` or :meth:`resume`; return its answer. Inside only."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Unwind what is suspended and free what it ran in."""
 
     def abandon(self) -> None:
         """Unwind a suspended function."""
@@ -72,49 +81,30 @@ class StepThread:
             if not self.suspended:
                 return
             try:
-                self._hand_over(StepAbandoned())
+                self.resume(StepAbandoned())
             except BaseException:
                 return
 
-    def suspend(self, request: Any) -> Any:
-        """Hand ``request`` to the caller of :meth:`start` or :meth:`resume`; return its answer. In-thread only."""
-        self.suspended = True
-        self._to_caller.put(Suspended(request))
-        answer = self._to_thread.get()
-        self.suspended = False
-        if isinstance(answer, StepAbandoned):
-            raise answer
-        return answer
 
-    def close(self) -> None:
-        """End and join the thread."""
-        self.abandon()
-        self._to_thread.put(None)
-        self._thread.join(timeout=10)
+def enter_context(thread: StepThread) -> None:
+    """Let :func:`current_thread` return ``thread`` in this context."""
+    _running.set(thread)
 
-    def _hand_over(self, item: Any) -> Outcome:
-        self._to_thread.put(item)
-        outcome = self._to_caller.get()
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
 
-    def _run(self, function: Callable[[], Any], ambient: Ambient) -> Any:
-        _running.set(self)
-        with ambient.entered():
-            return function()
+def adopt_context(context: contextvars.Context) -> None:
+    """Keep what a function has set in its context and left so, as if it had run in this one."""
+    for variable, value in context.items():
+        if variable is not _running and variable.get(None) is not value:
+            variable.set(value)
 
-    def _loop(self) -> None:
-        while True:
-            job = self._to_thread.get()
-            if job is None:
-                return
-            try:
-                outcome: Outcome | BaseException = Returned(job())
-            except BaseException as error:
-                outcome = error
-            self._to_caller.put(outcome)
-            del job, outcome  # keep no graph alive until the next step
+
+def new_step_thread(label: int = 0, others_wait: Callable[[], bool] = lambda: False) -> StepThread:
+    """Return what suits the calling thread; only that thread may use it."""
+    from . import greenlets, os_threads  # both build on this module
+
+    if greenlets.AVAILABLE and threading.current_thread() is threading.main_thread():
+        return greenlets.GreenletStep(label, others_wait)
+    return os_threads.ThreadStep(label, others_wait)
 
 
 class StepThreads:
@@ -125,16 +115,19 @@ class StepThreads:
 
     def __getitem__(self, index: int) -> StepThread:
         while len(self._threads) <= index:
-            self._threads.append(StepThread())
+            self._threads.append(new_step_thread(len(self._threads), self._anybody_waits))
         return self._threads[index]
 
     def abandon(self) -> None:
-        """Unwind whatever is suspended."""
-        for thread in self._threads:
+        """Unwind whatever is suspended, and then what was waiting for it."""
+        for thread in [*filter(lambda thread: thread.suspended, self._threads), *self._threads]:
             thread.abandon()
 
     def close(self) -> None:
-        """End and join all threads."""
+        """End all of them."""
         for thread in self._threads:
             thread.close()
         self._threads.clear()
+
+    def _anybody_waits(self) -> bool:
+        return any(thread.suspended for thread in list(self._threads))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from skippipe_plugin.driver.capture import greenlets
 from skippipe_plugin.driver.capture.suspend import (
     Returned,
     StepAbandoned,
@@ -21,8 +22,11 @@ from skippipe_plugin.engine.call import Ambient
 PLAIN = Ambient(True, False, ())
 
 
-@pytest.fixture
-def threads() -> Iterator[StepThreads]:
+@pytest.fixture(params=["greenlets", "threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[StepThreads]:
+    if request.param == "greenlets":
+        pytest.importorskip("greenlet")
+    monkeypatch.setattr(greenlets, "AVAILABLE", request.param == "greenlets")
     threads = StepThreads()
     yield threads
     threads.close()

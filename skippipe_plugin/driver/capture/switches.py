@@ -1,0 +1,235 @@
+"""What a step's code may switch on around its call of the blocks: process-wide settings, and those of the thread.
+
+Microbatches take turns, so what one has switched on when it is suspended is taken back, and switched on again when it
+is resumed. Only what it has changed is touched, and what it has changed when it is over stays, as in one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.utils._device as torch_device
+from torch import overrides
+from torch.utils import _python_dispatch as dispatch
+
+from ...engine.errors import SkipPipeError
+
+_autograd: Any = torch._C._autograd
+_eval_frame: Any = torch._C._dynamo.eval_frame
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """Something that has one value at a time; values are compared by identity."""
+
+    get: Callable[[], Any]
+    set: Callable[[Any], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Something that has several, the last of which counts first."""
+
+    size: Callable[[], Any]
+    """How many there are, or the last one: what changes when one is added."""
+    pop: Callable[[], Any]
+    push: Callable[[Any], object]
+
+
+Changes = tuple[tuple[Any, Any], ...]
+"""Switches with their values, and stacks with what was added to them."""
+
+
+class Snapshot:
+    """What is switched on now.
+
+    Args:
+        of_process: Leave out what each thread has for itself.
+    """
+
+    __slots__ = ("_sizes", "_stacks", "_switches", "_values")
+
+    def __init__(self, *, of_process: bool = False) -> None:
+        self._switches: Sequence[Switch] = PROCESS if of_process else EVERY
+        self._stacks: Sequence[Stack] = () if of_process else STACKS
+        self._values = [switch.get() for switch in self._switches]
+        self._sizes = [stack.size() for stack in self._stacks]
+
+    def apply(self, changes: Changes) -> None:
+        """Switch on again what :meth:`take_back` has returned."""
+        for what, value in changes:
+            if isinstance(what, Switch):
+                what.set(value)
+            else:
+                for item in reversed(value):
+                    what.push(item)
+
+    def take_back(self) -> Changes:
+        """Bring everything back to what it was; return what was different."""
+        changes: list[tuple[Any, Any]] = []
+        for stack, size in zip(self._stacks, self._sizes, strict=True):
+            added: list[Any] = []
+            while not _same(stack.size(), size) and len(added) < 1000:
+                added.append(stack.pop())
+            if added:
+                changes.append((stack, added))
+        for switch, value in zip(self._switches, self._values, strict=True):
+            now = switch.get()
+            if now is not value:
+                changes.append((switch, now))
+                switch.set(value)
+        return tuple(changes)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Compare two sizes; torch makes a new pair of hooks each time it is asked."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return all(x is y for x, y in zip(a, b, strict=True))
+    return a is b or (isinstance(a, int) and a == b)
+
+
+def _leave_inference_mode() -> Any:
+    """Turn inference mode the other way, grad mode left alone; return what undoes it."""
+    grad = torch.is_grad_enabled()
+    guard: Any = torch._C._InferenceMode(not torch.is_inference_mode_enabled())
+    guard.__enter__()
+    torch._C._set_grad_enabled(grad)
+    return guard
+
+
+def _top_hooks() -> Any:
+    return _autograd._top_saved_tensors_default_hooks(False)
+
+
+def _pop_hooks() -> Any:
+    hooks = _top_hooks()
+    _autograd._pop_saved_tensors_default_hooks()
+    return hooks
+
+
+def _attribute(owner: Any, name: str) -> Switch:
+    return Switch(lambda: getattr(owner, name), lambda value: setattr(owner, name, value))
+
+
+def _set_filters(filters: Any) -> None:
+    warnings.filters = filters
+    mutated = getattr(warnings, "_filters_mutated", None) or getattr(warnings, "_filters_mutated_lock_held", None)
+    if mutated is not None:
+        mutated()
+
+
+_SETS: Final[dict[tuple[Any, ...], tuple[Any, ...]]] = {}
+
+
+def _one(value: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the same object for equal values."""
+    return _SETS.setdefault(key := tuple(value), key)
+
+
+def _autocast(kind: str) -> tuple[Switch, ...]:
+    return (
+        Switch(lambda: torch.is_autocast_enabled(kind), lambda on: torch.set_autocast_enabled(kind, on)),
+        Switch(lambda: torch.get_autocast_dtype(kind), lambda dtype: torch.set_autocast_dtype(kind, dtype)),
+    )
+
+
+def _accelerators() -> tuple[Switch, ...]:
+    """What the thread has for the host's accelerator, if there is one."""
+    if not torch.accelerator.is_available():
+        return ()
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    streams = Switch(
+        lambda: _one((torch.accelerator.current_stream(),)),
+        lambda stream: torch.accelerator.set_stream(stream[0]),
+    )
+    index = Switch(torch.accelerator.current_device_index, torch.accelerator.set_device_index)
+    return (*_autocast(device.type), index, streams)
+
+
+def _sdp(name: str) -> Switch:
+    return Switch(getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
+
+
+def _handler(number: int) -> Switch:
+    return Switch(lambda: signal.getsignal(number), lambda handler: signal.signal(number, handler))
+
+
+_OF_THREAD: Final[tuple[Switch, ...]] = (
+    Switch(torch.is_grad_enabled, torch._C._set_grad_enabled),
+    *_autocast("cpu"),
+    *_accelerators(),
+    Switch(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    Switch(_eval_frame.get_eval_frame_callback, _eval_frame.set_eval_frame),
+    Switch(asyncio._get_running_loop, asyncio._set_running_loop),
+    *((_handler(signal.SIGALRM),) if hasattr(signal, "SIGALRM") else ()),
+)
+PROCESS: Final[tuple[Switch, ...]] = (
+    Switch(torch.get_default_dtype, torch.set_default_dtype),
+    Switch(
+        lambda: sys.intern(torch.get_float32_matmul_precision()),
+        torch.set_float32_matmul_precision,
+    ),
+    Switch(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    *(_sdp(name) for name in ("flash", "mem_efficient", "math", "cudnn")),
+    Switch(
+        lambda: _one(torch._C._get_sdp_priority_order()),
+        lambda order: torch._C._set_sdp_priority_order(list(order)),
+    ),
+    Switch(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    Switch(torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
+    Switch(torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
+    Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    Switch(
+        lambda: _one((torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled())),
+        lambda modes: torch.set_anomaly_enabled(*modes),
+    ),
+    _attribute(torch_device, "CURRENT_DEVICE"),
+    _attribute(sys, "stdout"),
+    _attribute(sys, "stderr"),
+    Switch(lambda: warnings.filters, _set_filters),
+    _attribute(warnings, "showwarning"),
+    _attribute(warnings, "_showwarnmsg_impl"),
+)
+EVERY: Final = (*_OF_THREAD, *PROCESS)
+STACKS: Final = (
+    Stack(torch.is_inference_mode_enabled, _leave_inference_mode, lambda guard: guard.__exit__(None, None, None)),
+    Stack(torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack, overrides._push_mode),
+    Stack(torch._C._len_torch_dispatch_stack, dispatch._pop_mode, dispatch._push_mode),
+    Stack(
+        _top_hooks,
+        _pop_hooks,
+        lambda hooks: _autograd._push_saved_tensors_default_hooks(*hooks),
+    ),
+)
+
+
+_function_modes: Final[Callable[[], list[object]]] = overrides._get_current_function_mode_stack
+
+
+def check_modes(blocks: str) -> None:
+    """Raise when something is switched on that would act on every operation of the blocks, were they here.
+
+    Args:
+        blocks: The name of the first one.
+    """
+    if not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack() and _top_hooks() is None:
+        return
+    modes = [*_function_modes(), *dispatch._get_current_dispatch_mode_stack()]
+    names = [type(mode).__name__ for mode in modes if not isinstance(mode, torch_device.DeviceContext)]
+    hooks = _top_hooks()
+    if hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith("torch."):
+        names.append("saved_tensors_hooks")
+    if names:
+        raise SkipPipeError(
+            f"{', '.join(names)} is switched on where the blocks from {blocks} on are called, but they run on workers, "
+            "where it sees nothing. Enter it before or after the blocks only, use it inside of a block, or train "
+            "without the pipeline"
+        )
