@@ -458,7 +458,7 @@ class Pipeline:
 
     def _live(self, run: StepRun, task: StepTask) -> list[int]:
         """Return the microbatches of a training step that will call the blocks."""
-        if run.skipped() or not self._proxies_now().book.settled:
+        if run.skipped() or not self._proxies_now().is_settled:
             run.start_all()
             return run.waiting()
         return [self.microbatches[index] for index in range(len(task.functions))]
@@ -497,8 +497,16 @@ class Pipeline:
         if not live:
             run.announce()
         executor = Executor(transport, self._hosted, self.device, driver=run)
-        events = executor.run(self._programs.compiled[name], set(live), NoFeed())
-        done = self.links.expect_all("done")
+        proxies = self._proxies_now()
+        proxies.is_in_step = True
+        try:
+            events = executor.run(self._programs.compiled[name], set(live), NoFeed())
+            done = self.links.expect_all("done")
+        finally:
+            proxies.is_in_step = False
+        here = [each for stage in self._hosted.values() for each in stage.take_writes()]
+        for block, (index, attribute) in (*here, *(w for message in done.values() for w in message.fields["writes"])):
+            proxies.note_writes(block, [(index, attribute)])
         if timeline and self.leads:
             remote = {rank: message.fields["timeline"] for rank, message in done.items()}
             self.timeline = measured_timeline(schedule, events, remote, self._clocks)

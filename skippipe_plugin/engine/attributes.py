@@ -7,6 +7,7 @@ else (tensors, functions, modules) by identity, tensors also by how often they w
 
 from __future__ import annotations
 
+import copy
 import enum
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -185,6 +187,13 @@ class BlockWatch:
         except (KeyError, RuntimeError):  # an attribute is gone, or a dictionary changes as it is read
             return False
 
+    def differences(self) -> set[Key]:
+        """Return which attributes are not what they were at the last :meth:`look`, and look anew."""
+        before = self.portraits
+        self.look()
+        now = self.portraits
+        return {key for key in now.keys() | before.keys() if key not in now or now[key] != before.get(key)}
+
     def has_same_modules(self) -> bool:
         """Whether no submodule was added, replaced or removed."""
         now = list(self._block.modules())
@@ -226,6 +235,32 @@ class BlockWatch:
         with torch._C.DisableTorchFunctionSubclass():
             versions = tuple([tensor._version for tensor in found.tensors])
         return versions, tuple(map(frozenset, found.sets)), tuple(map(_digest, found.arrays))
+
+
+@contextmanager
+def attributes_kept(block: nn.Module) -> Iterator[None]:
+    """Let code do to the attributes of a block what it likes: afterwards they are what they were."""
+    modules = list(block.modules())
+    kept = [own_attributes(module) for module in modules]
+    memo: dict[int, Any] = {id(each): each for each in (*modules, *block.parameters(), *block.buffers())}
+    for module, attributes in zip(modules, kept, strict=True):
+        vars(module).update({name: _copied(value, memo) for name, value in attributes.items()})
+    try:
+        yield
+    finally:
+        for module, attributes in zip(modules, kept, strict=True):
+            for name in own_attributes(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if type(value) in _PLAIN or isinstance(value, _WHOLE):
+        return value
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # locks, tensors of a graph: there is one of them only
+        return value
 
 
 # ------------------------------------------------------------------- travel

@@ -5,6 +5,7 @@ Used by workers, and by a driver that hosts a stage. Nothing here knows of proce
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from .attributes import apply_changes
+from .attributes import BlockWatch, Key, apply_changes, attributes_kept
 from .call import Ambient, BlockMode, CacheRef, Call, Hop, SideInput, Template, block_seed, seed_everything
 from .errors import SkipPipeError
 from .kvcache import CacheShelf
 from .transport import TensorSpec
+from .unavailable import Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Probe:
 
     output: TensorSpec
     structure: ReturnStructure
+    writes: tuple[Key, ...] = ()
+    """The plain attributes that the block's forward writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +40,12 @@ class ReturnStructure:
     length: int | None
     constants: tuple[Any, ...] = ()  # Any: what stands beside the hidden states, tensors replaced by Unavailable
 
-    def wrap(self, hidden: Tensor) -> Any:  # Any: what the user's model expects of its block
-        """Return ``hidden`` as the block itself would."""
-        return hidden if self.length is None else (hidden, *self.constants)
-
-
-class Unavailable:
-    """Stands for a tensor that a block returned beside its hidden states and that stayed on its worker."""
-
-    def __reduce__(self) -> tuple[type[Unavailable], tuple[()]]:
-        return Unavailable, ()
-
-    def __repr__(self) -> str:
-        return "<a block's second output, which stays on its worker>"
+    def wrap(self, hidden: Tensor, block: str) -> Any:  # Any: what the user's model expects of its block
+        """Return ``hidden`` as the block of this name itself would."""
+        if self.length is None:
+            return hidden
+        beside = enumerate(self.constants, start=1)
+        return hidden, *(each.of(block, at) if isinstance(each, Unavailable) else each for at, each in beside)
 
 
 class Company(Protocol):
@@ -78,6 +75,9 @@ class Stage:
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._halves: dict[int, Tensor | list[dict[str, Any]] | None] = {}  # Any: torch's parameter groups
         self._modes: dict[int, BlockMode] = {}
+        self._watches: dict[int, BlockWatch] = {}
+        self._writes: dict[int, set[Key]] = {}
+        self._unreported: list[tuple[int, Key]] = []
         self._shelf = CacheShelf()
 
     def named_parameters(self) -> Iterator[tuple[int, str, nn.Parameter]]:
@@ -146,19 +146,28 @@ class Stage:
         self._shelf.drop(keys)
 
     def probe(self, block: int, call: Call, enters: TensorSpec) -> Probe:
-        """Run one block on random input without leaving a trace, to learn the form of its output."""
+        """Run one block on random input without leaving a trace, to learn the form of its output and what it writes."""
         module = self.blocks[block]
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         state = torch.get_rng_state()
         self._set_mode(block, call)
-        ambient = Ambient(False, False, call.spec.ambient.autocast)
-        with ambient.entered():
+        asked = call.spec.ambient
+        # Where experts are spread, what goes back through them would be a matter of several ranks.
+        ambient = Ambient(asked.grad and self.company is None, False, asked.autocast)
+        with attributes_kept(module), ambient.entered():
+            watch = BlockWatch(module)
             output = self._call_block(block, call, _random(enters, self.device), filled={}, with_cache=False)
+            writes = watch.differences()
         torch.set_rng_state(state)
         with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])
-        return _describe(module, output)
+        return dataclasses.replace(_describe(module, output), writes=tuple(sorted(writes)))
+
+    def take_writes(self) -> list[tuple[int, Key]]:
+        """Return (block, attribute) for what blocks have written that was not known to be written before."""
+        writes, self._unreported = self._unreported, []
+        return writes
 
     def _run_blocks(self, call: Call, hidden: Tensor) -> Tensor:
         filled: dict[int, tuple[list[Any], dict[str, Any]]] = {}
@@ -166,8 +175,20 @@ class Stage:
         for block in self.blocks:
             self._set_mode(block, call)
             seed_everything(block_seed(call.seed, block), self.device)
+            if block not in self._watches:
+                self._watches[block] = BlockWatch(self.blocks[block])
             hidden = _hidden_of(self._call_block(block, call, hidden, filled, with_cache=True))
+            if not self._watches[block].unchanged():
+                self._learn_writes(block)
         return hidden
+
+    def _learn_writes(self, block: int) -> None:
+        """Note which attributes the block's forward has written, and look away from them."""
+        fresh = self._watches[block].differences()
+        known = self._writes.setdefault(block, set())
+        known |= fresh
+        self._unreported += [(block, key) for key in sorted(fresh)]
+        self._watches[block] = BlockWatch(self.blocks[block], known)
 
     def _call_block(
         self,
@@ -209,6 +230,8 @@ class Stage:
             child.training = training
         for parameter, requires_grad in zip(module.parameters(), mode.requires_grad, strict=True):
             parameter.requires_grad_(requires_grad)
+        if block in self._watches:
+            self._watches[block].look()
 
 
 def back_propagate(output: Tensor, gradient: Tensor) -> None:

@@ -322,7 +322,8 @@ class Worker:
             self._holdings.window.close()
             self._routers.close()
         timeline = [[str(event.action), event.start_s, event.end_s] for event in events] if fields["timeline"] else []
-        self._answer("done", {"step": self._step, "timeline": timeline})
+        writes = [each for stage in self._holdings.stages.values() for each in stage.take_writes()]
+        self._answer("done", {"step": self._step, "timeline": timeline, "writes": writes})
 
     def _sum_over_replicas(self) -> None:
         transport = self._transport

@@ -43,6 +43,10 @@ class BlockAttributes:
         self._flags = self._read_flags()
         self._mode = BlockMode(*self._flags)
 
+    def module(self, key: Key) -> nn.Module:
+        """Return the module that has the attribute."""
+        return self._watch.modules[key[0]]
+
     def full_name(self, key: Key) -> str:
         """Name an attribute as the user's code would."""
         index, name = key
@@ -63,17 +67,23 @@ class BlockAttributes:
             self._refuse_gradient()
         return self._mode, self._tensors
 
-    def leave_to_worker(self, keys: Iterable[Key]) -> None:
-        """Look away from attributes that the block itself writes.
+    def leave_to_worker(self, keys: Iterable[Key]) -> set[Key]:
+        """Look away from attributes that the block itself writes; return those that were not known.
 
         Raises:
             SkipPipeError: User code has set one of them, too.
         """
-        self._written |= set(keys)
+        fresh = set(keys) - self._written
+        if not fresh:
+            return fresh
+        if not self._watch.unchanged():
+            self._look()
+        self._written |= fresh
         both = self._changed & self._written
         if both:
             raise SkipPipeError(written_elsewhere(self.full_name(min(both))))
         self._watch = BlockWatch(self._block, self._written)
+        return fresh
 
     # -------------------------------------------------------------- pieces
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ...engine.attributes import Key
 from ...engine.call import Ambient, BlockMode, CacheRef, CacheUse, CallSpec, Hop, SideInput, Template
 from ...engine.errors import SkipPipeError
-from ...engine.stage import Probe, Unavailable
+from ...engine.stage import Probe
 from ...engine.transport import TensorSpec
-from .attributes import BlockAttributes
+from ...engine.unavailable import Unavailable
+from .attributes import BlockAttributes, written_elsewhere
 from .caches import CacheLedger, is_cache
+from .poison import Poison
 from .shapes import ShapeBook
 from .suspend import current_thread
 from .switches import check_modes
@@ -68,6 +71,9 @@ class BlockProxies:
         self._probe = probe
         self._forward = forward
         self._attributes = [BlockAttributes(name, block) for name, block in zip(names, blocks, strict=True)]
+        self._poison = Poison()
+        self.is_in_step = False
+        """Whether the workers run a step: then nothing can be asked of them."""
         self._fresh = False
         """Whether the blocks' flags were read in this step."""
         self._open: weakref.WeakKeyDictionary[Any, StackCall] = weakref.WeakKeyDictionary()
@@ -89,6 +95,7 @@ class BlockProxies:
 
     def remove(self) -> None:
         """Turn the proxies into ordinary blocks again."""
+        self._poison.lift()
         for block in self.blocks:
             if "_skippipe_call" in block.__dict__:
                 del block.__dict__["_skippipe_call"]
@@ -97,6 +104,21 @@ class BlockProxies:
     def begin_step(self) -> None:
         """Read the blocks' flags anew at the next call of the stack; large models have thousands."""
         self._fresh = False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a training step can begin without asking what the blocks do."""
+        return self.book.is_settled([(True, block.training) for block in self.blocks])
+
+    def note_writes(self, block: int, keys: Iterable[Key]) -> None:
+        """Close attributes to the driver's code that the block's forward writes where it runs.
+
+        Raises:
+            SkipPipeError: User code sets one of them, too.
+        """
+        attributes = self._attributes[block]
+        for key in attributes.leave_to_worker(keys):
+            self._poison.close(attributes.module(key), key[1], written_elsewhere(attributes.full_name(key)))
 
     # --------------------------------------------------------------- calls
 
@@ -131,18 +153,19 @@ class BlockProxies:
             call = self._expect(owner, block)
         self._record(call, block, args, kwargs)
         call.modes.append(self._mode(call, block))
-        probe = self.book.output(block, call.specs[-1], lambda: self._ask(call, block))
+        mode = call.ambient.grad, call.modes[block].training[0]
+        probe = self.book.output(block, call.specs[-1], mode, lambda: self._ask(call, block), ask=not self.is_in_step)
         call.specs.append(probe.output)
         if block + 1 < len(self.blocks):
             call.placeholder = _placeholder(call.hidden, probe.output)
-            return probe.structure.wrap(call.placeholder)
+            return probe.structure.wrap(call.placeholder, self.names[block])
         del self._open[owner]
         self.forms = tuple(call.specs)
         result = self._forward(call)
         if not call.ambient.grad:
             for cache in call.caches.values():
                 self.ledger.count(cache, call.hidden, len(self.blocks))
-        return probe.structure.wrap(result)
+        return probe.structure.wrap(result, self.names[block])
 
     def _expect(self, owner: object, block: int) -> StackCall:
         call = self._open.get(owner)
@@ -229,8 +252,12 @@ class BlockProxies:
         """Ask the holder of ``block`` what it does with this input."""
         template = call.templates[call.block_template[-1]]
         modes = (call.modes[block],) * len(self.blocks)
-        spec = CallSpec((), (template,), (0,) * len(self.blocks), modes, Ambient(False, False, call.ambient.autocast))
-        return self._probe(block, spec, call.side_inputs, call.specs[-1])
+        ambient = Ambient(call.ambient.grad, False, call.ambient.autocast)
+        spec = CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient)
+        probe = self._probe(block, spec, call.side_inputs, call.specs[-1])
+        for each in self.book.alike(block):
+            self.note_writes(each, probe.writes)
+        return probe
 
 
 def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:

@@ -1,0 +1,81 @@
+"""What stands on the driver for a tensor that a block returned beside its hidden states and that stayed on its worker.
+
+It may be unpacked, kept and dropped like any value; whatever asks for more is an error that names the block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NoReturn
+
+from .errors import SkipPipeError
+
+
+class Unavailable:
+    """Good for nothing but being ignored.
+
+    Args:
+        block: The name of the block that returned it.
+        position: Where it stood among what the block returned.
+    """
+
+    __slots__ = ("_block", "_position")
+
+    def __init__(self, block: str = "a block", position: int = 1) -> None:
+        self._block = block
+        self._position = position
+
+    def of(self, block: str, position: int) -> Unavailable:
+        """Return one that knows where it comes from."""
+        return Unavailable(block, position)
+
+    def __reduce__(self) -> tuple[type[Unavailable], tuple[str, int]]:
+        return Unavailable, (self._block, self._position)
+
+    def __repr__(self) -> str:
+        return f"<a second output of {self._block}, which stays on its worker>"
+
+    def __getattr__(self, name: str) -> Any:  # Any: it never returns
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)  # pickle, copy and numpy look for what is not there
+        self._refuse(f".{name}")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        found = _first((*args, *(kwargs or {}).values()))
+        assert found is not None
+        found._refuse(getattr(func, "__name__", "a torch function"))
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise SkipPipeError(
+            f"{what} needs the second output of {self._block} (item {self._position} of what it returns), but that "
+            "stays on its worker: blocks of a pipeline exchange their hidden states only. Compute what you need from "
+            "the stack's output, or train without the pipeline"
+        )
+
+
+def _first(values: Any) -> Unavailable | None:
+    for value in values:
+        if isinstance(value, Unavailable):
+            return value
+        if isinstance(value, (list, tuple)) and (found := _first(value)) is not None:
+            return found
+    return None
+
+
+def _refusing(name: str) -> Any:  # Any: a method of any signature
+    def refuse(self: Unavailable, *_: Any, **__: Any) -> NoReturn:
+        self._refuse(name.strip("_"))
+
+    return refuse
+
+
+_OPERATORS: Final = """
+add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or
+radd rsub rmul rmatmul rtruediv rfloordiv rmod rdivmod rpow rlshift rrshift rand rxor ror
+iadd isub imul imatmul itruediv ifloordiv imod ipow neg pos abs invert
+lt le eq ne gt ge bool int float complex index round trunc floor ceil len iter next contains getitem setitem
+delitem call array enter
+"""
+for _operator in _OPERATORS.split():
+    setattr(Unavailable, f"__{_operator}__", _refusing(f"__{_operator}__"))
+Unavailable.__hash__ = object.__hash__  # type: ignore[method-assign]
