@@ -68,7 +68,9 @@ def _own_class(cls: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: Any, protocol: Any) -> Any:  # Any: pickle's protocol
         reduced: tuple[Any, ...] = cls.__reduce_ex__(self, protocol)  # type: ignore[assignment]
         function, arguments, *rest = reduced
-        return function, tuple(cls if each is own else each for each in arguments), *rest
+        if arguments == (own,):
+            function, arguments = object.__new__, (cls,)  # pickle would compare the usual one's class with the object's
+        return function, arguments, *rest
 
     names: dict[str, Callable[..., Any] | str | None] = {
         "__module__": cls.__module__,
