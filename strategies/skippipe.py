@@ -28,6 +28,7 @@ from ..driver.pipeline import TRAINING
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy
 from ..driver.routers import RouterControl
 from ..driver.steps import StepTask
+from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob, driver_job, worker_job
@@ -35,7 +36,7 @@ from ..job.network import NetworkConfig
 from ..model.compiled import CompiledParts, originals
 from ..model.config import PathConfig
 from ..model.panel import start_panel
-from ..model.settings import PipelineSettings, ScheduleName
+from ..model.settings import CutWhere, PipelineSettings, ScheduleName
 from ..model.skipping import PathPlanner, SkipRatio
 from ..model.spread import Recovery, SpreadModel
 from ..moe import MoEConfig, RouterStatistics
@@ -53,6 +54,7 @@ from .drivers import DriversStrategy
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .outputs import loss_of, training_output
 from .sections import shared_sections
+from .whole_step import WholeStep
 
 
 class SkipPipeStrategy(DriversStrategy):
@@ -68,6 +70,11 @@ class SkipPipeStrategy(DriversStrategy):
         schedule: ``"1f1b"`` (also ``"auto"``), ``"gpipe"``, or a :class:`~skippipe_plugin.schedule.Schedule`.
         num_microbatches: Into how many microbatches a batch is cut; four per stage by default. A batch with fewer
             samples makes fewer.
+        microbatches: What they are cut from: the ``"batch"``, so that each step of the module runs once for every
+            microbatch; or what enters the block ``"stack"``, while the step runs once, on the whole batch. The latter
+            is exact for every loss (contrastive ones, BatchNorm on the driver, labels in unequal numbers) and draws
+            the random numbers of one process, but every forward comes before the loss, and embedding and head have
+            the whole batch at once. ``"auto"``: the batch.
         replicas: How many workers hold each stage.
         drivers: How many processes run the Trainer, each on its own share of the data.
         blocks: The name of the block stack in the LightningModule, such as ``"model.layers"``; found when None.
@@ -97,6 +104,7 @@ class SkipPipeStrategy(DriversStrategy):
         skip_ratio: SkipRatio = 0.0,
         schedule: ScheduleName | Schedule = "auto",
         num_microbatches: int | None = None,
+        microbatches: CutWhere = "auto",
         replicas: int = 1,
         drivers: int = 1,
         blocks: str | None = None,
@@ -112,6 +120,7 @@ class SkipPipeStrategy(DriversStrategy):
             skip_ratio=skip_ratio,
             schedule=schedule,
             num_microbatches=num_microbatches,
+            microbatches=microbatches,
             replicas=replicas,
             drivers=drivers,
             blocks=blocks,
@@ -417,6 +426,11 @@ class SkipPipeStrategy(DriversStrategy):
         running = self._running()
         if running.attached is not None:
             running.attached.begin_step(module.trainer.global_step)
+        if running.runs_whole:
+            whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
+            with self.precision_plugin.train_step_context(), whole.logging():
+                values, loss = running.train(self._whole_task(whole), module.trainer.global_step)
+            return training_output(values, loss, [1])
         sizes = self._sizes(batch, training=True)
         pieces = split(batch, sizes)
         averaged = AveragedLog(module, sizes)
@@ -447,6 +461,10 @@ class SkipPipeStrategy(DriversStrategy):
 
     def _evaluate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, batch, rest = self._step_arguments(args)
+        if self._running().runs_whole:
+            whole = WholeStep(module, name, args, kwargs, self.root_device)
+            with whole.logging():
+                return self._running().evaluate(self._whole_task(whole))[0]
         sizes = self._sizes(batch, training=False)
         step = getattr(module, name)
         averaged = AveragedLog(module, sizes)
@@ -459,6 +477,9 @@ class SkipPipeStrategy(DriversStrategy):
         with averaged.installed(), shared_sections(module):
             values = self._running().evaluate(task)
         return merge(values, sizes)
+
+    def _whole_task(self, whole: WholeStep) -> WholeTask:
+        return whole.task(self._seed(), drivers=self.drivers, repeats=self._recovery is not None)
 
     def _rewinder(self, module: LightningModule) -> Callable[[], None]:
         return rewinder(module) if self._recovery is not None else lambda: None

@@ -31,8 +31,8 @@ from ..schedule import (
     Timeline,
 )
 from .backward import GradientControl, mergeable
+from .capture.asking import CutBook
 from .capture.proxies import BlockProxies, StackCall
-from .capture.randomness import private_random_state
 from .capture.side_inputs import dump_probe
 from .capture.suspend import StepThreads, current_thread
 from .capture.writer import CallWriter
@@ -45,8 +45,9 @@ from .resizing import carried_over
 from .routers import RouterControl
 from .shards import ExpertShards
 from .stages import StageSender
-from .steps import NoFeed, StepRun, StepTask, merged_loss
+from .steps import NoFeed, StepRun, StepTask
 from .weights import RemoteWeights
+from .whole_step import WholeRun, WholeTask
 
 TRAINING: Final = "training"
 EVALUATION: Final = "evaluation"
@@ -130,6 +131,7 @@ class Pipeline:
         self._step = 0
         self._threads = StepThreads()
         self._took_s: deque[float] = deque(maxlen=16)
+        self._cuts = CutBook()
         self._proxies: BlockProxies | None = None
         self._sender: StageSender | None = None
         self._hosted: dict[int, Stage] = {}
@@ -402,7 +404,7 @@ class Pipeline:
 
     # --------------------------------------------------------------- steps
 
-    def train(self, task: StepTask, choose: Callable[[], None] = _keep) -> tuple[list[Any], Tensor | None]:
+    def train(self, task: StepTask | WholeTask, choose: Callable[[], None] = _keep) -> tuple[list[Any], Tensor | None]:
         """Run a training step; return what the functions returned, and the loss of the batch.
 
         The loss is a scalar whose ``backward`` merges the step's gradients, scaled by the gradient it receives.
@@ -412,15 +414,15 @@ class Pipeline:
             choose: Called when the first function has called the blocks (if it does) and the workers know nothing of
                 the step yet: the last moment for :meth:`use_schedule`. Every driver calls it.
         """
-        return self.surviving(lambda: self._train(task, choose), rewind=task.rewind, whole=False)
+        return self.surviving(lambda: self._train(task, choose), rewind=task.rewinder(), whole=False)
 
-    def _train(self, task: StepTask, choose: Callable[[], None]) -> tuple[list[Any], Tensor | None]:
+    def _train(self, task: StepTask | WholeTask, choose: Callable[[], None]) -> tuple[list[Any], Tensor | None]:
         self.heal()
         run = self._step_run(task)
-        with private_random_state(self.device):
+        with run.random_state():
             self.gradients.window.open()
             try:
-                live = self._live(run, task)
+                live = run.live(self._proxies_now().is_settled)
                 choose()
                 self.routers.board.open(1 / max(1, len(live) * self.layout.num_drivers))
                 if live or self.layout.num_drivers > 1:
@@ -432,18 +434,18 @@ class Pipeline:
                 sum_over_holders(self.gradients.window.parameters, self._sum_over_drivers)
             self.gradients.window.close()
             self.routers.board.close()
-        self.gradients.count_visits(self.schedules[TRAINING], task.weights)
-        loss = merged_loss(run, task.weights)
+        self.gradients.count_visits(self.schedules[TRAINING], run.shares)
+        loss = run.loss_of_batch()
         return run.values(), None if loss is None else mergeable(loss, self.gradients)
 
-    def evaluate(self, task: StepTask, choose: Callable[[], None] = _keep) -> list[Any]:
+    def evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None] = _keep) -> list[Any]:
         """Run functions that may call the blocks any number of times, without gradients; return their results.
 
         ``choose`` is called as by :meth:`train`.
         """
-        return self.surviving(lambda: self._evaluate(task, choose), rewind=task.rewind)
+        return self.surviving(lambda: self._evaluate(task, choose), rewind=task.rewinder())
 
-    def _evaluate(self, task: StepTask, choose: Callable[[], None]) -> list[Any]:
+    def _evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None]) -> list[Any]:
         self.heal()
         run = self._step_run(task)
         try:
@@ -455,13 +457,6 @@ class Pipeline:
             self._give_up(error)
             raise
         return run.values()
-
-    def _live(self, run: StepRun, task: StepTask) -> list[int]:
-        """Return the microbatches of a training step that will call the blocks."""
-        if run.skipped() or not self._proxies_now().is_settled:
-            run.start_all()
-            return run.waiting()
-        return [self.microbatches[index] for index in range(len(task.functions))]
 
     def _forward(self, call: StackCall) -> Tensor:
         """Answer a call that was made outside of the step functions, such as sampling in a callback."""
@@ -476,7 +471,7 @@ class Pipeline:
         task = StepTask([lambda: _resume_in_thread(call)], [1.0], lambda _: None, self._step, training=False)
         return self.evaluate(task)[0]  # type: ignore[no-any-return]
 
-    def _execute(self, name: str, run: StepRun, live: Sequence[int]) -> None:
+    def _execute(self, name: str, run: StepRun | WholeRun, live: Sequence[int]) -> None:
         transport, schedule = self._transport, self.schedules[name]
         assert transport is not None
         self._step += 1
@@ -513,7 +508,19 @@ class Pipeline:
         if timeline:
             self.measure_next = False
 
-    def _step_run(self, task: StepTask) -> StepRun:
+    def _step_run(self, task: StepTask | WholeTask) -> StepRun | WholeRun:
+        ambient = Ambient.current(device_types(self.device))
+        if isinstance(task, WholeTask):
+            return WholeRun(
+                task,
+                microbatches=self.microbatches,
+                book=self._cuts,
+                threads=self._threads,
+                proxies=self._proxies_now(),
+                writer=self._writer,
+                device=self.device,
+                ambient=ambient,
+            )
         return StepRun(
             task,
             first=self.microbatches.start,
@@ -521,7 +528,7 @@ class Pipeline:
             proxies=self._proxies_now(),
             writer=self._writer,
             device=self.device,
-            ambient=Ambient.current(device_types(self.device)),
+            ambient=ambient,
             took_s=self._took_s,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
@@ -18,6 +19,7 @@ from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate
 from ..schedule import Path
 from .capture.proxies import BlockProxies, StackCall
+from .capture.randomness import private_random_state
 from .capture.side_inputs import PreparedCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter
@@ -34,6 +36,22 @@ _SOME_WITHOUT_LOSS: Final = (
     "the training step returned a loss for some microbatches and None for others; return None for the whole batch, or "
     "a zero loss"
 )
+CALLED_TWICE: Final = (
+    "the training step calls the blocks more than once for one batch; a pipeline can run them once per "
+    "step. Put both inputs into one batch, or train without the pipeline"
+)
+WITH_GRADIENTS: Final = (
+    "the blocks of the pipeline were called with gradients enabled in validation, test or prediction; "
+    "there is no way back through them outside of training_step. Call them under torch.no_grad()"
+)
+
+
+def not_called(names: Sequence[str]) -> str:
+    """Say that a training step went without the blocks of these names."""
+    return (
+        "the training step returned without calling the blocks of the pipeline "
+        f"({names[0]} ...); name the stack it does call with blocks=..."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +70,15 @@ class StepTask:
     """Undoes what the functions have changed on the driver, before they run once more."""
     outside: Callable[[Sequence[Any]], None] | None = None
     """Back-propagates into what the functions returned, when the loss is computed outside of them; it may wait."""
+
+    @property
+    def losses_come_last(self) -> bool:
+        """Whether every forward comes before the first backward."""
+        return self.outside is not None
+
+    def rewinder(self) -> Callable[[], None]:
+        """Return what undoes the step so far, before it is repeated."""
+        return self.rewind
 
 
 class StepRun:
@@ -98,6 +125,17 @@ class StepRun:
 
     # ------------------------------------------------------ life of a step
 
+    def live(self, settled: bool) -> list[int]:
+        """Return the microbatches (numbers of the schedule) of a training step that will call the blocks.
+
+        Args:
+            settled: Whether the blocks' forms are known, so that functions may start in their turns.
+        """
+        if self.skipped() or not settled:
+            self.start_all()
+            return self.waiting()
+        return [self._first + index for index in range(len(self._task.functions))]
+
     def open(
         self,
         step: int,
@@ -141,6 +179,19 @@ class StepRun:
         assert all(isinstance(outcome, Returned) for outcome in outcomes)
         return [outcome.value for outcome in outcomes if isinstance(outcome, Returned)]
 
+    def loss_of_batch(self) -> Tensor | None:
+        """Return the loss of the whole batch; see :func:`merged_loss`."""
+        return merged_loss(self, self._task.weights)
+
+    @property
+    def shares(self) -> Sequence[float]:
+        """By microbatch of this driver: its share of the global batch."""
+        return self._task.weights
+
+    def random_state(self) -> AbstractContextManager[None]:
+        """Frame a training step: it seeds its own random state."""
+        return private_random_state(self._device)
+
     # ----------------------------------------------------- the driver part
 
     def embed(self, microbatch: int) -> tuple[Call, Tensor]:
@@ -179,10 +230,7 @@ class StepRun:
         if self._task.training:
             self._hidden[index] = stack_call.hidden
         elif prepared.call.spec.hops[-1].requires_grad:
-            raise SkipPipeError(
-                "the blocks of the pipeline were called with gradients enabled in validation, test or prediction; "
-                "there is no way back through them outside of training_step. Call them under torch.no_grad()"
-            )
+            raise SkipPipeError(WITH_GRADIENTS)
         self._held_back.append(prepared)
         return prepared.call, stack_call.hidden
 
@@ -219,10 +267,7 @@ class StepRun:
         seed_everything(block_seed(block_seed(self._task.seed, microbatch), _LOSS), self._device)
         outcome = self._resume(index, leaf)
         if isinstance(outcome, Suspended):
-            raise SkipPipeError(
-                "the training step calls the blocks more than once for one batch; a pipeline can run them once per "
-                "step. Put both inputs into one batch, or train without the pipeline"
-            )
+            raise SkipPipeError(CALLED_TWICE)
         self._outcomes[index] = outcome
         if self.loss_is_outside:
             self._leaves[microbatch] = leaf
@@ -231,7 +276,7 @@ class StepRun:
         self.losses[index] = None if loss is None else loss.detach()
         if loss is not None:
             back_propagate(loss, torch.full_like(loss, self._task.weights[index]))
-        return _gradient_of(leaf)
+        return gradient_of(leaf)
 
     @property
     def loss_is_outside(self) -> bool:
@@ -242,7 +287,7 @@ class StepRun:
         assert len(self._leaves) == len(self._task.functions), "the schedule goes back before all losses"
         self._task.outside(self.values())
         leaves, self._leaves = self._leaves, {}
-        return {microbatch: _gradient_of(leaf) for microbatch, leaf in leaves.items()}
+        return {microbatch: gradient_of(leaf) for microbatch, leaf in leaves.items()}
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
         hidden = self._hidden.pop(microbatch - self._first)
@@ -263,10 +308,7 @@ class StepRun:
             if self._task.training and outcome.value is None:
                 self.losses[index] = None
             elif self._task.training:
-                raise SkipPipeError(
-                    "the training step returned without calling the blocks of the pipeline "
-                    f"({self._proxies.names[0]} ...); name the stack it does call with blocks=..."
-                )
+                raise SkipPipeError(not_called(self._proxies.names))
         self._outcomes[index] = outcome
 
     def _resume(self, index: int, hidden: Tensor) -> Outcome:
@@ -288,7 +330,8 @@ class NoFeed:
         raise AssertionError("an action of a microbatch that another driver leads")
 
 
-def _gradient_of(leaf: Tensor) -> Tensor | None:
+def gradient_of(leaf: Tensor) -> Tensor | None:
+    """Return the gradient that reached a leaf, zeros if none did; None when it takes none."""
     if not leaf.requires_grad:
         return None
     return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)

@@ -234,10 +234,10 @@ class Stage:
             self._watches[block].look()
 
 
-def back_propagate(output: Tensor, gradient: Tensor) -> None:
+def back_propagate(output: Tensor, gradient: Tensor, *, keep_graph: bool = False) -> None:
     """Do what ``torch.autograd.backward`` does, without its checks: they take as long as a small block's backward."""
     engine = torch.autograd.Variable._execution_engine
-    engine.run_backward((output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    engine.run_backward((output,), (gradient,), keep_graph, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 @contextmanager

@@ -16,6 +16,9 @@ from .shape import PipelineShape
 from .skipping import SkipRatio, check_ratio, skips
 
 ScheduleName = Literal["auto", "gpipe", "1f1b"]
+CutWhere = Literal["auto", "batch", "stack"]
+"""What microbatches are cut from: the batch, so that the user's step runs once for each; or what enters the block stack
+when the step runs once, on the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class PipelineSettings:
     skip_ratio: SkipRatio = 0.0
     schedule: ScheduleName | Schedule = "auto"
     num_microbatches: int | None = None
+    microbatches: CutWhere = "auto"
     replicas: int = 1
     drivers: int = 1
     blocks: str | None = None
@@ -45,6 +49,9 @@ class PipelineSettings:
         if self.gradient_scale not in get_args(GradientScale):
             known = get_args(GradientScale)
             raise ValueError(f"gradient_scale={self.gradient_scale!r} is unknown; choose one of {known}")
+        if self.microbatches not in get_args(CutWhere):
+            known = get_args(CutWhere)
+            raise ValueError(f"microbatches={self.microbatches!r} is unknown; choose one of {known}")
         check_ratio(self.skip_ratio)
         if skips(self.skip_ratio) and isinstance(self.schedule, Schedule):
             raise ValueError("skip_ratio and a schedule of your own both choose the paths; give one of them")

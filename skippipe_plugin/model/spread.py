@@ -23,6 +23,7 @@ from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
 from ..driver.shards import Site
 from ..driver.steps import StepTask
+from ..driver.whole_step import WholeTask
 from ..engine.call import device_types
 from ..engine.errors import SkipPipeError
 from ..engine.wire import tensor_key
@@ -83,6 +84,8 @@ class SpreadModel:
         self._evaluation_planner: PathPlanner | None = None
         self._block_names: tuple[str, ...] = ()
         self._advised = False
+        self._usual: tuple[Schedule, Schedule] | None = None
+        """While losses come last: the schedule for that, and the one in whose place it is."""
         self._mover: ExpertMover | None = None
         self._sizes: Sequence[BlockSize] = ()
 
@@ -230,7 +233,12 @@ class SpreadModel:
 
     # ---------------------------------------------------------------- steps
 
-    def train(self, task: StepTask, step: int) -> tuple[list[Any], Tensor | None]:
+    @property
+    def runs_whole(self) -> bool:
+        """Whether the user's step runs once, on the whole batch, so that only the stack's input is cut."""
+        return self.settings.microbatches == "stack" or len(self.pipeline.microbatches) == 1
+
+    def train(self, task: StepTask | WholeTask, step: int) -> tuple[list[Any], Tensor | None]:
         """Run a training step; see :meth:`Pipeline.train`.
 
         Args:
@@ -240,12 +248,11 @@ class SpreadModel:
 
         def choose() -> None:
             self._choose_paths(step)
-            if task.outside is not None:
-                self._put_losses_first()
+            self._order_losses(last=task.losses_come_last)
 
         return self.pipeline.train(task, choose)
 
-    def evaluate(self, task: StepTask) -> list[Any]:
+    def evaluate(self, task: StepTask | WholeTask) -> list[Any]:
         """Run functions without gradients; see :meth:`Pipeline.evaluate`."""
         return self.pipeline.evaluate(task, self._choose_evaluation_paths)
 
@@ -298,12 +305,18 @@ class SpreadModel:
                 log.warning(advice)
                 self._advised = True
 
-    def _put_losses_first(self) -> None:
+    def _order_losses(self, *, last: bool) -> None:
         """A loss that is computed from all outputs needs all forwards before the first backward."""
-        schedule = self.pipeline.whole_schedules[TRAINING]
-        if schedule.name != "gpipe":
-            losses_first = gpipe(schedule.placement, schedule.paths)
-            self.pipeline.use_schedule(TRAINING, dataclasses.replace(losses_first, coupled=schedule.coupled))
+        pipeline, usual = self.pipeline, self._usual
+        schedule = pipeline.whole_schedules[TRAINING]
+        if last and schedule.name != "gpipe":
+            losses_last = dataclasses.replace(gpipe(schedule.placement, schedule.paths), coupled=schedule.coupled)
+            self._usual = losses_last, schedule
+            pipeline.use_schedule(TRAINING, losses_last)
+        elif not last and usual is not None:
+            self._usual = None
+            if schedule is usual[0]:
+                pipeline.use_schedule(TRAINING, usual[1])
 
     def _choose_evaluation_paths(self) -> None:
         planner = self._evaluation_planner

@@ -126,6 +126,13 @@ class BlockProxies:
         """Return the part of ``call`` that is the same for most microbatches."""
         return CallSpec(hops, tuple(call.templates), tuple(call.block_template), tuple(call.modes), call.ambient)
 
+    def learn_forms(self, call: StackCall) -> None:
+        """Find what ``call``, which was cut from another one, makes of its hidden states (``specs``)."""
+        call.specs[1:] = []
+        for block in range(len(self.blocks)):
+            call.specs.append(self._look_up(call, block).output)
+        self.forms = tuple(call.specs)
+
     def cache_use(self, call: StackCall) -> CacheUse:
         """Return the key-value caches of ``call``, with what happened to them since the call before."""
         return CacheUse(tuple(call.caches), self.ledger.take_ops(list(call.caches)))
@@ -153,8 +160,7 @@ class BlockProxies:
             call = self._expect(owner, block)
         self._record(call, block, args, kwargs)
         call.modes.append(self._mode(call, block))
-        mode = call.ambient.grad, call.modes[block].training[0]
-        probe = self.book.output(block, call.specs[-1], mode, lambda: self._ask(call, block), ask=not self.is_in_step)
+        probe = self._look_up(call, block)
         call.specs.append(probe.output)
         if block + 1 < len(self.blocks):
             call.placeholder = _placeholder(call.hidden, probe.output)
@@ -248,9 +254,14 @@ class BlockProxies:
             return mode
         return dataclasses.replace(mode, tensors=tuple(_slot(call.side_inputs, tensor) for tensor in tensors))
 
+    def _look_up(self, call: StackCall, block: int) -> Probe:
+        """Return what ``block`` makes of what enters it in this call."""
+        mode = call.ambient.grad, call.modes[block].training[0]
+        return self.book.output(block, call.specs[-1], mode, lambda: self._ask(call, block), ask=not self.is_in_step)
+
     def _ask(self, call: StackCall, block: int) -> Probe:
         """Ask the holder of ``block`` what it does with this input."""
-        template = call.templates[call.block_template[-1]]
+        template = call.templates[call.block_template[block]]
         modes = (call.modes[block],) * len(self.blocks)
         ambient = Ambient(call.ambient.grad, False, call.ambient.autocast)
         spec = CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient)

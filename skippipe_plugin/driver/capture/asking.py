@@ -1,0 +1,161 @@
+"""Ask the user's code where a call of the block stack may be cut, and remember the answers.
+
+The code runs once more up to the blocks, with a batch of another size, and is given up there.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from ...engine.call import Ambient
+from ...engine.errors import SkipPipeError
+from .cutting import CallForm, Cut, NotCuttable, find_cut
+from .growing import sample_counts, with_more_samples
+from .proxies import StackCall
+from .suspend import StepThread, Suspended
+
+log = logging.getLogger(__name__)
+
+_MOST_COUNTS: Final = 3
+"""Of how many ways to count a batch's samples the user's code is asked."""
+_NOT_CUT: Final = (
+    "the blocks get whole batches, so one stage works at a time: %s. Results are those of one process; docs/limits.md "
+    "says how a batch can be cut"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """How the user's code is asked which dimensions are the batch's."""
+
+    num_samples: int
+    """The samples of the batch, if this is how they are counted."""
+    num_others: int
+    """The samples of another batch, with which ``function`` runs."""
+    function: Callable[[], Any]  # Any: it never returns
+    """The step on the other batch; it is given up where it calls the blocks."""
+
+
+def questions(step: Callable[[Any], Any], batch: Any) -> list[Question]:
+    """Return what may be asked of ``step`` about ``batch``: with one sample more, or else with all of them twice.
+
+    Args:
+        step: Runs the user's code on a batch.
+        batch: The batch, which need not have the samples first in every tensor.
+    """
+    counts = sample_counts(batch)
+    if not counts or counts[0] == 1:
+        return []
+    return [
+        Question(num_samples=count, num_others=count + more, function=functools.partial(_ask, step, batch, count, more))
+        for count in counts[:_MOST_COUNTS]
+        for more in (1, count)
+        if count > 1
+    ]
+
+
+def _ask(step: Callable[[Any], Any], batch: Any, count: int, more: int) -> Any:
+    return step(with_more_samples(batch, count, more))
+
+
+class CutBook:
+    """Remembers across steps how each kind of call is cut, and what it has said of those that are not."""
+
+    def __init__(self) -> None:
+        self.settled: set[str] = set()
+        """The user's functions whose calls were all known in their last step: their state need not be noted."""
+        self._known: dict[Hashable, list[tuple[int, Cut] | None]] = {}
+        self._told: set[str] = set()
+
+    def find(self, kind: Hashable, call: StackCall, counts: Sequence[int]) -> tuple[bool, tuple[int, Cut] | None]:
+        """Return whether a call is of a known kind, and its number of samples and cut; None when it has no cut."""
+        for known in self._known.get(kind, ()):
+            if known is None:
+                return True, None
+            index, cut = known
+            if cut.fits(call, counts[index]):
+                return True, (counts[index], cut)
+        return False, None
+
+    def put(self, kind: Hashable, known: tuple[int, Cut] | None) -> None:
+        """Remember what was found: which count is that of the samples, and the cut."""
+        self._known.setdefault(kind, []).append(known)
+
+    def tell(self, reason: str) -> None:
+        """Say once why the blocks get a batch whole."""
+        if reason not in self._told:
+            self._told.add(reason)
+            log.warning(_NOT_CUT, reason)
+
+
+def ask(
+    form: CallForm,
+    earlier: Sequence[CallForm],
+    asked: Sequence[Question],
+    thread: StepThread,
+    ambient: Ambient,
+    undo: Callable[[], None],
+) -> tuple[int, Cut]:
+    """Find where a call of this form may be cut, and the number of its samples.
+
+    Args:
+        form: Of the call with the batch itself.
+        earlier: The forms of the calls that the same function made before.
+        asked: The questions.
+        thread: Where the user's code runs.
+        ambient: How it runs.
+        undo: Undoes what it changes.
+
+    Raises:
+        NotCuttable: No question has an answer, or they contradict each other.
+    """
+    found: dict[int, Cut] = {}
+    reasons: dict[int, str] = {}
+    for question in asked:
+        count = question.num_samples
+        if count in found or count in reasons:
+            continue
+        try:
+            other = _form_with(question, len(earlier), thread, ambient)
+            found[count] = find_cut(form, other, count, question.num_others)
+        except NotCuttable as error:
+            reasons[count] = str(error)
+        except _Unanswered as error:
+            reasons.setdefault(-count, str(error))
+        finally:
+            thread.abandon()
+            undo()
+    if len(found) == 1:
+        return next(iter(found.items()))
+    if found:
+        raise NotCuttable(f"the samples of a batch may be counted in several ways ({sorted(found)})")
+    raise NotCuttable(next(iter([*(reasons[count] for count in reasons if count > 0), *reasons.values()])))
+
+
+class _Unanswered(Exception):
+    """The user's code does not bear a batch of another size."""
+
+
+def _form_with(question: Question, num_before: int, thread: StepThread, ambient: Ambient) -> CallForm:
+    try:
+        outcome = thread.start(question.function, ambient)
+        for _ in range(num_before):
+            if isinstance(outcome, Suspended):
+                spec = outcome.request.specs[-1]
+                outcome = thread.resume(torch.zeros(spec.shape, dtype=spec.dtype, device=outcome.request.hidden.device))
+    except SkipPipeError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise _Unanswered(
+            f"with {question.num_others} samples instead of {question.num_samples} the step ends in {reason}"
+        ) from error
+    if not isinstance(outcome, Suspended):
+        raise NotCuttable("how often the blocks are called depends on the number of samples")
+    return CallForm.of(outcome.request)

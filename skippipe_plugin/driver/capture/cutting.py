@@ -1,0 +1,200 @@
+"""Cut one call of the block stack, made with a whole batch, into calls with microbatches.
+
+Which dimension of which tensor is the batch's is *known*, not guessed: the user's code makes the same call once more
+with a few samples more, and the dimension that has grown in proportion is the one (:func:`find_cut`). A mask [T, T]
+stays what it was, even where T happens to equal the number of samples. Nothing here knows a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ...engine.call import SideInput
+from ...engine.transport import TensorSpec
+from .proxies import StackCall
+
+
+class NotCuttable(Exception):
+    """A call that can only be made with the whole batch at once; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The dimension of a tensor that belongs to the batch."""
+
+    dim: int
+    rows: int
+    """How many rows in it each sample has."""
+
+    def fits(self, shape: Sequence[int], num_samples: int) -> bool:
+        """Whether a tensor of this shape has so many samples."""
+        return len(shape) > self.dim and shape[self.dim] == self.rows * num_samples
+
+    def split(self, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Cut a tensor into pieces with so many samples each."""
+        return list(torch.split(tensor, [size * self.rows for size in sizes], self.dim))
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Put the pieces of a tensor together."""
+        return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a call of the stack may be cut."""
+
+    hidden: Axis
+    result: Axis
+    side_inputs: tuple[Axis | None, ...]
+    """By slot; None for what all samples share."""
+
+    def fits(self, call: StackCall, num_samples: int) -> bool:
+        """Whether a call has so many samples where this says that they are."""
+        tensors = [(self.hidden, call.specs[0].shape), (self.result, call.specs[-1].shape)]
+        tensors += [
+            (axis, tuple(side.shape))
+            for axis, side in zip(self.side_inputs, call.side_inputs, strict=True)
+            if axis is not None
+        ]
+        return all(axis.fits(shape, num_samples) for axis, shape in tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """All that a call says about its form; keeps no tensor of it."""
+
+    hidden: tuple[int, ...]
+    result: tuple[int, ...]
+    side_inputs: tuple[tuple[int, ...], ...]
+    arguments: tuple[Any, ...]  # Any: constants of the user's
+    """The blocks' other arguments."""
+    attributes: tuple[Any, ...]
+    """What the user's code has set on the blocks, packed."""
+
+    @classmethod
+    def of(cls, call: StackCall) -> CallForm:
+        """Describe ``call``."""
+        sides = tuple(tuple(side.shape) for side in call.side_inputs)
+        attributes = tuple((mode.attributes, mode.tensors) for mode in call.modes)
+        return cls(call.specs[0].shape, call.specs[-1].shape, sides, tuple(_constants(call)), attributes)
+
+
+def find_cut(whole: CallForm, other: CallForm, num_samples: int, num_others: int) -> Cut:
+    """Compare a call with one of another number of samples, and say where it may be cut.
+
+    Raises:
+        NotCuttable: It may not be, or the comparison does not tell.
+    """
+    assert num_samples != num_others
+    if len(whole.side_inputs) != len(other.side_inputs) or len(whole.arguments) != len(other.arguments):
+        raise NotCuttable("how the blocks are called depends on the number of samples")
+    for mine, theirs in zip(whole.arguments, other.arguments, strict=True):
+        if not _same_constant(mine, theirs):
+            raise NotCuttable(
+                f"the blocks are called with the value {mine!r}, which {num_others} samples make {theirs!r}"
+            )
+    if whole.attributes != other.attributes:
+        raise NotCuttable("an attribute that the step sets on the blocks depends on the number of samples")
+    sizes = (num_samples, num_others)
+    hidden = _axis("the hidden states", whole.hidden, other.hidden, *sizes)
+    result = _axis("the blocks' result", whole.result, other.result, *sizes)
+    if hidden is None or result is None:
+        name, shape = ("hidden states", whole.hidden) if hidden is None else ("blocks' result", whole.result)
+        raise NotCuttable(f"no dimension of the {name} {list(shape)} is that of the {num_samples} samples")
+    sides = tuple(
+        _axis(f"an argument of the blocks beside the hidden states {list(whole.hidden)}", mine, theirs, *sizes)
+        for mine, theirs in zip(whole.side_inputs, other.side_inputs, strict=True)
+    )
+    for axis, shape in zip((result, *sides), (whole.result, *whole.side_inputs), strict=True):
+        if axis is not None and axis.rows != hidden.rows:
+            raise NotCuttable(
+                f"each sample has {hidden.rows} rows in the hidden states {list(whole.hidden)}, but {axis.rows} in "
+                f"another tensor of the blocks {list(shape)}"
+            )
+    return Cut(hidden, result, sides)
+
+
+def _axis(name: str, mine: Sequence[int], theirs: Sequence[int], size: int, other: int) -> Axis | None:
+    """Return the dimension that grew with the samples; None when nothing did."""
+    if len(mine) != len(theirs):
+        raise NotCuttable(f"{name} has {len(mine)} or {len(theirs)} dimensions, depending on the number of samples")
+    changed = [dim for dim, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b]
+    if not changed:
+        return None
+    found = [dim for dim in changed if not mine[dim] % size and theirs[dim] == mine[dim] // size * other]
+    if len(found) != 1 or len(changed) != 1:
+        raise NotCuttable(f"{name} {list(mine)} becomes {list(theirs)} when {size} samples become {other}")
+    return Axis(found[0], mine[found[0]] // size)
+
+
+def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]:
+    """Return the calls of the microbatches; their forms (``specs``) are still to be found."""
+    hidden = cut.hidden.split(call.hidden.detach(), sizes)
+    sides = [
+        [side] * len(sizes) if axis is None else axis.split(side, sizes)
+        for axis, side in zip(cut.side_inputs, call.side_inputs, strict=True)
+    ]
+    return [
+        StackCall(
+            piece.requires_grad_() if call.ambient.grad and call.hidden.requires_grad else piece,
+            call.ambient,
+            side_inputs=[pieces[index] for pieces in sides],
+            templates=call.templates,
+            block_template=call.block_template,
+            modes=call.modes,
+            specs=[TensorSpec.of(piece)],
+        )
+        for index, piece in enumerate(hidden)
+    ]
+
+
+def kind_of(call: StackCall, counts: Sequence[int]) -> Hashable:
+    """Return what calls have in common that are cut alike: which sizes are equal to which, not what they are.
+
+    A longest sample of another length makes no new kind, but one that is as long as there are samples does.
+
+    Args:
+        call: The call.
+        counts: How many samples the batch may have.
+    """
+    labels = {count: index + 2 for index, count in enumerate(counts)}
+
+    def label(size: int) -> int:
+        return size if size < 2 else labels.setdefault(size, len(labels) + 2)
+
+    shapes = [call.specs[0].shape, call.specs[-1].shape, *(side.shape for side in call.side_inputs)]
+    constants = [label(value) if type(value) is int else _name(value) for value in _constants(call)]
+    return (
+        tuple(tuple(map(label, shape)) for shape in shapes),
+        tuple(side.dtype for side in call.side_inputs),
+        tuple(constants),
+        tuple((bool(mode.attributes), mode.tensors) for mode in call.modes if mode.attributes),
+        call.ambient.grad,
+    )
+
+
+def _name(value: Any) -> Any:  # Any: a constant of the user's; what is returned has a hash
+    return value if isinstance(value, (SideInput, str, bool, type(None))) else type(value)
+
+
+def _constants(call: StackCall) -> Iterator[Any]:
+    """All that the blocks are called with, tensors replaced by their slots."""
+    yield len(call.block_template)
+    yield str(call.block_template)
+    for template in call.templates:
+        yield str(template.hidden)
+        yield from template.kwargs
+        yield from pytree.tree_leaves((template.args, template.kwargs))
+
+
+def _same_constant(mine: Any, theirs: Any) -> bool:
+    try:
+        return type(mine) is type(theirs) and bool(mine == theirs or (mine != mine and theirs != theirs))
+    except Exception:  # a comparison that gives no truth value: values of the user's
+        return mine is theirs

@@ -1,0 +1,83 @@
+"""Take back what the user's code has changed on the driver, before it runs once more."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .randomness import random_states, set_random_states
+from .rewind import rewinder
+
+_NOT_OURS = frozenset({"_parameters", "_buffers", "_modules", "_trainer", "_fabric"})
+"""What modules keep apart, and what is no value of theirs."""
+
+
+def undo_all(module: nn.Module, device: torch.device) -> Callable[[], None]:
+    """Return a function that brings back buffers, metrics, attributes of ``module`` and all random states.
+
+    Attributes are brought back one level deep: a list is what it was, and the objects in it are the same.
+    """
+    rewind, draws = rewinder(module), undo_draws(device)
+    attributes = [(part, _attributes(part)) for part in module.modules()]
+
+    def undo() -> None:
+        for part, values in attributes:
+            _set_attributes(part, values)
+        rewind()
+        draws()
+
+    return undo
+
+
+def undo_draws(device: torch.device) -> Callable[[], None]:
+    """Return a function that sets the random states of torch, Python and numpy to what they are now."""
+    states, python = random_states(device), random.getstate()
+    numpy = sys.modules.get("numpy")
+    arrays = numpy.random.get_state() if numpy is not None else None
+
+    def undo() -> None:
+        set_random_states(device, states)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
+
+    return undo
+
+
+_Value = tuple[Any, Any]  # Any: an attribute of the user's, and a copy of what it contains
+
+
+def _attributes(part: nn.Module) -> dict[str, _Value]:
+    return {name: (value, _contents(value)) for name, value in part.__dict__.items() if name not in _NOT_OURS}
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return None if value.is_meta else value.detach().clone()
+    return value.copy() if type(value) in (list, dict, set) else None
+
+
+def _set_attributes(part: nn.Module, values: dict[str, _Value]) -> None:
+    for name in part.__dict__.keys() - values.keys() - _NOT_OURS:
+        del part.__dict__[name]
+    for name, (value, contents) in values.items():
+        part.__dict__[name] = value
+        if contents is not None:
+            _refill(value, contents)
+
+
+def _refill(value: Any, contents: Any) -> None:
+    if isinstance(value, Tensor):
+        with torch.no_grad():
+            value.copy_(contents)
+        return
+    value.clear()
+    if isinstance(value, list):
+        value.extend(contents)
+    else:
+        value.update(contents)

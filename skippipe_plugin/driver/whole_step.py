@@ -1,0 +1,361 @@
+"""One step on the driver whose function runs once, on the whole batch: only its call of the blocks is cut.
+
+The function is suspended where it calls the blocks. The call is cut into microbatches, which go through the pipeline;
+their results are put together, and the function goes on with them. So whatever the driver's code computes, draws or
+counts, it does as in one process. The price: every forward comes before the loss, and the head has the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..engine.call import Ambient, Call, block_seed
+from ..engine.errors import SkipPipeError
+from ..engine.stage import back_propagate
+from ..schedule import Path
+from .capture.asking import CutBook, Question, ask
+from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of
+from .capture.graphs import goes_past, handed_out
+from .capture.microbatch import split_sizes
+from .capture.proxies import BlockProxies, StackCall
+from .capture.randomness import random_states, set_random_states
+from .capture.side_inputs import PreparedCall
+from .capture.suspend import Outcome, Returned, StepThreads, Suspended
+from .capture.writer import CallWriter
+from .steps import CALLED_TWICE, WITH_GRADIENTS, gradient_of, not_called
+
+_STEP: Final = 0
+"""The thread in which the user's function runs."""
+_QUESTION: Final = 1
+"""The thread in which it is asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeTask:
+    """What a step has to do whose function runs once, on the whole batch."""
+
+    function: Callable[[], Any]  # Any: what the user's step returns
+    """The user's step on the whole batch."""
+    loss_of: Callable[[Any], Tensor | None]
+    """Finds the loss in what the function returned."""
+    seed: int
+    """Seeds the randomness inside the blocks. The driver's code draws from the user's own random state."""
+    training: bool
+    name: str = "step"
+    """Which of the user's functions it is."""
+    questions: Sequence[Question] = ()
+    """What may be asked, in this order, until one has an answer; without any the call is not cut."""
+    note_state: Callable[[], Callable[[], None]] = lambda: lambda: None
+    """Notes what the user's code may change on the driver; returns what undoes it, random states included."""
+    repeats: bool = False
+    """Whether an interrupted step is repeated, so that the state is noted before each."""
+    share: float = 1.0
+    """The batch's share of the loss of the global batch: one over the number of drivers."""
+    outside: Callable[[Sequence[Any]], None] | None = None
+    """Back-propagates into what the function returned, when the loss is computed outside of it; it may wait."""
+
+    @property
+    def losses_come_last(self) -> bool:
+        """Whether every forward comes before the first backward."""
+        return True
+
+    def rewinder(self) -> Callable[[], None]:
+        """Return what undoes the step so far, before it is repeated."""
+        return self.note_state() if self.repeats else lambda: None
+
+
+class WholeRun:
+    """Implements the executor's driver part for one function and the microbatches that its call of the blocks makes.
+
+    Args:
+        task: What to do.
+        microbatches: The microbatches of the schedule that the call may make.
+        book: How calls are cut.
+    """
+
+    def __init__(
+        self,
+        task: WholeTask,
+        *,
+        microbatches: range,
+        book: CutBook,
+        threads: StepThreads,
+        proxies: BlockProxies,
+        writer: CallWriter,
+        device: torch.device,
+        ambient: Ambient,
+    ) -> None:
+        self._task = task
+        self._first = microbatches.start
+        self._most = len(microbatches)
+        self._book = book
+        self._thread, self._asked = threads[_STEP], threads[_QUESTION]
+        self._proxies = proxies
+        self._writer = writer
+        self._device = device
+        self._ambient = ambient
+        self._outcome: Outcome | None = None
+        self._undo: Callable[[], None] | None = None
+        """Undoes what the function has changed so far, where that may be asked for."""
+        self._draws: list[Tensor] = []
+        """The user's random state, while others use the generators."""
+        self._answers: list[Tensor] = []
+        """What the function was answered so far, while it may have to begin again."""
+        self._earlier: list[CallForm] = []
+        self._sizes: Sequence[int] = ()
+        self._parts: list[StackCall] = []
+        """The calls of the microbatches; empty when none waits."""
+        self._call: StackCall | None = None
+        self._cut: Cut | None = None
+        self._prepared: dict[int, Call] = {}
+        self._results: dict[int, Tensor] = {}
+        self._gradients: dict[int, Tensor | None] = {}
+        self._opening: Mapping[str, object] | None = None
+        self._paths: Sequence[Path] = ()
+        self._loss: Tensor | None = None
+        self.step = -1
+        proxies.begin_step()
+
+    # ------------------------------------------------------ life of a step
+
+    def live(self, settled: bool) -> list[int]:
+        """Run the function up to the blocks; return the microbatches that will call them."""
+        self.start_all()
+        return self.waiting()
+
+    def start_all(self) -> None:
+        """Run the function up to its first call of the blocks."""
+        task = self._task
+        if self._most > 1 and task.questions and task.name not in self._book.settled:
+            self._undo = task.note_state()
+        self._start()
+
+    def waiting(self) -> list[int]:
+        """Go on with what has come back; return the microbatches (numbers of the schedule) that wait for the blocks."""
+        if self._results:
+            self._go_on()
+        if isinstance(self._outcome, Suspended):
+            self._cut_call()
+        elif self._undo is not None:
+            self._book.settled.add(self._task.name)
+        return list(range(self._first, self._first + len(self._parts)))
+
+    def open(
+        self,
+        step: int,
+        paths: Sequence[Path],
+        opening: Mapping[str, object],
+        coming: Sequence[int] = (),
+        most_ahead: int = 0,
+    ) -> None:
+        """Begin step number ``step``; see :meth:`StepRun.open`."""
+        self.step, self._paths, self._opening = step, paths, opening
+        self._prepared = {}
+
+    def values(self) -> list[Any]:
+        """Return what the function returned."""
+        assert isinstance(self._outcome, Returned)
+        return [self._outcome.value]
+
+    def loss_of_batch(self) -> Tensor | None:
+        """Return the loss; None when the function returned none."""
+        return None if self._loss is None else self._loss.reshape(())
+
+    @property
+    def shares(self) -> list[float]:
+        """By microbatch of this driver: its share of the global batch."""
+        return [self._task.share * size / sum(self._sizes) for size in self._sizes]
+
+    @contextmanager
+    def random_state(self) -> Iterator[None]:
+        """Keep the user's random state for the user's code: what else draws leaves no trace in it."""
+        self._draws = random_states(self._device)
+        try:
+            yield
+        finally:
+            set_random_states(self._device, self._draws)
+
+    # ----------------------------------------------------- the driver part
+
+    def embed(self, microbatch: int) -> tuple[Call, Tensor]:
+        if not self._prepared:
+            self._announce()
+        index = microbatch - self._first
+        return self._prepared[index], self._parts[index].hidden
+
+    def announce_due(self) -> None:
+        pass  # all was announced at once
+
+    def announce(self) -> None:
+        if self._opening is not None:
+            self._announce()
+
+    def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
+        self._results[microbatch - self._first] = hidden
+        return None
+
+    @property
+    def loss_is_outside(self) -> bool:
+        return self._task.training
+
+    def gradients_from_outside(self) -> dict[int, Tensor | None]:
+        assert len(self._results) == len(self._parts), "the schedule goes back before all losses"
+        leaf = self._joined(self._results)
+        leaf.requires_grad_(any(call.spec.hops[-1].requires_grad for call in self._prepared.values()))
+        with self._drawing():
+            self._resume(handed_out(leaf))
+            if isinstance(self._outcome, Suspended):
+                raise SkipPipeError(CALLED_TWICE)
+            self._back_propagate(self.values()[0])
+        gradient = gradient_of(leaf)
+        pieces = [None] * len(self._parts) if gradient is None else self._split(gradient)
+        return {self._first + index: piece for index, piece in enumerate(pieces)}
+
+    def backward(self, microbatch: int, gradient: Tensor | None) -> None:
+        self._gradients[microbatch - self._first] = gradient
+        if len(self._gradients) < len(self._parts):
+            return
+        assert self._call is not None
+        present = {index: piece for index, piece in self._gradients.items() if piece is not None}
+        if self._call.hidden.requires_grad and present:
+            filled = {i: present.get(i, torch.zeros_like(part.hidden)) for i, part in enumerate(self._parts)}
+            whole = filled[0] if self._cut is None else self._cut.hidden.join([filled[i] for i in sorted(filled)])
+            with self._drawing():
+                back_propagate(self._call.hidden, whole)
+
+    # -------------------------------------------------------------- pieces
+
+    def _start(self) -> None:
+        self._take(self._thread.start(self._task.function, self._ambient))
+        if self._task.training and isinstance(self._outcome, Returned) and self._outcome.value is not None:
+            raise SkipPipeError(not_called(self._proxies.names))
+
+    def _resume(self, answer: Tensor) -> None:
+        self._take(self._thread.resume(answer))
+
+    def _take(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Returned):
+            self._proxies.check_complete(self._thread)
+        self._outcome = outcome
+        self._draws = random_states(self._device)
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Let the user's code draw on where it stopped."""
+        set_random_states(self._device, self._draws)
+        yield
+        self._draws = random_states(self._device)
+
+    def _go_on(self) -> None:
+        """In evaluation: resume the function with what came back."""
+        assert self._call is not None
+        answer, self._results, self._parts = self._joined(self._results), {}, []
+        if self._undo is not None:
+            self._answers.append(answer)
+            self._earlier.append(CallForm.of(self._call))
+        self._resume(answer)
+
+    def _cut_call(self) -> None:
+        if self._parts:
+            return
+        found = self._find_cut()
+        if not isinstance(self._outcome, Suspended):  # it began again, and went another way
+            return
+        call = self._call = self._outcome.request
+        self._cut, self._sizes, self._parts = None, [1], [call]
+        if found is not None:
+            num_samples, self._cut = found
+            self._sizes = split_sizes(num_samples, self._most)
+            self._parts = cut_call(call, self._cut, self._sizes)
+            self._learn_forms()
+
+    def _learn_forms(self) -> None:
+        """Microbatches of the same size have the same forms."""
+        known: dict[Any, StackCall] = {}
+        for part in reversed(self._parts):  # the first one is the largest
+            alike = known.setdefault(part.specs[0], part)
+            if alike is part:
+                self._proxies.learn_forms(part)
+            else:
+                part.specs = alike.specs
+
+    def _find_cut(self) -> tuple[int, Cut] | None:
+        """Return the number of samples and the cut of the call that waits; None when it goes as it is."""
+        task, call = self._task, self._outcome.request  # type: ignore[union-attr]
+        if self._most == 1 or call.caches or not task.questions:
+            return None
+        counts = list(dict.fromkeys(question.num_samples for question in task.questions))
+        kind = task.name, kind_of(call, counts)
+        known, found = self._book.find(kind, call, counts)
+        if known:
+            return found
+        if self._undo is None:
+            self._book.settled.discard(task.name)  # the next one can be asked about
+            return None
+        try:
+            found = self._ask(call)
+        except NotCuttable as error:
+            self._book.tell(str(error))
+        self._book.put(kind, None if found is None else (counts.index(found[0]), found[1]))
+        return found
+
+    def _ask(self, call: StackCall) -> tuple[int, Cut]:
+        """Give the function up, ask, and let it begin again: whoever it locked out could not answer."""
+        assert self._undo is not None
+        form = CallForm.of(call)
+        self._give_up()
+        try:
+            return ask(form, self._earlier, self._task.questions, self._asked, self._ambient, self._undo)
+        finally:
+            self._proxies.forget_open_calls()
+            self._start()
+            for answer in self._answers:
+                if isinstance(self._outcome, Suspended):
+                    self._resume(answer)
+            if isinstance(self._outcome, Suspended) and CallForm.of(self._outcome.request) != form:
+                raise NotCuttable("the step called the blocks in another way when it ran for a second time")
+
+    def _give_up(self) -> None:
+        assert self._undo is not None
+        self._thread.abandon()
+        self._proxies.forget_open_calls()
+        self._undo()
+
+    def _announce(self) -> None:
+        """Prepare the calls of all microbatches, and announce them together with the step."""
+        prepared: list[PreparedCall] = []
+        for index, part in enumerate(self._parts):
+            microbatch = self._first + index
+            seed = block_seed(self._task.seed, microbatch)
+            path = self._paths[microbatch]
+            prepared.append(self._writer.prepare(microbatch, path, part, self._proxies, seed))
+            if not self._task.training and prepared[-1].call.spec.hops[-1].requires_grad:
+                raise SkipPipeError(WITH_GRADIENTS)
+        opening, self._opening = self._opening, None
+        self._writer.send(self.step, prepared, self._paths, opening)
+        self._prepared = {index: each.call for index, each in enumerate(prepared)}
+
+    def _back_propagate(self, value: Any) -> None:  # Any: what the user's function returned
+        task = self._task
+        if task.outside is not None:
+            task.outside([value])
+            return
+        loss = task.loss_of(value)
+        if loss is not None:
+            self._loss = loss.detach()
+            assert self._call is not None
+            again = self._call.hidden.requires_grad and goes_past([loss], self._call.hidden)
+            back_propagate(loss, torch.full_like(loss, task.share), keep_graph=again)
+
+    def _joined(self, results: Mapping[int, Tensor]) -> Tensor:
+        pieces = [results[index] for index in range(len(self._parts))]
+        return pieces[0] if self._cut is None else self._cut.result.join(pieces)
+
+    def _split(self, gradient: Tensor) -> Sequence[Tensor]:
+        return [gradient] if self._cut is None else self._cut.result.split(gradient, self._sizes)
