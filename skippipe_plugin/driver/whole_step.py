@@ -57,8 +57,9 @@ class WholeTask:
     """Whether an interrupted step is repeated, so that the state is noted before each."""
     share: float = 1.0
     """The batch's share of the loss of the global batch: one over the number of drivers."""
-    outside: Callable[[Sequence[Any]], None] | None = None
-    """Back-propagates into what the function returned, when the loss is computed outside of it; it may wait."""
+    outside: Callable[[Sequence[Any], Tensor], None] | None = None
+    """Back-propagates into what the function returned, when the loss is computed outside of it; it may wait. It is also
+    told what entered the blocks, whose graph takes another backward afterwards."""
 
     @property
     def losses_come_last(self) -> bool:
@@ -342,15 +343,15 @@ class WholeRun:
         self._prepared = {index: each.call for index, each in enumerate(prepared)}
 
     def _back_propagate(self, value: Any) -> None:  # Any: what the user's function returned
-        task = self._task
+        task, call = self._task, self._call
+        assert call is not None
         if task.outside is not None:
-            task.outside([value])
+            task.outside([value], call.hidden)
             return
         loss = task.loss_of(value)
         if loss is not None:
             self._loss = loss.detach()
-            assert self._call is not None
-            again = self._call.hidden.requires_grad and goes_past([loss], self._call.hidden)
+            again = call.hidden.requires_grad and goes_past([loss], call.hidden)
             back_propagate(loss, torch.full_like(loss, task.share), keep_graph=again)
 
     def _joined(self, results: Mapping[int, Tensor]) -> Tensor:

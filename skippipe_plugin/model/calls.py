@@ -14,17 +14,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..driver.capture.asking import questions
 from ..driver.capture.caches import is_cache
 from ..driver.capture.microbatch import BatchError, batch_size, split, split_sizes
 from ..driver.capture.rewind import rewinder
 from ..driver.capture.suspend import StepThread, current_thread, new_step_thread
+from ..driver.capture.undo import undo_all
 from ..driver.steps import StepTask
+from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from .outputs import differentiable, find_loss, gated, guarded, map_tensors, merge_outputs, watched, with_loss
 from .shares import loss_is_summed, loss_shares
 from .spread import SpreadModel
-from .suspended import SuspendedStep
+from .suspended import SuspendedStep, Train
 
 _ONE_BACKWARD: Final = (
     "this loss belongs to {which} call of the model, whose gradients are {state}: a pipeline takes one backward for "
@@ -82,6 +85,8 @@ class ModelCalls:
         self._thread: StepThread | None = None
         self._outside: dict[tuple[int, frozenset[str]], bool] = {}
         """By kind of call (number of positional arguments, names of the others): whether it returns no loss."""
+        self._seen: set[tuple[int, frozenset[str]]] = set()
+        """The kinds of which that is known."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model would return for the whole batch."""
@@ -136,6 +141,8 @@ class ModelCalls:
         self._pending = None
         if self._spread.attached is not None:
             self._spread.attached.begin_step(self.num_optimizer_steps)
+        if self._spread.runs_whole:
+            return self._train_whole(args, kwargs)
         batch = self._cut(args, kwargs)
         kind = len(args), frozenset(kwargs)
         self.num_calls += 1
@@ -177,9 +184,13 @@ class ModelCalls:
 
     def _train_outside(self, batch: _Batch, rewind: Callable[[], None]) -> Any:
         """The loop computes the loss: after its forwards the step waits for the gradients of the outputs."""
+        return self._hand_out(functools.partial(self._run_outside, batch, rewind), batch.sizes)
+
+    def _hand_out(self, train: Train, sizes: Sequence[int], *, draws_on: bool = False) -> Any:
+        """Start a step that waits for the gradients of its outputs, and return these."""
         self._thread = self._thread or new_step_thread()
-        suspended = SuspendedStep(self._thread, self._device)
-        outputs = suspended.start(functools.partial(self._run_outside, batch, rewind))
+        suspended = SuspendedStep(self._thread, self._device, draws_on=draws_on)
+        outputs = suspended.start(train)
         pending = self._pending = _Pending(suspended)
         carrying = [tensor for output in outputs for tensor in differentiable(output)]
         if not carrying:
@@ -190,13 +201,57 @@ class ModelCalls:
             )
         gates = iter(gated(carrying, functools.partial(self._receive, pending)))
         opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
-        return merge_outputs(opened, batch.sizes)
+        return merge_outputs(opened, sizes)
 
     def _run_outside(self, batch: _Batch, rewind: Callable[[], None], outside: Callable[[Sequence[Any]], None]) -> None:
         functions = [functools.partial(self._forward, *args, **kwargs) for args, kwargs in batch.calls]
         shares = [size / sum(batch.sizes) for size in batch.sizes]
         task = StepTask(functions, shares, lambda _: None, self._seed(), training=True, rewind=rewind, outside=outside)
         self._spread.train(task, self.num_optimizer_steps)
+
+    def _train_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model runs once on the whole batch; only what enters its blocks is cut."""
+        kind = len(args), frozenset(kwargs)
+        self.num_calls += 1
+        if not self._outside.setdefault(kind, False):
+            undo = undo_all(self._model, self._device) if kind not in self._seen else _nothing
+            try:
+                return self._train_whole_inside(args, kwargs)
+            except _LossIsOutside:
+                undo()
+                self._outside[kind] = True
+            finally:
+                self._seen.add(kind)
+        return self._hand_out(functools.partial(self._run_whole_outside, args, kwargs), [1], draws_on=True)
+
+    def _train_whole_inside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function = functools.partial(self._run_with_loss, (args, kwargs), counts=True)
+        task = self._whole_task(function, args, kwargs, loss_of=lambda value: value[1])
+        [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps)
+        assert loss is not None
+        pending = self._pending = _Pending()
+        loss = watched(loss, lambda: self._claim(pending))
+        return with_loss(guarded(map_tensors(torch.Tensor.detach, output), _HAS_A_LOSS), loss)
+
+    def _run_whole_outside(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], outside: Callable[[Sequence[Any], Tensor], None]
+    ) -> None:
+        task = self._whole_task(functools.partial(self._forward, *args, **kwargs), args, kwargs, outside=outside)
+        self._spread.train(task, self.num_optimizer_steps)
+
+    def _whole_task(
+        self, function: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
+    ) -> WholeTask:
+        return WholeTask(
+            function=function,
+            seed=self._seed(),
+            name="training" if options else "evaluation",
+            training=bool(options),
+            questions=questions(lambda batch: self._forward(*batch[0], **batch[1]), (args, kwargs)),
+            note_state=functools.partial(undo_all, self._model, self._device),
+            repeats=self._rewinds,
+            **{"loss_of": lambda _: None, **options},
+        )
 
     def _receive(self, pending: _Pending, gradients: list[Tensor]) -> None:
         """The loop's backward has reached the outputs."""
@@ -224,6 +279,10 @@ class ModelCalls:
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.settle()
+        if self._spread.runs_whole:
+            whole = self._whole_task(functools.partial(self._forward, *args, **kwargs), args, kwargs)
+            with torch.no_grad():
+                return self._spread.evaluate(whole)[0]
         batch = self._cut(args, kwargs, training=False)
         functions = [functools.partial(self._forward, *own, **named) for own, named in batch.calls]
         shares = loss_shares(self._model, [named for _, named in batch.calls], batch.sizes)

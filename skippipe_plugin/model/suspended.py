@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..driver.capture.graphs import goes_past
 from ..driver.capture.randomness import random_states, set_random_states
 from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
 from ..engine.call import Ambient, device_types
 from .outputs import differentiable
 
-Train = Callable[[Callable[[Sequence[Any]], None]], None]
+Train = Callable[[Callable[..., None]], None]
 """Runs a step whose loss is outside, given what back-propagates into the outputs of its microbatches."""
 
 
@@ -27,11 +28,13 @@ class SuspendedStep:
     Args:
         thread: Where it runs.
         device: The driver's device.
+        draws_on: Whether the step's code draws from the loop's random state, as in one process, rather than its own.
     """
 
-    def __init__(self, thread: StepThread, device: torch.device) -> None:
+    def __init__(self, thread: StepThread, device: torch.device, *, draws_on: bool = False) -> None:
         self._thread = thread
         self._device = device
+        self._draws_on = draws_on
         self._gradients: Sequence[Tensor] | None = None
         self._loop_states: list[Tensor] = []
 
@@ -57,17 +60,26 @@ class SuspendedStep:
         """Give the step up."""
         self._thread.abandon()
 
-    def _back_propagate(self, outputs: Sequence[Any]) -> None:
-        """In the step's thread: hand the outputs over, wait for their gradients, and go back from there."""
+    def _back_propagate(self, outputs: Sequence[Any], hidden: Tensor | None = None) -> None:
+        """In the step's thread: hand the outputs over, wait for their gradients, and go back from there.
+
+        Args:
+            outputs: By microbatch, or of the whole batch.
+            hidden: What entered the blocks, if one graph has both.
+        """
         if self._gradients is None:  # a step that a lost worker interrupted on its way back has them already
             self._wait(outputs)
         assert self._gradients is not None
         tensors = [tensor for output in outputs for tensor in differentiable(output)]
-        torch.autograd.backward(tensors, list(self._gradients))
+        again = hidden is not None and goes_past(tensors, hidden)
+        torch.autograd.backward(tensors, list(self._gradients), retain_graph=again)
 
     def _wait(self, outputs: Sequence[Any]) -> None:
         thread = current_thread()
         assert thread is not None
+        if self._draws_on:
+            thread.suspend(list(outputs))
+            return
         states = random_states(self._device)
         set_random_states(self._device, self._loop_states)
         thread.suspend(list(outputs))

@@ -229,3 +229,102 @@ class SequenceFirst(Whole):
         padding = torch.arange(batch["tokens"].shape[1])[None] >= batch["lengths"][:, None]
         out = self.head(self.run(self.model(batch["tokens"].transpose(0, 1)), key_padding_mask=padding))
         return functional.cross_entropy(out.mean(0), batch["y"])
+
+
+class Weighted(Whole):
+    """The batch holds one weight for each class beside its samples."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        return functional.cross_entropy(self(batch["x"]), batch["y"], weight=batch["weights"])
+
+
+class Packed(Attending):
+    """All tokens of all samples are one sequence."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        kept = torch.arange(batch["tokens"].shape[1])[None] < batch["lengths"][:, None]
+        packed = self.model(batch["tokens"][kept])[None]
+        return functional.cross_entropy(self.head(self.run(packed))[0], batch["labels"][kept])
+
+
+class Flattened(Whole):
+    """Rows [B * T] of which each is for itself, though each sample has several."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        out = self.head(self.run(self.model(batch["tokens"]).flatten(0, 1)))
+        return functional.cross_entropy(out, batch["labels"].flatten())
+
+
+class Counted(Whole):
+    """The blocks are told the number of samples."""
+
+    class block(Block):
+        def forward(self, h: Tensor, count: int) -> Tensor:  # type: ignore[override]
+            return super().forward(h) / count
+
+    def training_step(self, batch: Any) -> Tensor:
+        return functional.cross_entropy(self.head(self.run(self.model(batch["x"]), len(batch["x"]))), batch["y"])
+
+
+class Listed(Attending):
+    """A batch is a list of sequences."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        out = self.head(self.run(self.model(torch.stack(batch))))
+        return out.square().mean() + out.mean(1).std()
+
+
+class Stateful(Whole):
+    """Its step counts, keeps and logs, before the blocks and after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.kept, self.sums = 0, [], torch.zeros(())
+        self.register_buffer("seen", torch.zeros(()))
+
+    def training_step(self, batch: Any) -> Tensor | None:
+        self.calls += 1
+        self.kept.append(len(batch["x"]))
+        self.seen += 1
+        self.sums += 1
+        self.log("before", float(self.calls), on_step=True, on_epoch=True, reduce_fx="sum")
+        out = self(batch["x"] + self.calls / 10)
+        self.log("after", out.std(), on_step=False, on_epoch=True, batch_size=3)
+        self.log_dict({"a": out.max(), "b": out.quantile(0.3)})
+        return functional.cross_entropy(out, batch["y"]) * self.calls
+
+
+class Evaluated(Stateful):
+    """Evaluates with metrics of the whole batch, calling the blocks twice."""
+
+    def validation_step(self, batch: Any) -> None:
+        first = self(batch["x"])
+        self.log("val", (first - self(batch["x"].flip(0)).flip(0)).norm() + first.quantile(0.7))
+
+    def predict_step(self, batch: Any) -> dict[str, Any]:
+        out = self(batch["x"])
+        return {"order": out.norm(dim=1).argsort(), "count": len(out), "mean": out.mean(), "rows": list(out)}
+
+
+def contrast(out: Tensor) -> Tensor:
+    """A loss of the whole batch: every sample against all others."""
+    z = functional.normalize(out, dim=-1)
+    return functional.cross_entropy(z @ z.T, torch.arange(len(z)).roll(1))
+
+
+class Embedder(nn.Module):
+    """A model for loops: with labels it returns its loss, which goes past the blocks too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(4, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList([Block() for _ in range(4)])
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        h = skip = functional.dropout(self.embed(x), 0.2, self.training)
+        for block in self.blocks:
+            h = block(h)
+        out = self.head(self.norm(h) + skip)
+        if labels is None:
+            return out
+        return {"loss": contrast(out) + functional.cross_entropy(out, labels), "logits": out}
