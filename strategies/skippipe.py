@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..driver.backward import GradientScale
+from ..driver.capture.batches import BatchError, Cut, Cutter
 from ..driver.capture.devices import move_around
-from ..driver.capture.microbatch import BatchError, batch_size, merge, split, split_sizes
+from ..driver.capture.microbatch import merge
 from ..driver.capture.rewind import rewinder
 from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer, to_device
@@ -52,6 +53,7 @@ from .compiled import uncompile
 from .continuation import FROM_MEMORY, Continuation
 from .drivers import DriversStrategy
 from .launcher import SkipPipeLauncher, apply_results, collect_results
+from .loaders import loader_hint
 from .outputs import loss_of, training_output
 from .sections import shared_sections
 from .whole_step import WholeStep
@@ -138,6 +140,7 @@ class SkipPipeStrategy(DriversStrategy):
         self._remote: RemoteOptimizer | None = None
         self._compiled: CompiledParts | None = None
         self._restore_late = False
+        self._cutter = Cutter()
         self._recovery: Recovery | None = None
         self._continuation: Continuation | None = None
         self._record_timeline = False
@@ -431,8 +434,8 @@ class SkipPipeStrategy(DriversStrategy):
             with self.precision_plugin.train_step_context(), whole.logging():
                 values, loss = running.train(self._whole_task(whole), module.trainer.global_step)
             return training_output(values, loss, [1])
-        sizes = self._sizes(batch, training=True)
-        pieces = split(batch, sizes)
+        cut = self._cut("training_step", batch, rest, kwargs)
+        pieces, sizes = cut.pieces, cut.sizes
         averaged = AveragedLog(module, sizes)
         functions = [
             averaged.within(index, functools.partial(module.training_step, piece, *rest, **kwargs))
@@ -465,12 +468,13 @@ class SkipPipeStrategy(DriversStrategy):
             whole = WholeStep(module, name, args, kwargs, self.root_device)
             with whole.logging():
                 return self._running().evaluate(self._whole_task(whole))[0]
-        sizes = self._sizes(batch, training=False)
+        cut = self._cut(name, batch, rest, kwargs)
+        pieces, sizes = cut.pieces, cut.sizes
         step = getattr(module, name)
         averaged = AveragedLog(module, sizes)
         functions = [
             averaged.within(index, functools.partial(step, piece, *rest, **kwargs))
-            for index, piece in enumerate(split(batch, sizes))
+            for index, piece in enumerate(pieces)
         ]
         weights, rewind = [size / sum(sizes) for size in sizes], self._rewinder(module)
         task = StepTask(functions, weights, loss_of, self._seed(), training=False, rewind=rewind)
@@ -488,13 +492,19 @@ class SkipPipeStrategy(DriversStrategy):
         assert self.lightning_module is not None
         return self.lightning_module, args[0], args[1:]
 
-    def _sizes(self, batch: Any, *, training: bool) -> list[int]:
-        size = batch_size(batch)
-        if size is None or size == 0:
-            if training:
-                raise BatchError(f"a training batch of type {type(batch).__name__} holds no tensor to cut along")
-            return [1]
-        return split_sizes(size, len(self._running().pipeline.microbatches))
+    def _cut(self, step: str, batch: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cut:
+        """Cut a batch into microbatches; evaluation can do without."""
+        assert self.lightning_module is not None
+        source, hint = (
+            f"{step} {rest[1:]} {kwargs.get('dataloader_idx')}",
+            loader_hint(self.lightning_module.trainer, step),
+        )
+        try:
+            return self._cutter.cut(batch, len(self._running().pipeline.microbatches), hint, source)
+        except BatchError:
+            if step == "training_step":
+                raise
+            return Cut([batch], [1])
 
     def _seed(self) -> int:
         """A seed for this step that a resumed run has again at the same batch."""

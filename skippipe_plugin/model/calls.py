@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..driver.capture.asking import questions
+from ..driver.capture.batches import BatchError, Cutter
 from ..driver.capture.caches import is_cache
-from ..driver.capture.microbatch import BatchError, batch_size, split, split_sizes
 from ..driver.capture.rewind import rewinder
 from ..driver.capture.suspend import StepThread, current_thread, new_step_thread
 from ..driver.capture.undo import undo_all
@@ -83,6 +83,7 @@ class ModelCalls:
         self._forward: Callable[..., Any] = model.forward
         self._pending: _Pending | None = None
         self._thread: StepThread | None = None
+        self._cutter = Cutter()
         self._outside: dict[tuple[int, frozenset[str]], bool] = {}
         """By kind of call (number of positional arguments, names of the others): whether it returns no loss."""
         self._seen: set[tuple[int, frozenset[str]]] = set()
@@ -304,13 +305,16 @@ class ModelCalls:
     def _cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = True) -> _Batch:
         if any(is_cache(value) for value in (*args, *kwargs.values())):
             return _Batch([(args, kwargs)], [1])  # generation: one call after another fills the caches
-        size = batch_size((args, kwargs))
-        if not size:
+        try:
+            cut = self._cutter.cut({**dict(enumerate(args)), **kwargs}, len(self._spread.pipeline.microbatches))
+        except BatchError:
             if training:
-                raise BatchError(f"{type(self._model).__name__} was called for training without a tensor to cut along")
-            return _Batch([(args, kwargs)], [1])
-        sizes = split_sizes(size, len(self._spread.pipeline.microbatches))
-        return _Batch(split((args, kwargs), sizes), sizes)
+                raise
+            return _Batch([(args, kwargs)], [1])  # forwards can do without microbatches
+        calls = [
+            (tuple(each[i] for i in range(len(args))), {name: each[name] for name in kwargs}) for each in cut.pieces
+        ]
+        return _Batch(calls, cut.sizes)
 
     def _seed(self) -> int:
         return block_seed(torch.initial_seed(), self.num_calls)

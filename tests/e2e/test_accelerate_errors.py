@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from skippipe_plugin.accelerate import SkipPipe, SkipPipeConfig
-from skippipe_plugin.driver.capture.microbatch import BatchError
+from skippipe_plugin.driver.capture.batches import BatchError
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.partition import PartitionError
 from tests.e2e import loops
@@ -138,8 +138,8 @@ def test_batches_that_cannot_be_cut(current: Accelerator) -> None:
     model, optimizer = prepared(current)
     with pytest.raises(BatchError, match="must share their first dimension"):
         model(X, labels=Y[:3])
-    with pytest.raises(BatchError, match="without a tensor to cut along"):
-        model([1.0])
+    with pytest.raises(BatchError, match="holds no tensor or list to cut along"):
+        model(1.0)
     step(current, model, optimizer)
 
 

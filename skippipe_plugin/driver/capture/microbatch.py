@@ -1,19 +1,15 @@
-"""Cut a batch into microbatches along its first dimension, and put the microbatches' outputs together again."""
+"""How large microbatches are, and how their outputs are put together again; :mod:`.batches` cuts the batch."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class BatchError(ValueError):
-    """A batch that cannot be cut into microbatches."""
 
 
 def split_sizes(batch_size: int, num_microbatches: int) -> list[int]:
@@ -27,34 +23,6 @@ def split_sizes(batch_size: int, num_microbatches: int) -> list[int]:
     count = max(1, min(num_microbatches, batch_size))
     quotient, remainder = divmod(batch_size, count)
     return [quotient + (index < remainder) for index in range(count)]
-
-
-def batch_size(batch: Any) -> int | None:
-    """Return the common first dimension of all tensors in ``batch``; None when there is no tensor.
-
-    Raises:
-        BatchError: The tensors' first dimensions differ.
-    """
-    sizes: dict[str, int] = {}
-    _walk(batch, "batch", lambda path, tensor: sizes.setdefault(path, tensor.shape[0]) if tensor.ndim else None)
-    if len(set(sizes.values())) > 1:
-        listing = ", ".join(f"{path}: {size}" for path, size in sizes.items())
-        raise BatchError(
-            f"the tensors of a batch must share their first dimension to be cut into microbatches, but {listing}. "
-            "Let the collate function put the samples first in every tensor"
-        )
-    return next(iter(sizes.values()), None)
-
-
-def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
-    """Cut ``batch`` into microbatches of ``sizes``; what has no first dimension goes to each of them."""
-    if len(sizes) == 1:
-        return [batch]
-    total, pieces, start = sum(sizes), [], 0
-    for size in sizes:
-        pieces.append(_slice(batch, start, start + size, total))
-        start += size
-    return pieces
 
 
 def merge(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
@@ -106,41 +74,6 @@ def _merge_tensors(outputs: Sequence[Tensor], sizes: Sequence[int]) -> Any:
         weights = torch.tensor(sizes, dtype=outputs[0].dtype, device=outputs[0].device) / sum(sizes)
         return torch.einsum("m,m...->...", weights, torch.stack(list(outputs)))
     return list(outputs)
-
-
-def _walk(value: Any, path: str, visit: Callable[[str, Tensor], object]) -> None:
-    if isinstance(value, Tensor):
-        visit(path, value)
-    elif isinstance(value, (Mapping, UserDict)):
-        for key, item in value.items():
-            _walk(item, f"{path}[{key!r}]", visit)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _walk(item, f"{path}[{index}]", visit)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            _walk(getattr(value, field.name), f"{path}.{field.name}", visit)
-
-
-def _slice(value: Any, start: int, stop: int, total: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.ndim else value
-    if isinstance(value, (Mapping, UserDict)):
-        return rebuild_mapping(value, {key: _slice(item, start, stop, total) for key, item in value.items()})
-    if isinstance(value, (list, tuple)):
-        if len(value) == total and not any(_holds_tensor(item) for item in value):
-            return value[start:stop]  # one entry per sample, such as a list of strings
-        return rebuild_sequence(value, [_slice(item, start, stop, total) for item in value])
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{name: _slice(getattr(value, name), start, stop, total) for name in names})
-    return value
-
-
-def _holds_tensor(value: Any) -> bool:
-    found: list[str] = []
-    _walk(value, "", lambda path, _: found.append(path))
-    return bool(found)
 
 
 def rebuild_mapping(like: Any, items: dict[Any, Any]) -> Any:

