@@ -32,6 +32,7 @@ from ..schedule import (
 )
 from .backward import GradientControl, mergeable
 from .capture.asking import CutBook
+from .capture.cutting import Cut, parts_of
 from .capture.proxies import BlockProxies, StackCall
 from .capture.side_inputs import dump_probe
 from .capture.suspend import StepThreads, current_thread
@@ -515,6 +516,7 @@ class Pipeline:
                 task,
                 microbatches=self.microbatches,
                 book=self._cuts,
+                computes_alike=self._computes_parts_alike,
                 threads=self._threads,
                 proxies=self._proxies_now(),
                 writer=self._writer,
@@ -562,6 +564,22 @@ class Pipeline:
         link = self.links[self.layout.placement[stage][0]]
         link.send("probe", {}, [dump_probe(block, call, enters)])
         return pickle.loads(link.expect("probe").blobs[0])  # type: ignore[no-any-return]
+
+    def _computes_parts_alike(self, call: StackCall, cut: Cut, num_samples: int) -> bool:
+        """Ask one block of each kind whether it makes the same of parts of the batch as of all of it."""
+        proxies = self._proxies_now()
+        for block in proxies.one_of_each(call):
+            whole, parts = parts_of(call, cut, num_samples, block, proxies.question_about(call, block))
+            stage, enters = self.layout.stage_of_block(block), call.specs[block]
+            if stage in self._hosted:
+                alike = self._hosted[stage].computes_parts_alike(block, whole, enters, parts)
+            else:
+                link = self.links[self.layout.placement[stage][0]]
+                link.send("parts", {}, [dump_probe(block, whole, enters, parts)])
+                alike = link.expect("parts").fields["alike"]
+            if not alike:
+                return False
+        return True
 
 
 def _resume_in_thread(call: StackCall) -> Tensor:

@@ -78,6 +78,7 @@ class WholeRun:
         task: What to do.
         microbatches: The microbatches of the schedule that the call may make.
         book: How calls are cut.
+        computes_alike: Asks whether the blocks compute for the parts of a call what they compute for all of it.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class WholeRun:
         *,
         microbatches: range,
         book: CutBook,
+        computes_alike: Callable[[StackCall, Cut, int], bool],
         threads: StepThreads,
         proxies: BlockProxies,
         writer: CallWriter,
@@ -96,6 +98,7 @@ class WholeRun:
         self._first = microbatches.start
         self._most = len(microbatches)
         self._book = book
+        self._computes_alike = computes_alike
         self._thread, self._asked = threads[_STEP], threads[_QUESTION]
         self._proxies = proxies
         self._writer = writer
@@ -300,13 +303,25 @@ class WholeRun:
             self._book.settled.discard(task.name)  # the next one can be asked about
             return None
         try:
-            found = self._ask(call)
+            found = self._choose(self._ask(call))
         except NotCuttable as error:
             self._book.tell(str(error))
         self._book.put(kind, None if found is None else (counts.index(found[0]), found[1]))
         return found
 
-    def _ask(self, call: StackCall) -> tuple[int, Cut]:
+    def _choose(self, ways: Sequence[tuple[int, Cut]]) -> tuple[int, Cut]:
+        """Return the first way to cut the call that waits which does not change what the blocks compute."""
+        if not isinstance(self._outcome, Suspended):
+            return ways[0]
+        for num_samples, cut in ways:
+            if self._computes_alike(self._outcome.request, cut, num_samples):
+                return num_samples, cut
+        raise NotCuttable(
+            "a block computes something else for a part of the batch than for all of it, as BatchNorm and attention "
+            "between samples do"
+        )
+
+    def _ask(self, call: StackCall) -> list[tuple[int, Cut]]:
         """Give the function up, ask, and let it begin again: whoever it locked out could not answer."""
         assert self._undo is not None
         form = CallForm.of(call)

@@ -18,6 +18,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from .attributes import BlockWatch, Key, apply_changes, attributes_kept
 from .call import Ambient, BlockMode, CacheRef, Call, Hop, SideInput, Template, block_seed, seed_everything
 from .errors import SkipPipeError
+from .independence import Parts, is_independent
 from .kvcache import CacheShelf
 from .transport import TensorSpec
 from .unavailable import Unavailable
@@ -148,21 +149,40 @@ class Stage:
     def probe(self, block: int, call: Call, enters: TensorSpec) -> Probe:
         """Run one block on random input without leaving a trace, to learn the form of its output and what it writes."""
         module = self.blocks[block]
+        self._set_mode(block, call)
+        with self._without_a_trace(module, call):
+            watch = BlockWatch(module)
+            output = self._call_block(block, call, _random(enters, self.device), filled={}, with_cache=False)
+            writes = watch.differences()
+        return dataclasses.replace(_describe(module, output), writes=tuple(sorted(writes)))
+
+    def computes_parts_alike(self, block: int, call: Call, enters: TensorSpec, parts: Parts) -> bool:
+        """Say whether one block makes the same of the parts of a batch as of all of it, without leaving a trace."""
+        if self.company is not None:
+            return True  # a matter of several ranks
+
+        def run(part: Call, hidden: Tensor) -> Tensor:
+            return _hidden_of(self._call_block(block, part, hidden.clone(), filled={}, with_cache=False))
+
+        module = self.blocks[block]
+        self._set_mode(block, call)
+        with self._without_a_trace(module, call), torch.no_grad():
+            return is_independent(module, run, call, _random(enters, self.device), parts)
+
+    @contextmanager
+    def _without_a_trace(self, module: nn.Module, call: Call) -> Iterator[None]:
+        """Run a block under the call's conditions; bring back its buffers and attributes, and the random state."""
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         state = torch.get_rng_state()
-        self._set_mode(block, call)
         asked = call.spec.ambient
         # Where experts are spread, what goes back through them would be a matter of several ranks.
         ambient = Ambient(asked.grad and self.company is None, False, asked.autocast)
         with attributes_kept(module), ambient.entered():
-            watch = BlockWatch(module)
-            output = self._call_block(block, call, _random(enters, self.device), filled={}, with_cache=False)
-            writes = watch.differences()
+            yield
         torch.set_rng_state(state)
         with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])
-        return dataclasses.replace(_describe(module, output), writes=tuple(sorted(writes)))
 
     def take_writes(self) -> list[tuple[int, Key]]:
         """Return (block, attribute) for what blocks have written that was not known to be written before."""

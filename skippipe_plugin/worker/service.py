@@ -7,6 +7,7 @@ only on ``abort`` (wake a blocked main thread) and when a driver is gone (end th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -16,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple
 from typing import Any, Final
 
 import torch
@@ -27,6 +27,7 @@ from ..engine.channel import Channel, ChannelClosed, Message
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
 from ..engine.executor import Executor
 from ..engine.handover import unpack_blocks
+from ..engine.independence import Parts
 from ..engine.pairs import transport_for
 from ..engine.ping import measure_links
 from ..engine.program import Instruction, compile_program, directed_links
@@ -341,7 +342,7 @@ class Worker:
     def _on_ping(self, source: int, message: Message) -> None:
         assert self._transport is not None, "links are measured in a generation"
         costs = measure_links(self._transport, message.fields["num_bytes"])
-        self._answer("links", {"costs": [astuple(cost) for cost in costs]})
+        self._answer("links", {"costs": [dataclasses.astuple(cost) for cost in costs]})
 
     def _on_merge(self, source: int, message: Message) -> None:
         self._holdings.merge(message.fields)
@@ -389,11 +390,22 @@ class Worker:
         call: Call
         block, call, enters = pickle.loads(message.blobs[0])
         stage = next(stage for stage in self._holdings.stages.values() if block in stage.blocks)
-        side_inputs = tuple(tensor.to(self._device) for tensor in call.side_inputs)
-        probe = stage.probe(block, Call(call.spec, side_inputs, call.seed), enters)
+        probe = stage.probe(block, self._here(call), enters)
         self._reply(source, "probe", {}, [pickle.dumps(probe)])
 
+    def _on_parts(self, source: int, message: Message) -> None:
+        block, call, enters, parts = pickle.loads(message.blobs[0])
+        stage = next(stage for stage in self._holdings.stages.values() if block in stage.blocks)
+        alike = stage.computes_parts_alike(block, self._here(call), enters, self._parts_here(parts))
+        self._reply(source, "parts", {"alike": alike})
+
     # -------------------------------------------------------------- pieces
+
+    def _here(self, call: Call) -> Call:
+        return dataclasses.replace(call, side_inputs=tuple(each.to(self._device) for each in call.side_inputs))
+
+    def _parts_here(self, parts: Parts) -> Parts:
+        return dataclasses.replace(parts, calls=tuple(map(self._here, parts.calls)))
 
     def next_calls(self, *, block: bool) -> list[tuple[int, Call]]:
         """Return calls of the step under way: those that came, or with ``block`` at least one message's worth."""

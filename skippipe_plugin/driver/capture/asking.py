@@ -101,8 +101,8 @@ def ask(
     thread: StepThread,
     ambient: Ambient,
     undo: Callable[[], None],
-) -> tuple[int, Cut]:
-    """Find where a call of this form may be cut, and the number of its samples.
+) -> list[tuple[int, Cut]]:
+    """Find where a call of this form may be cut, and the number of its samples; there may be several ways.
 
     Args:
         form: Of the call with the batch itself.
@@ -113,7 +113,7 @@ def ask(
         undo: Undoes what it changes.
 
     Raises:
-        NotCuttable: No question has an answer, or they contradict each other.
+        NotCuttable: No question has an answer.
     """
     found: dict[int, Cut] = {}
     reasons: dict[int, str] = {}
@@ -131,10 +131,8 @@ def ask(
         finally:
             thread.abandon()
             undo()
-    if len(found) == 1:
-        return next(iter(found.items()))
     if found:
-        raise NotCuttable(f"the samples of a batch may be counted in several ways ({sorted(found)})")
+        return list(found.items())
     raise NotCuttable(next(iter([*(reasons[count] for count in reasons if count > 0), *reasons.values()])))
 
 

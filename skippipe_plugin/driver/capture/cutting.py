@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ...engine.call import SideInput
+from ...engine.call import Call, CallSpec, SideInput
+from ...engine.independence import Parts
 from ...engine.transport import TensorSpec
+from .microbatch import split_sizes
 from .proxies import StackCall
 
 
@@ -49,14 +51,24 @@ class Axis:
 class Cut:
     """Where a call of the stack may be cut."""
 
-    hidden: Axis
-    result: Axis
+    forms: tuple[Axis, ...]
+    """Of what enters each block, and of what leaves the last one."""
     side_inputs: tuple[Axis | None, ...]
     """By slot; None for what all samples share."""
 
+    @property
+    def hidden(self) -> Axis:
+        """Of what enters the stack."""
+        return self.forms[0]
+
+    @property
+    def result(self) -> Axis:
+        """Of what leaves the stack."""
+        return self.forms[-1]
+
     def fits(self, call: StackCall, num_samples: int) -> bool:
         """Whether a call has so many samples where this says that they are."""
-        tensors = [(self.hidden, call.specs[0].shape), (self.result, call.specs[-1].shape)]
+        tensors = [(axis, spec.shape) for axis, spec in zip(self.forms, call.specs, strict=True)]
         tensors += [
             (axis, tuple(side.shape))
             for axis, side in zip(self.side_inputs, call.side_inputs, strict=True)
@@ -69,8 +81,8 @@ class Cut:
 class CallForm:
     """All that a call says about its form; keeps no tensor of it."""
 
-    hidden: tuple[int, ...]
-    result: tuple[int, ...]
+    forms: tuple[tuple[int, ...], ...]
+    """Of what enters each block, and of what leaves the last one."""
     side_inputs: tuple[tuple[int, ...], ...]
     arguments: tuple[Any, ...]  # Any: constants of the user's
     """The blocks' other arguments."""
@@ -82,7 +94,7 @@ class CallForm:
         """Describe ``call``."""
         sides = tuple(tuple(side.shape) for side in call.side_inputs)
         attributes = tuple((mode.attributes, mode.tensors) for mode in call.modes)
-        return cls(call.specs[0].shape, call.specs[-1].shape, sides, tuple(_constants(call)), attributes)
+        return cls(tuple(spec.shape for spec in call.specs), sides, tuple(_constants(call)), attributes)
 
 
 def find_cut(whole: CallForm, other: CallForm, num_samples: int, num_others: int) -> Cut:
@@ -102,22 +114,22 @@ def find_cut(whole: CallForm, other: CallForm, num_samples: int, num_others: int
     if whole.attributes != other.attributes:
         raise NotCuttable("an attribute that the step sets on the blocks depends on the number of samples")
     sizes = (num_samples, num_others)
-    hidden = _axis("the hidden states", whole.hidden, other.hidden, *sizes)
-    result = _axis("the blocks' result", whole.result, other.result, *sizes)
-    if hidden is None or result is None:
-        name, shape = ("hidden states", whole.hidden) if hidden is None else ("blocks' result", whole.result)
-        raise NotCuttable(f"no dimension of the {name} {list(shape)} is that of the {num_samples} samples")
-    sides = tuple(
-        _axis(f"an argument of the blocks beside the hidden states {list(whole.hidden)}", mine, theirs, *sizes)
-        for mine, theirs in zip(whole.side_inputs, other.side_inputs, strict=True)
-    )
-    for axis, shape in zip((result, *sides), (whole.result, *whole.side_inputs), strict=True):
-        if axis is not None and axis.rows != hidden.rows:
+    forms = [_axis("what enters the blocks", *each, *sizes) for each in zip(whole.forms, other.forms, strict=True)]
+    found = [axis for axis in forms if axis is not None]
+    if len(found) < len(forms):
+        shape = list(whole.forms[forms.index(None)])
+        raise NotCuttable(f"no dimension of the hidden states {shape} is that of the {num_samples} samples")
+    sides = [
+        _axis(f"an argument of the blocks beside the hidden states {list(whole.forms[0])}", *each, *sizes)
+        for each in zip(whole.side_inputs, other.side_inputs, strict=True)
+    ]
+    for axis, form in zip((*found, *sides), (*whole.forms, *whole.side_inputs), strict=True):
+        if axis is not None and axis.rows != found[0].rows:
             raise NotCuttable(
-                f"each sample has {hidden.rows} rows in the hidden states {list(whole.hidden)}, but {axis.rows} in "
-                f"another tensor of the blocks {list(shape)}"
+                f"each sample has {found[0].rows} rows in the hidden states {list(whole.forms[0])}, but {axis.rows} in "
+                f"another tensor of the blocks {list(form)}"
             )
-    return Cut(hidden, result, sides)
+    return Cut(tuple(found), tuple(sides))
 
 
 def _axis(name: str, mine: Sequence[int], theirs: Sequence[int], size: int, other: int) -> Axis | None:
@@ -154,6 +166,27 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
     ]
 
 
+def parts_of(call: StackCall, cut: Cut, num_samples: int, block: int, spec: CallSpec) -> tuple[Call, Parts]:
+    """Return a call of one block with the whole batch, and the same in two parts.
+
+    Args:
+        call: The call of the stack.
+        cut: How it is cut.
+        num_samples: The samples of its batch.
+        block: Which block is asked.
+        spec: How it is called.
+    """
+    sizes = split_sizes(num_samples, 2)
+    sides = [
+        [side] * len(sizes) if axis is None else axis.split(side, sizes)
+        for axis, side in zip(cut.side_inputs, call.side_inputs, strict=True)
+    ]
+    calls = tuple(Call(spec, tuple(pieces[index].detach() for pieces in sides), 0) for index in range(len(sizes)))
+    enters, leaves = cut.forms[block : block + 2]
+    whole = Call(spec, tuple(side.detach() for side in call.side_inputs), 0)
+    return whole, Parts(calls, tuple(size * enters.rows for size in sizes), enters.dim, leaves.dim)
+
+
 def kind_of(call: StackCall, counts: Sequence[int]) -> Hashable:
     """Return what calls have in common that are cut alike: which sizes are equal to which, not what they are.
 
@@ -168,7 +201,7 @@ def kind_of(call: StackCall, counts: Sequence[int]) -> Hashable:
     def label(size: int) -> int:
         return size if size < 2 else labels.setdefault(size, len(labels) + 2)
 
-    shapes = [call.specs[0].shape, call.specs[-1].shape, *(side.shape for side in call.side_inputs)]
+    shapes = [*dict.fromkeys(spec.shape for spec in call.specs), *(side.shape for side in call.side_inputs)]
     constants = [label(value) if type(value) is int else _name(value) for value in _constants(call)]
     return (
         tuple(tuple(map(label, shape)) for shape in shapes),

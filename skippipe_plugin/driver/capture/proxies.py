@@ -133,6 +133,18 @@ class BlockProxies:
             call.specs.append(self._look_up(call, block).output)
         self.forms = tuple(call.specs)
 
+    def one_of_each(self, call: StackCall) -> list[int]:
+        """Return blocks of which every block of this call has one of its kind, that is called alike."""
+        kinds = [(self.book.alike(block)[0], call.block_template[block]) for block in range(len(self.blocks))]
+        return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+
+    def question_about(self, call: StackCall, block: int) -> CallSpec:
+        """Return how ``block`` is to be called when something is asked about it."""
+        template = call.templates[call.block_template[block]]
+        modes = (call.modes[block],) * len(self.blocks)
+        ambient = Ambient(call.ambient.grad, False, call.ambient.autocast)
+        return CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient)
+
     def cache_use(self, call: StackCall) -> CacheUse:
         """Return the key-value caches of ``call``, with what happened to them since the call before."""
         return CacheUse(tuple(call.caches), self.ledger.take_ops(list(call.caches)))
@@ -261,11 +273,7 @@ class BlockProxies:
 
     def _ask(self, call: StackCall, block: int) -> Probe:
         """Ask the holder of ``block`` what it does with this input."""
-        template = call.templates[call.block_template[block]]
-        modes = (call.modes[block],) * len(self.blocks)
-        ambient = Ambient(call.ambient.grad, False, call.ambient.autocast)
-        spec = CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient)
-        probe = self._probe(block, spec, call.side_inputs, call.specs[-1])
+        probe = self._probe(block, self.question_about(call, block), call.side_inputs, call.specs[-1])
         for each in self.book.alike(block):
             self.note_writes(each, probe.writes)
         return probe

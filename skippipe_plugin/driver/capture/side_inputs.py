@@ -126,9 +126,9 @@ class Outbox:
         return dropped
 
 
-def dump_probe(block: int, call: Call, enters: object) -> bytes:
+def dump_probe(block: int, call: Call, *rest: object) -> bytes:
     """Pickle a question about one block; it is asked once per kind of block."""
     try:
-        return cloudpickle.dumps((block, call, enters))  # type: ignore[no-any-return, unused-ignore]
+        return cloudpickle.dumps((block, call, *rest))  # type: ignore[no-any-return, unused-ignore]
     except (pickle.PicklingError, TypeError) as error:
         raise SkipPipeError(f"the arguments of block {block} cannot be sent to a worker: {error}") from error

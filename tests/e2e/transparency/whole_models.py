@@ -328,3 +328,48 @@ class Embedder(nn.Module):
         if labels is None:
             return out
         return {"loss": contrast(out) + functional.cross_entropy(out, labels), "logits": out}
+
+
+class NormedBlock(Block):
+    """Its BatchNorm sees all samples; with dropout, what it computes is random."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.dropout(super().forward(h))
+
+
+class NormedBlocks(Contrastive):
+    block = NormedBlock
+
+
+class AmongSamples(Contrastive):
+    """Blocks that attend to the other samples of the batch."""
+
+    class block(Attention):
+        def forward(self, h: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(h[None])[0]
+
+
+class TimeFirst(Whole):
+    """The batch itself is [T, B]: its first dimension is not that of the samples."""
+
+    block = Attention
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Attention(batch_first=False) for _ in range(4)])
+
+    def training_step(self, batch: Any) -> Tensor:
+        return self(batch).square().mean()
+
+
+class DroppedBlocks(Contrastive):
+    """Blocks that draw random numbers, and do not look at other samples."""
+
+    class block(Block):
+        def forward(self, h: Tensor) -> Tensor:
+            return functional.dropout(super().forward(h), 0.5, self.training)

@@ -46,7 +46,7 @@ def form(*shapes: tuple[int, ...], constants: tuple[Any, ...] = ()) -> CallForm:
 def test_the_dimension_that_grows_with_the_samples_is_the_batchs(
     whole: Any, other: Any, hidden: Axis, sides: list[Axis | None]
 ) -> None:
-    assert find_cut(form(*whole), form(*other), 8, 9) == Cut(hidden, hidden, tuple(sides))
+    assert find_cut(form(*whole), form(*other), 8, 9) == Cut((hidden,) * 3, tuple(sides))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_constant_that_counts_samples_is_not_cut() -> None:
 
 def test_the_pieces_are_those_of_the_whole() -> None:
     hidden, mask, shared = torch.randn(5, 16, 3, requires_grad=True), torch.randn(16, 5), torch.randn(16, 16)
-    cut = Cut(Axis(1, 2), Axis(1, 2), (Axis(0, 2), None))
+    cut = Cut((Axis(1, 2),) * 3, (Axis(0, 2), None))
     parts = cut_call(call(hidden, mask, shared), cut, [3, 3, 2])
     assert torch.equal(cut.hidden.join([part.hidden for part in parts]), hidden)
     assert torch.equal(torch.cat([part.side_inputs[0] for part in parts]), mask)
