@@ -44,6 +44,7 @@ class Link:
         self._channel = channel
         self._board: Links | None = None
         self._answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._tapped: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._closing = False
         self._reader = threading.Thread(target=self._read, name="worker", daemon=True)
         self._reader.start()
@@ -114,12 +115,29 @@ class Link:
                     return message
         return None
 
+    def expect_tapped(self, step: int, microbatch: int, stage: int) -> tuple[Mapping[str, Any], Sequence[Buffer]]:
+        """Wait for what hooks are to see of a stage's forward of a microbatch; others' are kept."""
+        others: list[Message] = []
+        while True:
+            self._checked()
+            message = self._tapped.get()
+            if message is None or message.fields["step"] != step:
+                continue
+            if (message.fields["microbatch"], message.fields["stage"]) == (microbatch, stage):
+                for other in others:
+                    self._tapped.put(other)
+                return message.fields, message.blobs
+            others.append(message)
+
     def wake(self) -> None:
         """Make a waiting :meth:`expect` look at the board."""
         self._answers.put(None)
+        self._tapped.put(None)
 
     def forget_answers(self) -> None:
         """Drop answers to what was given up."""
+        while not self._tapped.empty():
+            self._tapped.get()
         while not self._answers.empty():
             self._answers.get()
 
@@ -177,6 +195,8 @@ class Link:
                 continue  # an answer to what was given up
             if message.kind == "error":
                 board.report_error(self, message)
+            elif message.kind == "tapped":
+                self._tapped.put(message)
             else:
                 self._answers.put(message)
 

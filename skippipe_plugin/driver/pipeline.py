@@ -35,7 +35,7 @@ from .capture.asking import CutBook
 from .capture.cutting import Cut, parts_of
 from .capture.proxies import BlockProxies, StackCall
 from .capture.side_inputs import dump_probe
-from .capture.suspend import StepThreads, current_thread
+from .capture.suspend import StepThreads, current_thread, suspend_here
 from .capture.writer import CallWriter
 from .clocks import WorkerClocks
 from .layout import Layout
@@ -47,6 +47,8 @@ from .routers import RouterControl
 from .shards import ExpertShards
 from .stages import StageSender
 from .steps import NoFeed, StepRun, StepTask
+from .tapped import TapExchange
+from .turns import Turns
 from .weights import RemoteWeights
 from .whole_step import WholeRun, WholeTask
 
@@ -136,6 +138,7 @@ class Pipeline:
         self._proxies: BlockProxies | None = None
         self._sender: StageSender | None = None
         self._hosted: dict[int, Stage] = {}
+        self._turns = Turns()
         self.keeper: Keeper | None = None
         """Replaces lost workers; without one a loss is the end of the run. Set it before :meth:`load`."""
         self.optimizer_plan: bytes | None = None
@@ -312,10 +315,11 @@ class Pipeline:
         self._sender = StageSender(
             self.layout, proxies.blocks, compile_with, seed, keep_structures=keep, shards=self.shards
         )
-        if self.leads:
-            self._sender.send_all(self.links)
-        self.links.expect_all("ready")
-        real = proxies.install()
+        with proxies.without_hooks():
+            if self.leads:
+                self._sender.send_all(self.links)
+            self.links.expect_all("ready")
+            real = proxies.install()
         self._proxies = proxies
         self._hosted = {
             stage: Stage(stage, {block: real[block] for block in self.layout.blocks(stage)}, self.device, guest=True)
@@ -423,8 +427,9 @@ class Pipeline:
         with run.random_state():
             self.gradients.window.open()
             try:
-                live = run.live(self._proxies_now().is_settled)
+                live = run.live(lambda: self._proxies_now().is_settled)
                 choose()
+                self._take_turns(task, live)
                 self.routers.board.open(1 / max(1, len(live) * self.layout.num_drivers))
                 if live or self.layout.num_drivers > 1:
                     self._execute(TRAINING, run, live)
@@ -450,14 +455,26 @@ class Pipeline:
         self.heal()
         run = self._step_run(task)
         try:
-            run.start_all()
+            run.start(0)
+            # What hooks keep belongs to one microbatch at a time, as if there were no others.
+            watched = self._proxies_now().is_watched
+            if not watched:
+                run.start_all()
             choose()
-            while self._anybody(live := run.waiting()):
-                self._execute(EVALUATION, run, live)
+            for index in range(len(self.microbatches)) if watched else [0]:
+                run.start(index)
+                while self._anybody(live := run.waiting()):
+                    self._execute(EVALUATION, run, live)
         except BaseException as error:
             self._give_up(error)
             raise
         return run.values()
+
+    def _take_turns(self, task: StepTask | WholeTask, live: Sequence[int]) -> None:
+        watched, outside = self._proxies_now().is_watched and len(live) > 1, task.outside is not None
+        other = self._turns.choose(self.whole_schedules[TRAINING], watched=watched, loss_is_outside=outside)
+        if other is not None:
+            self.use_schedule(TRAINING, other)
 
     def _forward(self, call: StackCall) -> Tensor:
         """Answer a call that was made outside of the step functions, such as sampling in a callback."""
@@ -469,7 +486,7 @@ class Pipeline:
                 "the blocks of the pipeline were called outside of training_step with gradients enabled; "
                 "call them under torch.no_grad(), or inside the step"
             )
-        task = StepTask([lambda: _resume_in_thread(call)], [1.0], lambda _: None, self._step, training=False)
+        task = StepTask([lambda: suspend_here(call)], [1.0], lambda _: None, self._step, training=False)
         return self.evaluate(task)[0]  # type: ignore[no-any-return]
 
     def _execute(self, name: str, run: StepRun | WholeRun, live: Sequence[int]) -> None:
@@ -479,30 +496,28 @@ class Pipeline:
         timeline = (self.collect_timeline or self.measure_next) and name == TRAINING
         if timeline and self.leads:
             self._clocks.read()
+        proxies = self._proxies_now()
         opening = {
             "program": name,
             "live": list(live),
             "training": schedule.backward,
             "timeline": timeline,
-            "forget_caches": self._proxies_now().ledger.take_freed(),
+            "forget_caches": proxies.ledger.take_freed(),
         }
         # As many ahead of their turns as have had them: twice the hidden states on the driver, not all of them. What is
         # measured shows each embedding in its place, and what it takes.
-        coming = [] if timeline else [each for each in self._programs.embedded[name] if each in live]
-        run.open(self._step, schedule.paths, opening, coming, self._programs.most_in_flight[name])
+        in_turn = timeline or proxies.is_watched
+        coming = [] if in_turn else [each for each in self._programs.embedded[name] if each in live]
+        taps = TapExchange(self._step, self.links, self.layout, self._hosted)
+        run.open(self._step, schedule.paths, opening, coming, self._programs.most_in_flight[name], taps)
         if not live:
             run.announce()
         executor = Executor(transport, self._hosted, self.device, driver=run)
-        proxies = self._proxies_now()
-        proxies.is_in_step = True
-        try:
+        with proxies.in_step():
             events = executor.run(self._programs.compiled[name], set(live), NoFeed())
             done = self.links.expect_all("done")
-        finally:
-            proxies.is_in_step = False
-        here = [each for stage in self._hosted.values() for each in stage.take_writes()]
-        for block, (index, attribute) in (*here, *(w for message in done.values() for w in message.fields["writes"])):
-            proxies.note_writes(block, [(index, attribute)])
+        for writes in (*(s.take_writes() for s in self._hosted.values()), *(m.fields["writes"] for m in done.values())):
+            proxies.note_all_writes(writes)
         if timeline and self.leads:
             remote = {rank: message.fields["timeline"] for rank, message in done.items()}
             self.timeline = measured_timeline(schedule, events, remote, self._clocks)
@@ -557,8 +572,7 @@ class Pipeline:
         self._transport.all_reduce(tensor, _DRIVERS)
 
     def _probe(self, block: int, spec: CallSpec, side_inputs: Sequence[Tensor], enters: TensorSpec) -> Probe:
-        stage = self.layout.stage_of_block(block)
-        call = Call(spec, tuple(side_inputs), 0)
+        stage, call = self.layout.stage_of_block(block), Call(spec, tuple(side_inputs), 0)
         if stage in self._hosted:
             return self._hosted[stage].probe(block, call, enters)
         link = self.links[self.layout.placement[stage][0]]
@@ -580,9 +594,3 @@ class Pipeline:
             if not alike:
                 return False
         return True
-
-
-def _resume_in_thread(call: StackCall) -> Tensor:
-    thread = current_thread()
-    assert thread is not None
-    return thread.suspend(call)  # type: ignore[no-any-return]

@@ -23,6 +23,7 @@ from .capture.randomness import private_random_state
 from .capture.side_inputs import PreparedCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter
+from .tapped import TapExchange
 
 _HELD_BACK_S: Final = 0.002
 """For how long announcements are collected before they are sent, so that cheap embeddings share one message."""
@@ -116,6 +117,7 @@ class StepRun:
         self._announced_s = self._first_s = self._held_since_s = 0.0
         self._opening: Mapping[str, object] | None = None
         self._coming: Sequence[int] = ()
+        self._taps: TapExchange | None = None
         self._most_ahead = 0
         self._ahead: dict[int, tuple[Call, Tensor]] = {}
         """By microbatch: what was embedded ahead and has not entered the blocks yet."""
@@ -125,13 +127,13 @@ class StepRun:
 
     # ------------------------------------------------------ life of a step
 
-    def live(self, settled: bool) -> list[int]:
+    def live(self, settled: Callable[[], bool]) -> list[int]:
         """Return the microbatches (numbers of the schedule) of a training step that will call the blocks.
 
         Args:
-            settled: Whether the blocks' forms are known, so that functions may start in their turns.
+            settled: Tells after the first function whether the others may start in their turns.
         """
-        if self.skipped() or not settled:
+        if self.skipped() or not settled():
             self.start_all()
             return self.waiting()
         return [self._first + index for index in range(len(self._task.functions))]
@@ -143,6 +145,7 @@ class StepRun:
         opening: Mapping[str, object],
         coming: Sequence[int] = (),
         most_ahead: int = 0,
+        taps: TapExchange | None = None,
     ) -> None:
         """Begin step number ``step``.
 
@@ -152,9 +155,10 @@ class StepRun:
             opening: What the workers are told together with the first call.
             coming: The microbatches of this driver that may be embedded ahead of their turns, in that order.
             most_ahead: How many may be at once.
+            taps: Brings what hooks on the blocks are to see.
         """
         self.step, self._paths, self._opening = step, paths, opening
-        self._coming, self._most_ahead = coming, most_ahead
+        self._coming, self._most_ahead, self._taps = coming, most_ahead, taps
         self._calls = {}
         self._first_s = time.monotonic() + self._writer.round_trip_s * _FIRST_SHARE
 
@@ -163,6 +167,11 @@ class StepRun:
         for index in range(len(self._task.functions)):
             if index not in self._outcomes:
                 self._start(index)
+
+    def start(self, index: int) -> None:
+        """Run one function up to its first call of the blocks, if it did not run and there is one."""
+        if index < len(self._task.functions) and index not in self._outcomes:
+            self._start(index)
 
     def skipped(self) -> bool:
         """Start the first function and say whether it returned None at once, as user code does to skip a batch."""
@@ -260,6 +269,7 @@ class StepRun:
 
     def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
         index = microbatch - self._first
+        self._show_hooks(index, microbatch)
         if not self._task.training:
             self._outcomes[index] = self._resume(index, hidden)
             return None
@@ -276,6 +286,7 @@ class StepRun:
         self.losses[index] = None if loss is None else loss.detach()
         if loss is not None:
             back_propagate(loss, torch.full_like(loss, self._task.weights[index]))
+        self._send_back(microbatch)
         return gradient_of(leaf)
 
     @property
@@ -287,6 +298,8 @@ class StepRun:
         assert len(self._leaves) == len(self._task.functions), "the schedule goes back before all losses"
         self._task.outside(self.values())
         leaves, self._leaves = self._leaves, {}
+        for microbatch in leaves:
+            self._send_back(microbatch)
         return {microbatch: gradient_of(leaf) for microbatch, leaf in leaves.items()}
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
@@ -295,6 +308,18 @@ class StepRun:
             back_propagate(hidden, gradient)
 
     # -------------------------------------------------------------- pieces
+
+    def _show_hooks(self, index: int, microbatch: int) -> None:
+        """Give the suspended call what its hooks are to see when it goes on."""
+        outcome = self._outcomes[index]
+        if self._taps is not None and isinstance(outcome, Suspended) and outcome.request.hooks:
+            call: StackCall = outcome.request
+            shown = self._taps.collect(microbatch, self._paths[microbatch], call.modes, grad=call.ambient.grad)
+            call.events, call.seen = shown.events, shown.tensors
+
+    def _send_back(self, microbatch: int) -> None:
+        if self._taps is not None:
+            self._taps.send_back(microbatch, self._paths[microbatch])
 
     def _start(self, index: int) -> None:
         if self._task.training:

@@ -29,6 +29,7 @@ from .capture.side_inputs import PreparedCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter
 from .steps import CALLED_TWICE, WITH_GRADIENTS, gradient_of, not_called
+from .tapped import TapExchange
 
 _STEP: Final = 0
 """The thread in which the user's function runs."""
@@ -123,18 +124,25 @@ class WholeRun:
         self._opening: Mapping[str, object] | None = None
         self._paths: Sequence[Path] = ()
         self._loss: Tensor | None = None
+        self._taps: TapExchange | None = None
         self.step = -1
         proxies.begin_step()
 
     # ------------------------------------------------------ life of a step
 
-    def live(self, settled: bool) -> list[int]:
+    def live(self, settled: Callable[[], bool]) -> list[int]:
         """Run the function up to the blocks; return the microbatches that will call them."""
         self.start_all()
         return self.waiting()
 
+    def start(self, index: int) -> None:
+        """Do what :meth:`start_all` does, once."""
+        self.start_all()
+
     def start_all(self) -> None:
-        """Run the function up to its first call of the blocks."""
+        """Run the function up to its first call of the blocks, if it did not run."""
+        if self._outcome is not None:
+            return
         task = self._task
         if self._most > 1 and task.questions and task.name not in self._book.settled:
             self._undo = task.note_state()
@@ -157,9 +165,10 @@ class WholeRun:
         opening: Mapping[str, object],
         coming: Sequence[int] = (),
         most_ahead: int = 0,
+        taps: TapExchange | None = None,
     ) -> None:
         """Begin step number ``step``; see :meth:`StepRun.open`."""
-        self.step, self._paths, self._opening = step, paths, opening
+        self.step, self._paths, self._opening, self._taps = step, paths, opening, taps
         self._prepared = {}
 
     def values(self) -> list[Any]:
@@ -212,11 +221,14 @@ class WholeRun:
         assert len(self._results) == len(self._parts), "the schedule goes back before all losses"
         leaf = self._joined(self._results)
         leaf.requires_grad_(any(call.spec.hops[-1].requires_grad for call in self._prepared.values()))
+        self._show_hooks()
         with self._drawing():
             self._resume(handed_out(leaf))
             if isinstance(self._outcome, Suspended):
                 raise SkipPipeError(CALLED_TWICE)
             self._back_propagate(self.values()[0])
+        if self._taps is not None:
+            self._taps.send_back(self._first, self._paths[self._first])
         gradient = gradient_of(leaf)
         pieces = [None] * len(self._parts) if gradient is None else self._split(gradient)
         return {self._first + index: piece for index, piece in enumerate(pieces)}
@@ -259,11 +271,19 @@ class WholeRun:
     def _go_on(self) -> None:
         """In evaluation: resume the function with what came back."""
         assert self._call is not None
+        self._show_hooks()
         answer, self._results, self._parts = self._joined(self._results), {}, []
         if self._undo is not None:
             self._answers.append(answer)
             self._earlier.append(CallForm.of(self._call))
         self._resume(answer)
+
+    def _show_hooks(self) -> None:
+        """Give the suspended call what its hooks are to see when it goes on; a call with hooks is not cut."""
+        call = self._call
+        if self._taps is not None and call is not None and call.hooks:
+            shown = self._taps.collect(self._first, self._paths[self._first], call.modes, grad=call.ambient.grad)
+            call.events, call.seen = shown.events, shown.tensors
 
     def _cut_call(self) -> None:
         if self._parts:
@@ -293,6 +313,9 @@ class WholeRun:
         """Return the number of samples and the cut of the call that waits; None when it goes as it is."""
         task, call = self._task, self._outcome.request  # type: ignore[union-attr]
         if self._most == 1 or call.caches or not task.questions:
+            return None
+        if call.hooks:
+            self._book.tell("forward hooks watch modules of the blocks, and are to see the whole batch")
             return None
         counts = list(dict.fromkeys(question.num_samples for question in task.questions))
         kind = task.name, kind_of(call, counts)

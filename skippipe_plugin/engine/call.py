@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .taps import HookList
 from .transport import TensorSpec
 
 
@@ -113,6 +114,8 @@ class BlockMode:
     """What user code has set on the block since the hand-over, as ``engine.attributes.pack_changes`` packs it."""
     tensors: tuple[int, ...] = ()
     """The slots of the side inputs that belong to :attr:`attributes`."""
+    hooks: tuple[HookList, ...] = ()
+    """The forward hooks of those modules whose hooks do not all run with the block."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Used by workers, and by a driver that hosts a stage. Nothing here knows of proce
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from .call import Ambient, BlockMode, CacheRef, Call, Hop, SideInput, Template, 
 from .errors import SkipPipeError
 from .independence import Parts, is_independent
 from .kvcache import CacheShelf
+from .taps import Recorder, Returns, Tapped
 from .transport import TensorSpec
 from .unavailable import Unavailable
 
@@ -32,6 +33,8 @@ class Probe:
     structure: ReturnStructure
     writes: tuple[Key, ...] = ()
     """The plain attributes that the block's forward writes."""
+    idle: tuple[tuple[int, bool, int], ...] = ()
+    """The hooks that came along and return nothing, as :meth:`skippipe_plugin.engine.taps.Returns.idle` names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,16 @@ class Company(Protocol):
         """Take part in one of the others without a microbatch; its forward and backward have the same number."""
 
 
+class DriverHooks(Protocol):
+    """The hooks of user code on blocks, which run on the driver of a microbatch."""
+
+    def show(self, stage: int, microbatch: int, tapped: Tapped) -> None:
+        """Send what they are to see."""
+
+    def gradients(self, stage: int, microbatch: int) -> Mapping[int, Tensor]:
+        """Wait for the gradients of the tensors in that, by index."""
+
+
 class Stage:
     """Consecutive blocks of the stack, run as one unit."""
 
@@ -72,9 +85,13 @@ class Stage:
         self.device = device
         self.company: Company | None = None
         """With whom the stage runs together, where its experts are spread."""
+        self.driver_hooks: DriverHooks | None = None
+        """Where what tapped modules compute goes to."""
+        self._recorder = Recorder()
+        self._tapped: dict[int, list[Tensor]] = {}
         self._guest = guest
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self._halves: dict[int, Tensor | list[dict[str, Any]] | None] = {}  # Any: torch's parameter groups
+        self._halves: dict[int, Tensor | list[dict[str, Any]] | tuple[()] | None] = {}  # Any: torch's parameter groups
         self._modes: dict[int, BlockMode] = {}
         self._watches: dict[int, BlockWatch] = {}
         self._writes: dict[int, set[Key]] = {}
@@ -96,9 +113,11 @@ class Stage:
         ambient = call.spec.ambient
         # A training step keeps the user's random state as a whole; fetching and setting it takes long.
         fork = self._guest and not ambient.grad
+        tapping = any(call.spec.modes[block].hooks for block in self.blocks)
         with ambient.entered(), _fork_rng(self.device) if fork else nullcontext():
             inputs = hidden.detach().requires_grad_(enters.requires_grad) if ambient.grad else hidden
-            output = self._run_blocks(call, inputs)
+            with self._shown(microbatch, grad=ambient.grad) if tapping else nullcontext():
+                output = self._run_blocks(call, inputs)
         _check_output(self.index, output, leaves)
         if ambient.grad:
             self._saved[microbatch] = (inputs, output)
@@ -107,8 +126,13 @@ class Stage:
     def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
         """Back-propagate into the parameters; return the gradient of the input when it needs one."""
         inputs, output = self._saved.pop(microbatch)
-        if gradient is not None and output.requires_grad:
-            back_propagate(output, gradient)
+        roots = [(output, gradient)] if gradient is not None and output.requires_grad else []
+        if microbatch in self._tapped:
+            assert self.driver_hooks is not None, "somebody was shown what hooks see"
+            tapped, gradients = self._tapped.pop(microbatch), self.driver_hooks.gradients(self.index, microbatch)
+            roots += [(tapped[index], each.to(self.device)) for index, each in gradients.items()]
+        if roots:
+            back_propagate_all(*zip(*roots, strict=True))
         if inputs.requires_grad and inputs.grad is None:
             return torch.zeros_like(inputs)
         return inputs.grad
@@ -118,6 +142,10 @@ class Stage:
 
         The split is torch's own; hooks on gradients do not fire and reentrant checkpointing fails under it.
         """
+        if microbatch in self._tapped:  # its gradients come from two places
+            whole = self.backward(microbatch, gradient)
+            self._halves[microbatch] = ()
+            return whole
         inputs, output = self._saved[microbatch]
         if gradient is None or not output.requires_grad or not inputs.requires_grad:
             self._halves[microbatch] = gradient
@@ -130,6 +158,8 @@ class Stage:
     def backward_weight(self, microbatch: int) -> None:
         """Compute the gradients of the parameters (W) that :meth:`backward_input` left out."""
         half = self._halves.pop(microbatch)
+        if isinstance(half, tuple):
+            return  # done already
         if isinstance(half, list):
             self._saved.pop(microbatch)
             weights = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -140,6 +170,7 @@ class Stage:
     def forget(self) -> None:
         """Drop the activations of a step that will not be finished."""
         self._saved.clear()
+        self._tapped.clear()
         self._halves.clear()
 
     def forget_caches(self, keys: Iterable[int]) -> None:
@@ -150,11 +181,11 @@ class Stage:
         """Run one block on random input without leaving a trace, to learn the form of its output and what it writes."""
         module = self.blocks[block]
         self._set_mode(block, call)
-        with self._without_a_trace(module, call):
+        with self._without_a_trace(module, call), Returns(module) as hooks:
             watch = BlockWatch(module)
             output = self._call_block(block, call, _random(enters, self.device), filled={}, with_cache=False)
             writes = watch.differences()
-        return dataclasses.replace(_describe(module, output), writes=tuple(sorted(writes)))
+        return dataclasses.replace(_describe(module, output), writes=tuple(sorted(writes)), idle=hooks.idle())
 
     def computes_parts_alike(self, block: int, call: Call, enters: TensorSpec, parts: Parts) -> bool:
         """Say whether one block makes the same of the parts of a batch as of all of it, without leaving a trace."""
@@ -201,6 +232,21 @@ class Stage:
             if not self._watches[block].unchanged():
                 self._learn_writes(block)
         return hidden
+
+    @contextmanager
+    def _shown(self, microbatch: int, *, grad: bool) -> Iterator[None]:
+        """Send what tapped modules compute in a forward to the hooks on the driver."""
+        assert self.driver_hooks is not None, "nobody to show it to"
+        self._recorder.begin()
+        try:
+            yield
+            events, tensors = self._recorder.pack(f"stage {self.index}")
+        finally:
+            self._recorder.end()
+        flags = tuple(grad and tensor.requires_grad for tensor in tensors)
+        if any(flags):
+            self._tapped[microbatch] = tensors
+        self.driver_hooks.show(self.index, microbatch, Tapped(events, tuple(t.detach() for t in tensors), flags))
 
     def _learn_writes(self, block: int) -> None:
         """Note which attributes the block's forward has written, and look away from them."""
@@ -250,6 +296,8 @@ class Stage:
             child.training = training
         for parameter, requires_grad in zip(module.parameters(), mode.requires_grad, strict=True):
             parameter.requires_grad_(requires_grad)
+        if mode.hooks:
+            self._recorder.apply(block, module, mode.hooks)
         if block in self._watches:
             self._watches[block].look()
 
@@ -258,6 +306,12 @@ def back_propagate(output: Tensor, gradient: Tensor, *, keep_graph: bool = False
     """Do what ``torch.autograd.backward`` does, without its checks: they take as long as a small block's backward."""
     engine = torch.autograd.Variable._execution_engine
     engine.run_backward((output,), (gradient,), keep_graph, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def back_propagate_all(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+    """Do the same from several tensors of one graph."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward(outputs, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 @contextmanager

@@ -20,17 +20,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from ..engine.c10d import TCPStore
 from ..engine.call import Call
 from ..engine.channel import Channel, ChannelClosed, Message
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
 from ..engine.executor import Executor
-from ..engine.handover import unpack_blocks
+from ..engine.handover import pack_tensors, unpack_blocks, unpack_tensors
 from ..engine.independence import Parts
 from ..engine.pairs import transport_for
 from ..engine.ping import measure_links
 from ..engine.program import Instruction, compile_program, directed_links
+from ..engine.taps import Tapped
 from ..engine.transport import Transport
 from ..engine.versions import own_versions
 from ..engine.wire import CallDecoder, norm_answer
@@ -76,6 +78,9 @@ class Worker:
         self._device = torch.device("cpu")
         self._decoders: list[CallDecoder] = []
         self._calls: dict[int, list[tuple[int, Call]]] = {}
+        self._sources: dict[int, int] = {}
+        """By microbatch: which driver leads it."""
+        self._pulled: dict[tuple[int, int], Message] = {}
         self._generation = self._rank = -1
         self._given_up = -1
         """The last generation that the driver has given up."""
@@ -315,6 +320,9 @@ class Worker:
             self._holdings.window.open()
             self._routers.open(1 / max(1, len(live)))
         self._holdings.experts.begin_step()
+        self._pulled.clear()
+        for stage in self._holdings.stages.values():
+            stage.driver_hooks = self
         executor = Executor(self._transport, self._holdings.stages, self._device)
         events = executor.run(self._programs[fields["program"]], live, _Feed(self))
         if fields["training"]:
@@ -332,6 +340,23 @@ class Worker:
         for stage, group in self._replica_groups.items():
             over_replicas = functools.partial(transport.all_reduce, name=group)
             self._holdings.experts.sum_gradients(self._holdings.stages[stage], over_replicas, transport)
+
+    def show(self, stage: int, microbatch: int, tapped: Tapped) -> None:
+        """Send what the driver's hooks are to see of a stage's forward."""
+        entries, blobs = pack_tensors({str(index): tensor for index, tensor in enumerate(tapped.tensors)})
+        fields = {"step": self._step, "microbatch": microbatch, "stage": stage, "tensors": entries}
+        fields["requires_grad"] = list(tapped.requires_grad)
+        self._reply(self._sources[microbatch], "tapped", fields, [tapped.events, *blobs])
+
+    def gradients(self, stage: int, microbatch: int) -> dict[int, Tensor]:
+        """Wait for the gradients of what the driver's hooks have seen."""
+        while (microbatch, stage) not in self._pulled:
+            self._take_in()
+        message = self._pulled.pop((microbatch, stage))
+        return {int(name): each for name, each in unpack_tensors(message.fields["tensors"], message.blobs).items()}
+
+    def _on_pulled(self, source: int, message: Message) -> None:
+        """Of a step that was given up."""
 
     def _on_routers(self, source: int, message: Message) -> None:
         self._answer("routers", self._routers.obey(message.fields))
@@ -410,21 +435,28 @@ class Worker:
     def next_calls(self, *, block: bool) -> list[tuple[int, Call]]:
         """Return calls of the step under way: those that came, or with ``block`` at least one message's worth."""
         while not self._inbox.empty() or (block and not self._calls.get(self._step)):
-            source, message = self._inbox.get()
-            if message is None:
-                raise self._gone(source)
-            if message.kind == "calls":
-                self._keep_calls(source, message)
-            elif message.kind == "probe":
-                self._obey(source, message)
-            else:
-                raise GenerationAborted(f"{message.kind!r} came in the middle of a step")
+            self._take_in()
         return self._calls.pop(self._step, [])
+
+    def _take_in(self) -> None:
+        """Wait for a message in the middle of a step."""
+        source, message = self._inbox.get()
+        if message is None:
+            raise self._gone(source)
+        if message.kind == "calls":
+            self._keep_calls(source, message)
+        elif message.kind == "pulled":
+            self._pulled[message.fields["microbatch"], message.fields["stage"]] = message
+        elif message.kind == "probe":
+            self._obey(source, message)
+        else:
+            raise GenerationAborted(f"{message.kind!r} came in the middle of a step")
 
     def _keep_calls(self, source: int, message: Message) -> None:
         pairs = self._decoders[source].decode(message)
         # Another driver may be a step ahead of the first one's "step" message; aborted steps are never asked for.
         self._calls.setdefault(message.fields["step"], []).extend(pairs)
+        self._sources.update((microbatch, source) for microbatch, _ in pairs)
 
 
 def _extend_path(paths: Iterable[str]) -> None:

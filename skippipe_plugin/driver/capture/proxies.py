@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +24,12 @@ from ...engine.attributes import Key
 from ...engine.call import Ambient, BlockMode, CacheRef, CacheUse, CallSpec, Hop, SideInput, Template
 from ...engine.errors import SkipPipeError
 from ...engine.stage import Probe
+from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
 from ...engine.unavailable import Unavailable
 from .attributes import BlockAttributes, written_elsewhere
 from .caches import CacheLedger, is_cache
+from .hooks import Running, StackHooks
 from .poison import Poison
 from .shapes import ShapeBook
 from .suspend import current_thread
@@ -43,7 +47,13 @@ class StackCall:
     templates: list[Template] = field(default_factory=list)
     block_template: list[int] = field(default_factory=list)
     modes: list[BlockMode] = field(default_factory=list)
-    """By block: its flags and attributes when it was called."""
+    """By block: its flags, attributes and hooks when it was called."""
+    hooks: dict[int, Mapping[tuple[int, int], Running]] = field(default_factory=dict)
+    """By block: the hooks of the driver's that ran on it."""
+    events: list[TapEvent] = field(default_factory=list)
+    """What those are to see, once the blocks have run."""
+    seen: list[Tensor] = field(default_factory=list)
+    """The tensors in that."""
     caches: dict[int, Any] = field(default_factory=dict)  # Any: transformers' Cache
     placeholder: Tensor | None = None
     """What the next block must be called with."""
@@ -71,9 +81,9 @@ class BlockProxies:
         self._probe = probe
         self._forward = forward
         self._attributes = [BlockAttributes(name, block) for name, block in zip(names, blocks, strict=True)]
+        self._hooks = StackHooks(names, blocks)
         self._poison = Poison()
-        self.is_in_step = False
-        """Whether the workers run a step: then nothing can be asked of them."""
+        self._is_in_step = False
         self._fresh = False
         """Whether the blocks' flags were read in this step."""
         self._open: weakref.WeakKeyDictionary[Any, StackCall] = weakref.WeakKeyDictionary()
@@ -101,14 +111,41 @@ class BlockProxies:
                 del block.__dict__["_skippipe_call"]
                 block.__class__ = type(block).__mro__[1]
 
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Let the blocks be without the hooks that run on the driver, while they are handed over."""
+        with ExitStack() as stack:
+            for hooks in self._hooks.blocks:
+                stack.enter_context(hooks.taken_out())
+            yield
+
     def begin_step(self) -> None:
         """Read the blocks' flags anew at the next call of the stack; large models have thousands."""
         self._fresh = False
 
     @property
+    def is_watched(self) -> bool:
+        """Whether hooks of the driver's are to see what goes on inside of the blocks."""
+        return any(hooks.running for hooks in self._hooks.blocks)
+
+    @property
     def is_settled(self) -> bool:
-        """Whether a training step can begin without asking what the blocks do."""
-        return self.book.is_settled([(True, block.training) for block in self.blocks])
+        """Whether a training step can begin without asking what the blocks do; watched ones are asked in turn."""
+        return self.is_watched or self.book.is_settled([(True, block.training) for block in self.blocks])
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """While the workers run a step nothing can be asked of them."""
+        self._is_in_step = True
+        try:
+            yield
+        finally:
+            self._is_in_step = False
+
+    def note_all_writes(self, writes: Iterable[tuple[int, Key]]) -> None:
+        """Do what :meth:`note_writes` does, for (block, attribute) pairs, which may have come as JSON."""
+        for block, (index, name) in writes:
+            self.note_writes(block, [(index, name)])
 
     def note_writes(self, block: int, keys: Iterable[Key]) -> None:
         """Close attributes to the driver's code that the block's forward writes where it runs.
@@ -180,6 +217,8 @@ class BlockProxies:
         del self._open[owner]
         self.forms = tuple(call.specs)
         result = self._forward(call)
+        for event in call.events:
+            self._hooks.blocks[event.block].run(event, call.hooks[event.block], call.seen)
         if not call.ambient.grad:
             for cache in call.caches.values():
                 self.ledger.count(cache, call.hidden, len(self.blocks))
@@ -261,7 +300,12 @@ class BlockProxies:
 
     def _mode(self, call: StackCall, block: int) -> BlockMode:
         """Return what user code has set on ``block`` until now."""
+        self._hooks.refresh()
         mode, tensors = self._attributes[block].mode()
+        hooks = self._hooks.blocks[block]
+        if hooks.lists:
+            call.hooks[block] = hooks.running
+            mode = dataclasses.replace(mode, hooks=hooks.lists)
         if not tensors:
             return mode
         return dataclasses.replace(mode, tensors=tuple(_slot(call.side_inputs, tensor) for tensor in tensors))
@@ -269,13 +313,15 @@ class BlockProxies:
     def _look_up(self, call: StackCall, block: int) -> Probe:
         """Return what ``block`` makes of what enters it in this call."""
         mode = call.ambient.grad, call.modes[block].training[0]
-        return self.book.output(block, call.specs[-1], mode, lambda: self._ask(call, block), ask=not self.is_in_step)
+        return self.book.output(block, call.specs[-1], mode, lambda: self._ask(call, block), ask=not self._is_in_step)
 
     def _ask(self, call: StackCall, block: int) -> Probe:
         """Ask the holder of ``block`` what it does with this input."""
         probe = self._probe(block, self.question_about(call, block), call.side_inputs, call.specs[-1])
         for each in self.book.alike(block):
             self.note_writes(each, probe.writes)
+        self._hooks.blocks[block].let_run_here(probe.idle)
+        call.modes[block] = self._mode(call, block)
         return probe
 
 
@@ -287,6 +333,9 @@ def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in known:
         twin = known[id(module)] = type(module).__new__(type(module))
         twin.__dict__.update(vars(module))
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+            for each in (hooks, f"{hooks}_with_kwargs"):
+                twin.__dict__[each] = OrderedDict(vars(module)[each])
         twin.__dict__["_modules"] = {
             name: None if child is None else _twin(child, known) for name, child in module._modules.items()
         }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ...engine.stage import Probe, ReturnStructure
+from ...engine.taps import own_hooks
 from ...engine.transport import TensorSpec
 
 _Signature = tuple[object, ...]
@@ -57,4 +58,4 @@ class ShapeBook:
 
 def _signature(block: nn.Module) -> _Signature:
     shapes = tuple((name, tuple(parameter.shape), parameter.dtype) for name, parameter in block.named_parameters())
-    return (type(block), shapes, block.extra_repr())
+    return (type(block), shapes, block.extra_repr(), tuple(own_hooks(block)))

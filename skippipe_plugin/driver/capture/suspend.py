@@ -46,6 +46,13 @@ def current_thread() -> StepThread | None:
     return _running.get()
 
 
+def suspend_here(request: Any) -> Any:  # Any: see StepThread.suspend
+    """Hand ``request`` over from the step thread that this code runs in; return its answer."""
+    thread = current_thread()
+    assert thread is not None
+    return thread.suspend(request)
+
+
 class StepThread(ABC):
     """One suspended function at a time, in a coroutine that outlives it.
 

@@ -1,0 +1,95 @@
+"""What hooks of user code are shown of the blocks' insides, and the gradients that go back to where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..engine.call import BlockMode
+from ..engine.handover import pack_tensors, unpack_tensors
+from ..engine.stage import Stage
+from ..engine.taps import TapEvent, Tapped, gradients_of, unpack_events
+from ..schedule import Path
+from .capture.hooks import seen
+from .layout import Layout
+from .links import Links
+
+
+@dataclass(slots=True)
+class Shown:
+    """What the hooks of one microbatch are to see."""
+
+    events: list[TapEvent] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    leaves: dict[int, list[Tensor]] = field(default_factory=dict)
+    """By stage that gradients go back to: what collects them."""
+
+
+class TapExchange:
+    """One step's traffic of hooks; the stages on this driver take part like those elsewhere.
+
+    Args:
+        step: The number of the step.
+        links: To the workers.
+        layout: Which rank holds which stage.
+        hosted: The stages that this driver holds itself.
+    """
+
+    def __init__(self, step: int, links: Links, layout: Layout, hosted: Mapping[int, Stage]) -> None:
+        self._step = step
+        self._links = links
+        self._layout = layout
+        self._here: dict[tuple[int, int], Tapped] = {}
+        self._back: dict[tuple[int, int], dict[int, Tensor]] = {}
+        self._shown: dict[int, Shown] = {}
+        for stage in hosted.values():
+            stage.driver_hooks = self
+
+    # ------------------------------------------------- for stages on this rank
+
+    def show(self, stage: int, microbatch: int, tapped: Tapped) -> None:
+        """Take what a stage here has to show."""
+        self._here[microbatch, stage] = tapped
+
+    def gradients(self, stage: int, microbatch: int) -> dict[int, Tensor]:
+        """Return the gradients of what a stage here has shown."""
+        return self._back.pop((microbatch, stage))
+
+    # --------------------------------------------------------- for the driver
+
+    def collect(self, microbatch: int, path: Path, modes: Sequence[BlockMode], *, grad: bool) -> Shown:
+        """Wait for everything that hooks of a microbatch are to see."""
+        shown = self._shown[microbatch] = Shown()
+        for visit in path.visits:
+            if not any(modes[block].hooks for block in self._layout.blocks(visit.stage)):
+                continue
+            tapped = self._fetch(visit.rank, visit.stage, microbatch)
+            pairs = [seen(t, grad and flag) for t, flag in zip(tapped.tensors, tapped.requires_grad, strict=True)]
+            shown.events += unpack_events(tapped.events, [pair[1] for pair in pairs])
+            shown.tensors += [pair[1] for pair in pairs]
+            if grad and any(tapped.requires_grad):
+                shown.leaves[visit.stage] = [pair[0] for pair in pairs]
+        return shown
+
+    def send_back(self, microbatch: int, path: Path) -> None:
+        """Send the gradients that have come to what hooks have seen, before any gradient of the hidden states goes."""
+        shown = self._shown.pop(microbatch, None)
+        for visit in path.visits if shown is not None else ():
+            if shown is None or visit.stage not in shown.leaves:
+                continue
+            gradients = gradients_of(shown.leaves[visit.stage])
+            if visit.rank in self._links:
+                entries, blobs = pack_tensors({str(index): gradient for index, gradient in gradients.items()})
+                fields = {"step": self._step, "microbatch": microbatch, "stage": visit.stage, "tensors": entries}
+                self._links[visit.rank].send("pulled", fields, blobs)
+            else:
+                self._back[microbatch, visit.stage] = gradients
+
+    def _fetch(self, rank: int, stage: int, microbatch: int) -> Tapped:
+        if rank not in self._links:
+            return self._here.pop((microbatch, stage))
+        fields, blobs = self._links[rank].expect_tapped(self._step, microbatch, stage)
+        tensors = unpack_tensors(fields["tensors"], blobs[1:])
+        return Tapped(bytes(blobs[0]), tuple(tensors.values()), tuple(fields["requires_grad"]))
