@@ -1,0 +1,140 @@
+"""Run programs in one process and as a pipeline, judge them, shrink those that fail, and count."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .compare import difference, diverges, leftover, refusal, run
+from .grammar import FEATURES
+from .program import Feature, conflict, render
+
+DEVICES = 3
+"""One driver and two workers in every program, so that the workers are reused."""
+TOLERANCES = {"64-true": (1e-7, 1e-10), "32-true": (2e-4, 2e-5), "bf16-mixed": (2e-2, 2e-3)}
+"""By precision: how far two numbers may be apart, relative and absolute."""
+Kind = Literal["exact", "refused", "skipped", "WRONG"]
+Program = tuple[Feature, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a program ended, and in which words."""
+
+    kind: Kind
+    text: str = ""
+
+
+def judge(features: Sequence[Feature]) -> Verdict:
+    """Run a program twice and compare."""
+    text = render(features)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = run(load(text), 1)
+        if plain.error is not None:
+            return Verdict("skipped", f"{type(plain.error).__name__}: {plain.error}")
+        if diverges(plain):
+            return Verdict("skipped", "it diverges in one process")
+        program = load(text)
+        piped = run(program, DEVICES)
+        if piped.error is not None:
+            wrong = refusal(piped, program)
+            return Verdict("WRONG", wrong) if wrong else Verdict("refused", " ".join(str(piped.error).split()))
+    rtol, atol = TOLERANCES[program["TRAINER"]["precision"]]
+    wrong = difference(piped.values, plain.values, rtol, atol)
+    if not wrong:
+        assert piped.module is not None
+        assert plain.module is not None
+        wrong = leftover(piped.module, plain.module)
+    return Verdict("WRONG", wrong) if wrong else Verdict("exact")
+
+
+def load(text: str) -> dict[str, Any]:
+    """Execute a program's text as a script of its own."""
+    names: dict[str, Any] = {"__name__": "__fuzz__"}
+    torch.manual_seed(0)
+    exec(compile(text, "<program>", "exec"), names)
+    return names
+
+
+def shrink(features: Program, wrong: Callable[[Program], bool]) -> Program:
+    """Drop features one by one while the rest is still wrong."""
+    for feature in features:
+        smaller = tuple(each for each in features if each is not feature)
+        if len(features) > 1 and wrong(smaller):
+            return shrink(smaller, wrong)
+    return features
+
+
+def draw(random_: random.Random, features: Sequence[Feature] = FEATURES) -> Program:
+    """Compose a program of one to five features of different axes."""
+    while True:
+        count = random_.choices((1, 2, 3, 4, 5), (1, 4, 5, 3, 2))[0]
+        chosen: dict[str, Feature] = {}
+        for feature in random_.sample(features, len(features)):
+            if len(chosen) < count and feature.axis not in chosen and not conflict((*chosen.values(), feature)):
+                chosen[feature.axis] = feature
+            if len(chosen) == count:
+                break
+        return tuple(chosen.values())
+
+
+@dataclass
+class Tally:
+    """What was found so far."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: dict[frozenset[str], tuple[Program, Verdict]] = field(default_factory=dict)
+    """By the names of a minimal program."""
+    singles: dict[str, Verdict] = field(default_factory=dict)
+    refusals: dict[str, Counter[str]] = field(default_factory=dict)
+    """By the beginning of a refusal: the programs that got it."""
+    seen: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+
+    @property
+    def num_programs(self) -> int:
+        return sum(self.counts.values())
+
+    def known(self, features: Collection[Feature]) -> bool:
+        """Whether a program holds one that is known to fail."""
+        names = {feature.name for feature in features}
+        return any(minimal <= names for minimal in self.failures)
+
+    def note(self, features: Program, minimal: Program, verdict: Verdict) -> None:
+        """Count a program, given the smallest part of it that is as wrong."""
+        name = "+".join(feature.name for feature in features)
+        self.seen.add(name)
+        self.counts[verdict.kind] += 1
+        if len(features) == 1:
+            self.singles[name] = verdict
+        if verdict.kind == "refused":
+            self.refusals.setdefault(verdict.text[:60], Counter())[name] += 1
+        if verdict.kind == "WRONG":
+            self.failures[frozenset(feature.name for feature in minimal)] = minimal, verdict
+
+    def summary(self) -> str:
+        seconds = max(self.seconds, 1e-9)
+        counts = ", ".join(f"{self.counts[kind]} {kind}" for kind in ("exact", "refused", "skipped", "WRONG"))
+        return (
+            f"{self.num_programs} programs in {seconds:.0f} s ({self.num_programs / seconds * 60:.0f} per minute): "
+            f"{counts}; {len(self.failures)} distinct minimal failures"
+        )
+
+
+def programs(seed: int, tally: Tally, features: Sequence[Feature] = FEATURES) -> Iterator[Program]:
+    """First every feature alone, then compositions without end that hold no known failure."""
+    yield ()
+    for feature in features:
+        yield (feature,)
+    random_ = random.Random(seed)
+    while True:
+        program = draw(random_, features)
+        if not tally.known(program):
+            yield program

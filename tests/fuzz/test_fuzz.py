@@ -1,0 +1,105 @@
+"""Programs of the grammar: the result of one process, or a refusal that says why not."""
+
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from .compare import difference
+from .grammar import FEATURES
+from .known import KNOWN
+from .program import Feature, conflict, render
+from .run import draw, judge, load, shrink
+
+FEATURES_THAT_HOLD = [feature for feature in FEATURES if feature.name not in KNOWN]
+AXES = sorted({feature.axis for feature in FEATURES})
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logger.setLevel(level)
+
+
+def complaint(features: tuple[Feature, ...]) -> str:
+    """Return what is wrong with a program, and its smallest part that is wrong; nothing when it holds."""
+    verdict = judge(features)
+    if verdict.kind != "WRONG":
+        return ""
+    smallest = shrink(features, lambda smaller: judge(smaller).kind == "WRONG")
+    names = "+".join(feature.name for feature in smallest)
+    return f"python -m tests.fuzz --program {names}\n{judge(smallest).text or verdict.text}\n{render(smallest)}"
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_each_feature_alone(axis: str) -> None:
+    wrong = [complaint((feature,)) for feature in FEATURES_THAT_HOLD if feature.axis == axis]
+    assert not any(wrong), "\n".join(wrong)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_compositions(seed: int) -> None:
+    random_ = random.Random(seed)
+    wrong = [complaint(draw(random_, FEATURES_THAT_HOLD)) for _ in range(12)]
+    assert not any(wrong), "\n".join(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("seed", range(100, 112))
+def test_many_compositions(seed: int) -> None:
+    """An hour together."""
+    random_ = random.Random(seed)
+    wrong = [complaint(draw(random_, FEATURES_THAT_HOLD)) for _ in range(1500)]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+
+
+def test_known_failures_are_features() -> None:
+    assert {feature.name for feature in FEATURES} >= KNOWN.keys()
+
+
+# ------------------------------------------------------------- the fuzzer itself
+
+
+def test_every_program_is_a_script() -> None:
+    for feature in FEATURES:
+        compile(render([feature]), feature.name, "exec")
+
+
+def test_features_of_one_slot_conflict() -> None:
+    by_name = {feature.name: feature for feature in FEATURES}
+    assert conflict((by_name["embed_tokens"], by_name["embed_conv"]))
+    assert conflict((by_name["sequential_called"], by_name["mask_argument"]))
+    assert not conflict((by_name["embed_tokens"], by_name["adamw"]))
+
+
+def test_a_planted_wrong_is_found_and_shrunk() -> None:
+    """A step that knows how many samples it has differs by design; the rest of the program is dropped."""
+    by_name = {feature.name: feature for feature in FEATURES}
+    planted = Feature("planted", "loss", "A", {"terms": "if len(x) < 3: loss = loss + 1.0"})
+    program = (by_name["adamw"], planted, by_name["dict_batch"])
+    assert "loss[0]" in judge(program).text
+    assert shrink(program, lambda smaller: judge(smaller).kind == "WRONG") == (planted,)
+
+
+def test_an_error_that_is_not_ours_is_no_refusal() -> None:
+    raw = Feature("raw", "loss", "A", {"terms": "assert len(x) > 3, 'too few samples for me to compute anything'"})
+    assert judge((raw,)).text.startswith("raw AssertionError")
+
+
+def test_what_one_process_refuses_is_skipped() -> None:
+    assert judge((Feature("no", "loss", "A", {"terms": "raise ValueError('no')"}),)).kind == "skipped"
+
+
+def test_differences_name_their_place() -> None:
+    assert difference({"a": [1.0, 2.0]}, {"a": [1.0, 2.0]}, 1e-9, 0.0) == ""
+    assert difference({"a": [1.0, 2.5]}, {"a": [1.0, 2.0]}, 1e-9, 0.0) == ".a[1]: 2.5 instead of 2.0"
+    assert "keys" in difference({"b": 1}, {"a": 1}, 1e-9, 0.0)
+    assert load("A = 1")["A"] == 1
