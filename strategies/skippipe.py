@@ -40,6 +40,7 @@ from ..model.panel import start_panel
 from ..model.settings import CutWhere, PipelineSettings, ScheduleName
 from ..model.skipping import PathPlanner, SkipRatio
 from ..model.spread import Recovery, SpreadModel
+from ..model.verify import Agreement
 from ..moe import MoEConfig, RouterStatistics
 from ..moe.migration import Move
 from ..partition import check_no_shared_parameters, find_blocks
@@ -56,6 +57,7 @@ from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import loader_hint
 from .outputs import loss_of, training_output
 from .sections import shared_sections
+from .verify import Verify, check_step, check_verify, verify_first
 from .whole_step import WholeStep
 
 
@@ -87,6 +89,8 @@ class SkipPipeStrategy(DriversStrategy):
         network: Where the processes meet.
         moe: How the experts of the model are routed and computed; None leaves them alone.
         verbose: Whether a run says when it starts who holds what, in the manner of Lightning's model summary.
+        verify: ``"first"``: before ``fit`` begins, the first batch is trained on in one process and as a pipeline, with
+            copies of the module, and a difference is an error (see :meth:`check`); ``"off"`` does not.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -116,6 +120,7 @@ class SkipPipeStrategy(DriversStrategy):
         network: NetworkConfig | None = None,
         moe: MoEConfig | None = None,
         verbose: bool = True,
+        verify: Verify = "off",
     ) -> None:
         super().__init__(drivers)
         self.settings = PipelineSettings(
@@ -134,6 +139,10 @@ class SkipPipeStrategy(DriversStrategy):
             verbose=verbose,
         )
         """What the next run is set up with; callbacks may replace it before."""
+        check_verify(verify, self.settings)
+        self._verify = verify
+        self.is_probe = False
+        """Whether the run is one of :meth:`check`, which leaves a launcher's workers where they are."""
         self._said = ""
         self._job: DriverJob | None = None
         self._spread: SpreadModel | None = None
@@ -280,7 +289,7 @@ class SkipPipeStrategy(DriversStrategy):
             if launcher.rank >= self.drivers:
                 return apply_results(worker_job(launcher, self.settings.network).serve(), trainer)
         end_with_parent()
-        fits = self._join().fits if supervised() else None
+        fits = self._join().fits if supervised() and not self.is_probe else None
         if fits is not None and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._continuation = Continuation(fits, trainer)
             function = self._continuation.resuming(function)
@@ -295,7 +304,7 @@ class SkipPipeStrategy(DriversStrategy):
         return result
 
     def _dismiss(self, results: Mapping[str, Any]) -> None:
-        if self._job is not None:
+        if self._job is not None and not self.is_probe:
             self._job.dismiss(results)
 
     # ----------------------------------------------------------------- life
@@ -319,6 +328,8 @@ class SkipPipeStrategy(DriversStrategy):
         assert module is not None
         self.accelerator.setup(trainer)
         check_fit(module, trainer)
+        if self._verify == "first" and trainer.state.fn == TrainerFn.FITTING:
+            verify_first(self, trainer, module)
         self.model = self.precision_plugin.convert_module(module)
         self._spread_blocks(module)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -406,6 +417,31 @@ class SkipPipeStrategy(DriversStrategy):
         if self.settings.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:
             rank_zero_info(said)
             self._said = said
+
+    # ------------------------------------------------------------ comparison
+
+    def check(self, module: LightningModule, batch: Any, **options: Any) -> Agreement:
+        """Take one training step on ``batch`` in one process and as this pipeline, and compare what the two leave.
+
+        Loss, logged values, gradients and updated weights, in double precision where the module can. Both run on
+        copies of ``module``, with its hooks, without callbacks and loggers, and with dropout off. For whatever is
+        known to differ (a skip ratio, experts of ``moe``) this says nothing.
+
+        Args:
+            module: A module that no Trainer is busy with; it stays as it is.
+            batch: What a data loader would give.
+            options: Arguments of the Trainer that the step depends on, such as ``gradient_clip_val``.
+
+        Raises:
+            SkipPipeError: They differ; the message names the first difference and its likely kind.
+
+        Example:
+            >>> from lightning.pytorch import Trainer
+            >>> trainer = Trainer(accelerator="cpu", devices=3, strategy=SkipPipeStrategy(), logger=False)
+            >>> trainer.strategy.check(module, batch)  # doctest: +SKIP
+            Agreement(num_gradients=52, num_weights=52, largest=3.1e-15)
+        """
+        return check_step(self, module, batch, options)
 
     @property
     def _is_spread(self) -> bool:

@@ -128,7 +128,7 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
         "step_call": "out = self(x, ids)",
         "loss": "loss = F.mse_loss(out, y)",
         "training_return": "return loss",
-        "optimizer": "return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)",
+        "optimizer": "return torch.optim.SGD(self.parameters(), lr=0.002, momentum=0.9)",
         "data": DATA,
         "sample": "self.x[i], self.ids[i], self.y[i], self.c[i]",
         "rows": "20",
