@@ -139,7 +139,7 @@ class SkipPipeStrategy(DriversStrategy):
             verbose=verbose,
         )
         """What the next run is set up with; callbacks may replace it before."""
-        check_verify(verify, self.settings)
+        check_verify(verify)
         self._verify = verify
         self.is_probe = False
         """Whether the run is one of :meth:`check`, which leaves a launcher's workers where they are."""

@@ -44,9 +44,16 @@ def check_step(
     strategy: SkipPipeStrategy, module: LightningModule, batch: Any, options: Mapping[str, Any]
 ) -> Agreement:
     """Do what :meth:`SkipPipeStrategy.check` says."""
-    check_verify("first", strategy.settings)
-    if strategy.worker_pids:
-        raise SkipPipeError("check() starts a pipeline of its own: call it before fit, validate, test or predict")
+    if strategy.worker_pids or strategy.read_launcher() is not None:
+        raise SkipPipeError(
+            "check() starts a pipeline of its own: call it before fit, validate, test or predict, in a script that no "
+            'launcher has started; or use SkipPipeStrategy(verify="first"), which works there too'
+        )
+    return _checked(strategy, module, batch, options)
+
+
+def _checked(strategy: SkipPipeStrategy, module: LightningModule, batch: Any, options: Mapping[str, Any]) -> Agreement:
+    _check_settings(strategy.settings)
     names = find_blocks(module, strategy.settings.blocks).names
     return StepCheck(
         module,
@@ -61,7 +68,7 @@ def check_step(
 def verify_first(strategy: SkipPipeStrategy, trainer: Trainer, module: LightningModule) -> None:
     """Check the first batch of a Trainer that is about to fit, and say so."""
     start_s = time.monotonic()
-    agreement = check_step(strategy, module, first_batch(trainer), options_of(trainer))
+    agreement = _checked(strategy, module, first_batch(trainer), options_of(trainer))
     rank_zero_info(f"verified in {time.monotonic() - start_s:.1f} s that the first batch leaves {agreement}")
 
 
@@ -182,18 +189,25 @@ class _Observer(Callback):
         }
 
 
-def check_verify(verify: Verify, settings: PipelineSettings) -> None:
-    """Raise when ``verify`` is unknown, or when these settings differ from one process by what they are for."""
+def check_verify(verify: Verify) -> None:
+    """Raise when ``verify`` is unknown."""
     if verify not in get_args(Verify):
         raise ValueError(f"verify={verify!r} is unknown; choose one of {get_args(Verify)}")
+
+
+def _check_settings(settings: PipelineSettings) -> None:
+    """Raise when a pipeline of these settings differs from one process by what they are for."""
     by_design = {
-        "a skip_ratio": skips(settings.skip_ratio),
+        "skip_ratio": skips(settings.skip_ratio),
         "moe": settings.moe is not None,
-        "drivers > 1": settings.drivers > 1,
+        "drivers": settings.drivers > 1,
     }
-    if verify == "first" and any(by_design.values()):
-        reason = next(name for name, given in by_design.items() if given)
-        raise ValueError(f"a step cannot be verified with {reason}, which one process has not; verify without it")
+    for name, given in by_design.items():
+        if given:
+            raise ValueError(
+                f"a step with {name}={getattr(settings, name)!r} cannot be compared with one process, which does not do "
+                f"that; leave {name} out to compare, or verify"
+            )
 
 
 def first_batch(trainer: Trainer) -> Any:

@@ -59,6 +59,7 @@ STRATEGY = {
     "network": NETWORK,
     "moe": MOE,
     "verbose": False,
+    "verify": "first",
 }
 MONITOR = {"every_n_steps": 20, "folder": "pictures", "picture": False, "trace": True}
 RECOVERY = {
