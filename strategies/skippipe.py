@@ -140,7 +140,8 @@ class SkipPipeStrategy(DriversStrategy):
         )
         """What the next run is set up with; callbacks may replace it before."""
         check_verify(verify)
-        self._verify = verify
+        self.verify = verify
+        """Whether a fit compares its first batch with one process."""
         self.is_probe = False
         """Whether the run is one of :meth:`check`, which leaves a launcher's workers where they are."""
         self._said = ""
@@ -328,7 +329,7 @@ class SkipPipeStrategy(DriversStrategy):
         assert module is not None
         self.accelerator.setup(trainer)
         check_fit(module, trainer)
-        if self._verify == "first" and trainer.state.fn == TrainerFn.FITTING:
+        if self.verify == "first" and trainer.state.fn == TrainerFn.FITTING:
             verify_first(self, trainer, module)
         self.model = self.precision_plugin.convert_module(module)
         self._spread_blocks(module)

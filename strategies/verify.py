@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from ..engine.errors import SkipPipeError
 from ..model.settings import PipelineSettings
 from ..model.skipping import skips
-from ..model.verify import Agreement, Difference, StepEvidence, compare, explain, without_randomness
+from ..model.verify import WAYS_OUT, Agreement, Difference, StepEvidence, compare, explain, without_randomness
 from ..partition import find_blocks
 
 if TYPE_CHECKING:
@@ -72,11 +72,10 @@ def verify_first(strategy: SkipPipeStrategy, trainer: Trainer, module: Lightning
     rank_zero_info(f"verified in {time.monotonic() - start_s:.1f} s that the first batch leaves {agreement}")
 
 
-def _probe(strategy: SkipPipeStrategy, num_microbatches: int | None) -> SkipPipeStrategy:
+def _probe(strategy: SkipPipeStrategy, asked: Mapping[str, Any]) -> SkipPipeStrategy:
     """Return a strategy like this one for a step that is only looked at."""
     probe = type(strategy)()
-    count = num_microbatches or strategy.settings.num_microbatches
-    probe.settings = dataclasses.replace(strategy.settings, verbose=False, num_microbatches=count)
+    probe.settings = dataclasses.replace(strategy.settings, **{"verbose": False, **asked})
     probe.is_probe = True
     return probe
 
@@ -87,7 +86,7 @@ class StepCheck:
     Args:
         module: What is trained; it stays as it is.
         batch: What a data loader would give.
-        pipeline: Makes the pipeline's strategy, given a number of microbatches (None: the user's).
+        pipeline: Makes the pipeline's strategy, given what is to be other than in the user's.
         devices: How many processes the pipeline has.
         options: Further arguments of the Trainers.
         is_block: Says by its name whether a tensor belongs to the blocks.
@@ -98,7 +97,7 @@ class StepCheck:
         module: LightningModule,
         batch: Any,
         *,
-        pipeline: Callable[[int | None], Any],
+        pipeline: Callable[[Mapping[str, Any]], Any],
         devices: int,
         options: Mapping[str, Any],
         is_block: Callable[[str], bool],
@@ -118,7 +117,7 @@ class StepCheck:
         """
         with isolate_rng(), _silence():
             expected = self._expected()
-            result = compare(self._step(self._pipeline(None)), expected)
+            result = compare(self._step(self._pipeline({})), expected)
             if isinstance(result, Agreement):
                 return result
             raise SkipPipeError(self._complaint(result, expected))
@@ -139,16 +138,23 @@ class StepCheck:
         ) from failure
 
     def _complaint(self, difference: Difference, expected: StepEvidence) -> str:
-        whole = compare(self._step(self._pipeline(1)), expected)
+        agreeing = next((asked for asked in WAYS_OUT if self._agrees(asked, expected)), None)
         buffers = {name for name, _ in self._module.named_buffers()}
         kind, advice = explain(
             difference,
             is_random=isinstance(compare(self._step(None, seed=1), expected), Difference),
-            whole_agrees=isinstance(whole, Agreement),
+            way_out=agreeing,
             in_blocks=self._is_block(difference.name),
             is_buffer=difference.name in buffers,
         )
         return f"{difference}. Likely {kind}. What helps: {advice}; or train without the pipeline"
+
+    def _agrees(self, asked: Mapping[str, Any], expected: StepEvidence) -> bool:
+        """Whether a pipeline with some other settings does what one process does."""
+        try:
+            return isinstance(compare(self._step(self._pipeline(asked)), expected), Agreement)
+        except Exception:  # what cannot run is no way out
+            return False
 
     def _step(self, strategy: Any, seed: int = 0) -> StepEvidence:
         """Train a copy of the module for one step."""
@@ -205,8 +211,8 @@ def _check_settings(settings: PipelineSettings) -> None:
     for name, given in by_design.items():
         if given:
             raise ValueError(
-                f"a step with {name}={getattr(settings, name)!r} cannot be compared with one process, which does not do "
-                f"that; leave {name} out to compare, or verify"
+                f"a step with {name}={getattr(settings, name)!r} cannot be compared with one process, which has no "
+                f"such thing; leave {name} out while you compare, or leave verify out"
             )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ _TOLERANCE: Final = 1e-3
 """How far two values may be apart, relative to the tensor's largest: in double precision, and otherwise."""
 _FLOOR: Final = 1e-3
 """The share of that which is allowed to values that are zero but for rounding."""
+WAYS_OUT: Final[tuple[Mapping[str, Any], ...]] = ({"microbatches": "stack"}, {"num_microbatches": 1})
+"""Settings with which more is exact, the better one first."""
 Quantity = Literal["loss", "logged", "gradient", "weight"]
 _WORDS: Final[Mapping[Quantity, str]] = {
     "loss": "the loss",
@@ -95,32 +97,30 @@ def without_randomness(model: nn.Module) -> None:
 
 
 def explain(
-    difference: Difference, *, is_random: bool, whole_agrees: bool, in_blocks: bool, is_buffer: bool
+    difference: Difference, *, is_random: bool, way_out: Mapping[str, Any] | None, in_blocks: bool, is_buffer: bool
 ) -> tuple[str, str]:
     """Return the likely kind of a difference, and what to do.
 
     Args:
         difference: It.
         is_random: Whether one process differs from itself when it starts from another seed.
-        whole_agrees: Whether a pipeline of one microbatch leaves the same as one process.
+        way_out: The settings with which a pipeline leaves the same as one process, if some of ``WAYS_OUT`` are.
         in_blocks: Whether the tensor belongs to the blocks on workers.
         is_buffer: Whether it is a buffer.
     """
     if is_random:
         return (
             "the step draws random numbers beside dropout, and each microbatch draws its own",
-            "use num_microbatches=1 where the draws must be those of one process",
+            "num_microbatches=1 where the draws must be those of one process",
         )
-    if whole_agrees and is_buffer:
-        return (
-            "a buffer that each microbatch updates, such as the statistics of a BatchNorm",
-            "use a normalization that does not look at the batch, or num_microbatches=1",
-        )
-    if whole_agrees:
+    if way_out is not None:
+        advice = ", ".join(f"{name}={value!r}" for name, value in way_out.items())
+        if is_buffer:
+            return "a buffer that each microbatch updates, such as the statistics of a BatchNorm", advice
         return (
             "a reduction over the batch: the loss, a logged value or a layer is no mean over samples, or looks at all "
-            "samples together (BatchNorm, a contrastive loss), while a step runs on microbatches",
-            "make the loss a mean over samples, or use num_microbatches=1",
+            "samples together (BatchNorm, a contrastive loss), while each microbatch has its own",
+            f"{advice}, with which this step is that of one process",
         )
     if difference.quantity in ("loss", "logged"):
         return (

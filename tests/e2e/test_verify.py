@@ -132,6 +132,20 @@ def _named() -> nn.Module:
     return Residual()
 
 
+class Summed(Classifier):
+    """Its loss is a sum over the samples."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch["x"]), batch["y"], reduction="sum")
+
+
+def test_the_way_out_that_is_named_is_one() -> None:
+    cut = {"microbatches": "batch"}
+    with pytest.raises(SkipPipeError, match=r"the loss is .* a reduction over the batch.* microbatches='stack'"):
+        _check(Summed(_named(), momentum), points(BATCH), cut)
+    assert _check(Summed(_named(), momentum), points(BATCH), {"microbatches": "stack"}).largest < 1e-7
+
+
 def test_a_difference_of_batches_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever looks at the number of samples it gets is not what one microbatch would be."""
 

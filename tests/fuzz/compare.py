@@ -16,10 +16,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
+from skippipe_plugin.driver.capture.microbatch import BatchError
+from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.partition import PartitionError
 from skippipe_plugin.strategies import SkipPipeStrategy
 
 HANG_S = 30
-OURS = ("SkipPipeError", "BatchError", "PartitionError", "StageLostError")
+OURS = (SkipPipeError, BatchError, PartitionError)
 MIN_TEXT = 40
 """A refusal shorter than this says neither why not nor what to do."""
 
@@ -157,7 +160,7 @@ def refusal(left: Left, program: Mapping[str, Any]) -> str:
     assert error is not None
     if isinstance(error, Hang):
         return f"hang: {error}"
-    own = type(error).__module__.startswith("skippipe_plugin") and type(error).__name__ in OURS
+    own = isinstance(error, OURS)
     if not own:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"raw {type(error).__name__}: {str(error)[:200]} ({where.filename.rsplit('/', 2)[-1]}:{where.lineno})"
