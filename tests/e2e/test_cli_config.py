@@ -50,6 +50,7 @@ STRATEGY = {
     "skip_ratio": {0: 0.25, 600: 0.0},
     "schedule": "gpipe",
     "num_microbatches": 6,
+    "microbatches": "stack",
     "replicas": 2,
     "drivers": 1,
     "blocks": "model.layers",

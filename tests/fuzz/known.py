@@ -15,6 +15,7 @@ KNOWN: dict[str, str] = {
     "mean_and_token_mean": "A",
     "root_of_the_mean": "A",
     "sample_weights_normalized": "A",
+    "sum_reduction": "A",
     "token_cross_entropy_ignoring": "A",
     "token_cross_entropy_own_ignore": "A",
     "token_cross_entropy_sum": "A",
@@ -23,7 +24,6 @@ KNOWN: dict[str, str] = {
     "first_state_from_a_list": "B",
     "in_place_between": "B",
     "long_skip": "B",
-    "predicted_features": "B",
     "tap_detached_norm_logged": "B",
     "tap_for_a_second_loss": "B",
     "tap_mean_of_layers": "B",
@@ -36,7 +36,6 @@ KNOWN: dict[str, str] = {
     "forward_hook_keeps_last_detached": "C",
     "forward_hook_removed_later": "C",
     "late_forward_hook": "C",
-    "reset_method": "C",
     # C mirror
     "clamp": "C",
     "clamp_under_no_grad": "C",
@@ -78,7 +77,10 @@ KNOWN: dict[str, str] = {
     "weight_norm_old": "E",
     # F between
     "closure_argument": "F",
+    "dataclass_argument": "F",
     "dict_changed_between_blocks": "F",
+    "module_argument": "F",
+    "namespace_argument": "F",
     "numpy_argument": "F",
     "object_with_gradient": "F",
     "tensor_changed_in_place_between_blocks": "F",
@@ -90,12 +92,9 @@ KNOWN: dict[str, str] = {
     # G between
     "gradient_of_the_inputs": "G",
     # G losses
-    "auxiliary_loss_attribute": "G",
-    "auxiliary_loss_in_tuple": "G",
     "return_count_tensor": "G",
     "return_dict": "G",
     "return_numpy": "G",
-    "statistic_attribute_logged": "G",
     "torchmetrics_forward": "G",
     "torchmetrics_mean": "G",
     # H whole
@@ -110,11 +109,6 @@ KNOWN: dict[str, str] = {
     # J attrs
     "forward_patched_on_class": "J",
     "global_of_the_script_changed": "J",
-    # K between
-    "dropout_before_one_microbatch": "K",
-    # K whole
-    "noise_after_stack_one_microbatch": "K",
-    "noise_one_microbatch": "K",
     # ok
     "embedding_after_stack": "ok",
 }
