@@ -479,7 +479,8 @@ class SkipPipeStrategy(DriversStrategy):
             for index, piece in enumerate(pieces)
         ]
         weights = [size / sum(sizes) / self.drivers for size in sizes]
-        task = StepTask(functions, weights, loss_of, self._seed(), training=True, rewind=self._rewinder(module))
+        rewind = self._rewinder(module)
+        task = StepTask(functions, weights, loss_of, self._seed(), training=True, sizes=sizes, rewind=rewind)
         with self.precision_plugin.train_step_context(), averaged.installed(), shared_sections(module):
             values, loss = running.train(task, module.trainer.global_step)
         return training_output(values, loss, sizes)
@@ -514,7 +515,7 @@ class SkipPipeStrategy(DriversStrategy):
             for index, piece in enumerate(pieces)
         ]
         weights, rewind = [size / sum(sizes) for size in sizes], self._rewinder(module)
-        task = StepTask(functions, weights, loss_of, self._seed(), training=False, rewind=rewind)
+        task = StepTask(functions, weights, loss_of, self._seed(), training=False, sizes=sizes, rewind=rewind)
         with averaged.installed(), shared_sections(module):
             values = self._running().evaluate(task)
         return merge(values, sizes)

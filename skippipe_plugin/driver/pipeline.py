@@ -33,6 +33,7 @@ from ..schedule import (
 from .backward import GradientControl, mergeable
 from .capture.asking import CutBook
 from .capture.cutting import Cut, parts_of
+from .capture.notes import noted
 from .capture.proxies import BlockProxies, StackCall
 from .capture.side_inputs import dump_probe
 from .capture.suspend import StepThreads, current_thread, suspend_here
@@ -419,7 +420,8 @@ class Pipeline:
             choose: Called when the first function has called the blocks (if it does) and the workers know nothing of
                 the step yet: the last moment for :meth:`use_schedule`. Every driver calls it.
         """
-        return self.surviving(lambda: self._train(task, choose), rewind=task.rewinder(), whole=False)
+        with noted(task.sizes):
+            return self.surviving(lambda: self._train(task, choose), rewind=task.rewinder(), whole=False)
 
     def _train(self, task: StepTask | WholeTask, choose: Callable[[], None]) -> tuple[list[Any], Tensor | None]:
         self.heal()
@@ -449,7 +451,8 @@ class Pipeline:
 
         ``choose`` is called as by :meth:`train`.
         """
-        return self.surviving(lambda: self._evaluate(task, choose), rewind=task.rewinder())
+        with noted(task.sizes):
+            return self.surviving(lambda: self._evaluate(task, choose), rewind=task.rewinder())
 
     def _evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None]) -> list[Any]:
         self.heal()

@@ -18,6 +18,7 @@ from ..engine.call import Ambient, Call, block_seed, seed_everything
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate
 from ..schedule import Path
+from .capture.notes import noted
 from .capture.proxies import BlockProxies, StackCall
 from .capture.randomness import private_random_state
 from .capture.side_inputs import PreparedCall
@@ -67,6 +68,8 @@ class StepTask:
     """Finds the loss in what a function returned."""
     seed: int
     training: bool
+    sizes: Sequence[int] = ()
+    """By microbatch: its number of samples, where several are cut from one batch."""
     rewind: Callable[[], None] = lambda: None
     """Undoes what the functions have changed on the driver, before they run once more."""
     outside: Callable[[Sequence[Any]], None] | None = None
@@ -326,7 +329,8 @@ class StepRun:
             seed = block_seed(self._task.seed, self._first + index)
             seed_everything(block_seed(seed, _EMBED), self._device)
         start_s = time.monotonic()
-        outcome = self._threads[index].start(self._task.functions[index], self._ambient)
+        with noted(self._task.sizes, index):
+            outcome = self._threads[index].start(self._task.functions[index], self._ambient)
         self._took_s.append(time.monotonic() - start_s)
         if isinstance(outcome, Returned):
             self._proxies.check_complete(self._threads[index])
@@ -337,7 +341,8 @@ class StepRun:
         self._outcomes[index] = outcome
 
     def _resume(self, index: int, hidden: Tensor) -> Outcome:
-        outcome = self._threads[index].resume(hidden)
+        with noted(self._task.sizes, index):
+            outcome = self._threads[index].resume(hidden)
         if isinstance(outcome, Returned):
             self._proxies.check_complete(self._threads[index])
         return outcome

@@ -63,6 +63,11 @@ class WholeTask:
     told what entered the blocks, whose graph takes another backward afterwards."""
 
     @property
+    def sizes(self) -> tuple[()]:
+        """The user's code runs on the whole batch: there is nothing that a microbatch could lack."""
+        return ()
+
+    @property
     def losses_come_last(self) -> bool:
         """Whether every forward comes before the first backward."""
         return True

@@ -166,7 +166,9 @@ class ModelCalls:
             functools.partial(self._run_with_loss, call, counts=share > 0)
             for call, share in zip(batch.calls, shares, strict=True)
         ]
-        task = StepTask(functions, shares, lambda value: value[1], self._seed(), training=True, rewind=rewind)
+        task = StepTask(
+            functions, shares, lambda value: value[1], self._seed(), training=True, sizes=batch.sizes, rewind=rewind
+        )
         values, loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
         pending = self._pending = _Pending()
@@ -207,7 +209,16 @@ class ModelCalls:
     def _run_outside(self, batch: _Batch, rewind: Callable[[], None], outside: Callable[[Sequence[Any]], None]) -> None:
         functions = [functools.partial(self._forward, *args, **kwargs) for args, kwargs in batch.calls]
         shares = [size / sum(batch.sizes) for size in batch.sizes]
-        task = StepTask(functions, shares, lambda _: None, self._seed(), training=True, rewind=rewind, outside=outside)
+        task = StepTask(
+            functions,
+            shares,
+            lambda _: None,
+            self._seed(),
+            training=True,
+            sizes=batch.sizes,
+            rewind=rewind,
+            outside=outside,
+        )
         self._spread.train(task, self.num_optimizer_steps)
 
     def _train_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -288,7 +299,9 @@ class ModelCalls:
         functions = [functools.partial(self._forward, *own, **named) for own, named in batch.calls]
         shares = loss_shares(self._model, [named for _, named in batch.calls], batch.sizes)
         rewind = rewinder(self._model) if self._rewinds else _nothing
-        task = StepTask(functions, shares, lambda _: None, self._seed(), training=False, rewind=rewind)
+        task = StepTask(
+            functions, shares, lambda _: None, self._seed(), training=False, sizes=batch.sizes, rewind=rewind
+        )
         with torch.no_grad():
             outputs = self._spread.evaluate(task)
             merged = merge_outputs(outputs, batch.sizes)

@@ -203,3 +203,70 @@ def test_evaluation_takes_what_cannot_be_cut(form: str) -> None:
     )
     assert_same_run(found, expected)
     torch.testing.assert_close(found.trainer.callback_metrics["val"], expected.trainer.callback_metrics["val"])
+
+
+class Longest(Reads):
+    """Pads to the longest sample of what it is called with."""
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        x, lengths = batch
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        return (self(x) * mask[:, :, None]).mean()
+
+
+class Normed(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(self.norm(h))
+
+
+class NormedBlocks(Reads):
+    def __init__(self) -> None:
+        super().__init__(stacked)
+        self.blocks = nn.ModuleList(Normed() for _ in range(4))
+
+
+class NormedHead(Reads):
+    def __init__(self) -> None:
+        super().__init__(stacked)
+        self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+
+def padded() -> DataLoader[Any]:
+    lengths = torch.tensor([3, 3, 10, 4, 5, 6, 3, 4])
+    return DataLoader(list(zip(torch.randn(8, 10, 8), lengths, strict=True)), batch_size=8)
+
+
+LACKING: dict[str, tuple[Callable[[], LightningModule], Callable[[], Any], str, str]] = {
+    "longest_sample": (lambda: Longest(both), padded, "must match the size", "microbatch 1 of 4, with 2 of 8 samples"),
+    "batch_norm": (
+        NormedHead,
+        lambda: DataLoader(Samples(4), batch_size=4, collate_fn=list),
+        "Expected more than 1 value per channel",
+        "microbatch 1 of 4, with 1 of 4 samples",
+    ),
+    "batch_norm_in_a_block": (
+        NormedBlocks,
+        lambda: DataLoader(Samples(4), batch_size=4, collate_fn=list),
+        "Expected more than 1 value per channel",
+        "of 4 samples",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_an_error_says_that_a_microbatch_may_lack_what_the_batch_has(name: str) -> None:
+    make, data, message, where = LACKING[name]
+    with pytest.raises((RuntimeError, ValueError), match=message) as caught:
+        train(make, data(), 3, PIPELINE, max_steps=2)
+    assert any(where in note and "num_microbatches=1" in note for note in caught.value.__notes__)
+    torch.manual_seed(0)
+    found, expected = (
+        train(make, data(), devices, settings, max_epochs=3, max_steps=3)
+        for devices, settings in ((3, {"num_microbatches": 1, "verbose": False}), (1, None))
+    )
+    if name != "longest_sample":
+        assert_same_run(found, expected)
