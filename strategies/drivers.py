@@ -29,19 +29,42 @@ class DriversStrategy(SingleDeviceStrategy):
         super().__init__()
         self.drivers = drivers
         # The Trainer fills these in; their presence is how Lightning tells a strategy for several processes.
-        self.parallel_devices: list[torch.device] | None = None
+        self.process_devices: list[torch.device] | None = None
+        """One for each process of a node, drivers and workers; :attr:`parallel_devices` are the drivers' alone."""
+        self.process_nodes = 1
+        """How many nodes there are; :attr:`num_nodes` are the drivers' alone."""
         self.cluster_environment: Any = None  # Any: Lightning's ClusterEnvironment
-        self.num_nodes = 1
 
     @property
     def num_processes(self) -> int:
         """Drivers and workers together, over all nodes."""
-        return len(self.parallel_devices or [None]) * self.num_nodes
+        return len(self.process_devices or [None]) * self.process_nodes
+
+    # What a Trainer says of its devices, and user code divides its steps by, is what it says of the drivers: workers
+    # share none of the data.
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The devices of the drivers on a node; the Trainer sets those of all processes."""
+        return self.process_devices[: self.drivers] if self.process_devices else None
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        self.process_devices = devices
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes have drivers, which are the first ranks; the Trainer sets how many there are."""
+        return -(-self.drivers // len(self.process_devices or [None])) if self.process_nodes > 1 else 1
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self.process_nodes = num_nodes
 
     @property
     @override
     def root_device(self) -> torch.device:
-        return self.parallel_devices[self.local_rank] if self.parallel_devices else self._root_device
+        return self.process_devices[self.local_rank] if self.process_devices else self._root_device
 
     @property
     def is_distributed(self) -> bool:
@@ -72,7 +95,7 @@ class DriversStrategy(SingleDeviceStrategy):
             environment.main_address,
             environment.main_port,
             hosts_store=hosts_store,
-            num_nodes=self.num_nodes,
+            num_nodes=self.process_nodes,
         )
 
     @property

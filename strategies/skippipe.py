@@ -280,13 +280,13 @@ class SkipPipeStrategy(DriversStrategy):
         """Run what the Trainer launches, or serve as a worker in its place."""
         _ = self.num_stages  # devices that do not fit are an error before anything starts
         launcher = self.read_launcher()
-        if launcher is None and self.num_nodes > 1:
+        if launcher is None and self.process_nodes > 1:
             raise SkipPipeError(
-                f"num_nodes={self.num_nodes} needs a launcher that starts the script on every one: torchrun or srun; "
-                "or leave num_nodes out and let workers of other machines join (skippipe worker --join)"
+                f"num_nodes={self.process_nodes} needs a launcher that starts the script on every one: torchrun or "
+                "srun; or leave num_nodes out and let workers of other machines join (skippipe worker --join)"
             )
         if launcher is not None:
-            self.cluster_environment.validate_settings(len(self.parallel_devices or ()), self.num_nodes)
+            self.cluster_environment.validate_settings(len(self.process_devices or ()), self.process_nodes)
             if launcher.rank >= self.drivers:
                 return apply_results(worker_job(launcher, self.settings.network).serve(), trainer)
         end_with_parent()
@@ -404,7 +404,7 @@ class SkipPipeStrategy(DriversStrategy):
             job=self._job,
             rank=self.global_rank,
             device=self.root_device,
-            worker_devices={rank: str(device) for rank, device in enumerate(self.parallel_devices or ())},
+            worker_devices={rank: str(device) for rank, device in enumerate(self.process_devices or ())},
             broadcast=self.broadcast,
         )
         self._spread.spread(
