@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ...engine.errors import SkipPipeError
 from .kinds import ATOMS, has_fields, holds_arrays, holds_entries, is_array, is_sequence, names_of, parts
-from .microbatch import rebuild_mapping, rebuild_sequence, split_sizes
+from .microbatch import BatchError, rebuild_mapping, rebuild_sequence, split_sizes
+
+__all__ = ["BatchError", "Cut", "Cutter", "Hint", "split"]
 
 Reading = Literal["samples", "fields"]
 """What the entries of a list or tuple are."""
@@ -32,10 +33,6 @@ _WAY_OUT: Final = (
     "Let every tensor and list of a batch have one entry for each sample (what belongs to the whole batch, such as "
     "class weights, may be an attribute of the model or a number), or set num_microbatches=1, with which nothing is cut"
 )
-
-
-class BatchError(SkipPipeError, ValueError):
-    """A batch that cannot be cut into microbatches."""
 
 
 @dataclass(frozen=True, slots=True)

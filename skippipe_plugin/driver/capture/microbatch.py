@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...engine.errors import SkipPipeError
+
+
+class BatchError(SkipPipeError, ValueError):
+    """A batch that cannot be cut into microbatches."""
+
 
 def split_sizes(batch_size: int, num_microbatches: int) -> list[int]:
     """Return the sizes of at most ``num_microbatches`` microbatches, the larger ones first.
