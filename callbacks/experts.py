@@ -77,8 +77,8 @@ class ExpertBalance:
         moe = strategy.settings.moe or MoEConfig()
         if "loss" in self.methods and not moe.auxiliary_loss:
             moe = replace(moe, auxiliary_loss=self.config.auxiliary_loss)
-        if "bias" in self.methods and self.config.rule == QUANTILE:
-            moe = replace(moe, quantiles=True)
+        if "bias" in self.methods:
+            moe = replace(moe, exact_bias=True, quantiles=moe.quantiles or self.config.rule == QUANTILE)
         strategy.settings = replace(strategy.settings, moe=moe)
 
     def start(self, strategy: SkipPipeStrategy) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -42,7 +44,9 @@ from ..model.skipping import PathPlanner, SkipRatio
 from ..model.spread import Recovery, SpreadModel
 from ..model.verify import Agreement
 from ..moe import MoEConfig, RouterStatistics
+from ..moe.families import find_routers
 from ..moe.migration import Move
+from ..moe.precision import kept_biases, widen_biases
 from ..partition import check_no_shared_parameters, find_blocks
 from ..schedule import CostModel, Schedule, Timeline
 from ..supervisor import supervised
@@ -331,7 +335,8 @@ class SkipPipeStrategy(DriversStrategy):
         check_fit(module, trainer)
         if self.verify == "first" and trainer.state.fn == TrainerFn.FITTING:
             verify_first(self, trainer, module)
-        self.model = self.precision_plugin.convert_module(module)
+        with self._kept_biases(module):
+            self.model = self.precision_plugin.convert_module(module)
         self._spread_blocks(module)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -339,6 +344,10 @@ class SkipPipeStrategy(DriversStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             for optimizer in self.optimizers:
                 to_device(optimizer, self.root_device)
+
+    def _kept_biases(self, module: nn.Module) -> AbstractContextManager[None]:
+        moe = self.settings.moe
+        return kept_biases(module) if moe is not None and moe.exact_bias else nullcontext()
 
     @override
     def model_to_device(self) -> None:
@@ -564,6 +573,9 @@ class SkipPipeStrategy(DriversStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        if self.settings.moe is not None and self.settings.moe.exact_bias and self._spread is None:
+            widen_biases(find_routers(self.lightning_module).values())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*which is a no-op.*")
             super().load_model_state_dict(checkpoint, strict)

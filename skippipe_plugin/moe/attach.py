@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from skippipe_plugin.moe.balance import add_auxiliary_loss, load_balancing_loss, quantile_bias
+from skippipe_plugin.moe.balance import add_auxiliary_loss, load_balancing_loss, quantile_bias, spread_null_loads
 from skippipe_plugin.moe.config import MoEConfig
 from skippipe_plugin.moe.families import RouterSite, find_routers, find_unknown
 from skippipe_plugin.moe.parallel import IMPLEMENTATION, SHARD, Company, Shard, run_module
+from skippipe_plugin.moe.precision import widen_biases
 from skippipe_plugin.moe.rectification import rectify
 from skippipe_plugin.moe.routers import Sigmoid, Softmax, find_router, scores_of
 from skippipe_plugin.moe.routing import (
@@ -82,7 +83,8 @@ class RouterHook:
         """What the model's own loss of a microbatch is multiplied by before its backward."""
         self.company: Company | None = None
         """The ranks whose tokens count for the auxiliary loss too, where experts are spread."""
-        self._group_loads = torch.zeros(self.num_experts, dtype=torch.int64)
+        self._num_null = 0 if self.rule is None else num_null(self.rule)
+        self._group_loads = self._no_loads()
         self._replaces = config.router != "model" or self.top_k != site.top_k
         self._bias_name = site.bias
         self._bias: Tensor | None = None
@@ -141,19 +143,20 @@ class RouterHook:
     def __call__(self, router: nn.Module, args: Any, output: Any) -> Any:  # Any: what hooks get, and return
         """Return the router's output with our choice in place of its own."""
         logits, *given = output
-        routing = self._route(router, logits, Routing(*given[:2]))
+        chosen, routing = self._route(router, logits, Routing(*given[:2]))
         if _recomputes():
             routing = self._replay(logits, routing)
         elif router.training:
             loads = count_loads(routing.experts, self.num_experts).cpu()
             self._count(router, logits, routing, loads)
-            self._count_group(loads)
+            self._count_group(loads, self._count_null(chosen))
             self._remember(logits, routing)
         if self.loss_coefficient and router.training and logits.requires_grad:
             routing = self._with_loss(logits, routing)
         return (logits, routing.weights, routing.experts, *given[2:])
 
-    def _route(self, router: nn.Module, logits: Tensor, own: Routing) -> Routing:
+    def _route(self, router: nn.Module, logits: Tensor, own: Routing) -> tuple[Routing, Routing]:
+        """Return what the tokens chose, and what a limit on capacity leaves of it."""
         if self._replaces or self._bias is not None:
             assert self.rule is not None, "checked when the hook was made and when the bias was set"
             bias = self.bias(router)
@@ -163,16 +166,16 @@ class RouterHook:
             check_logits(logits, self.name)
             routing = own
         if self.capacity_factor is None:
-            return routing
+            return routing, routing
         capacity = expert_capacity(len(logits), self.top_k, self.num_experts, self.capacity_factor)
         limited = limit_capacity(routing, self.num_experts, capacity)
         if self._rectify is None:
-            return limited
+            return routing, limited
         shard: Shard | None = getattr(self._experts, SHARD, None)
         here = None if shard is None else shard.is_here().to(logits.device)
         scores = self.rule.scores if isinstance(self.rule, (Softmax, Sigmoid)) else lambda x: scores_of(x).softmax(-1)
         own_scores, bias = scores(logits)[:, : self.num_experts], self.bias(router)
-        return rectify(routing, limited, own_scores, capacity, self._rectify, bias=bias, here=here)
+        return routing, rectify(routing, limited, own_scores, capacity, self._rectify, bias=bias, here=here)
 
     # ------------------------------------------------------------ the bias
 
@@ -205,7 +208,8 @@ class RouterHook:
                 "can move its choice; name a router in MoEConfig, or register the family with its rule"
             )
         else:
-            self._bias = bias.detach().to(router.weight.device)  # type: ignore[arg-type]
+            device = next((parameter.device for parameter in router.parameters()), bias.device)
+            self._bias = bias.detach().to(device)
 
     # ------------------------------------------------------- what happened
 
@@ -232,10 +236,19 @@ class RouterHook:
             self._count_quantiles(router, logits) if self._quantiles else None,
         )
 
-    def _count_group(self, loads: Tensor) -> None:
+    def _no_loads(self) -> Tensor:
+        """Return zeros for the experts and, where there are null experts, for all of those together."""
+        return torch.zeros(self.num_experts + (self._num_null > 0), dtype=torch.int64)
+
+    def _count_null(self, chosen: Routing) -> Tensor:
+        """Return how often null experts were chosen, where there are any: [1] or [0]; dropped tokens do not count."""
+        empty = (chosen.experts == self.num_experts).sum() if self._num_null else torch.zeros(0, dtype=torch.int64)
+        return empty.reshape(-1).cpu()
+
+    def _count_group(self, loads: Tensor, null: Tensor) -> None:
         """Count for the auxiliary loss, over all ranks that run this layer at the same time."""
         if self.loss_coefficient:
-            total = loads.clone()
+            total = torch.cat([loads, null])
             if self.company is not None and self.company.is_met:
                 self.company.sum(total)
             self._group_loads += total
@@ -272,8 +285,8 @@ class RouterHook:
     # ------------------------------------------------------- auxiliary loss
 
     def _with_loss(self, logits: Tensor, routing: Routing) -> Routing:
-        scores = logits[:, : self.num_experts].softmax(-1)  # balance among true experts
-        loss = load_balancing_loss(scores, self._group_loads.to(logits.device))
+        loads = spread_null_loads(self._group_loads, self.num_experts, self._num_null).to(logits.device)
+        loss = load_balancing_loss(logits.softmax(-1), loads)
         weights = add_auxiliary_loss(routing.weights, self.loss_coefficient * self.loss_scale * loss)
         return Routing(weights, routing.experts)
 
@@ -332,6 +345,8 @@ def attach(model: nn.Module, config: MoEConfig | None = None) -> Attached:
             + (f" (but {', '.join(unknown)})" if unknown else "")
             + "; leave moe out, use MoELayer, or add the family with skippipe_plugin.moe.register_family"
         )
+    if config.exact_bias:
+        widen_biases(sites.values())
     hooks = {name: RouterHook(name, site, config) for name, site in sites.items()}
     if config.causal and config.router != "model":
         warn_unless_causal(find_router(config.router))

@@ -82,6 +82,24 @@ def load_balancing_loss(scores: Tensor, loads: Tensor) -> Tensor:
     return loads.numel() * (loads / total).to(scores) @ scores.mean(0)
 
 
+def spread_null_loads(loads: Tensor, num_experts: int, num_null: int) -> Tensor:
+    """Return by expert, null experts last, how often it was chosen: [experts + null experts], float64.
+
+    Null experts do the same, so which of them is chosen does not matter: each gets the mean over them (AdaMoE,
+    arXiv 2406.13233, section 3.3), and the balancing loss governs how often tokens choose any.
+
+    Args:
+        loads: Visits of each true expert and, where there are null experts, of all of those together.
+        num_experts: How many true experts there are.
+        num_null: How many null experts there are.
+
+    >>> spread_null_loads(torch.tensor([5, 1, 6]), 2, 3).tolist()
+    [5.0, 1.0, 2.0, 2.0, 2.0]
+    """
+    loads = loads.double()
+    return torch.cat([loads[:num_experts], loads[num_experts:].repeat_interleave(num_null) / max(1, num_null)])
+
+
 def add_auxiliary_loss(weights: Tensor, loss: Tensor) -> Tensor:
     """Return ``weights``; in backward also back-propagate ``loss``, as if it had been added to the model's own.
 

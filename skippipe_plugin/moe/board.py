@@ -62,7 +62,8 @@ class RouterBoard:
     def _update(self, name: str, rule: str, rate: float, loads: torch.Tensor) -> None:
         router, hook = self._routers[name]
         bias = hook.bias(router)
-        before = torch.zeros(hook.num_experts) if bias is None else bias.detach().float()
+        before = torch.zeros(hook.num_experts) if bias is None else bias.detach()
+        before = before.to(torch.promote_types(before.dtype, torch.float32))
         hook.set_bias(router, BIAS_RULES[rule](before, loads.to(before.device), rate))
 
 

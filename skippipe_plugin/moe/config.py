@@ -38,6 +38,9 @@ class MoEConfig:
     quantiles: bool = False
     """Whether routers note the bias that quantile balancing takes from each microbatch
     (:func:`~skippipe_plugin.moe.quantile_bias`), for ``LoadBalancer`` with ``rule="quantile"``."""
+    exact_bias: bool = False
+    """Whether a router's own selection bias is kept in float32 whatever the precision of the model, so that small steps
+    of it are not lost; ``LoadBalancer(experts="bias")`` turns it on."""
     freeze_after: int | None = None
     """The optimizer step from which the routers' weights do not change any more, as in the second stage of StableMoE
     (arXiv 2204.08396). What is frozen is the model's router, which reads hidden states: as those change, tokens still
