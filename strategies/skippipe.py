@@ -63,6 +63,7 @@ from .outputs import loss_of, training_output
 from .sections import shared_sections
 from .verify import Verify, check_step, check_verify, verify_first
 from .whole_step import WholeStep
+from .zeroing import zero_everywhere, zero_locally
 
 
 class SkipPipeStrategy(DriversStrategy):
@@ -363,6 +364,7 @@ class SkipPipeStrategy(DriversStrategy):
             raise SkipPipeError(f"{len(self.optimizers)} optimizers: a pipeline steps one; give it parameter groups")
         if self.optimizers:
             self._remote = RemoteOptimizer(self._running().pipeline, self.optimizers[0])
+            zero_everywhere(self.lightning_module, self._running().pipeline.gradients)
             if self._continuation is not None:
                 self._continuation.attach(self._running(), self._remote)
 
@@ -388,6 +390,7 @@ class SkipPipeStrategy(DriversStrategy):
             self._remote.detach()
             self._remote = None
             clip_locally(self.precision_plugin)
+            zero_locally(self.lightning_module)
         try:
             if self._spread is not None:
                 self._timeline = self._spread.timeline or self._timeline

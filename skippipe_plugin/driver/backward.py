@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import gradients
+from ..engine.errors import SkipPipeError
 from ..engine.gradients import GradientWindow
 from ..engine.stage import Stage
 from ..engine.wire import norm_answer
@@ -39,14 +39,21 @@ class GradientControl:
         self.visit_counts: dict[int, int] = {}
         """By block stage: how many microbatches of all drivers visited it in the last training step."""
         self.send_step: Callable[[dict[str, Any], bytes], None] = functools.partial(_send_step, links)
-        """Sends the workers the command to step, its fields and hyperparameters."""
+        """Sends the workers the command to step, its fields and settings."""
         self._links = links
         self.layout = layout
         self._leads = leads
         self._hosted: Mapping[int, Stage] = {}
         self._stage_scales: dict[int, float] = {}
-        self._zero_first = False
-        self._expected_norm: float | None = None
+        self.keeps_stepped = True
+        """Whether workers keep gradients after an optimizer step, until they are zeroed as in one process. Not where
+        zeroing is sure to come before the next gradients are added: then the memory is free during the next step."""
+        self._zero = ""
+        """How the workers are to zero their gradients before anything else: ``"drop"``, ``"fill"``, or not at all."""
+        self._is_stepped = False
+        """Whether the accumulated gradients were stepped with, and nothing has become of them since."""
+        self._had_gradients: list[bool] = []
+        self._expected_norm: tuple[float, bool] | None = None
         self._norm_under_way = False
         self._num_norms = 0
         self.keep_norms = False
@@ -91,43 +98,97 @@ class GradientControl:
         by_visit = self.scale == "visit"
         self._stage_scales = {stage: 1.0 / share for stage, share in shares.items() if share} if by_visit else {}
 
-    def zero(self) -> None:
-        """Drop what the workers have accumulated before the next gradients are added; the local ones are not ours."""
-        self._zero_first = True
+    def zero(self, set_to_none: bool = True) -> None:
+        """Zero what the workers have accumulated before the next gradients are added; the local ones are not ours."""
+        if not set_to_none and self._is_stepped and not self.keeps_stepped:
+            raise SkipPipeError(
+                "zero_grad(set_to_none=False) came after an optimizer step whose gradients the workers have dropped; "
+                "override optimizer_zero_grad (or optimizer_step) in the LightningModule, and they keep them for it"
+            )
+        self.keeps_stepped = self.keeps_stepped or not set_to_none
+        self._zero = "drop" if set_to_none or self._zero == "drop" else "fill"
+        self._is_stepped = False
+
+    def opening(self) -> dict[str, Any]:
+        """Return what a training step's announcement says of gradients, such that it may be repeated."""
+        return {"zero": self._zero} if self._zero and self.keeps_stepped else {}
+
+    def opened(self) -> None:
+        """Note that the workers have done what :meth:`opening` said."""
+        if self.keeps_stepped:
+            self._zero = ""
 
     def merge(self, scale: float) -> None:
         """Add the last step's gradients, times ``scale``, to the accumulated ones, here and on the workers."""
+        if self._is_stepped:
+            self._settle_stepped()
         for stage, held in self._hosted.items():
             gradients.scale_gradients(self.window.new_of(held.parameters()), self._stage_scales.get(stage, 1.0))
         self.window.merge(scale)
-        zero, self._zero_first = self._zero_first, False
+        zero, self._zero = self._zero, ""
         fields = {"scale": scale, "zero": zero, "stage_scales": list(self._stage_scales.items())}
         request = self._norm_request(self._expected_norm)
         if self._leads:
             self._links.broadcast("merge", fields | request)
         self._norm_under_way = self._expected_norm is not None
 
-    def norm(self, local: Sequence[Tensor], norm_type: float) -> float:
-        """Return the norm of the accumulated gradients of the ``local`` parameters and of all workers."""
-        norm_type = float(norm_type)
-        if not self._norm_under_way or self._expected_norm != norm_type:
-            request = self._norm_request(norm_type)
+    def _settle_stepped(self) -> None:
+        """New gradients come, and nobody has called zero_grad since the last optimizer step.
+
+        Gradients here tell whether they were dropped in another way, as by ``parameter.grad = None``.
+        """
+        self._is_stepped = False
+        if not self.keeps_stepped:
+            raise SkipPipeError(
+                "gradients are added to those of the last optimizer step, which the workers have dropped; call "
+                "optimizer.zero_grad() before, or override optimizer_zero_grad in the LightningModule and they are kept"
+            )
+        now = [parameter.grad is not None for parameter in self.window.parameters]
+        kept = [here for here, before in zip(now, self._had_gradients, strict=False) if before]
+        if kept and not any(kept):
+            self._zero = "drop"
+        elif not all(kept) or not kept:
+            raise SkipPipeError(
+                "gradients are added to those of the last optimizer step without zero_grad, and whether those on the "
+                "workers should be kept cannot be seen here; call optimizer.zero_grad() between step and backward"
+            )
+
+    def norm(self, local: Sequence[Tensor], norm_type: float, *, stepped: bool) -> float:
+        """Return the norm of the accumulated gradients of the ``local`` parameters and of those on the workers.
+
+        Args:
+            local: The parameters on this driver that count.
+            norm_type: Which norm.
+            stepped: Whether of those on the workers only what an optimizer steps counts.
+        """
+        kind = float(norm_type), stepped
+        norm_type = kind[0]
+        if not self._norm_under_way or self._expected_norm != kind:
+            request = self._norm_request(kind)
             if self._leads:
                 self._links.broadcast("norm", request)
         answers = self._links.gather(norm_answer(self._num_norms))
         self._norm_under_way = False
         # A run that clips once clips always: from now on workers measure as soon as they have merged.
-        self._expected_norm = norm_type
+        self._expected_norm = kind
         sets = [self.layout.whole_set(stage, answers) for stage in range(1, len(self.layout.placement))]
         firsts = {ranks[0] for ranks in sets if ranks}
         powers = [answers[rank].fields["power"] for rank in firsts]
         powers += [answers[rank].fields["experts"] for ranks in sets for rank in ranks[1:]]
         return gradients.total_norm([gradients.norm_power(local, norm_type), *powers], norm_type)
 
-    def step_optimizers(self, hyperparameters: Sequence[Any], scale: float | None, value: float | None) -> None:
+    def step_optimizers(self, settings: bytes, scale: float | None, value: float | None) -> None:
         """Let every worker step its optimizer, after clipping."""
+        if self._is_stepped and not self.keeps_stepped:
+            raise SkipPipeError(
+                "optimizer.step() was called twice for the same gradients, which the workers have dropped after the "
+                "first; override optimizer_step in the LightningModule, and they keep them until zero_grad"
+            )
         self._norm_under_way = False
-        zero, self._zero_first = self._zero_first, False
+        zero, self._zero = self._zero, ""
+        self._is_stepped = True
+        if self.keeps_stepped:
+            self._had_gradients = [parameter.grad is not None for parameter in self.window.parameters]
         if self.keep_norms:
             powers = {stage: gradients.norm_power(held.parameters(), 2.0) for stage, held in self._hosted.items()}
             self.hosted_norms = {stage: power**0.5 / (scale or 1.0) for stage, power in powers.items()}
@@ -136,19 +197,21 @@ class GradientControl:
                 "scale": scale,
                 "value": value,
                 "zero": zero,
+                "keep": self.keeps_stepped,
                 "keep_norms": self.keep_norms,
                 "lr_factors": list(self.lr_factors.items()),
             }
-            self.send_step(fields, pickle.dumps(list(hyperparameters)))
+            self.send_step(fields, settings)
 
-    def _norm_request(self, norm_type: float | None) -> dict[str, Any]:
+    def _norm_request(self, kind: tuple[float, bool] | None) -> dict[str, Any]:
         """Number a request: the answers of steps that were not clipped must not be taken for that of a later one."""
         self._num_norms += 1
-        return {"norm_type": norm_type, "norm": self._num_norms}
+        norm_type, stepped = kind or (None, False)
+        return {"norm_type": norm_type, "stepped": stepped, "norm": self._num_norms}
 
 
-def _send_step(links: Links, fields: Mapping[str, Any], hyperparameters: bytes) -> None:
-    links.broadcast("optimizer_step", fields, [hyperparameters])
+def _send_step(links: Links, fields: Mapping[str, Any], settings: bytes) -> None:
+    links.broadcast("optimizer_step", fields, [settings])
 
 
 class MergeOnBackward(torch.autograd.Function):
@@ -156,11 +219,17 @@ class MergeOnBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, root: Tensor, loss: Tensor, control: GradientControl) -> Tensor:
-        ctx.control = control
+        ctx.control, ctx.is_over = control, False
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.is_over:
+            raise SkipPipeError(
+                "backward was called twice for the loss of one batch (retain_graph=True), but a pipeline has its "
+                "gradients once; add up what is to be back-propagated, such as 2 * loss, and call backward once"
+            )
+        ctx.is_over = True
         ctx.control.merge(float(grad_outputs[0]))
         return torch.zeros(()), None, None
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Final
 
 import cloudpickle
 import torch
@@ -11,9 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..engine import gradients
-from ..engine.optimizer import OptimizerPlan, ParameterKey, local_hyperparameters
+from ..engine.apart import check_steps_apart, counts_without_gradients
+from ..engine.errors import SkipPipeError
+from ..engine.optimizer import OptimizerPlan, ParameterKey, Settings, settings_of
 from ..engine.wire import decode_optimizer_state, encode_optimizer_state
+from .optimizer_attributes import check_attributes, check_step_is_of_class, own_code, own_values
+from .optimizer_state import WatchedState
 from .pipeline import Pipeline
+
+_MODES: Final = ("train", "eval")
+"""Methods of optimizers that have two sets of weights, as schedule-free ones do."""
 
 
 class RemoteOptimizer:
@@ -25,25 +35,38 @@ class RemoteOptimizer:
         self._keys = pipeline.remote.parameters()
         self._clip_scale: float | None = None
         self._clip_value: float | None = None
-        self._num_groups = 0
+        self._members: list[list[int]] = []
+        self._before: Settings | None = None
+        """The settings before the driver's own step, which may change them."""
+        self._attributes = own_values(optimizer)
+        self._check()
         for parameter in [parameter for parameter in optimizer.state if parameter.is_meta]:
             del optimizer.state[parameter]  # what an optimizer's constructor may have made for them
+        self._state = self._watch()
         self._describe()
         self._handles = [
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            optimizer.register_state_dict_pre_hook(lambda _: self._open_state()),
             optimizer.register_state_dict_post_hook(lambda _, state_dict: self._completed(state_dict)),
             optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._take(state_dict)),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._loaded()),
         ]
         self._zero_grad = optimizer.zero_grad
         optimizer.zero_grad = self._zero  # type: ignore[method-assign]
+        for method in _MODES:
+            if callable(getattr(optimizer, method, None)):
+                optimizer.__dict__[method] = functools.partial(self._switch, method, getattr(optimizer, method))
 
     def detach(self) -> None:
         """Make the optimizer an ordinary one again, with the state of all parameters: it may be saved after the run."""
         for handle in self._handles:
             handle.remove()
-        self._optimizer.__dict__.pop("zero_grad", None)
+        for name in ("zero_grad", *_MODES):
+            self._optimizer.__dict__.pop(name, None)
+        self._state.is_open = True
+        state = self._optimizer.state = defaultdict(dict, self._state)
         remote = {} if self._pipeline.beyond_help else self._fetch()
-        state = self._optimizer.state
         for parameter in (parameter for group in self._optimizer.param_groups for parameter in group["params"]):
             own = remote.get(self._keys[id(parameter)]) if id(parameter) in self._keys else state.pop(parameter, None)
             if own is not None:
@@ -59,8 +82,10 @@ class RemoteOptimizer:
             norm_type: Which norm.
             local: The parameters on this driver that count; None: those of the optimizer.
         """
+        norm = self._pipeline.gradients.norm(
+            self._local() if local is None else local, norm_type, stepped=local is None
+        )
         local = self._local() if local is None else local
-        norm = self._pipeline.gradients.norm(local, norm_type)
         scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         gradients.clip(local, scale=scale, value=None)
         self._clip_scale = scale * (1.0 if self._clip_scale is None else self._clip_scale)
@@ -92,16 +117,19 @@ class RemoteOptimizer:
     def local_state_dict(self) -> dict[str, Any]:
         """Return the ordinary ``state_dict``, but without the state of remote parameters, which nobody is asked for."""
         members = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        state, number_of = self._optimizer.state, {id(parameter): number for number, parameter in enumerate(members)}
+        number_of = {id(parameter): number for number, parameter in enumerate(members)}
         groups = [
             {**group, "params": [number_of[id(parameter)] for parameter in group["params"]]}
             for group in self._optimizer.param_groups
         ]
-        local = {number: dict(state[p]) for number, p in enumerate(members) if p in state}
+        with self._state.opened():
+            state = self._optimizer.state
+            local = {number: dict(state[p]) for number, p in enumerate(members) if p in state}
         return {"state": local, "param_groups": groups}
 
     def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the optimizer's own ``state_dict`` with the state of remote parameters."""
+        self._state.is_open = False
         state, remote = dict(state_dict["state"]), self._fetch()
         state |= {number: remote[key] for key, number in self.numbers().items() if key in remote}
         return {**state_dict, "state": dict(sorted(state.items()))}
@@ -112,15 +140,23 @@ class RemoteOptimizer:
         remote = {key: state_dict["state"][n] for key, n in numbers.items() if n in state_dict["state"]}
         taken = set(numbers.values())
         self._describe()
+        self._put(remote)
+        local = {number: state for number, state in state_dict["state"].items() if number not in taken}
+        return {**state_dict, "state": local}
+
+    def _loaded(self) -> None:
+        """Watch what ``load_state_dict`` has made, and check the groups that it brought."""
+        self._state = self._watch()
+        self._check_groups()
+
+    def _put(self, remote: Mapping[ParameterKey, Mapping[str, Any]]) -> None:
         if self._pipeline.leads:
             for link in self._pipeline.links:
                 blocks = set(self._pipeline.layout.hosted(link.rank))
-                own = {key: state for key, state in remote.items() if key[0] in blocks}
+                own = {key: dict(state) for key, state in remote.items() if key[0] in blocks}
                 fields, blobs = encode_optimizer_state(self._pipeline.shards.part_of_state(own, link.rank))
                 link.send("put", {"what": "optimizer", **fields}, blobs)
         self._pipeline.links.expect_all("ready")
-        local = {number: state for number, state in state_dict["state"].items() if number not in taken}
-        return {**state_dict, "state": local}
 
     def _fetch(self) -> dict[ParameterKey, dict[str, Any]]:
         return self._pipeline.surviving(self._fetch_once)
@@ -140,38 +176,139 @@ class RemoteOptimizer:
             self._keys[id(parameter)]: number for number, parameter in enumerate(members) if id(parameter) in self._keys
         }
 
-    # ---------------------------------------------------------------- step
+    # ---------------------------------------------------------------- state
+
+    def _watch(self) -> WatchedState:
+        """Put a state in the optimizer's place that refuses to speak for parameters on workers."""
+        name_of = {id(parameter): name for name, parameter in self._named_remote().items()}.get
+        state = WatchedState(self._optimizer.state, lambda key: name_of(id(key)))
+        self._optimizer.state = state
+        return state
+
+    def _named_remote(self) -> dict[str, Tensor]:
+        members = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
+        keys = ((self._keys.get(id(parameter)), parameter) for parameter in members)
+        return {f"{key[1]} of block {key[0]}": parameter for key, parameter in keys if key is not None}
+
+    def _open_state(self) -> None:
+        self._state.is_open = True
+
+    # ----------------------------------------------------------------- what it is
+
+    def _check(self) -> None:
+        """Raise unless workers can have parts of this optimizer that step as it does."""
+        self._check_groups()
+        check_step_is_of_class(self._optimizer)
+        plan = self._plan()
+        check_steps_apart(plan, self._pipeline.device)
+        check_attributes(self._optimizer, plan)
+        for number, group in enumerate(self._optimizer.param_groups):
+            remote = any(id(parameter) in self._keys for parameter in group["params"])
+            local = any(not parameter.is_meta and parameter.requires_grad for parameter in group["params"])
+            if remote and not local and not counts_without_gradients(plan):
+                raise SkipPipeError(
+                    f"{type(self._optimizer).__name__} counts in parameter group {number} only where a parameter of it "
+                    "has a gradient, and those of this group are all on workers, so the driver's count would "
+                    "stand still; put a parameter from outside of the blocks into the group, or train without the "
+                    "pipeline"
+                )
+
+    def _check_groups(self) -> None:
+        for number, group in enumerate(self._optimizer.param_groups):
+            for key, value in group.items():
+                if key != "params" and _holds_parameters(value):
+                    raise SkipPipeError(
+                        f"parameter group {number} of the {type(self._optimizer).__name__} holds a parameter or a "
+                        f"tensor without values under {key!r}, which cannot be sent to the workers; keep it out of the "
+                        "groups"
+                    )
+
+    def _plan(self) -> OptimizerPlan:
+        groups = self._optimizer.param_groups
+        keys = tuple(tuple(self._keys[id(p)] for p in group["params"] if id(p) in self._keys) for group in groups)
+        settings = settings_of(self._optimizer, (*self._attributes, *own_code(self._optimizer)))
+        return OptimizerPlan(type(self._optimizer), dict(self._optimizer.defaults), keys, settings)
 
     def _describe(self) -> None:
         """Let the workers build their parts; their state starts empty."""
-        groups = self._optimizer.param_groups
-        self._num_groups = len(groups)
-        keys = tuple(tuple(self._keys[id(p)] for p in group["params"] if id(p) in self._keys) for group in groups)
-        plan = OptimizerPlan(type(self._optimizer), dict(self._optimizer.defaults), keys)
+        self._members = self._membership()
+        plan = self._plan()
         if self._pipeline.leads:
             self._pipeline.optimizer_plan = cloudpickle.dumps(plan)
             self._pipeline.links.broadcast("optimizer", {}, [self._pipeline.optimizer_plan])
 
+    def _membership(self) -> list[list[int]]:
+        return [[id(parameter) for parameter in group["params"]] for group in self._optimizer.param_groups]
+
+    # ---------------------------------------------------------------- step
+
     def _zero(self, set_to_none: bool = True) -> None:
         self._zero_grad(set_to_none)
-        self._pipeline.gradients.zero()
+        self._pipeline.gradients.zero(set_to_none)
+
+    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Note the settings when all that may change them has run: the closure, in which the user's hooks run."""
+        self._note_settings()
+        self._state.is_open = True
+        if args and callable(args[-1]):
+            return (*args[:-1], self._noting(args[-1])), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._noting(kwargs["closure"])}
+        return args, kwargs
+
+    def _noting(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def noting() -> Any:  # Any: the loss
+            self._state.is_open = False
+            result = closure()
+            self._note_settings()
+            self._state.is_open = True
+            return result
+
+        return noting
+
+    def _note_settings(self) -> None:
+        self._before = settings_of(self._optimizer, self._attributes)
 
     def _after_step(self) -> None:
+        self._state.is_open = False
+        settings, self._before = self._before, None
+        assert settings is not None, "torch calls the hook before a step"
         scale, value = self._clip_scale, self._clip_value
         self._clip_scale = self._clip_value = None
-        if len(self._optimizer.param_groups) != self._num_groups:
-            self._grow()
-        hyperparameters = [local_hyperparameters(group) for group in self._optimizer.param_groups]
-        self._pipeline.gradients.step_optimizers(hyperparameters, scale, value)
+        if self._membership() != self._members:
+            self._regroup()
+        self._pipeline.gradients.step_optimizers(settings.dumps(), scale, value)
 
-    def _grow(self) -> None:
-        """A group was added (unfreezing does that): rebuild the remote optimizers and give them their state back."""
-        self.load_state_dict(self.state_dict())
+    def _regroup(self) -> None:
+        """Parameters were added (unfreezing does that) or moved: rebuild the remote parts, with their state."""
+        self._check()
+        remote = self._fetch()
+        self._describe()
+        self._put(remote)
+
+    def _switch(self, method: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``train`` or ``eval`` of the optimizer here and of its parts on the workers."""
+        settings = settings_of(self._optimizer, self._attributes)
+        with self._state.opened():
+            result = original(*args, **kwargs)
+        if self._pipeline.leads:
+            self._pipeline.links.broadcast("optimizer_mode", {"method": method}, [settings.dumps()])
+        return result
+
+
+def _holds_parameters(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_meta or isinstance(value, nn.Parameter)
+    if isinstance(value, dict):
+        return any(_holds_parameters(each) for each in value.values())
+    return isinstance(value, list | tuple | set) and any(_holds_parameters(each) for each in value)
 
 
 def to_device(optimizer: Optimizer, device: torch.device) -> None:
     """Move the optimizer's own state, which has none for remote parameters."""
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and not value.is_meta:
-                state[name] = value.to(device)
+    watched = optimizer.state
+    with watched.opened() if isinstance(watched, WatchedState) else nullcontext():
+        for state in watched.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and not value.is_meta:
+                    state[name] = value.to(device)

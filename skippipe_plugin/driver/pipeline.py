@@ -506,6 +506,7 @@ class Pipeline:
             "training": schedule.backward,
             "timeline": timeline,
             "forget_caches": proxies.ledger.take_freed(),
+            **(self.gradients.opening() if name == TRAINING else {}),
         }
         # As many ahead of their turns as have had them: twice the hidden states on the driver, not all of them. What is
         # measured shows each embedding in its place, and what it takes.
@@ -521,6 +522,8 @@ class Pipeline:
             done = self.links.expect_all("done")
         for writes in (*(s.take_writes() for s in self._hosted.values()), *(m.fields["writes"] for m in done.values())):
             proxies.note_all_writes(writes)
+        if name == TRAINING:
+            self.gradients.opened()
         if timeline and self.leads:
             remote = {rank: message.fields["timeline"] for rank, message in done.items()}
             self.timeline = measured_timeline(schedule, events, remote, self._clocks)

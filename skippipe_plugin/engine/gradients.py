@@ -50,10 +50,10 @@ class GradientWindow:
         for parameter, gradient in pairs:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
-    def zero(self) -> None:
-        """Drop the accumulated gradients."""
+    def zero(self, *, fill: bool = False) -> None:
+        """Drop the accumulated gradients, or fill them with zeros."""
         for parameter in self.parameters:
-            parameter.grad = None
+            parameter.grad = torch.zeros_like(parameter.grad) if fill and parameter.grad is not None else None
 
     def _restore(self) -> None:
         assert self._accumulated is not None

@@ -1,12 +1,19 @@
-"""The optimizer of a stage's parameters: the user's class with the user's groups, on the rank that holds them."""
+"""The optimizer of a stage's parameters: the user's class with the user's groups, on the rank that holds them.
+
+A step takes everything but the parameters from the driver's optimizer as it was before its own step
+(:class:`Settings`): hyperparameters, and whatever else the class keeps in its groups or on itself, such as a count
+of steps.
+"""
 
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
+import cloudpickle
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +25,26 @@ ParameterKey = tuple[int, str]
 
 Hyperparameters = dict[str, Any]  # Any: the optimizer class defines them
 
+_NOT_SENT: Final = ("params", "param_names")
+_FROM_SCHEDULERS: Final = ("initial_lr", "max_lr", "min_lr")
+"""What schedulers add to groups; the constructors of some optimizers refuse groups with keys that they do not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that a step depends on beside parameters, gradients and their state."""
+
+    groups: tuple[Hyperparameters, ...]
+    attributes: Hyperparameters = field(default_factory=dict)
+    """What the optimizer keeps on itself, by name."""
+
+    def dumps(self) -> bytes:
+        """Return the settings as they travel."""
+        try:
+            return pickle.dumps(self)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            return cloudpickle.dumps(self)  # type: ignore[no-any-return]
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerPlan:
@@ -27,6 +54,7 @@ class OptimizerPlan:
     defaults: Hyperparameters
     groups: tuple[tuple[ParameterKey, ...], ...]
     """By parameter group of the driver's optimizer: its remote parameters, of all stages."""
+    settings: Settings
 
 
 class StageOptimizer:
@@ -35,18 +63,28 @@ class StageOptimizer:
     def __init__(self, plan: OptimizerPlan, parameters: Mapping[ParameterKey, nn.Parameter]) -> None:
         self._members = [[key for key in group if key in parameters] for group in plan.groups]
         self._parameters = parameters
-        groups = [{"params": [parameters[key] for key in members]} for members in self._members]
-        self._optimizer = _build(plan, groups) if any(self._members) else None
+        groups = [[parameters[key] for key in members] for members in self._members]
+        self._optimizer = build(plan, groups) if any(groups) else None
 
-    def step(self, hyperparameters: Sequence[Hyperparameters], lr_factor: float = 1.0) -> None:
-        """Take one step with the driver's current hyperparameters, by group, the learning rate times a factor."""
+    def step(self, settings: Settings, lr_factor: float = 1.0) -> None:
+        """Take one step with the driver's settings, the learning rates times a factor."""
         if self._optimizer is None:
             return
-        for group, values in zip(self._optimizer.param_groups, hyperparameters, strict=True):
-            group.update(values)
+        apply_settings(self._optimizer, settings)
+        for group in self._optimizer.param_groups:
             if lr_factor != 1.0 and "lr" in group:
                 group["lr"] = group["lr"] * lr_factor  # of the driver's rate, so it never compounds
         self._optimizer.step()
+
+    def switch(self, method: str, settings: Settings) -> None:
+        """Call ``train`` or ``eval`` of an optimizer that has them."""
+        if self._optimizer is not None:
+            apply_settings(self._optimizer, settings)
+            getattr(self._optimizer, method)()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List what is stepped."""
+        return [self._parameters[key] for members in self._members for key in members]
 
     def state(self) -> dict[ParameterKey, dict[str, Any]]:
         """Return each parameter's optimizer state as the optimizer names it; tensors are not copied."""
@@ -66,24 +104,79 @@ class StageOptimizer:
         self._optimizer.load_state_dict(own)
 
 
-def local_hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
-    """Return what a parameter group of the driver's optimizer holds beside its parameters, ready to send."""
-    return {
-        key: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        for key, value in group.items()
-        if key not in ("params", "param_names")
-    }
+def settings_of(optimizer: Optimizer, attributes: Sequence[str] = ()) -> Settings:
+    """Return the present settings of ``optimizer``, ready to send; later steps of it leave them as they are."""
+    groups = tuple(
+        {key: _portable(value) for key, value in group.items() if key not in _NOT_SENT}
+        for group in optimizer.param_groups
+    )
+    return Settings(groups, {name: _portable(optimizer.__dict__[name]) for name in attributes})
 
 
-def _build(plan: OptimizerPlan, groups: list[dict[str, Any]]) -> Optimizer:
+def apply_settings(optimizer: Optimizer, settings: Settings) -> None:
+    """Let an optimizer with as many groups have the settings, and no others."""
+    for group, values in zip(optimizer.param_groups, settings.groups, strict=True):
+        device = next((parameter.device for parameter in group["params"]), torch.device("cpu"))
+        for key in group.keys() - values.keys() - {*_NOT_SENT}:
+            del group[key]
+        group.update({key: _arrived(value, device) for key, value in values.items()})
+    for name, value in settings.attributes.items():
+        optimizer.__dict__[name] = _arrived(value, torch.device("cpu"))
+
+
+@dataclass(frozen=True, slots=True)
+class _OnDevice:
+    """A tensor that belongs on the device of the parameters."""
+
+    tensor: Tensor
+
+
+def _portable(value: Any) -> Any:  # Any: whatever the class keeps
+    if type(value) in (list, tuple, set):
+        return type(value)(_portable(each) for each in value)
+    if type(value) is dict:
+        return {key: _portable(each) for key, each in value.items()}
+    if not isinstance(value, Tensor) or value.is_meta:
+        return value
+    copy = value.detach().clone()
+    return copy if copy.device.type == "cpu" else _OnDevice(copy.cpu())
+
+
+def _arrived(value: Any, device: torch.device) -> Any:
+    if isinstance(value, _OnDevice):
+        return value.tensor.to(device)
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (list, tuple, set):
+        return type(value)(_arrived(each, device) for each in value)
+    return {key: _arrived(each, device) for key, each in value.items()} if type(value) is dict else value
+
+
+def build(plan: OptimizerPlan, groups: Sequence[Sequence[nn.Parameter]]) -> Optimizer:
+    """Build an optimizer of the plan's class and settings for some parameters, by group.
+
+    Raises:
+        SkipPipeError: The class does not take parameter groups and its own defaults.
+    """
     accepted = inspect.signature(plan.cls.__init__).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
     arguments = {key: value for key, value in plan.defaults.items() if takes_any or key in accepted}
+    full = [
+        {**{k: v for k, v in values.items() if k not in _FROM_SCHEDULERS}, "params": list(parameters)}
+        for values, parameters in zip(plan.settings.groups, groups, strict=True)
+    ]
     try:
         with torch.no_grad():
-            return plan.cls(groups, **arguments)
+            try:
+                optimizer = plan.cls(full, **arguments)
+            except Exception:  # it may refuse keys that it adds itself
+                optimizer = plan.cls([{"params": list(parameters)} for parameters in groups], **arguments)
+            apply_settings(optimizer, plan.settings)
     except Exception as error:
         raise SkipPipeError(
             f"{plan.cls.__name__} cannot be built on a worker from its parameter groups and defaults "
-            f"{sorted(arguments)}: {error}"
+            f"{sorted(arguments)}: {type(error).__name__}: {error}. A pipeline builds the optimizer's class anew in "
+            "each process, so its constructor must take parameter groups, and no argument beyond them that its "
+            "defaults do not have"
         ) from error
+    return optimizer

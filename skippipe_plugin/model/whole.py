@@ -52,7 +52,7 @@ class WholeModel:
 
     def _zero(self, set_to_none: bool = True) -> None:
         self._zero_local(set_to_none)
-        self._spread.pipeline.gradients.zero()
+        self._spread.pipeline.gradients.zero(set_to_none)
 
     def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         """Put the workers' tensors into a ``state_dict``."""

@@ -64,18 +64,28 @@ class Holdings:
 
     def merge(self, fields: Fields) -> None:
         """Add the new gradients to the accumulated ones."""
-        if fields["zero"]:
-            self.window.zero()
+        self.zero(fields["zero"])
         for stage, scale in fields["stage_scales"]:
             if stage in self.stages:
                 gradients.scale_gradients(self.window.new_of(self.stages[stage].parameters()), scale)
         self.window.merge(fields["scale"])
 
-    def norm_powers(self, norm_type: float) -> dict[str, float]:
-        """Return this worker's part of the gradients' norm, and the part of that from experts only it holds."""
-        spread = self.experts.parameters(self.stages)
+    def zero(self, how: str) -> None:
+        """Drop the accumulated gradients (``"drop"``), fill them with zeros (``"fill"``), or leave them (``""``)."""
+        if how:
+            self.window.zero(fill=how == "fill")
+
+    def norm_powers(self, norm_type: float, *, stepped: bool) -> dict[str, float]:
+        """Return this worker's part of the gradients' norm, and the part of that from experts only it holds.
+
+        With ``stepped``, of the parameters that its optimizer steps; otherwise of all.
+        """
+        members, spread = self.window.parameters, self.experts.parameters(self.stages)
+        if stepped and self._optimizer is not None:
+            known = {id(parameter) for parameter in self._optimizer.parameters()}
+            members, spread = ([p for p in each if id(p) in known] for each in (members, spread))
         return {
-            "power": gradients.norm_power(self.window.parameters, norm_type),
+            "power": gradients.norm_power(members, norm_type),
             "experts": gradients.norm_power(spread, norm_type),
         }
 
@@ -92,20 +102,25 @@ class Holdings:
         if self._optimizer is not None:
             self._optimizer.load_state(state)
 
-    def step_optimizer(self, fields: Fields, hyperparameters: Buffer) -> None:
-        """Clip, step, and drop the gradients."""
-        if fields["zero"]:
-            self.window.zero()
+    def step_optimizer(self, fields: Fields, settings: Buffer) -> None:
+        """Clip, step, and drop the gradients unless they are to be kept."""
+        self.zero(fields["zero"])
         if fields["keep_norms"]:
             powers = {number: gradients.norm_power(stage.parameters(), 2.0) for number, stage in self.stages.items()}
             self.norms = {number: power**0.5 for number, power in powers.items()}
         gradients.clip(self.window.parameters, scale=fields["scale"], value=fields["value"])
         assert self._optimizer is not None, "an optimizer step before the optimizer"
         factors = [factor for stage, factor in fields["lr_factors"] if stage in self.stages]
-        self._optimizer.step(pickle.loads(hyperparameters), lr_factor=max(factors, default=1.0))
+        self._optimizer.step(pickle.loads(settings), lr_factor=max(factors, default=1.0))
         self.step = fields.get("step", -1)
-        # What follows is always a new accumulation window: free the memory now rather than during the next step.
-        self.window.zero()
+        if not fields["keep"]:
+            # What follows is a new accumulation window: free the memory now rather than during the next step.
+            self.window.zero()
+
+    def switch_optimizer(self, method: str, settings: Buffer) -> None:
+        """Call ``train`` or ``eval`` of an optimizer that has two sets of weights."""
+        assert self._optimizer is not None, "a mode before the optimizer"
+        self._optimizer.switch(method, pickle.loads(settings))
 
     def obey_experts(self, moves: Sequence[Any]) -> dict[str, Any]:
         """Move experts as ordered (block, name, placement); return what those here took since the last time."""

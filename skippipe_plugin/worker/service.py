@@ -317,6 +317,7 @@ class Worker:
         for stage in self._holdings.stages.values():
             stage.forget_caches(key for part in parts for key in part["forget_caches"])
         if fields["training"]:
+            self._holdings.zero(fields.get("zero", ""))
             self._holdings.window.open()
             self._routers.open(1 / max(1, len(live)))
         self._holdings.experts.begin_step()
@@ -375,7 +376,8 @@ class Worker:
             self._on_norm(source, message)
 
     def _on_norm(self, source: int, message: Message) -> None:
-        powers = self._holdings.norm_powers(float(message.fields["norm_type"]))
+        fields = message.fields
+        powers = self._holdings.norm_powers(float(fields["norm_type"]), stepped=fields["stepped"])
         self._answer(norm_answer(message.fields["norm"]), dict(powers))
 
     def _on_schedule(self, source: int, message: Message) -> None:
@@ -389,6 +391,9 @@ class Worker:
 
     def _on_optimizer_step(self, source: int, message: Message) -> None:
         self._holdings.step_optimizer(message.fields, message.blobs[0])
+
+    def _on_optimizer_mode(self, source: int, message: Message) -> None:
+        self._holdings.switch_optimizer(message.fields["method"], message.blobs[0])
 
     def _on_get(self, source: int, message: Message) -> None:
         self._reply(source, "state", *self._holdings.state(message.fields["what"], message.fields.get("blocks")))

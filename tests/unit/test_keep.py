@@ -1,6 +1,5 @@
 """What a worker keeps while drivers come and go: records, and stages whose last step may still be due."""
 
-import pickle
 from typing import Any
 
 import cloudpickle
@@ -10,9 +9,11 @@ from torch import nn
 from torch.optim import SGD
 
 from skippipe_plugin.engine.handover import pack_blocks, pack_object, pack_tensors, unpack_object, unpack_tensors
-from skippipe_plugin.engine.optimizer import OptimizerPlan
+from skippipe_plugin.engine.optimizer import OptimizerPlan, settings_of
 from skippipe_plugin.engine.parcel import pack_parts
 from skippipe_plugin.worker.keep import Keep
+
+SETTINGS = settings_of(SGD([nn.Parameter(torch.zeros(1))], lr=0.5))
 
 
 def stored(name: str, fit: int, step: int, **fields: Any) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def holding(value: float) -> Keep:
     load = {"seed": 0, "compile": None, "first": True, "last": True, "stage": 1}
     load |= {"overlap": 1, "experts": []}
     keep.holdings.load({**load, "blocks": fields}, blobs, torch.device("cpu"))
-    plan = OptimizerPlan(SGD, {"lr": 0.5}, (((0, "weight"),),))
+    plan = OptimizerPlan(SGD, {"lr": 0.5}, (((0, "weight"),),), SETTINGS)
     keep.holdings.build_optimizer(cloudpickle.dumps(plan))
     weight(keep).grad = torch.ones(1, 1)
     return keep
@@ -38,8 +39,9 @@ def weight(keep: Keep) -> nn.Parameter:
 
 
 def finish(step: int) -> tuple[dict[str, Any], list[bytes]]:
-    command = {"step": step, "zero": False, "keep_norms": False, "scale": None, "value": None, "lr_factors": []}
-    return {"do": "finish", "optimizer_step": command}, [pickle.dumps([{"lr": 0.5}])]
+    command = {"step": step, "zero": "", "keep": False, "keep_norms": False, "scale": None, "value": None}
+    command |= {"lr_factors": []}
+    return {"do": "finish", "optimizer_step": command}, [SETTINGS.dumps()]
 
 
 def test_a_step_that_was_commanded_twice_is_taken_once() -> None:

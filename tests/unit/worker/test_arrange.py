@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from skippipe_plugin.engine.handover import pack_blocks
-from skippipe_plugin.engine.optimizer import OptimizerPlan, local_hyperparameters
+from skippipe_plugin.engine.optimizer import OptimizerPlan, settings_of
 from skippipe_plugin.engine.parcel import pack_parts, unpack_parts
 from skippipe_plugin.worker.arrange import arrange
 from skippipe_plugin.worker.holdings import Holdings
@@ -58,7 +58,7 @@ def load(stages: dict[int, Sequence[int]], blocks: Sequence[nn.Module], plan: by
 def plan_of(optimizer: Optimizer, blocks: Sequence[nn.Module]) -> bytes:
     names = {id(p): (index, name) for index, block in enumerate(blocks) for name, p in block.named_parameters()}
     groups = tuple(tuple(names[id(p)] for p in group["params"]) for group in optimizer.param_groups)
-    return pickle.dumps(OptimizerPlan(type(optimizer), dict(optimizer.defaults), groups))
+    return pickle.dumps(OptimizerPlan(type(optimizer), dict(optimizer.defaults), groups, settings_of(optimizer)))
 
 
 def order(source: Holdings, target: Holdings, stages: dict[int, Sequence[int]], plan: bytes, structure: nn.Module):
@@ -92,8 +92,8 @@ def run(holders: Sequence[Holdings], optimizer: Optimizer, seed: int, *, step: b
         hidden = blocks[index](hidden)
     hidden.square().mean().backward()
     if step:
-        values = pickle.dumps([local_hyperparameters(group) for group in optimizer.param_groups])
-        fields = {"zero": False, "keep_norms": True, "scale": None, "value": None, "lr_factors": []}
+        values = settings_of(optimizer).dumps()
+        fields = {"zero": "", "keep": False, "keep_norms": True, "scale": None, "value": None, "lr_factors": []}
         for holdings in holders:
             holdings.step_optimizer(fields, values)
 

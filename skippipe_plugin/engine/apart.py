@@ -1,0 +1,231 @@
+"""Whether an optimizer steps every parameter by itself, so that processes with some of them each step as one does.
+
+The optimizers of torch do, but for LBFGS. Of any other class it is tried out on two small parameters, together and
+apart, over a few steps with gradients of several sizes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .errors import SkipPipeError
+from .optimizer import OptimizerPlan, Settings, apply_settings, build
+
+_NAMES: Final = (
+    *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
+    *("RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD", "Adafactor"),
+)
+STEP_APART: Final = frozenset(cls for name in _NAMES if (cls := getattr(torch.optim, name, None)) is not None)
+"""Those of torch that need no trial: each has a test."""
+_NUM_STEPS: Final = 12
+_MAX_GROUPS: Final = 4
+_SHAPES: Final = ((4, 3), (5,))
+_OTHERWISE: Final = (
+    "use an optimizer whose step needs no closure and looks at one parameter at a time (all of torch.optim but LBFGS "
+    "do), or train without the pipeline"
+)
+
+
+def check_steps_apart(plan: OptimizerPlan, device: torch.device) -> None:
+    """Raise unless the optimizer of ``plan`` can be stepped in several processes as in one.
+
+    Raises:
+        SkipPipeError: It needs a closure, or reads across parameters, or cannot be built from groups and defaults.
+    """
+    name = plan.cls.__name__
+    _check_closure_is_optional(plan.cls)
+    if plan.cls in STEP_APART:
+        return
+    if _unhooked(plan.cls.zero_grad) is not _unhooked(Optimizer.zero_grad):
+        raise SkipPipeError(
+            f"{name} overrides zero_grad, and what it does there to the gradients on the workers is not known; leave "
+            f"zero_grad as torch has it, or train without the pipeline"
+        )
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        for settings in _representatives(plan.settings):
+            trial = _find_trial(replace(plan, settings=settings), device)
+            if not trial.is_alike():
+                raise SkipPipeError(
+                    f"{name} steps a parameter otherwise when it steps another one with it: it looks at all parameters "
+                    "(one step size or one norm for all, for example), or draws random numbers. In a pipeline each "
+                    f"process steps the parameters that it holds; {_OTHERWISE}"
+                )
+            trial.check_closure()
+
+
+def counts_without_gradients(plan: OptimizerPlan) -> bool:
+    """Tell whether what the optimizer keeps in its groups and on itself goes on where no parameter has a gradient.
+
+    The driver's optimizer has groups of which it holds no parameter, and says how they stand.
+    """
+    if plan.cls in STEP_APART:
+        return True
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        for settings in _representatives(plan.settings):
+            trial = _find_trial(replace(plan, settings=settings), torch.device("cpu"))
+            if trial.kept(with_gradients=True) != trial.kept(with_gradients=False):
+                return False
+    return True
+
+
+def _check_closure_is_optional(cls: type[Optimizer]) -> None:
+    parameters = list(inspect.signature(_unhooked(cls.step)).parameters.values())[1:]
+    if any(
+        each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters
+    ):
+        raise SkipPipeError(
+            f"{cls.__name__}.step needs a closure, which it may call several times; a pipeline runs forward and "
+            f"backward once per step. {_OTHERWISE[0].upper()}{_OTHERWISE[1:]}"
+        )
+
+
+def _unhooked(function: Callable[..., Any]) -> Callable[..., Any]:
+    raw: Callable[..., Any] = inspect.unwrap(function)
+    return raw
+
+
+def _representatives(settings: Settings) -> Iterator[Settings]:
+    """Yield pairs of groups: each that differs in more than its rate, with itself and with the first."""
+    kinds = {repr(sorted((k, v) for k, v in group.items() if "lr" not in k)): group for group in settings.groups}
+    groups = list(islice(kinds.values(), _MAX_GROUPS))
+    for group in groups:
+        yield Settings((_moving(group), _moving(group)), settings.attributes)
+    for group in groups[1:]:
+        yield Settings((_moving(groups[0]), _moving(group)), settings.attributes)
+
+
+def _moving(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group whose parameters move, though a schedule may begin with a rate of 0."""
+    return group if "lr" not in group or float(group["lr"]) != 0 else {**group, "lr": 1e-3}
+
+
+def _find_trial(plan: OptimizerPlan, device: torch.device) -> _Trial:
+    """Return a trial on what the optimizer takes: some want matrices, some no float64."""
+    errors: list[Exception] = []
+    trials: list[_Trial] = []
+    for shape in _SHAPES:
+        for dtype in (torch.float64, torch.float32):
+            trial = _Trial(plan, shape, dtype, device)
+            try:
+                trial.run(((0, 1), ()))
+            except Exception as error:
+                errors.append(error)
+                continue
+            trials.append(trial)
+            break
+    if not trials and isinstance(errors[0], SkipPipeError):
+        raise errors[0]
+    if not trials:
+        raise SkipPipeError(
+            f"{plan.cls.__name__}.step() fails without a closure, or on small parameters: {type(errors[0]).__name__}: "
+            f"{errors[0]}. A pipeline runs forward and backward once per step, and each process steps the parameters "
+            f"that it holds without a closure; {_OTHERWISE}"
+        )
+    return _Trial(plan, trials[0].shape, trials[0].dtype, device, more=trials[1:])
+
+
+_Members = tuple[tuple[int, ...], tuple[int, ...]]
+"""By group: the numbers of the parameters in it."""
+_TOGETHER: Final[tuple[_Members, ...]] = (((0, 1), ()), ((), (0, 1)), ((0,), (1,)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Steps of an optimizer on up to two parameters in two groups."""
+
+    plan: OptimizerPlan
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    more: Sequence[_Trial] = ()
+
+    def is_alike(self) -> bool:
+        """Tell whether each parameter moves as it does alone."""
+        return all(self._is_alike(members) for members in _TOGETHER) and all(each.is_alike() for each in self.more)
+
+    def _is_alike(self, members: _Members) -> bool:
+        together = self.run(members)
+        for number in (0, 1):
+            alone = self.run(_only(number, members))
+            error = (together[number] - alone[number]).abs().max()
+            limit = 1e-5 * alone[number].abs().max() + (0 if self.dtype is torch.float64 else 1e-6)
+            if not bool(error <= limit):
+                return False
+        return True
+
+    def run(self, members: _Members) -> dict[int, Tensor]:
+        """Return by parameter how it moved in each step: [steps, ...]."""
+        parameters, optimizer = self._start(members)
+        moves: dict[int, list[Tensor]] = {number: [] for number in parameters}
+        for step in range(_NUM_STEPS):
+            before = {number: parameter.detach().clone() for number, parameter in parameters.items()}
+            self._give_gradients(parameters, step)
+            optimizer.step()
+            for number, parameter in parameters.items():
+                moves[number].append(parameter.detach() - before[number])
+        return {number: torch.stack(each) for number, each in moves.items()}
+
+    def kept(self, *, with_gradients: bool) -> str:
+        """Return what the optimizer keeps outside of states after some steps."""
+        parameters, optimizer = self._start(((0,), (1,)))
+        for step in range(3):
+            if with_gradients:
+                self._give_gradients(parameters, step)
+            optimizer.step()
+        groups = [sorted((k, v) for k, v in group.items() if k != "params") for group in optimizer.param_groups]
+        return repr((groups, [optimizer.__dict__[name] for name in self.plan.settings.attributes]))
+
+    def check_closure(self) -> None:
+        """Raise if the optimizer calls a closure more than once."""
+        parameters, optimizer = self._start(((0, 1), ()))
+        calls = 0
+
+        def closure() -> Tensor:
+            nonlocal calls
+            calls += 1
+            self._give_gradients(parameters, calls)
+            return torch.tensor(1.0)
+
+        try:
+            optimizer.step(closure)  # type: ignore[arg-type]
+        except TypeError:  # it takes none: whoever passes one is told so in one process too
+            return
+        if calls > 1:
+            raise SkipPipeError(
+                f"{self.plan.cls.__name__}.step called its closure {calls} times on trial, but a pipeline runs forward "
+                f"and backward once per step; {_OTHERWISE}"
+            )
+
+    def _start(self, members: _Members) -> tuple[dict[int, nn.Parameter], Optimizer]:
+        numbers = [number for group in members for number in group]
+        parameters = {number: nn.Parameter(self._values(number, -1)) for number in numbers}
+        groups = [[parameters[number] for number in group] for group in members]
+        torch.manual_seed(0)
+        optimizer = build(self.plan, groups)
+        apply_settings(optimizer, self.plan.settings)
+        if callable(train := getattr(optimizer, "train", None)):
+            train()
+        return parameters, optimizer
+
+    def _give_gradients(self, parameters: dict[int, nn.Parameter], step: int) -> None:
+        """Let gradients be of several sizes, and keep a direction: some optimizers go faster only then."""
+        for number, parameter in parameters.items():
+            size = (0.01, 1.0, 30.0)[(step + number) % 3]
+            parameter.grad = size * (self._values(number, 0) + 0.3 * self._values(number, step + 1))
+
+    def _values(self, number: int, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * number + step + 1)
+        return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+
+
+def _only(number: int, members: _Members) -> _Members:
+    first, second = (tuple(each for each in group if each == number) for group in members)
+    return first, second
