@@ -8,7 +8,6 @@ from __future__ import annotations
 import pickle
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 import torch
@@ -20,7 +19,7 @@ from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
 from ..engine.handover import import_paths
-from ..engine.pairs import LinkBackend, transport_for
+from ..engine.pairs import transport_for
 from ..engine.ping import LinkCost, measure_links
 from ..engine.program import directed_links
 from ..engine.stage import Probe, Stage
@@ -43,6 +42,7 @@ from .layout import Layout
 from .links import Links
 from .measured import measured_timeline, network_cost
 from .programs import Programs
+from .rendezvous import Rendezvous
 from .resizing import carried_over
 from .routers import RouterControl
 from .shards import ExpertShards
@@ -67,20 +67,6 @@ class Keeper(Protocol):
 
     def close(self) -> None:
         """Stop watching the workers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """Where the processes of a job find each other."""
-
-    host: str
-    """The address this driver's groups and control channels are bound to."""
-    store_host: str
-    store_port: int
-    other_drivers: tuple[tuple[str, int], ...] = ()
-    """The control addresses of the drivers after the first."""
-    backend: LinkBackend = "gloo"
-    """What carries hidden states and gradients."""
 
 
 def _keep() -> None:

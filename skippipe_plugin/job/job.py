@@ -26,8 +26,8 @@ from typing import Any, Final
 import cloudpickle
 
 from ..driver.links import Link
-from ..driver.pipeline import Rendezvous
 from ..driver.pool import EndedEarly, WorkerPool
+from ..driver.rendezvous import Rendezvous
 from ..engine.c10d import TCPStore, host_store
 from ..engine.channel import connect
 from ..engine.errors import SkipPipeError
