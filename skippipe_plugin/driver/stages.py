@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..engine.channel import Buffer
+from ..engine.classes import fingerprints
 from ..engine.handover import pack_blocks, unpack_blocks
 from .layout import Layout
 from .links import Link, Links
@@ -83,6 +84,7 @@ class StageSender:
             "compile": self.compile_with,
             "stage": stage,
             "blocks": entries,
+            "classes": fingerprints(self._blocks[block] for block in self.layout.blocks(stage)),
             "seed": self._seed + stage,
             "first": stage == link.stages[0],
             "last": stage == link.stages[-1],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .process_switches import ProcessSwitches
 from .taps import HookList
 from .transport import TensorSpec
 
@@ -72,12 +73,14 @@ class Ambient:
     inference: bool
     autocast: tuple[tuple[str, torch.dtype], ...]
     """The device types for which autocast is on, with their dtypes."""
+    switches: ProcessSwitches | None = None
+    """Those of the driver's process; None to leave them as they are."""
 
     @classmethod
-    def current(cls, device_types: Sequence[str]) -> Ambient:
+    def current(cls, device_types: Sequence[str], switches: ProcessSwitches | None = None) -> Ambient:
         """Read the state of the calling thread."""
         autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in device_types if _autocast_is_on(kind))
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, switches)
 
     def entered(self) -> AbstractContextManager[None]:
         """Put the calling thread into this state."""

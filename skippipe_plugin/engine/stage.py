@@ -20,6 +20,7 @@ from .call import Ambient, BlockMode, CacheRef, Call, Hop, SideInput, Template, 
 from .errors import SkipPipeError
 from .independence import Parts, is_independent
 from .kvcache import CacheShelf
+from .process_switches import ProcessSwitches
 from .taps import Recorder, Returns, Tapped
 from .transport import TensorSpec
 from .unavailable import Unavailable
@@ -88,6 +89,7 @@ class Stage:
         self.driver_hooks: DriverHooks | None = None
         """Where what tapped modules compute goes to."""
         self._recorder = Recorder()
+        self._switches: ProcessSwitches | None = None
         self._tapped: dict[int, list[Tensor]] = {}
         self._guest = guest
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
@@ -111,6 +113,8 @@ class Stage:
     def forward(self, microbatch: int, call: Call, hidden: Tensor, enters: Hop, leaves: Hop) -> Tensor:
         """Run the blocks; keep what the backward needs. Return the hidden states, detached."""
         ambient = call.spec.ambient
+        if ambient.switches != self._switches:
+            self._set_switches(ambient.switches)
         # A training step keeps the user's random state as a whole; fetching and setting it takes long.
         fork = self._guest and not ambient.grad
         tapping = any(call.spec.modes[block].hooks for block in self.blocks)
@@ -247,6 +251,12 @@ class Stage:
         if any(flags):
             self._tapped[microbatch] = tensors
         self.driver_hooks.show(self.index, microbatch, Tapped(events, tuple(t.detach() for t in tensors), flags))
+
+    def _set_switches(self, switches: ProcessSwitches | None) -> None:
+        """Let the process have the driver's switches, for backwards too."""
+        self._switches = switches
+        if switches is not None and not self._guest:
+            switches.set()
 
     def _learn_writes(self, block: int) -> None:
         """Note which attributes the block's forward has written, and look away from them."""

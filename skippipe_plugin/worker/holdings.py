@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..engine import gradients
 from ..engine.channel import Buffer
+from ..engine.classes import check_fingerprints
 from ..engine.gradients import GradientWindow
 from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
 from ..engine.optimizer import ParameterKey, StageOptimizer
@@ -39,6 +40,7 @@ class Holdings:
         """Take over a stage; return whether that was the last one of this worker."""
         torch.manual_seed(fields["seed"])
         blocks = unpack_blocks(fields["blocks"], blobs)
+        check_fingerprints(fields.get("classes", {}))
         for block in blocks.values():
             materialize(block, device)
         if fields["first"]:

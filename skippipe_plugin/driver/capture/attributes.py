@@ -162,6 +162,6 @@ def written_elsewhere(name: str) -> str:
     """Say why an attribute that a block's forward writes can be neither read nor set on the driver."""
     return (
         f"the attribute {name} is written by the block's forward, which runs on a worker: its value is there, and the "
-        "driver can neither read nor set it. Let the block return what it computes, do this inside of the block's "
-        "forward, or name a stack without this block with blocks=... so that it stays on the driver"
+        "driver can neither read nor set it. Do inside of the block's forward what needs it or resets it, "
+        "collect it with a forward hook on the module that computes it, or train without the pipeline"
     )

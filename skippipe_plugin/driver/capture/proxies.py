@@ -23,12 +23,14 @@ from torch.utils import _pytree as pytree
 from ...engine.attributes import Key
 from ...engine.call import Ambient, BlockMode, CacheRef, CacheUse, CallSpec, Hop, SideInput, Template
 from ...engine.errors import SkipPipeError
+from ...engine.process_switches import ProcessSwitches
 from ...engine.stage import Probe
 from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
 from ...engine.unavailable import Unavailable
 from .attributes import BlockAttributes, written_elsewhere
 from .caches import CacheLedger, is_cache
+from .classes import ClassWatch
 from .hooks import Running, StackHooks
 from .poison import Poison
 from .shapes import ShapeBook
@@ -82,6 +84,8 @@ class BlockProxies:
         self._forward = forward
         self._attributes = [BlockAttributes(name, block) for name, block in zip(names, blocks, strict=True)]
         self._hooks = StackHooks(names, blocks)
+        self._classes = ClassWatch(blocks)
+        self._switches: ProcessSwitches | None = None
         self._poison = Poison()
         self._is_in_step = False
         self._fresh = False
@@ -243,8 +247,10 @@ class BlockProxies:
         if not self._fresh:
             for attributes in self._attributes:
                 attributes.refresh_flags()
+            self._classes.check()
+            self._switches = ProcessSwitches.current()
             self._fresh = True
-        call = StackCall(hidden, Ambient.current(self._device_types), placeholder=hidden)
+        call = StackCall(hidden, Ambient.current(self._device_types, self._switches), placeholder=hidden)
         call.specs.append(TensorSpec.of(hidden))
         return call
 

@@ -229,3 +229,39 @@ def test_a_second_output_that_nobody_uses_costs_nothing() -> None:
     assert_same_run(piped, plain)
     assert type(kept[0]) is Unavailable
     assert repr(pickle.loads(pickle.dumps(copy.copy(kept[0])))) == repr(kept[0])
+
+
+# --------------------------------------------------------------- ways out
+
+
+class Router(nn.Module):
+    """Computes an auxiliary loss in a module of its own, which a hook can watch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.balance = nn.Linear(8, 8), nn.Identity()
+        self.state: Any = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.state = None  # reset where it is used, not by the driver
+        out = torch.tanh(self.linear(hidden))
+        self.l_aux = self.balance(out.pow(2).mean())
+        return hidden + out
+
+
+class Watched(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Router() for _ in range(4)])
+        self.losses: list[Tensor] = []
+        for block in self.blocks:
+            block.balance.register_forward_hook(lambda module, args, out: self.losses.append(out))
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        self.losses.clear()
+        return super().training_step(batch, index) + 0.5 * sum(self.losses)
+
+
+def test_a_hook_brings_an_auxiliary_loss_back_as_the_refusal_says() -> None:
+    plain, piped = fit(Watched, 1), fit(Watched)
+    assert_same_run(piped, plain)

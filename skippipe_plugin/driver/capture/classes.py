@@ -1,0 +1,50 @@
+"""Changes of the blocks' classes after the hand-over: workers have the classes as they were."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ...engine.errors import SkipPipeError
+
+
+class ClassWatch:
+    """Tells whether somebody has changed a class of the blocks' modules.
+
+    Args:
+        blocks: The blocks, before any of them is of another class.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        modules = (module for block in blocks for module in block.modules())
+        classes = dict.fromkeys(cls for module in modules for cls in type(module).__mro__)
+        self._classes = [cls for cls in classes if cls not in (nn.Module, object)]
+        self._before = [dict(vars(cls)) for cls in self._classes]
+        self._flat = self._values()
+
+    def check(self) -> None:
+        """Look again.
+
+        Raises:
+            SkipPipeError: A class is not what it was.
+        """
+        now = self._values()
+        if len(now) != len(self._flat) or not all(map(operator.is_, now, self._flat)):
+            self._refuse()
+
+    def _values(self) -> list[Any]:
+        return [*itertools.chain.from_iterable([vars(cls).values() for cls in self._classes])]
+
+    def _refuse(self) -> None:
+        for cls, before in zip(self._classes, self._before, strict=True):
+            now = dict(vars(cls))
+            for name in (name for name in {**before, **now} if now.get(name) is not before.get(name)):
+                raise SkipPipeError(
+                    f"{cls.__qualname__}.{name} was changed on the class after the blocks went to their workers, which "
+                    "have the class as it was. Change it before fit, or set an attribute on each block instead"
+                )
+        self._before, self._flat = [dict(vars(cls)) for cls in self._classes], self._values()
