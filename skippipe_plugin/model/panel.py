@@ -88,11 +88,14 @@ def start_panel(spread: SpreadModel, model: nn.Module, blocks: Sequence[nn.Modul
     schedule = pipeline.schedules[TRAINING]
     name = settings.schedule if isinstance(settings.schedule, str) else "a schedule of your own"
     name = "1f1b" if name == "auto" else name
+    where = ""
+    if settings.microbatches == "stack":  # all forwards come before the loss
+        name, where = "gpipe", " cut where the stack begins"
     return StartPanel(
         layout=pipeline.layout,
         stack=stack,
         blocks=blocks,
-        schedule=f"{name}, {schedule.num_microbatches} microbatches{_skipping(settings.skip_ratio)}",
+        schedule=f"{name}, {schedule.num_microbatches} microbatches{where}{_skipping(settings.skip_ratio)}",
         rest_parameters=num_parameters(model) - sum(map(num_parameters, blocks)),
         seats=[_seat(spread, rank) for rank in range(pipeline.layout.size)],
         prediction=_prediction(settings, schedule, spread.planner.cost if spread.planner is not None else None),

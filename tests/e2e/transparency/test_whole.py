@@ -1,5 +1,6 @@
 """Steps that run once, on the whole batch: the result is one process's, whatever the loss, and so are the draws."""
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from skippipe_plugin.callbacks import StageRecovery
+
 from .. import loops
 from ..support import Run, assert_same_run, train
+from ..test_recovery import At, kill
 from . import whole_models as models
 
 STACK = {"microbatches": "stack", "num_microbatches": 4, "verbose": False}
@@ -203,6 +207,58 @@ def test_steps_without_a_loss_are_left_out() -> None:
 def test_the_setting_is_checked(value: Any) -> None:
     with pytest.raises(ValueError, match=r"microbatches=.* is unknown; choose one of"):
         train(models.Mixup, batches(), 3, {"microbatches": value})
+
+
+def time_first(rows: list[dict[str, Tensor]]) -> Tensor:
+    return torch.stack([row["tokens"] for row in rows], 1)
+
+
+@pytest.mark.parametrize("make", [models.NormedBlocks, models.AmongSamples, models.TimeFirst])
+def test_blocks_that_look_at_other_samples_get_the_whole_batch(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    collate = time_first if make is models.TimeFirst else None
+    piped, plain, visits = both(make, DataLoader(Samples(), batch_size=8, collate_fn=collate))
+    assert_same_run(piped, plain)
+    assert visits.counts == [1, 1, 1]
+    assert "computes something else for a part of the batch" in caplog.text
+
+
+def test_blocks_that_draw_are_cut() -> None:
+    _, _, visits = both(models.DroppedBlocks)
+    assert visits.counts == [4, 4, 4]
+
+
+def test_a_lock_and_a_section_around_the_step() -> None:
+    lock = threading.Lock()
+
+    class Locked(models.Mixup):
+        def training_step(self, batch: Any) -> Tensor:
+            with lock, self.trainer.profiler.profile("mine"):
+                return super().training_step(batch)
+
+    piped, plain, visits = both(Locked, profiler="simple")
+    assert_same_run(piped, plain)
+    assert visits.counts == [4, 4, 4]
+
+
+def test_a_step_that_is_interrupted_is_taken_once() -> None:
+    """With a replica left nothing of the blocks is lost, so the run is that of one process, draws and logs included."""
+    ends, runs = [], []
+    kills = [StageRecovery(), At("on_train_batch_start", 3, kill(2))]
+    for devices, strategy, callbacks in ((1, None, []), (3, STACK | {"replicas": 2}, kills)):
+        options = {"max_steps": -1, "max_epochs": 2, "callbacks": callbacks}
+        runs.append(train(models.Interrupted, batches(), devices, strategy, **options))
+        ends.append(torch.rand(3))
+    plain, piped = runs
+    assert_same_run(piped, plain)
+    assert torch.equal(*ends)
+    assert (piped.module.calls, piped.module.kept) == (plain.module.calls, plain.module.kept)
+    for name, value in plain.trainer.callback_metrics.items():
+        torch.testing.assert_close(piped.trainer.callback_metrics[name], value)
+
+
+def test_the_panel_says_what_is_cut(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    train(models.Mixup, batches(), 3, {**STACK, "verbose": True}, max_steps=1)
+    assert "gpipe, 4 microbatches cut where the stack begins" in capfd.readouterr().err + caplog.text
 
 
 def accelerated(settings: Mapping[str, Any] | None, *, labels: bool) -> tuple[list[float], dict[str, Tensor], Tensor]:

@@ -373,3 +373,12 @@ class DroppedBlocks(Contrastive):
     class block(Block):
         def forward(self, h: Tensor) -> Tensor:
             return functional.dropout(super().forward(h), 0.5, self.training)
+
+
+class Interrupted(Stateful):
+    """Draws random numbers on both sides of the blocks."""
+
+    def training_step(self, batch: Any) -> Tensor | None:
+        batch["x"] = batch["x"] + 0.1 * torch.randn_like(batch["x"])
+        loss = super().training_step(batch)
+        return loss * (1 + torch.rand(()))
