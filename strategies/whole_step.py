@@ -89,7 +89,7 @@ class WholeStep:
 
     def _note_state(self) -> Callable[[], None]:
         self._kept = []
-        return undo_all(self._module, self._device)
+        return undo_all(self._module, self._device, self._batch)
 
     def _log(self, *args: Any, **kwargs: Any) -> None:
         if self._asking:

@@ -226,7 +226,7 @@ class ModelCalls:
         kind = len(args), frozenset(kwargs)
         self.num_calls += 1
         if not self._outside.setdefault(kind, False):
-            undo = undo_all(self._model, self._device) if kind not in self._seen else _nothing
+            undo = undo_all(self._model, self._device, (args, kwargs)) if kind not in self._seen else _nothing
             try:
                 return self._train_whole_inside(args, kwargs)
             except _LossIsOutside:
@@ -260,7 +260,7 @@ class ModelCalls:
             name="training" if options else "evaluation",
             training=bool(options),
             questions=questions(lambda batch: self._forward(*batch[0], **batch[1]), (args, kwargs)),
-            note_state=functools.partial(undo_all, self._model, self._device),
+            note_state=functools.partial(undo_all, self._model, self._device, (args, kwargs)),
             repeats=self._rewinds,
             **{"loss_of": lambda _: None, **options},
         )

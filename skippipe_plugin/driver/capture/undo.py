@@ -17,18 +17,19 @@ _NOT_OURS = frozenset({"_parameters", "_buffers", "_modules", "_trainer", "_fabr
 """What modules keep apart, and what is no value of theirs."""
 
 
-def undo_all(module: nn.Module, device: torch.device) -> Callable[[], None]:
-    """Return a function that brings back buffers, metrics, attributes of ``module`` and all random states.
+def undo_all(module: nn.Module, device: torch.device, batch: Any) -> Callable[[], None]:
+    """Return a function that brings back the module's buffers, metrics and attributes, the batch and all random states.
 
     Attributes are brought back one level deep: a list is what it was, and the objects in it are the same.
     """
-    rewind, draws = rewinder(module), undo_draws(device)
+    rewind, draws, unchange = rewinder(module), undo_draws(device), undo_changes(batch)
     attributes = [(part, _attributes(part)) for part in module.modules()]
 
     def undo() -> None:
         for part, values in attributes:
             _set_attributes(part, values)
         rewind()
+        unchange()
         draws()
 
     return undo
@@ -47,6 +48,35 @@ def undo_draws(device: torch.device) -> Callable[[], None]:
             numpy.random.set_state(arrays)
 
     return undo
+
+
+def undo_changes(batch: Any) -> Callable[[], None]:  # Any: a batch of the user's
+    """Return a function that brings back what containers in ``batch`` hold, and the values of its tensors."""
+    kept: dict[int, tuple[Any, Any]] = {}
+    _keep(batch, kept)
+
+    def undo() -> None:
+        for value, contents in kept.values():
+            if contents is not None:
+                _refill(value, contents)
+
+    return undo
+
+
+def _keep(value: Any, kept: dict[int, tuple[Any, Any]]) -> None:
+    """Note, by identity, what ``value`` and all in it contain; None where that cannot change."""
+    if id(value) in kept or isinstance(value, (type, nn.Module, str, int, float)):
+        return
+    attributes = None if isinstance(value, Tensor) else getattr(value, "__dict__", None)
+    if attributes is not None:
+        kept[id(value)] = attributes, attributes.copy()
+        parts = attributes
+    else:
+        kept[id(value)] = value, _contents(value)
+        parts = value
+    if isinstance(parts, (dict, list, tuple)):
+        for part in list(parts.values()) if isinstance(parts, dict) else parts:
+            _keep(part, kept)
 
 
 _Value = tuple[Any, Any]  # Any: an attribute of the user's, and a copy of what it contains
@@ -74,7 +104,8 @@ def _set_attributes(part: nn.Module, values: dict[str, _Value]) -> None:
 def _refill(value: Any, contents: Any) -> None:
     if isinstance(value, Tensor):
         with torch.no_grad():
-            value.copy_(contents)
+            if not torch.equal(value, contents):
+                value.copy_(contents)
         return
     value.clear()
     if isinstance(value, list):
