@@ -16,6 +16,8 @@ from itertools import accumulate, groupby
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .sharing import PartitionError, has_forward
+
 __all__ = [
     "BlockStack",
     "PartitionError",
@@ -24,15 +26,14 @@ __all__ = [
     "driver_share",
     "estimate_costs",
     "find_blocks",
+    "other_stacks",
 ]
 
 _NAME_IT = 'name the stack yourself, as in blocks="model.layers" or, for a part of it, blocks="model.layers.2:10"'
 _SLICE = re.compile(r"(-?\d*):(-?\d*)")
+_NUMBERED = re.compile(r"\D*\d+")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
-
-
-class PartitionError(ValueError):
-    """Say why a model cannot be cut into stages, and what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class BlockStack:
     """Name the consecutive blocks of one container, in the order in which they are called."""
 
     container_name: str
-    """Dotted name of the `nn.ModuleList` or `nn.Sequential` in the root module; "" for the root itself."""
+    """Dotted name of the list, dict or `nn.Sequential` in the root module; "" for the root itself."""
     names: tuple[str, ...]
     """Dotted names of the blocks in the root module."""
     blocks: tuple[nn.Module, ...]
@@ -60,11 +61,13 @@ class BlockStack:
 def find_blocks(model: nn.Module, blocks: str | None = None) -> BlockStack:
     """Find the stack of blocks that the pipeline stages are cut from.
 
-    The stack is the run of consecutive modules of one class, in an `nn.ModuleList` or an
-    `nn.Sequential`, that holds the most parameters; the outermost, then the first, on a tie.
-    Lists of plain layers (heads, projections) come after lists of composite blocks; embeddings and
-    metrics never count. A model without any such run may still have an `nn.Sequential`: all of its
-    children are the blocks then, because its forward is a plain chain.
+    The stack is the run of consecutive modules of one class, in an `nn.ModuleList`, an
+    `nn.Sequential` or an `nn.ModuleDict` of numbered layers, that holds the most parameters; the
+    outermost, then the first, on a tie. Modules without a forward are never called and make no
+    stack; where only parts of such modules would be left to choose, that is an error. Lists of plain
+    layers (heads, projections) come after lists of composite blocks; embeddings and metrics never
+    count. A model without any such run may still have an `nn.Sequential`: all of its children are
+    the blocks then, because its forward is a plain chain.
 
     Args:
         model: The root module, for instance a LightningModule. It is only read.
@@ -86,9 +89,36 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> BlockStack:
     if blocks is not None:
         return _named_stack(containers, blocks)
     candidates = _candidates(containers)
+    uncalled = _uncalled_run(containers)
+    if uncalled is not None and not _is_better(candidates, uncalled):
+        raise _uncalled(uncalled, containers)
     if not candidates:
         raise PartitionError(f"Found no stack of blocks to cut into stages. {_looked_at(containers)}; {_NAME_IT}.")
     return candidates[0]
+
+
+def other_stacks(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Name the other stacks of composite blocks that a model has beside ``blocks``, as `blocks=` takes them.
+
+    Args:
+        model: The root module.
+        blocks: The stack that was chosen.
+
+    Example:
+        >>> model = nn.Transformer(8, 2, 2, 2, 16)
+        >>> other_stacks(model, find_blocks(model).blocks)
+        ('encoder.layers',)
+    """
+    inside = {id(part) for block in blocks for part in block.modules()}
+    containers = dict(_containers(model))
+    names = []
+    for stack in _candidates(list(containers.items())):
+        children = _children(containers[stack.container_name])
+        first = next(index for index, (_, child) in enumerate(children) if child is stack.blocks[0])
+        part = "" if len(children) == len(stack) else f"{first}:{first + len(stack)}"
+        if inside.isdisjoint(map(id, stack.blocks)) and not all(map(_is_plain_layer, stack.blocks)):
+            names.append(_join(stack.container_name, part) if part else stack.container_name)
+    return tuple(names)
 
 
 def check_no_shared_parameters(model: nn.Module, stack: BlockStack) -> None:
@@ -192,12 +222,12 @@ def cut(costs: Sequence[float], num_stages: int, *, first_share: float = 1.0) ->
 
 
 def _containers(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every ModuleList and Sequential under its first name, outermost first, without those of metrics."""
+    """Yield every list, dict and Sequential under its first name, outermost first, without those of metrics."""
     seen = set() if seen is None else seen
     if id(module) in seen or _is_metric(module):
         return
     seen.add(id(module))
-    if isinstance(module, nn.ModuleList | nn.Sequential):
+    if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
         yield name, module
     for key, child in _children(module):
         yield from _containers(child, _join(name, key), seen)
@@ -207,7 +237,9 @@ def _candidates(containers: Sequence[tuple[str, nn.Module]]) -> list[BlockStack]
     """Return the possible stacks, best first."""
     ranked = []
     for name, container in containers:
-        runs = list(_runs(name, container))
+        if isinstance(container, nn.ModuleDict) and not all(map(_NUMBERED.fullmatch, container)):
+            continue  # different parts under their names
+        runs = [run for run in _runs(name, container) if _is_called(run.blocks[0])]
         if not runs and type(container).forward is nn.Sequential.forward and len(_children(container)) >= 2:
             runs = [_stack(name, _children(container))]
         ranked += [(_rank(run, container), -_count(run.blocks), run) for run in runs]
@@ -220,6 +252,39 @@ def _runs(name: str, container: nn.Module) -> Iterator[BlockStack]:
         run = list(same)
         if len(run) >= 2 and not issubclass(kind, _LOOKUPS):
             yield _stack(name, run)
+
+
+def _uncalled_run(containers: Sequence[tuple[str, nn.Module]]) -> BlockStack | None:
+    """Return the largest run of modules that nobody calls, such as a list of lists."""
+    lists = [(name, each) for name, each in containers if not isinstance(each, nn.ModuleDict)]
+    runs = [run for name, each in lists for run in _runs(name, each) if not _is_called(run.blocks[0])]
+    return max(runs, key=lambda run: _count(run.blocks), default=None)
+
+
+def _is_better(candidates: Sequence[BlockStack], uncalled: BlockStack) -> bool:
+    """Whether the best candidate is no scrap of what was meant: composite blocks elsewhere, or more of anything."""
+    inside = {id(part) for block in uncalled.blocks for part in block.modules()}
+    if not candidates or id(candidates[0].blocks[0]) in inside:
+        return False
+    best = candidates[0]
+    is_composite = len(set(map(_kind, best.blocks))) == 1 and not all(map(_is_plain_layer, best.blocks))
+    return is_composite or _count(best.blocks) >= _count(uncalled.blocks)
+
+
+def _uncalled(run: BlockStack, containers: Sequence[tuple[str, nn.Module]]) -> PartitionError:
+    kind = _kind(run.blocks[0]).__name__
+    name = run.container_name or "The model itself"
+    return PartitionError(
+        f"{name} is a list of {len(run)} x {kind}, which have no forward and are never called: code such as "
+        f"`for attention, feedforward in ...` calls what is in them, and a stage can only call whole blocks. Give them "
+        f"a forward, which leaves the names of the weights as they are: `class Layer(nn.{kind}): def forward(self, x): "
+        f"...`, and call the layers; or {_NAME_IT}. {_looked_at(containers)}"
+    )
+
+
+def _is_called(block: nn.Module) -> bool:
+    """Whether a module can be called at all: a ModuleList has no forward."""
+    return not isinstance(block, _CONTAINERS) or has_forward(block)
 
 
 def _rank(stack: BlockStack, container: nn.Module) -> int:
@@ -245,8 +310,12 @@ def _named_stack(containers: Sequence[tuple[str, nn.Module]], blocks: str) -> Bl
             children = _children(container)[part]
             if not children:
                 raise PartitionError(f"blocks={blocks!r} selects none of the {len(_children(container))} modules.")
+            if not all(_is_called(child) for _, child in children):
+                raise _uncalled(_stack(name, children), containers)
             return _stack(name, children)
-    raise PartitionError(f"blocks={blocks!r} names no nn.ModuleList or nn.Sequential. {_looked_at(containers)}.")
+    raise PartitionError(
+        f"blocks={blocks!r} names no list, dict or nn.Sequential of modules. {_looked_at(containers)}."
+    )
 
 
 def _split_slice(blocks: str) -> tuple[str, slice]:

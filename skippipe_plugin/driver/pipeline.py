@@ -32,6 +32,7 @@ from ..schedule import (
 from .backward import GradientControl, mergeable
 from .capture.asking import CutBook
 from .capture.cutting import Cut, parts_of
+from .capture.graphs import AroundTheBlocks
 from .capture.notes import noted
 from .capture.proxies import BlockProxies, StackCall
 from .capture.side_inputs import dump_probe
@@ -122,6 +123,7 @@ class Pipeline:
         self._threads = StepThreads()
         self._took_s: deque[float] = deque(maxlen=16)
         self._cuts = CutBook()
+        self._around = AroundTheBlocks()
         self._proxies: BlockProxies | None = None
         self._sender: StageSender | None = None
         self._hosted: dict[int, Stage] = {}
@@ -539,6 +541,7 @@ class Pipeline:
             device=self.device,
             ambient=ambient,
             took_s=self._took_s,
+            around=self._around,
         )
 
     def _proxies_now(self) -> BlockProxies:

@@ -13,11 +13,13 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..engine.call import Ambient, Call, block_seed, seed_everything
 from ..engine.errors import SkipPipeError
-from ..engine.stage import back_propagate
+from ..engine.stage import back_propagate, inner
 from ..schedule import Path
+from .capture.graphs import AroundTheBlocks
 from .capture.notes import noted
 from .capture.proxies import BlockProxies, StackCall
 from .capture.randomness import private_random_state
@@ -48,11 +50,12 @@ WITH_GRADIENTS: Final = (
 )
 
 
-def not_called(names: Sequence[str]) -> str:
-    """Say that a training step went without the blocks of these names."""
+def not_called(proxies: BlockProxies) -> str:
+    """Say that a training step went without the blocks, and which other stacks the model has."""
+    others = " or ".join(f'blocks="{name}"' for name in proxies.other_stacks[:5]) or "blocks=..."
     return (
         "the training step returned without calling the blocks of the pipeline "
-        f"({names[0]} ...); name the stack it does call with blocks=..."
+        f"({proxies.names[0]} ...); name the stack it does call with {others}"
     )
 
 
@@ -72,8 +75,9 @@ class StepTask:
     """By microbatch: its number of samples, where several are cut from one batch."""
     rewind: Callable[[], None] = lambda: None
     """Undoes what the functions have changed on the driver, before they run once more."""
-    outside: Callable[[Sequence[Any]], None] | None = None
-    """Back-propagates into what the functions returned, when the loss is computed outside of them; it may wait."""
+    outside: Callable[[Sequence[Any], Tensor | None], None] | None = None
+    """Back-propagates into what the functions returned, when the loss is computed outside of them; it may wait. It is
+    also told what entered the blocks in one of them: its graph may take another backward afterwards."""
 
     @property
     def losses_come_last(self) -> bool:
@@ -88,7 +92,8 @@ class StepTask:
 class StepRun:
     """Implements the executor's driver part for the microbatches of one driver and one step (or evaluation round).
 
-    ``took_s`` remembers across steps how long the last functions took up to the blocks.
+    ``took_s`` remembers across steps how long the last functions took up to the blocks, ``around`` whether their losses
+    reach back before them.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class StepRun:
         device: torch.device,
         ambient: Ambient,
         took_s: deque[float],
+        around: AroundTheBlocks,
     ) -> None:
         self._task = task
         self._first = first
@@ -112,6 +118,7 @@ class StepRun:
         self._device = device
         self._ambient = ambient
         self._took_s = took_s
+        self._around = around
         self._outcomes: dict[int, Outcome] = {}
         self._calls: dict[int, Call] = {}
         self._hidden: dict[int, Tensor] = {}
@@ -272,13 +279,16 @@ class StepRun:
 
     def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
         index = microbatch - self._first
+        before = self._outcomes[index]
+        assert isinstance(before, Suspended)
+        before.request.check_unchanged()
         self._show_hooks(index, microbatch)
         if not self._task.training:
             self._outcomes[index] = self._resume(index, hidden)
             return None
         leaf = hidden.requires_grad_(self._calls[index].spec.hops[-1].requires_grad)
         seed_everything(block_seed(block_seed(self._task.seed, microbatch), _LOSS), self._device)
-        outcome = self._resume(index, leaf)
+        outcome = self._resume(index, inner(leaf))
         if isinstance(outcome, Suspended):
             raise SkipPipeError(CALLED_TWICE)
         self._outcomes[index] = outcome
@@ -288,7 +298,11 @@ class StepRun:
         loss = self._task.loss_of(outcome.value)
         self.losses[index] = None if loss is None else loss.detach()
         if loss is not None:
-            back_propagate(loss, torch.full_like(loss, self._task.weights[index]))
+            meet = self._around.look([loss], self._hidden[index])
+            back_propagate(loss, torch.full_like(loss, self._task.weights[index]), keep_graph=meet)
+            if meet:  # nothing else is to keep this microbatch's graph until the end of the step
+                detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outcome.value)
+                self._outcomes[index] = Returned(detached)
         self._send_back(microbatch)
         return gradient_of(leaf)
 
@@ -299,7 +313,7 @@ class StepRun:
     def gradients_from_outside(self) -> dict[int, Tensor | None]:
         assert self._task.outside is not None
         assert len(self._leaves) == len(self._task.functions), "the schedule goes back before all losses"
-        self._task.outside(self.values())
+        self._task.outside(self.values(), next(iter(self._hidden.values()), None))
         leaves, self._leaves = self._leaves, {}
         for microbatch in leaves:
             self._send_back(microbatch)
@@ -308,7 +322,7 @@ class StepRun:
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
         hidden = self._hidden.pop(microbatch - self._first)
         if gradient is not None and hidden.requires_grad:
-            back_propagate(hidden, gradient)
+            self._around.back(lambda: back_propagate(hidden, gradient))
 
     # -------------------------------------------------------------- pieces
 
@@ -337,7 +351,7 @@ class StepRun:
             if self._task.training and outcome.value is None:
                 self.losses[index] = None
             elif self._task.training:
-                raise SkipPipeError(not_called(self._proxies.names))
+                raise SkipPipeError(not_called(self._proxies))
         self._outcomes[index] = outcome
 
     def _resume(self, index: int, hidden: Tensor) -> Outcome:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..engine.call import Ambient, Call, block_seed
 from ..engine.errors import SkipPipeError
-from ..engine.stage import back_propagate
+from ..engine.stage import back_propagate, inner
 from ..schedule import Path
 from .capture.asking import CutBook, Question, ask
 from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of
-from .capture.graphs import goes_past, handed_out
+from .capture.graphs import goes_past
 from .capture.microbatch import split_sizes
 from .capture.proxies import BlockProxies, StackCall
 from .capture.randomness import random_states, set_random_states
@@ -228,7 +228,7 @@ class WholeRun:
         leaf.requires_grad_(any(call.spec.hops[-1].requires_grad for call in self._prepared.values()))
         self._show_hooks()
         with self._drawing():
-            self._resume(handed_out(leaf))
+            self._resume(inner(leaf))
             if isinstance(self._outcome, Suspended):
                 raise SkipPipeError(CALLED_TWICE)
             self._back_propagate(self.values()[0])
@@ -255,7 +255,7 @@ class WholeRun:
     def _start(self) -> None:
         self._take(self._thread.start(self._task.function, self._ambient))
         if self._task.training and isinstance(self._outcome, Returned) and self._outcome.value is not None:
-            raise SkipPipeError(not_called(self._proxies.names))
+            raise SkipPipeError(not_called(self._proxies))
 
     def _resume(self, answer: Tensor) -> None:
         self._take(self._thread.resume(answer))

@@ -7,54 +7,18 @@ distinct one once, and a spec refers to them by slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .arguments import Template
 from .process_switches import ProcessSwitches
 from .taps import HookList
 from .transport import TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class SideInput:
-    """Stands in a template for the side input in ``slot`` of the microbatch."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class CacheRef:
-    """Stands in a template for the worker's own part of the key-value cache in ``slot`` of the call."""
-
-    slot: int
-
-
-_LEAVES: Final = frozenset({SideInput, CacheRef, type(None), bool, int, float, str})
-"""What most arguments are: no containers, so that looking into them can be left out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """The arguments of a block without its hidden states: leaves are constants, SideInput or CacheRef."""
-
-    args: tuple[Any, ...]  # Any: whatever the user's model passes
-    kwargs: dict[str, Any]
-    hidden: int | str
-    """Where the hidden states go: the index of a positional argument, or a keyword."""
-
-    def fill(self, leaf: Callable[[Any], Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Return args and kwargs with ``leaf`` applied to every leaf; the hidden states are still missing."""
-
-        def fill(value: Any) -> Any:  # Any: an argument
-            return leaf(value) if type(value) in _LEAVES else pytree.tree_map(leaf, value)
-
-        return [fill(value) for value in self.args], {name: fill(value) for name, value in self.kwargs.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Used by workers, and by a driver that hosts a stage. Nothing here knows of proce
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from .arguments import ArgumentGuard, ArrayInput, CacheRef, HiddenAgain, Packed, SideInput, array_of
 from .attributes import BlockWatch, Key, apply_changes, attributes_kept
-from .call import Ambient, BlockMode, CacheRef, Call, Hop, SideInput, Template, block_seed, seed_everything
+from .call import Ambient, BlockMode, Call, Hop, block_seed, seed_everything
 from .errors import SkipPipeError
 from .independence import Parts, is_independent
 from .kvcache import CacheShelf
@@ -36,6 +37,10 @@ class Probe:
     """The plain attributes that the block's forward writes."""
     idle: tuple[tuple[int, bool, int], ...] = ()
     """The hooks that came along and return nothing, as :meth:`skippipe_plugin.engine.taps.Returns.idle` names them."""
+    changes_input: bool = False
+    """Whether it changes the hidden states that enter it in place."""
+    passes_input: bool = False
+    """Whether its output shares memory with its input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,10 @@ class DriverHooks(Protocol):
 
     def gradients(self, stage: int, microbatch: int) -> Mapping[int, Tensor]:
         """Wait for the gradients of the tensors in that, by index."""
+
+
+_Filled = dict[int, tuple[list[Any], dict[str, Any], ArgumentGuard]]
+"""By template: the arguments of one visit, and what watches them."""
 
 
 class Stage:
@@ -121,14 +130,16 @@ class Stage:
         with ambient.entered(), _fork_rng(self.device) if fork else nullcontext():
             inputs = hidden.detach().requires_grad_(enters.requires_grad) if ambient.grad else hidden
             with self._shown(microbatch, grad=ambient.grad) if tapping else nullcontext():
-                output = self._run_blocks(call, inputs)
+                output = self._run_blocks(call, inner(inputs))
         _check_output(self.index, output, leaves)
-        if ambient.grad:
+        if inputs.requires_grad or output.requires_grad or microbatch in self._tapped:
             self._saved[microbatch] = (inputs, output)
         return output.detach()
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
         """Back-propagate into the parameters; return the gradient of the input when it needs one."""
+        if microbatch not in self._saved:  # a forward without gradients has no way back
+            return None
         inputs, output = self._saved.pop(microbatch)
         roots = [(output, gradient)] if gradient is not None and output.requires_grad else []
         if microbatch in self._tapped:
@@ -150,10 +161,11 @@ class Stage:
             whole = self.backward(microbatch, gradient)
             self._halves[microbatch] = ()
             return whole
-        inputs, output = self._saved[microbatch]
-        if gradient is None or not output.requires_grad or not inputs.requires_grad:
+        saved = self._saved.get(microbatch)
+        if gradient is None or saved is None or not all(each.requires_grad for each in saved):
             self._halves[microbatch] = gradient
             return None
+        inputs, output = saved
         weights = [parameter for parameter in self.parameters() if parameter.requires_grad]
         gradients, groups = stage_backward_input([output], [gradient], [inputs], iter(weights))
         self._halves[microbatch] = groups
@@ -186,10 +198,12 @@ class Stage:
         module = self.blocks[block]
         self._set_mode(block, call)
         with self._without_a_trace(module, call), Returns(module) as hooks:
-            watch = BlockWatch(module)
-            output = self._call_block(block, call, _random(enters, self.device), filled={}, with_cache=False)
+            watch, inputs = BlockWatch(module), _random(enters, self.device)
+            version = inputs._version
+            output = self._call_block(block, call, inputs, filled={}, with_cache=False)
             writes = watch.differences()
-        return dataclasses.replace(_describe(module, output), writes=tuple(sorted(writes)), idle=hooks.idle())
+        found = _describe(output, inputs, changed=inputs._version != version)
+        return dataclasses.replace(found, writes=tuple(sorted(writes)), idle=hooks.idle())
 
     def computes_parts_alike(self, block: int, call: Call, enters: TensorSpec, parts: Parts) -> bool:
         """Say whether one block makes the same of the parts of a batch as of all of it, without leaving a trace."""
@@ -212,7 +226,7 @@ class Stage:
         asked = call.spec.ambient
         # Where experts are spread, what goes back through them would be a matter of several ranks.
         ambient = Ambient(asked.grad and self.company is None, False, asked.autocast)
-        with attributes_kept(module), ambient.entered():
+        with torch.inference_mode(False), attributes_kept(module), ambient.entered():  # there no change is counted
             yield
         torch.set_rng_state(state)
         with torch.no_grad():
@@ -225,7 +239,7 @@ class Stage:
         return writes
 
     def _run_blocks(self, call: Call, hidden: Tensor) -> Tensor:
-        filled: dict[int, tuple[list[Any], dict[str, Any]]] = {}
+        filled: _Filled = {}
         self._shelf.apply(call.caches.ops)
         for block in self.blocks:
             self._set_mode(block, call)
@@ -267,32 +281,44 @@ class Stage:
         self._watches[block] = BlockWatch(self.blocks[block], known)
 
     def _call_block(
-        self,
-        block: int,
-        call: Call,
-        hidden: Tensor,
-        filled: dict[int, tuple[list[Any], dict[str, Any]]],
-        with_cache: bool,
+        self, block: int, call: Call, hidden: Tensor, filled: _Filled, with_cache: bool
     ) -> Any:  # Any: what the block returns
         index = call.spec.block_template[block]
         template = call.spec.templates[index]
-        if index not in filled:
-            filled[index] = self._fill(template, call, with_cache)
-        args, kwargs = filled[index]
+        if index not in filled or template.repeats:
+            tensors: list[Tensor] = []
+            args, kwargs = template.fill(self._leaf(call, hidden, with_cache, tensors))
+            filled[index] = args, kwargs, ArgumentGuard(template, args, kwargs, tensors)
+        args, kwargs, guard = filled[index]
+        module = self.blocks[block]
         if isinstance(template.hidden, str):
-            return self.blocks[block](*args, **{**kwargs, template.hidden: hidden})
-        args[template.hidden] = hidden
-        return self.blocks[block](*args, **kwargs)
+            output = module(*args, **{**kwargs, template.hidden: hidden})
+        else:
+            args[template.hidden] = hidden
+            output = module(*args, **kwargs)
+        guard.check(block, module.forward)
+        return output
 
-    def _fill(self, template: Template, call: Call, with_cache: bool) -> tuple[list[Any], dict[str, Any]]:
+    def _leaf(self, call: Call, hidden: Tensor, with_cache: bool, used: list[Tensor]) -> Callable[[Any], Any]:
+        """Return what makes an argument of a template's leaf, and notes the side inputs among them as ``used``."""
+
         def leaf(value: Any) -> Any:  # Any: a leaf of the user's arguments
-            if isinstance(value, SideInput):
-                return call.side_inputs[value.slot]
-            if isinstance(value, CacheRef):
+            kind = type(value)
+            if kind is SideInput:
+                used.append(call.side_inputs[value.slot])
+                return used[-1]
+            if kind is CacheRef:
                 return self._shelf.cache(call.caches.keys[value.slot]) if with_cache else None
+            if kind is HiddenAgain:
+                return hidden
+            if kind is ArrayInput:
+                return array_of(call.side_inputs[value.slot])
+            if kind is Packed:
+                used.extend(call.side_inputs[slot] for slot in value.slots)
+                return value.load(call.side_inputs)
             return value
 
-        return template.fill(leaf)
+        return leaf
 
     def _set_mode(self, block: int, call: Call) -> None:
         mode, known = call.spec.modes[block], self._modes.get(block)
@@ -310,6 +336,26 @@ class Stage:
             self._recorder.apply(block, module, mode.hooks)
         if block in self._watches:
             self._watches[block].look()
+
+
+class _Inner(torch.autograd.Function):
+    """Hands on a tensor of the same memory that user code may change in place; autograd forbids that for a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def inner(leaf: Tensor) -> Tensor:
+    """Return what user code gets in place of a tensor that receives a gradient: like what a layer returned."""
+    if not leaf.requires_grad:
+        return leaf
+    with torch.enable_grad():
+        return _Inner.apply(leaf)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def back_propagate(output: Tensor, gradient: Tensor, *, keep_graph: bool = False) -> None:
@@ -337,14 +383,16 @@ def _hidden_of(output: Any) -> Tensor:  # Any: what a block returns
     return hidden
 
 
-def _describe(module: nn.Module, output: Any) -> Probe:  # Any: what a block returns
-    spec = TensorSpec.of(_hidden_of(output))
-    if isinstance(output, Tensor):
-        return Probe(spec, ReturnStructure(None))
-    rest = tuple(Unavailable() if isinstance(item, Tensor) else item for item in output[1:])
-    if any(not isinstance(item, (type(None), bool, int, float, str, Unavailable)) for item in rest):
-        rest = tuple(Unavailable() for _ in rest)
-    return Probe(spec, ReturnStructure(len(output), rest))
+def _describe(output: Any, inputs: Tensor, *, changed: bool) -> Probe:  # Any: what a block returns
+    hidden = _hidden_of(output)
+    passes = hidden.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr() and hidden.numel() > 0
+    structure = ReturnStructure(None)
+    if not isinstance(output, Tensor):
+        rest = tuple(Unavailable() if isinstance(item, Tensor) else item for item in output[1:])
+        if any(not isinstance(item, (type(None), bool, int, float, str, Unavailable)) for item in rest):
+            rest = tuple(Unavailable() for _ in rest)
+        structure = ReturnStructure(len(output), rest)
+    return Probe(TensorSpec.of(hidden), structure, changes_input=changed, passes_input=passes)
 
 
 def _check_output(stage: int, output: Tensor, leaves: Hop) -> None:

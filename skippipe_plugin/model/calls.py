@@ -206,7 +206,7 @@ class ModelCalls:
         opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
         return merge_outputs(opened, sizes)
 
-    def _run_outside(self, batch: _Batch, rewind: Callable[[], None], outside: Callable[[Sequence[Any]], None]) -> None:
+    def _run_outside(self, batch: _Batch, rewind: Callable[[], None], outside: Callable[..., None]) -> None:
         functions = [functools.partial(self._forward, *args, **kwargs) for args, kwargs in batch.calls]
         shares = [size / sum(batch.sizes) for size in batch.sizes]
         task = StepTask(

@@ -31,8 +31,9 @@ from ..job.job import DriverJob
 from ..moe import Attached, RouterStatistics, attach
 from ..moe.migration import Move
 from ..moe.spent import BlockSize, block_size, spent_share
-from ..partition import cut, driver_share, estimate_costs
+from ..partition import cut, driver_share, estimate_costs, other_stacks
 from ..schedule import CostModel, Schedule, Timeline, fit_costs, forward_only, gpipe, swap_ends
+from ..sharing import check_hidden_references
 from .elastic import ElasticShapes, check_elastic
 from .settings import PipelineSettings
 from .skipping import PathPlanner
@@ -134,7 +135,9 @@ class SpreadModel:
             recovery: How lost workers are replaced; None when they are not.
             move: Moves to the driver's device what stays; by default all that is not in :attr:`remote_blocks`.
         """
+        check_hidden_references(model, _names_in(model, blocks), blocks)
         layout = self.settings.shape.layout(self._cut(model, blocks))
+        others = other_stacks(model, blocks)
         hosted = set(layout.hosted(self._rank))
         self.attached = attach(model, self.settings.moe) if self.settings.moe is not None else None
         self.remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
@@ -157,7 +160,7 @@ class SpreadModel:
             self._sizes = [block_size(block, name) for block, name in zip(blocks, self._block_names, strict=True)]
         pipeline.load(
             model,
-            functools.partial(BlockProxies, self._block_names, blocks, device_types(self._device)),
+            functools.partial(BlockProxies, self._block_names, blocks, device_types(self._device), other_stacks=others),
             compile_with,
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )

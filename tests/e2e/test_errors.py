@@ -105,7 +105,7 @@ def test_code_between_the_blocks() -> None:
             hidden = block(hidden) * 2
         return self.head(hidden)
 
-    with pytest.raises(SkipPipeError, match=r"blocks\.1 was not called with what blocks\.0 returned"):
+    with pytest.raises(SkipPipeError, match=r"code between the blocks .* needs the output of blocks\.0 \(mul\)"):
         fit(changed(forward=forward))
 
 
@@ -115,8 +115,17 @@ def test_a_step_that_skips_a_block() -> None:
             hidden = block(hidden)
         return self.head(hidden)
 
-    with pytest.raises(SkipPipeError, match="only the first 3 of 4 blocks were called"):
+    with pytest.raises(SkipPipeError, match=r"output of blocks\.2 .* only be passed on to blocks\.3.*early exit"):
         fit(changed(forward=forward))
+
+
+def test_a_step_that_leaves_the_stack_and_uses_nothing_of_it() -> None:
+    def training_step(self: Model, batch: Any, batch_idx: int) -> Tensor:
+        self.blocks[0](batch[0])
+        return self.head(batch[0]).sum()
+
+    with pytest.raises(SkipPipeError, match="only the first 1 of 4 blocks were called"):
+        fit(changed(training_step=training_step))
 
 
 def test_a_step_that_never_reaches_the_blocks() -> None:

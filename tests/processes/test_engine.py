@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from skippipe_plugin.engine.arguments import Template
 from skippipe_plugin.engine.c10d import TCPStore, host_store
-from skippipe_plugin.engine.call import Ambient, BlockMode, Call, CallSpec, Hop, Template
+from skippipe_plugin.engine.call import Ambient, BlockMode, Call, CallSpec, Hop
 from skippipe_plugin.engine.errors import GenerationAborted
 from skippipe_plugin.engine.executor import Executor
 from skippipe_plugin.engine.pairs import PairTransport

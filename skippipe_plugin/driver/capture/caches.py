@@ -44,6 +44,11 @@ class CacheLedger:
         self._ops: dict[int, list[CacheOp]] = {}
         self._freed: list[int] = []
 
+    @staticmethod
+    def is_filled(cache: Any) -> bool:
+        """Whether ``cache`` holds keys and values."""
+        return _num_tokens(cache) > 0
+
     def key(self, cache: Any) -> int:
         """Return the number of ``cache``, watching it from now on."""
         if cache not in self._keys:

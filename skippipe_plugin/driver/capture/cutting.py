@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ...engine.call import Call, CallSpec, SideInput
+from ...engine.arguments import SideInput
+from ...engine.call import Call, CallSpec
 from ...engine.independence import Parts
 from ...engine.transport import TensorSpec
+from .arguments import SideInputs
+from .entered import EnteredStack
 from .microbatch import split_sizes
 from .proxies import StackCall
 
@@ -154,9 +157,9 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
     ]
     return [
         StackCall(
-            piece.requires_grad_() if call.ambient.grad and call.hidden.requires_grad else piece,
+            EnteredStack(piece.requires_grad_() if call.ambient.grad and call.hidden.requires_grad else piece),
             call.ambient,
-            side_inputs=[pieces[index] for pieces in sides],
+            SideInputs([pieces[index] for pieces in sides]),
             templates=call.templates,
             block_template=call.block_template,
             modes=call.modes,

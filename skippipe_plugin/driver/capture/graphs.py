@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
 
-import torch
 from torch import Tensor
+
+from ...engine.errors import SkipPipeError
 
 _Node = Any
 """A node of autograd's graph: torch's own stubs do not agree on its type."""
@@ -36,19 +37,35 @@ def _nodes(tensors: Iterable[Tensor]) -> Iterator[_Node]:
         waiting += [each for each, _ in node.next_functions if each is not None]
 
 
-class _HandedOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return grad_outputs[0]
+_FIRST: Final = 32
+"""In how many microbatches of a run it is looked for: the walk costs more than a small microbatch may."""
 
 
-def handed_out(leaf: Tensor) -> Tensor:
-    """Return a leaf's values such that they may be changed in place, as those of any tensor that was computed."""
-    if not leaf.requires_grad:
-        return leaf
-    with torch.enable_grad():
-        return _HandedOut.apply(leaf)  # type: ignore[no-untyped-call, no-any-return]
+class AroundTheBlocks:
+    """What is known of a run whose steps are cut: whether their losses go past the blocks."""
+
+    def __init__(self) -> None:
+        self.meet = False
+        """Whether the loss reaches the graph in front of the blocks."""
+        self._looked = 0
+
+    def look(self, outputs: Iterable[Tensor], hidden: Tensor) -> bool:
+        """Say whether ``outputs`` go past the blocks."""
+        if not self.meet and self._looked < _FIRST:
+            self._looked += 1
+            self.meet = goes_past(outputs, hidden)
+        return self.meet
+
+    def back(self, propagate: Callable[[], None]) -> None:
+        """Run the second pass; if the first has not left its graph standing, say so and do so from now on."""
+        try:
+            propagate()
+        except RuntimeError as error:
+            if self.meet or "second time" not in str(error):
+                raise
+            self.meet = True
+            raise SkipPipeError(
+                "the loss of this step uses what is computed before the blocks also on a way around them, which no "
+                "step did before, so that part of the graph was freed too early. Let every step take that way (with "
+                "a weight of 0 where it should not count)"
+            ) from error

@@ -16,36 +16,36 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ...engine.arguments import Template
 from ...engine.attributes import Key
-from ...engine.call import Ambient, BlockMode, CacheRef, CacheUse, CallSpec, Hop, SideInput, Template
+from ...engine.call import Ambient, BlockMode, CacheUse, CallSpec, Hop
 from ...engine.errors import SkipPipeError
 from ...engine.process_switches import ProcessSwitches
 from ...engine.stage import Probe
 from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
-from ...engine.unavailable import Unavailable
+from .arguments import ArgumentTaker, SideInputs, is_settled
 from .attributes import BlockAttributes, written_elsewhere
-from .caches import CacheLedger, is_cache
+from .caches import CacheLedger
 from .classes import ClassWatch
+from .entered import EnteredStack
 from .hooks import Running, StackHooks
 from .poison import Poison
 from .shapes import ShapeBook
 from .suspend import current_thread
 from .switches import check_modes
+from .token import HiddenToken
 
 
 @dataclass(slots=True)
 class StackCall:
     """One call of the block stack, as the driver's code made it."""
 
-    hidden: Tensor
-    """What entered the first block, still attached to the driver's graph."""
+    entered: EnteredStack
     ambient: Ambient
-    side_inputs: list[Tensor] = field(default_factory=list)
+    beside: SideInputs = field(default_factory=SideInputs)
     templates: list[Template] = field(default_factory=list)
     block_template: list[int] = field(default_factory=list)
     modes: list[BlockMode] = field(default_factory=list)
@@ -62,6 +62,22 @@ class StackCall:
     specs: list[TensorSpec] = field(default_factory=list)
     """By block: the spec of its input; last, of the stack's output."""
     last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """With what the last block was called, if a call with the very same objects means the same."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """What entered the first block, still attached to the driver's graph."""
+        return self.entered.hidden
+
+    @property
+    def side_inputs(self) -> list[Tensor]:
+        """The tensors among the blocks' arguments, each once."""
+        return self.beside.tensors
+
+    def check_unchanged(self) -> None:
+        """Raise when what the blocks are called with was changed in place since."""
+        self.entered.check()
+        self.beside.check()
 
 
 class BlockProxies:
@@ -74,6 +90,7 @@ class BlockProxies:
         device_types: Sequence[str],
         probe: Callable[[int, CallSpec, Sequence[Tensor], TensorSpec], Probe],
         forward: Callable[[StackCall], Tensor],
+        other_stacks: Sequence[str] = (),
     ) -> None:
         self.names = tuple(names)
         self.blocks = tuple(blocks)
@@ -90,6 +107,8 @@ class BlockProxies:
         self._is_in_step = False
         self._fresh = False
         """Whether the blocks' flags were read in this step."""
+        self.other_stacks = tuple(other_stacks)
+        """Other stacks of the model, as ``blocks=`` names them, for messages."""
         self._open: weakref.WeakKeyDictionary[Any, StackCall] = weakref.WeakKeyDictionary()
         self.forms: tuple[TensorSpec, ...] = ()
         """Of the last call: what entered each block, and what left the stack; empty before."""
@@ -215,12 +234,16 @@ class BlockProxies:
         call.modes.append(self._mode(call, block))
         probe = self._look_up(call, block)
         call.specs.append(probe.output)
+        call.entered.passed(self.names[block], probe)
         if block + 1 < len(self.blocks):
-            call.placeholder = _placeholder(call.hidden, probe.output)
+            call.placeholder = self._token(call, block, probe.output)
             return probe.structure.wrap(call.placeholder, self.names[block])
         del self._open[owner]
         self.forms = tuple(call.specs)
+        call.entered.close()
+        call.beside.check()
         result = self._forward(call)
+        call.entered.hide()
         for event in call.events:
             self._hooks.blocks[event.block].run(event, call.hooks[event.block], call.seen)
         if not call.ambient.grad:
@@ -250,7 +273,14 @@ class BlockProxies:
             self._classes.check()
             self._switches = ProcessSwitches.current()
             self._fresh = True
-        call = StackCall(hidden, Ambient.current(self._device_types, self._switches), placeholder=hidden)
+        if isinstance(hidden, HiddenToken):
+            raise SkipPipeError(
+                f"{self.names[0]} was called with the output of {hidden.origin()}, which stays on a worker: the blocks "
+                "of a pipeline are called once each, in order. Name another stack with blocks=..., or train without "
+                "the pipeline"
+            )
+        ambient = Ambient.current(self._device_types, self._switches)
+        call = StackCall(EnteredStack(hidden), ambient, placeholder=hidden)
         call.specs.append(TensorSpec.of(hidden))
         return call
 
@@ -265,44 +295,38 @@ class BlockProxies:
                 "blocks changes the hidden states (or activation checkpointing wraps a block from outside). Move that "
                 "code into a block, or name a stack without such code with blocks=..."
             )
-        call.last_call = (args, kwargs)
-        template = self._template(call, block, position, args, kwargs)
+        template = self._taker(call, block).template(position, args, kwargs)
         if template not in call.templates:
             call.templates.append(template)
         call.block_template.append(call.templates.index(template))
+        settled = not template.repeats and all(map(is_settled, (*args, *kwargs.values())))
+        call.last_call = (args, kwargs) if settled else None
 
-    def _template(
-        self, call: StackCall, block: int, position: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Template:
-        def leaf(value: Any) -> Any:
-            return self._leaf(call, block, value)
+    def _taker(self, call: StackCall, block: int) -> ArgumentTaker:
+        def cache_slot(cache: Any) -> int:
+            key = self.ledger.key(cache)
+            call.caches[key] = cache
+            return list(call.caches).index(key)
 
-        plain_args = [None if index == position else value for index, value in enumerate(args)]
-        plain_kwargs = {name: value for name, value in kwargs.items() if name != position}
-        mapped_args, mapped_kwargs = pytree.tree_map(leaf, (plain_args, plain_kwargs), is_leaf=is_cache)
-        return Template(tuple(mapped_args), mapped_kwargs, position)
+        assert call.placeholder is not None
+        return ArgumentTaker(
+            self.names,
+            block,
+            call.placeholder,
+            call.beside,
+            grad=call.ambient.grad,
+            cache_slot=cache_slot,
+            others=self.other_stacks,
+        )
 
-    def _leaf(self, call: StackCall, block: int, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if call.ambient.grad and value.requires_grad:
-                raise SkipPipeError(
-                    f"{self.names[block]} takes a second tensor that needs a gradient (shape {tuple(value.shape)}) "
-                    "beside its hidden states; only the hidden states carry gradients between stages. Detach it, or "
-                    "compute it inside the block"
-                )
-            return SideInput(_slot(call.side_inputs, value))
-        if isinstance(value, Unavailable):
-            raise SkipPipeError(
-                f"{self.names[block]} takes the second output of another block, which stays on its worker; "
-                "blocks of a pipeline exchange one tensor only"
-            )
-        if is_cache(value):
-            if call.ambient.grad:
-                return None
-            key = self.ledger.key(value)
-            call.caches[key] = value
-            return CacheRef(list(call.caches).index(key))
-        return value
+    def _token(self, call: StackCall, block: int, spec: TensorSpec) -> HiddenToken:
+        grad, modes = call.ambient.grad, call.modes
+        needs = grad and call.hidden.requires_grad
+
+        def needs_gradient() -> bool:
+            return needs or (grad and any(any(mode.requires_grad) for mode in modes[: block + 1]))
+
+        return HiddenToken.of(self.names, block, spec, call.hidden.device, needs_gradient)
 
     def _mode(self, call: StackCall, block: int) -> BlockMode:
         """Return what user code has set on ``block`` until now."""
@@ -314,7 +338,9 @@ class BlockProxies:
             mode = dataclasses.replace(mode, hooks=hooks.lists)
         if not tensors:
             return mode
-        return dataclasses.replace(mode, tensors=tuple(_slot(call.side_inputs, tensor) for tensor in tensors))
+        return dataclasses.replace(
+            mode, tensors=tuple(call.beside.slot(tensor, self.names[block]) for tensor in tensors)
+        )
 
     def _look_up(self, call: StackCall, block: int) -> Probe:
         """Return what ``block`` makes of what enters it in this call."""
@@ -400,18 +426,3 @@ def _same_arguments(call: StackCall, args: tuple[Any, ...], kwargs: dict[str, An
         return False
     same_args = all(a is b for index, (a, b) in enumerate(zip(args, old_args, strict=True)) if index != hidden)
     return same_args and all(kwargs[name] is old_kwargs[name] for name in kwargs if name != hidden)
-
-
-def _slot(tensors: list[Tensor], tensor: Tensor) -> int:
-    for index, known in enumerate(tensors):
-        if known is tensor:
-            return index
-    tensors.append(tensor)
-    return len(tensors) - 1
-
-
-def _placeholder(hidden: Tensor, spec: TensorSpec) -> Tensor:
-    """A fresh object of the right form and (almost) no memory: the next block is recognised by its identity."""
-    if TensorSpec.of(hidden) == spec:
-        return hidden.detach()
-    return torch.empty(1, dtype=spec.dtype, device=hidden.device).expand(spec.shape)

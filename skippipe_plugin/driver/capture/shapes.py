@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Final
 
+import torch
 from torch import nn
 
-from ...engine.stage import Probe, ReturnStructure
+from ...engine.stage import Probe
 from ...engine.taps import own_hooks
 from ...engine.transport import TensorSpec
 
@@ -18,14 +21,14 @@ Mode = tuple[bool, bool]
 class ShapeBook:
     """Knows output specs and return structures; asks ``probe`` about what it does not know.
 
-    Blocks of the same class with parameters of the same shapes behave alike, in the same mode: with gradients or
-    without, in training or not. A kind of block that once kept the form of its input is taken to keep every form; the
-    worker checks that at every call.
+    Blocks of the same classes with the same settings and parameters of the same shapes behave alike, in the same mode:
+    with gradients or without, in training or not. A kind of block that once kept the form of its input is taken to keep
+    every form; the worker checks that at every call.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self._signatures = [_signature(block) for block in blocks]
-        self._keeping: dict[tuple[_Signature, Mode], ReturnStructure] = {}
+        self._keeping: dict[tuple[_Signature, Mode], Probe] = {}
         self._known: dict[tuple[_Signature, Mode, TensorSpec], Probe] = {}
 
     def is_settled(self, modes: Sequence[Mode]) -> bool:
@@ -45,17 +48,33 @@ class ShapeBook:
         other: Mode = (not mode[0], mode[1])
         for each in (mode, other, (mode[0], not mode[1]), (other[0], not mode[1])):
             if (signature, each) in self._keeping:
-                return Probe(enters, self._keeping[signature, each])
+                return dataclasses.replace(self._keeping[signature, each], output=enters)
             if (signature, each, enters) in self._known:
                 return self._known[signature, each, enters]
             if ask:
                 break
         found = self._known[signature, mode, enters] = probe()
         if found.output == enters:
-            self._keeping[signature, mode] = found.structure
+            self._keeping[signature, mode] = found
         return found
 
 
 def _signature(block: nn.Module) -> _Signature:
     shapes = tuple((name, tuple(parameter.shape), parameter.dtype) for name, parameter in block.named_parameters())
-    return (type(block), shapes, block.extra_repr(), tuple(own_hooks(block)))
+    parts = tuple((name, type(part), part.extra_repr(), _settings(part)) for name, part in block.named_modules())
+    return (shapes, parts, tuple(own_hooks(block)))
+
+
+_PLAIN: Final = (type(None), bool, int, float, str, torch.dtype, torch.Size)
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Return the plain attributes of a module, by which blocks of one class may differ in what they do."""
+    held = [(name, value) for name, value in vars(module).items() if not name.startswith("_") and name != "training"]
+    return tuple((name, repr(value)) for name, value in held if _is_plain(value))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(item, _PLAIN) for item in value)
+    return isinstance(value, _PLAIN)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from skippipe_plugin.driver.capture.entered import EnteredStack
+from skippipe_plugin.driver.capture.graphs import AroundTheBlocks
 from skippipe_plugin.driver.capture.proxies import StackCall
 from skippipe_plugin.driver.capture.side_inputs import PreparedCall
 from skippipe_plugin.driver.capture.suspend import StepThreads, current_thread
@@ -92,12 +94,13 @@ class Steps:
             device=torch.device("cpu"),
             ambient=AMBIENT,
             took_s=deque(took_s),
+            around=AroundTheBlocks(),
         )
 
     def step(self, index: int) -> torch.Tensor | None:
         self.started.append(index)
         self.clock.now_s += self.embedding_s
-        return current_thread().suspend(StackCall(torch.full((2,), float(index)), AMBIENT))
+        return current_thread().suspend(StackCall(EnteredStack(torch.full((2,), float(index))), AMBIENT))
 
     def open(self, ahead: bool = True) -> None:
         coming = range(self.first, self.first + 8) if ahead else ()

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from skippipe_plugin.driver.capture.arguments import SideInputs
 from skippipe_plugin.driver.capture.cutting import Axis, CallForm, Cut, NotCuttable, cut_call, find_cut, kind_of
+from skippipe_plugin.driver.capture.entered import EnteredStack
 from skippipe_plugin.driver.capture.growing import sample_counts, with_more_samples
 from skippipe_plugin.driver.capture.proxies import StackCall
-from skippipe_plugin.engine.call import Ambient, SideInput, Template
+from skippipe_plugin.engine.arguments import SideInput, Template
+from skippipe_plugin.engine.call import Ambient
 from skippipe_plugin.engine.transport import TensorSpec
 
 GRAD = Ambient(grad=True, inference=False, autocast=())
@@ -19,7 +22,7 @@ def call(hidden: Tensor, *sides: Tensor, constants: tuple[Any, ...] = ()) -> Sta
     slots = tuple(map(SideInput, range(len(sides))))
     template = Template((None, *slots, *constants), {}, 0)
     spec = TensorSpec.of(hidden)
-    return StackCall(hidden, GRAD, list(sides), [template], [0, 0], specs=[spec, spec, spec])
+    return StackCall(EnteredStack(hidden), GRAD, SideInputs(list(sides)), [template], [0, 0], specs=[spec, spec, spec])
 
 
 def form(*shapes: tuple[int, ...], constants: tuple[Any, ...] = ()) -> CallForm:

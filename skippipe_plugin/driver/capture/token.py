@@ -1,0 +1,197 @@
+"""What stands between two blocks: a token, good for being the next block's hidden states and for nothing else.
+
+It knows the form of the block's output, which is on a worker, and answers questions about it (shape, dtype, device,
+whether it needs a gradient). Whatever would need its values raises, and says what to do instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ...engine.errors import SkipPipeError
+from ...engine.transport import TensorSpec
+
+FORM_QUESTIONS: Final = frozenset(
+    {
+        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad"),
+        *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"),
+        *("is_mps", "is_xpu", "is_xla", "is_hpu", "is_mtia", "is_ipu", "is_maia", "is_vulkan"),
+        *("size", "dim", "ndimension", "numel", "nelement", "element_size", "get_device", "__len__", "__hash__"),
+        *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_same_size"),
+    }
+)
+"""What may be asked of a tensor without reading it."""
+_KEEPING: Final = frozenset(
+    {"contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "__repr__", "__format__"}
+)
+"""What gives back the same tensor where nothing is to be converted, or only its description."""
+_LIKE: Final = frozenset(
+    {
+        *("zeros_like", "ones_like", "full_like", "empty_like"),
+        *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+    }
+)
+"""What makes another tensor of a tensor's form."""
+
+
+class HiddenToken(Tensor):
+    """The output of a block that is elsewhere; made by :meth:`of`."""
+
+    _names: tuple[str, ...]
+    _block: int
+    _needs_gradient: Callable[[], bool]
+
+    @classmethod
+    def of(
+        cls,
+        names: tuple[str, ...],
+        block: int,
+        spec: TensorSpec,
+        device: torch.device,
+        needs_gradient: Callable[[], bool],
+    ) -> HiddenToken:
+        """Make the token for what the block ``names[block]`` returns; ``needs_gradient`` is asked when it matters."""
+        token: HiddenToken = torch.Tensor._make_wrapper_subclass(cls, spec.shape, dtype=spec.dtype, device=device)
+        token.__dict__.update(_names=names, _block=block, _needs_gradient=needs_gradient)
+        return token
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the real output would need a gradient."""
+        return self._needs_gradient()
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self._refuse("requires_grad = ...")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            return f"<the output of {self._names[self._block]}, {TensorSpec.of(self)}, which is on a worker>"
+
+    def __format__(self, format_spec: str) -> str:
+        return repr(self) if not format_spec else self._refuse(f"format(..., {format_spec!r})")
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(type(self)), *self.__dict__})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse(f"{name} = ...")
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Return itself when nothing is to be converted."""
+        wanted = [*args, *kwargs.values()]
+        for each in wanted:
+            if isinstance(each, Tensor):
+                same = each.dtype == self.dtype and each.device == self.device
+            elif isinstance(each, torch.dtype):
+                same = each == self.dtype
+            else:
+                same = isinstance(each, (bool, torch.memory_format)) or self._is_here(each)
+            if not same:
+                self._refuse("to()")
+        return self._refuse("to(copy=True)") if kwargs.get("copy") or args[2:3] == (True,) else self
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
+        """Return itself: what comes from a worker is contiguous."""
+        return self if memory_format in (torch.contiguous_format, torch.preserve_format) else self._refuse("contiguous")
+
+    def type_as(self, other: Tensor) -> Any:
+        """Return itself when ``other`` is of its type."""
+        return self.to(other.dtype).to(other.device)
+
+    def float(self, *args: Any, **kwargs: Any) -> Any:
+        """Return itself when it is float32."""
+        return self.to(torch.float32)
+
+    def double(self, *args: Any, **kwargs: Any) -> Any:
+        """Return itself when it is float64."""
+        return self.to(torch.float64)
+
+    def half(self, *args: Any, **kwargs: Any) -> Any:
+        """Return itself when it is float16."""
+        return self.to(torch.float16)
+
+    def bfloat16(self, *args: Any, **kwargs: Any) -> Any:
+        """Return itself when it is bfloat16."""
+        return self.to(torch.bfloat16)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Any:
+        """Return itself on the host."""
+        return self.to("cpu")
+
+    def cuda(self, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Return itself on that GPU."""
+        return self.to("cuda" if device is None else torch.device("cuda", device) if type(device) is int else device)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),  # Any: whatever the torch function takes
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = function_name(func)
+        if name in FORM_QUESTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if name in _KEEPING and args and isinstance(args[0], HiddenToken):
+            return getattr(args[0], name)(*args[1:], **(kwargs or {}))
+        if name in _LIKE and args and isinstance(args[0], HiddenToken):
+            like = torch.empty(1, dtype=args[0].dtype, device=args[0].device).expand(args[0].shape)
+            return func(like, *args[1:], **(kwargs or {}))
+        return _first(args, kwargs)._refuse(name)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> NoReturn:
+        _first(args, kwargs)._refuse(str(getattr(func, "overloadpacket", func)).rpartition(".")[2])
+
+    def origin(self) -> str:
+        """Return the name of the block whose output this is."""
+        return self._names[self._block]
+
+    def _is_here(self, device: Any) -> bool:
+        wanted, own = torch.device(device), self.device
+        return wanted.type == own.type and wanted.index in (None, own.index)
+
+    def _refuse(self, operation: str) -> NoReturn:
+        name, following = self._names[self._block], self._names[self._block + 1]
+        parts = named_parts(self._names, self._block, self._block)
+        instead = f", or pipeline a part of the stack that ends with it or begins after it ({parts})" if parts else ""
+        raise SkipPipeError(
+            f"code between the blocks of a pipeline needs the output of {name} ({operation}), but that stays on "
+            f"a worker: here stands a placeholder that can only be passed on to {following}, and nothing may leave it "
+            f"out (layer drop, an early exit). Move that code into a block{instead}. What uses the outputs of many "
+            "layers (a loss on each, their mean) cannot be pipelined yet"
+        )
+
+
+def named_parts(names: Sequence[str], first: int, last: int) -> str:
+    """Say how the parts of a stack are named that end with block ``first``, or begin after block ``last``.
+
+    >>> named_parts(["net.0", "net.1", "net.2", "net.3"], 1, 1)
+    'blocks="net.0:2" or blocks="net.2:4"'
+    """
+    container, _, key = names[0].rpartition(".")
+    start, prefix = int(key) if key.isdigit() else 0, f"{container}." if container else ""
+    ranges = [(0, first + 1), (last + 1, len(names))]
+    return " or ".join(f'blocks="{prefix}{start + a}:{start + b}"' for a, b in ranges if b - a >= 2)
+
+
+def function_name(func: Any) -> str:
+    """Name a torch function as user code writes it: for the getter of an attribute, the attribute."""
+    if getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__"):
+        return getattr(getattr(func, "__self__", func), "__name__", "an attribute")
+    return getattr(func, "__name__", None) or str(func)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> HiddenToken:
+    leaves = pytree.tree_leaves((args, kwargs))
+    return next(leaf for leaf in leaves if isinstance(leaf, HiddenToken))
