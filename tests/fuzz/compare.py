@@ -16,12 +16,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
-from skippipe_plugin.driver.capture.microbatch import BatchError
+from skippipe_plugin.driver.capture.batches import BatchError
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.partition import PartitionError
 from skippipe_plugin.strategies import SkipPipeStrategy
 
-HANG_S = 30
+HANG_S = 60
 OURS = (SkipPipeError, BatchError, PartitionError)
 MIN_TEXT = 40
 """A refusal shorter than this says neither why not nor what to do."""

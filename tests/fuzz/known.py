@@ -24,6 +24,7 @@ KNOWN: dict[str, str] = {
     "first_state_from_a_list": "B",
     "in_place_between": "B",
     "long_skip": "B",
+    "predicted_features": "B",
     "tap_detached_norm_logged": "B",
     "tap_for_a_second_loss": "B",
     "tap_mean_of_layers": "B",
@@ -32,10 +33,6 @@ KNOWN: dict[str, str] = {
     "buffer_set_in_hook": "C",
     "class_attribute_changed": "C",
     "device_of_a_weight": "C",
-    "forward_hook_collects_for_loss": "C",
-    "forward_hook_keeps_last_detached": "C",
-    "forward_hook_removed_later": "C",
-    "late_forward_hook": "C",
     # C mirror
     "clamp": "C",
     "clamp_under_no_grad": "C",
@@ -86,9 +83,7 @@ KNOWN: dict[str, str] = {
     "tensor_changed_in_place_between_blocks": "F",
     # G batches
     "batchnorm_head": "G",
-    "numpy_beside": "G",
     "time_first_everywhere": "G",
-    "trainer_numbers": "G",
     # G between
     "gradient_of_the_inputs": "G",
     # G losses
@@ -99,7 +94,6 @@ KNOWN: dict[str, str] = {
     "torchmetrics_mean": "G",
     # H whole
     "context_counter_around": "H",
-    "lock_around_forward": "H",
     "step_state_kept_on_module": "H",
     # I misc
     "backward_twice": "I",
