@@ -93,6 +93,7 @@ KNOWN: dict[str, str] = {
     "torchmetrics_forward": "G",
     "torchmetrics_mean": "G",
     # H whole
+    "profiler_around": "H",  # the process may die: torch has one profiler, and microbatches interleave
     "context_counter_around": "H",
     "step_state_kept_on_module": "H",
     # I misc
