@@ -377,6 +377,8 @@ class SkipPipeStrategy(DriversStrategy):
                 "use precision='bf16-mixed'"
             )
         if self._remote is not None:
+            # What self.optimizers() returns has a zero_grad of its own, which sees this driver's parameters only.
+            self._lightning_optimizers[0].__dict__["zero_grad"] = self.optimizers[0].zero_grad
             clip_everywhere(self.precision_plugin, self._remote)
 
     @override
@@ -389,6 +391,8 @@ class SkipPipeStrategy(DriversStrategy):
         if self._remote is not None:
             self._remote.detach()
             self._remote = None
+            for wrapper in self._lightning_optimizers:
+                wrapper.__dict__.pop("zero_grad", None)
             clip_locally(self.precision_plugin)
             zero_locally(self.lightning_module)
         try:

@@ -15,6 +15,7 @@ from ..engine.gradients import GradientWindow
 from ..engine.stage import Stage
 from ..engine.wire import norm_answer
 from ..schedule import Schedule
+from .capture.suspend import current_thread
 from .layout import Layout
 from .links import Links
 from .resizing import carried_over
@@ -45,6 +46,8 @@ class GradientControl:
         self._leads = leads
         self._hosted: Mapping[int, Stage] = {}
         self._stage_scales: dict[int, float] = {}
+        self._accumulates = False
+        """Whether gradients were added since they were zeroed."""
         self.keeps_stepped = True
         """Whether workers keep gradients after an optimizer step, until they are zeroed as in one process. Not where
         zeroing is sure to come before the next gradients are added: then the memory is free during the next step."""
@@ -105,9 +108,14 @@ class GradientControl:
                 "zero_grad(set_to_none=False) came after an optimizer step whose gradients the workers have dropped; "
                 "override optimizer_zero_grad (or optimizer_step) in the LightningModule, and they keep them for it"
             )
+        if current_thread() is not None and self._accumulates and not self._is_stepped:
+            raise SkipPipeError(
+                "zero_grad() was called inside of a step, where the gradients of the batches before are out of reach; "
+                "call it in a hook, such as on_before_backward or optimizer_zero_grad"
+            )
         self.keeps_stepped = self.keeps_stepped or not set_to_none
         self._zero = "drop" if set_to_none or self._zero == "drop" else "fill"
-        self._is_stepped = False
+        self._is_stepped = self._accumulates = False
 
     def opening(self) -> dict[str, Any]:
         """Return what a training step's announcement says of gradients, such that it may be repeated."""
@@ -120,6 +128,7 @@ class GradientControl:
 
     def merge(self, scale: float) -> None:
         """Add the last step's gradients, times ``scale``, to the accumulated ones, here and on the workers."""
+        self._accumulates = True
         if self._is_stepped:
             self._settle_stepped()
         for stage, held in self._hosted.items():
