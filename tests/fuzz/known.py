@@ -21,17 +21,10 @@ KNOWN: dict[str, str] = {
     "token_cross_entropy_sum": "A",
     "variance_of_the_batch": "A",
     # B between
-    "first_state_from_a_list": "B",
-    "in_place_between": "B",
-    "long_skip": "B",
-    "predicted_features": "B",
     "tap_detached_norm_logged": "B",
-    "tap_for_a_second_loss": "B",
-    "tap_mean_of_layers": "B",
     # C attrs
     "buffer_replaced_in_hook": "C",
     "buffer_set_in_hook": "C",
-    "class_attribute_changed": "C",
     "device_of_a_weight": "C",
     # C mirror
     "clamp": "C",
@@ -48,7 +41,6 @@ KNOWN: dict[str, str] = {
     "load_in_on_fit_start": "C",
     "load_in_on_train_start": "C",
     "lookahead_by_hand": "C",
-    "optimizer_state_read": "C",
     "parameter_hook_collects": "C",
     "parameter_hook_masks": "C",
     "post_accumulate_hook": "C",
@@ -61,26 +53,11 @@ KNOWN: dict[str, str] = {
     "weight_decay_by_hand_on_all": "C",
     "weight_noise": "C",
     "weights_used_in_step": "C",
-    # D between
-    "backbone_under_no_grad": "D",
-    "stack_under_no_grad": "D",
     # E mirror
     "gru": "E",
-    "in_place_first": "E",
     "lstm_bidirectional": "E",
     "pruned": "E",
-    "relu_in_place_after_stack": "E",
-    "residual_in_place_after_stack": "E",
     "weight_norm_old": "E",
-    # F between
-    "closure_argument": "F",
-    "dataclass_argument": "F",
-    "dict_changed_between_blocks": "F",
-    "module_argument": "F",
-    "namespace_argument": "F",
-    "numpy_argument": "F",
-    "object_with_gradient": "F",
-    "tensor_changed_in_place_between_blocks": "F",
     # G batches
     "batchnorm_head": "G",
     "time_first_everywhere": "G",
@@ -93,17 +70,10 @@ KNOWN: dict[str, str] = {
     "torchmetrics_forward": "G",
     "torchmetrics_mean": "G",
     # H whole
-    "profiler_around": "H",  # the process may die: torch has one profiler, and microbatches interleave
     "context_counter_around": "H",
     "step_state_kept_on_module": "H",
-    # I misc
-    "backward_twice": "I",
-    "global_norm_optimizer": "I",
-    "step_count_in_group": "I",
-    "zero_grad_overridden": "I",
     # J attrs
-    "forward_patched_on_class": "J",
     "global_of_the_script_changed": "J",
-    # ok
-    "embedding_after_stack": "ok",
+    # H whole
+    "profiler_around": "H",  # the process may die: torch has one profiler, and microbatches interleave
 }
