@@ -375,10 +375,8 @@ class NoFeed:
 
 
 def gradient_of(leaf: Tensor) -> Tensor | None:
-    """Return the gradient that reached a leaf, zeros if none did; None when it takes none."""
-    if not leaf.requires_grad:
-        return None
-    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+    """Return the gradient that reached a leaf; None when none did: the blocks' parameters are to have none either."""
+    return leaf.grad
 
 
 def merged_loss(run: StepRun, weights: Sequence[float]) -> Tensor | None:

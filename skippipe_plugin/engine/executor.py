@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import DRIVER_STAGE, Event, Op
+from .absent import absent, is_absent
 from .call import Call
 from .errors import GenerationAborted, SkipPipeError
 from .program import Instruction
@@ -166,7 +167,8 @@ class Executor:
         if self._driver is not None:
             self._driver.announce()
         try:
-            return self._posted.pop(key).wait()
+            came = self._posted.pop(key).wait()
+            return None if action.op not in (Op.F, Op.L) and is_absent(came) else came
         except GenerationAborted:
             raise
         except Exception as error:  # pragma: no cover - a bug of ours, named rather than hung
@@ -179,7 +181,9 @@ class Executor:
         if instruction.sends is None:
             self._local[action.microbatch, action.op is Op.F, hop] = value
         elif _gives_message(instruction, hop, self._calls[action.microbatch]):
-            assert value is not None, f"{instruction.text} has nothing to send"
+            if value is None:
+                assert action.op is not Op.F, f"{instruction.text} has nothing to send"
+                value = absent(self._calls[action.microbatch].spec.hops[hop].spec, self._device)
             self._transport.send(value, instruction.sends.rank, instruction.sends.tag)
 
     def _execute(self, instruction: Instruction, taken: Tensor | None) -> None:

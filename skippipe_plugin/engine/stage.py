@@ -141,6 +141,8 @@ class Stage:
         if microbatch not in self._saved:  # a forward without gradients has no way back
             return None
         inputs, output = self._saved.pop(microbatch)
+        if gradient is None and self.company is not None and output.requires_grad:
+            gradient = torch.zeros_like(output)  # the others wait for this rank's part in what goes back
         roots = [(output, gradient)] if gradient is not None and output.requires_grad else []
         if microbatch in self._tapped:
             assert self.driver_hooks is not None, "somebody was shown what hooks see"
@@ -148,8 +150,6 @@ class Stage:
             roots += [(tapped[index], each.to(self.device)) for index, each in gradients.items()]
         if roots:
             back_propagate_all(*zip(*roots, strict=True))
-        if inputs.requires_grad and inputs.grad is None:
-            return torch.zeros_like(inputs)
         return inputs.grad
 
     def backward_input(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:

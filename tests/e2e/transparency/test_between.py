@@ -397,6 +397,27 @@ def for_some_batches(self: Model, x: Tensor) -> Tensor:
     return self.head(hidden)
 
 
+def without_the_blocks(self: Model, x: Tensor) -> Tensor:
+    self.stack(self.embed(x))
+    return self.head(self.embed(x))
+
+
+def detached(self: Model, x: Tensor) -> Tensor:
+    return self.head(self.stack(self.embed(x)).detach())
+
+
+def without_the_blocks_at_times(self: Model, x: Tensor) -> Tensor:
+    hidden = self.stack(self.embed(x))
+    return self.head(hidden if self.global_step == 1 else self.embed(x))
+
+
+class Stopping(Block):
+    """Lets no gradient through to its input."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden.detach())
+
+
 def freezing(*parts: str) -> Callable[[Model], None]:
     def __init__(self: Model) -> None:
         Model.__init__(self)
@@ -415,6 +436,10 @@ FROZEN: dict[str, dict[str, Any]] = {
     "frozen prefix": {"__init__": freezing("embed", "blocks.0", "blocks.1")},
     "frozen blocks": {"__init__": freezing("blocks")},
     "frozen in the middle": {"__init__": freezing("blocks.1", "blocks.2")},
+    "unused": {"forward": without_the_blocks},
+    "unused at times": {"forward": without_the_blocks_at_times},
+    "detached": {"forward": detached},
+    "stopped": {"block": Stopping},
     "frozen end": {"__init__": freezing("blocks.2", "blocks.3")},
 }
 
@@ -425,7 +450,7 @@ def test_steps_without_some_gradients(members: dict[str, Any], options: dict[str
     assert_exact(made(**members), options)
 
 
-@pytest.mark.parametrize("members", [FROZEN["no_grad"], FROZEN["at times"]])
+@pytest.mark.parametrize("members", [FROZEN["no_grad"], FROZEN["at times"], FROZEN["unused at times"]])
 def test_steps_without_gradients_accumulate(members: dict[str, Any]) -> None:
     assert_exact(made(**members), accumulate_grad_batches=2)
 
