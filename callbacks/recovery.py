@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from ..driver.capture.remote import is_remote
 from ..driver.moving import MoveEvent
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy, WhileMissing
 from ..recovery import REBUILD_RULES, RebuildRule
@@ -107,7 +108,7 @@ class StageRecovery(Callback):
         frozen = [
             name
             for name, parameter in pl_module.named_parameters()
-            if parameter.is_meta and not parameter.requires_grad
+            if is_remote(parameter) and not parameter.requires_grad
         ]
         if frozen and strategy_of(trainer, self).settings.replicas == 1:
             warnings.warn(

@@ -5,16 +5,10 @@ from __future__ import annotations
 import inspect
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ..engine.errors import SkipPipeError
-
-_READERS_OF_WEIGHTS = {
-    "StochasticWeightAveraging": "averages",
-    "WeightAveraging": "averages",
-    "ModelPruning": "prunes",
-}
-"""Callbacks of Lightning that work on the weights while it trains; by name, because older versions lack some."""
 
 
 def check_fit(module: LightningModule, trainer: Trainer) -> None:
@@ -29,8 +23,9 @@ def check_fit(module: LightningModule, trainer: Trainer) -> None:
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise SkipPipeError("training_step(dataloader_iter) cannot be microbatched; take a batch instead")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for name in {cls.__name__ for cls in type(callback).__mro__} & _READERS_OF_WEIGHTS.keys():
+        if isinstance(callback, ModelPruning):
             raise SkipPipeError(
-                f"the callback {type(callback).__name__} {_READERS_OF_WEIGHTS[name]} the weights on the driver, but "
-                "those of the blocks are on the workers; remove it, or do the same with checkpoints after the run"
+                f"the callback {type(callback).__name__} changes the structure of the blocks while they train, but "
+                "they are on the workers, which keep the structure they were handed; prune the model "
+                "before fit (torch.nn.utils.prune), whose masks the workers apply, or after it"
             )

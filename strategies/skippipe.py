@@ -6,7 +6,7 @@ This module adapts; what a pipeline is lives in :mod:`skippipe_plugin.driver`. O
 from __future__ import annotations
 
 import functools
-import warnings
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -64,6 +64,8 @@ from .sections import shared_sections
 from .verify import Verify, check_step, check_verify, verify_first
 from .whole_step import WholeStep
 from .zeroing import zero_everywhere, zero_locally
+
+log = logging.getLogger(__name__)
 
 
 class SkipPipeStrategy(DriversStrategy):
@@ -303,7 +305,10 @@ class SkipPipeStrategy(DriversStrategy):
             result = function()
             self.barrier()
         except BaseException as error:
-            self._bring_back(over=False)  # before the workers of a launcher leave
+            try:
+                self._bring_back(over=False)  # before the workers of a launcher leave
+            except SkipPipeError as another:
+                log.warning("the model could not be brought back whole after the failure: %s", another)
             self._dismiss({"error": f"{type(error).__name__}: {error}"})
             raise
         self._dismiss(collect_results(result, trainer))
@@ -388,13 +393,21 @@ class SkipPipeStrategy(DriversStrategy):
 
     def _bring_back(self, *, over: bool) -> None:
         """Make model and optimizer whole again on this driver, and free the workers."""
-        if self._remote is not None:
-            self._remote.detach()
-            self._remote = None
-            for wrapper in self._lightning_optimizers:
-                wrapper.__dict__.pop("zero_grad", None)
-            clip_locally(self.precision_plugin)
-            zero_locally(self.lightning_module)
+        remote, self._remote = self._remote, None
+        try:
+            if remote is not None:
+                clip_locally(self.precision_plugin)
+                zero_locally(self.lightning_module)
+                for wrapper in self._lightning_optimizers:
+                    wrapper.__dict__.pop("zero_grad", None)
+                remote.detach()
+        finally:
+            self._bring_blocks_back()
+        continuation, self._continuation = self._continuation, None
+        if continuation is not None:
+            continuation.detach(over=over)
+
+    def _bring_blocks_back(self) -> None:
         try:
             if self._spread is not None:
                 self._timeline = self._spread.timeline or self._timeline
@@ -404,9 +417,6 @@ class SkipPipeStrategy(DriversStrategy):
             if self._compiled is not None:
                 self._compiled.restore()
                 self._compiled = None
-        continuation, self._continuation = self._continuation, None
-        if continuation is not None:
-            continuation.detach(over=over)
 
     def _spread_blocks(self, module: LightningModule) -> None:
         assert self._job is not None
@@ -568,11 +578,6 @@ class SkipPipeStrategy(DriversStrategy):
     # ----------------------------------------------------------- checkpoints
 
     @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        state = super().lightning_module_state_dict()
-        return state if self._spread is None else self._spread.whole_state_dict(state)
-
-    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if checkpoint_path == FROM_MEMORY and self._continuation is not None:
             return self._continuation.checkpoint(self._recovery)
@@ -583,11 +588,11 @@ class SkipPipeStrategy(DriversStrategy):
         assert self.lightning_module is not None
         if self.settings.moe is not None and self.settings.moe.exact_bias and self._spread is None:
             widen_biases(find_routers(self.lightning_module).values())
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*which is a no-op.*")
-            super().load_model_state_dict(checkpoint, strict)
-        if self._spread is not None:
-            self._spread.load_state_dict(checkpoint["state_dict"])
+        super().load_model_state_dict(checkpoint, strict)
+
+    def unread_weights(self) -> AbstractContextManager[None]:
+        """Let a ``state_dict`` name the weights of workers without fetching them."""
+        return self._running().pipeline.mirror.unread() if self._is_spread else nullcontext()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import cloudpickle
 from lightning.pytorch import Trainer
-from torch import Tensor
 from torchmetrics import Metric
 
+from ..driver.capture.remote import is_remote
 from ..driver.capture.rewind import metric_states, set_metric_states
 from ..driver.recall import Recalled
 from ..engine.wire import tensor_key
@@ -42,7 +42,8 @@ def snapshot(trainer: Trainer, parameters: Collection[str], groups: list[dict[st
     strategy.__dict__["lightning_module_state_dict"] = trainer.lightning_module.state_dict
     strategy.__dict__["optimizer_state"] = lambda _: {"state": {}, "param_groups": groups}
     try:
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        with strategy.unread_weights():  # type: ignore[attr-defined]
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     finally:
         del strategy.__dict__["lightning_module_state_dict"], strategy.__dict__["optimizer_state"]
     checkpoint["state_dict"] = {name: _held(name, v, parameters) for name, v in checkpoint["state_dict"].items()}
@@ -50,7 +51,7 @@ def snapshot(trainer: Trainer, parameters: Collection[str], groups: list[dict[st
 
 
 def _held(name: str, value: Any, parameters: Collection[str]) -> Any:
-    if isinstance(value, Tensor) and value.is_meta:
+    if is_remote(value):
         return Held.BY_WORKERS
     return Held.BY_DRIVER if name in parameters else value
 

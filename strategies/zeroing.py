@@ -28,5 +28,6 @@ def zero_locally(module: LightningModule | None) -> None:
 
 
 def _zero(module: LightningModule, gradients: GradientControl, set_to_none: bool = True) -> None:
-    type(module).zero_grad(module, set_to_none)
+    with gradients.copies.unseen():
+        type(module).zero_grad(module, set_to_none)
     gradients.zero(set_to_none)

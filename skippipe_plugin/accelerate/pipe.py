@@ -20,6 +20,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..driver.capture.remote import is_remote
 from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer
 from ..driver.recovery import RecoveryEvent
@@ -323,13 +324,13 @@ class SkipPipe:
     def _to_clip(self, parameters: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return all parameters to clip, and those of them that are here."""
         members = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        local = [parameter for parameter in members if not parameter.is_meta]
+        local = [parameter for parameter in members if not is_remote(parameter)]
         if self._calls is None or len(members) == len(local):
             return members, local
         self._calls.settle()
         asked = {id(parameter) for parameter in members}
         groups = self._optimizer.param_groups if self._optimizer is not None else ()
-        trained = [p for group in groups for p in group["params"] if p.is_meta and p.requires_grad]
+        trained = [p for group in groups for p in group["params"] if is_remote(p) and p.requires_grad]
         left_out = sum(id(parameter) not in asked for parameter in trained)
         if self._remote is None or left_out:
             raise SkipPipeError(

@@ -16,6 +16,7 @@ from ..engine.stage import Stage
 from ..engine.wire import norm_answer
 from ..schedule import Schedule
 from .capture.suspend import current_thread
+from .copies import GradientCopies
 from .layout import Layout
 from .links import Links
 from .resizing import carried_over
@@ -33,7 +34,7 @@ under the two.
 class GradientControl:
     """The gradients of a pipeline, seen from one driver; the first driver commands the workers'."""
 
-    def __init__(self, links: Links, layout: Layout, *, leads: bool) -> None:
+    def __init__(self, links: Links, layout: Layout, copies: GradientCopies, *, leads: bool) -> None:
         self.scale: GradientScale = "batch"
         self.window = GradientWindow([])
         """The gradients of the parameters that live on this driver."""
@@ -41,6 +42,10 @@ class GradientControl:
         """By block stage: how many microbatches of all drivers visited it in the last training step."""
         self.send_step: Callable[[dict[str, Any], bytes], None] = functools.partial(_send_step, links)
         """Sends the workers the command to step, its fields and settings."""
+        self.copies = copies
+        """What user code sees of the workers' gradients."""
+        self.pending_clip: tuple[float | None, float | None] = (None, None)
+        """How the coming optimizer step clips: a factor, and the largest element."""
         self._links = links
         self.layout = layout
         self._leads = leads
@@ -116,6 +121,25 @@ class GradientControl:
         self.keeps_stepped = self.keeps_stepped or not set_to_none
         self._zero = "drop" if set_to_none or self._zero == "drop" else "fill"
         self._is_stepped = self._accumulates = False
+        self.copies.outdate(present=self._zero == "fill" and self.copies.present)
+
+    def take_zero(self) -> str:
+        """Return how the workers are to zero first, which the caller then has them do."""
+        zero, self._zero = self._zero, ""
+        return zero
+
+    def begin_step(self) -> None:
+        """Start a training step: gradients that an optimizer step has used are dropped now, unless they are kept."""
+        self.copies.hidden = False
+        if self._is_stepped and not self.keeps_stepped and self.copies.present:
+            self.copies.outdate(present=False, gone=True)
+
+    def before_reading(self) -> None:
+        """Let the workers zero and clip what is zeroed and clipped on this driver already."""
+        (scale, value), self.pending_clip = self.pending_clip, (None, None)
+        zero = self.take_zero()
+        if self._leads and (zero or scale is not None or value is not None):
+            self._links.broadcast("clip", {"scale": scale, "value": value, "zero": zero})
 
     def opening(self) -> dict[str, Any]:
         """Return what a training step's announcement says of gradients, such that it may be repeated."""
@@ -129,17 +153,19 @@ class GradientControl:
     def merge(self, scale: float) -> None:
         """Add the last step's gradients, times ``scale``, to the accumulated ones, here and on the workers."""
         self._accumulates = True
+        self.copies.flush()
         if self._is_stepped:
             self._settle_stepped()
         for stage, held in self._hosted.items():
             gradients.scale_gradients(self.window.new_of(held.parameters()), self._stage_scales.get(stage, 1.0))
         self.window.merge(scale)
-        zero, self._zero = self._zero, ""
+        zero = self.take_zero()
         fields = {"scale": scale, "zero": zero, "stage_scales": list(self._stage_scales.items())}
         request = self._norm_request(self._expected_norm)
         if self._leads:
             self._links.broadcast("merge", fields | request)
         self._norm_under_way = self._expected_norm is not None
+        self.copies.outdate(present=True)
 
     def _settle_stepped(self) -> None:
         """New gradients come, and nobody has called zero_grad since the last optimizer step.
@@ -172,6 +198,8 @@ class GradientControl:
         """
         kind = float(norm_type), stepped
         norm_type = kind[0]
+        if self.copies.flush():
+            self._norm_under_way = False
         if not self._norm_under_way or self._expected_norm != kind:
             request = self._norm_request(kind)
             if self._leads:
@@ -186,15 +214,17 @@ class GradientControl:
         powers += [answers[rank].fields["experts"] for ranks in sets for rank in ranks[1:]]
         return gradients.total_norm([gradients.norm_power(local, norm_type), *powers], norm_type)
 
-    def step_optimizers(self, settings: bytes, scale: float | None, value: float | None) -> None:
+    def step_optimizers(self, settings: bytes) -> None:
         """Let every worker step its optimizer, after clipping."""
         if self._is_stepped and not self.keeps_stepped:
             raise SkipPipeError(
                 "optimizer.step() was called twice for the same gradients, which the workers have dropped after the "
                 "first; override optimizer_step in the LightningModule, and they keep them until zero_grad"
             )
+        self.copies.flush()
         self._norm_under_way = False
-        zero, self._zero = self._zero, ""
+        zero = self.take_zero()
+        (scale, value), self.pending_clip = self.pending_clip, (None, None)
         self._is_stepped = True
         if self.keeps_stepped:
             self._had_gradients = [parameter.grad is not None for parameter in self.window.parameters]
@@ -211,6 +241,7 @@ class GradientControl:
                 "lr_factors": list(self.lr_factors.items()),
             }
             self.send_step(fields, settings)
+        self.copies.outdate(present=self.copies.present)
 
     def _norm_request(self, kind: tuple[float, bool] | None) -> dict[str, Any]:
         """Number a request: the answers of steps that were not clipped must not be taken for that of a later one."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..engine.channel import Buffer
 from ..engine.handover import pack_object
+from .capture.remote import is_remote
 from .links import Link, Links
 
 _SAMPLES: Final = 1024
@@ -78,7 +79,7 @@ class DriverState:
     def _local(self) -> list[tuple[str, Tensor]]:
         parameters = self._model.named_parameters(remove_duplicate=False)
         named = [*parameters, *self._model.named_buffers(remove_duplicate=False)]
-        return [(name, tensor) for name, tensor in named if not tensor.is_meta]
+        return [(name, tensor) for name, tensor in named if not (tensor.is_meta or is_remote(tensor))]
 
 
 def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:

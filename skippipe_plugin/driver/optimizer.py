@@ -18,6 +18,7 @@ from ..engine.apart import check_steps_apart, counts_without_gradients
 from ..engine.errors import SkipPipeError
 from ..engine.optimizer import OptimizerPlan, ParameterKey, Settings, settings_of
 from ..engine.wire import decode_optimizer_state, encode_optimizer_state
+from .capture.remote import is_remote
 from .optimizer_attributes import check_attributes, check_step_is_of_class, own_code, own_values
 from .optimizer_state import WatchedState
 from .pipeline import Pipeline
@@ -33,14 +34,12 @@ class RemoteOptimizer:
         self._pipeline = pipeline
         self._optimizer = optimizer
         self._keys = pipeline.remote.parameters()
-        self._clip_scale: float | None = None
-        self._clip_value: float | None = None
         self._members: list[list[int]] = []
         self._before: Settings | None = None
         """The settings before the driver's own step, which may change them."""
         self._attributes = own_values(optimizer)
         self._check()
-        for parameter in [parameter for parameter in optimizer.state if parameter.is_meta]:
+        for parameter in [parameter for parameter in optimizer.state if is_remote(parameter)]:
             del optimizer.state[parameter]  # what an optimizer's constructor may have made for them
         self._state = self._watch()
         self._describe()
@@ -88,21 +87,27 @@ class RemoteOptimizer:
         local = self._local() if local is None else local
         scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         gradients.clip(local, scale=scale, value=None)
-        self._clip_scale = scale * (1.0 if self._clip_scale is None else self._clip_scale)
+        control = self._pipeline.gradients
+        before, value = control.pending_clip
+        control.pending_clip = scale * (1.0 if before is None else before), value
+        control.copies.outdate(present=control.copies.present)
         return norm
 
     def clip_value(self, value: float) -> None:
         """Clip every gradient element to +-``value``."""
         gradients.clip(self._local(), scale=None, value=value)
-        self._clip_value = value
+        control = self._pipeline.gradients
+        control.copies.flush()
+        control.pending_clip = control.pending_clip[0], value
+        control.copies.outdate(present=control.copies.present)
 
     def forget_clipping(self) -> None:
         """Forget how to clip a step that is not taken."""
-        self._clip_scale = self._clip_value = None
+        self._pipeline.gradients.pending_clip = None, None
 
     def _local(self) -> list[nn.Parameter]:
         members = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        return [parameter for parameter in members if not parameter.is_meta]
+        return [parameter for parameter in members if not is_remote(parameter)]
 
     # ---------------------------------------------------------- checkpoint
 
@@ -204,7 +209,7 @@ class RemoteOptimizer:
         check_attributes(self._optimizer, plan)
         for number, group in enumerate(self._optimizer.param_groups):
             remote = any(id(parameter) in self._keys for parameter in group["params"])
-            local = any(not parameter.is_meta and parameter.requires_grad for parameter in group["params"])
+            local = any(not is_remote(parameter) and parameter.requires_grad for parameter in group["params"])
             if remote and not local and not counts_without_gradients(plan):
                 raise SkipPipeError(
                     f"{type(self._optimizer).__name__} counts in parameter group {number} only where a parameter of it "
@@ -243,13 +248,14 @@ class RemoteOptimizer:
     # ---------------------------------------------------------------- step
 
     def _zero(self, set_to_none: bool = True) -> None:
-        self._zero_grad(set_to_none)
+        with self._pipeline.gradients.copies.unseen():
+            self._zero_grad(set_to_none)
         self._pipeline.gradients.zero(set_to_none)
 
     def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Note the settings when all that may change them has run: the closure, in which the user's hooks run."""
         self._note_settings()
-        self._state.is_open = True
+        self._open(by_optimizer=True)
         if args and callable(args[-1]):
             return (*args[:-1], self._noting(args[-1])), kwargs
         if callable(kwargs.get("closure")):
@@ -258,26 +264,30 @@ class RemoteOptimizer:
 
     def _noting(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def noting() -> Any:  # Any: the loss
-            self._state.is_open = False
+            self._open(by_optimizer=False)
             result = closure()
             self._note_settings()
-            self._state.is_open = True
+            self._open(by_optimizer=True)
             return result
 
         return noting
+
+    def _open(self, *, by_optimizer: bool) -> None:
+        """Let the optimizer's own code see what is here, and nothing of what is elsewhere; or the user's code again."""
+        self._state.is_open = self._pipeline.gradients.copies.hidden = by_optimizer
 
     def _note_settings(self) -> None:
         self._before = settings_of(self._optimizer, self._attributes)
 
     def _after_step(self) -> None:
-        self._state.is_open = False
+        self._open(by_optimizer=False)
+        self._pipeline.mirror.settle()
         settings, self._before = self._before, None
         assert settings is not None, "torch calls the hook before a step"
-        scale, value = self._clip_scale, self._clip_value
-        self._clip_scale = self._clip_value = None
         if self._membership() != self._members:
             self._regroup()
-        self._pipeline.gradients.step_optimizers(settings.dumps(), scale, value)
+        self._pipeline.gradients.step_optimizers(settings.dumps())
+        self._pipeline.mirror.weights.outdate()
 
     def _regroup(self) -> None:
         """Parameters were added (unfreezing does that) or moved: rebuild the remote parts, with their state."""
@@ -289,16 +299,18 @@ class RemoteOptimizer:
     def _switch(self, method: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``train`` or ``eval`` of the optimizer here and of its parts on the workers."""
         settings = settings_of(self._optimizer, self._attributes)
+        self._pipeline.mirror.settle()
         with self._state.opened():
             result = original(*args, **kwargs)
         if self._pipeline.leads:
             self._pipeline.links.broadcast("optimizer_mode", {"method": method}, [settings.dumps()])
+        self._pipeline.mirror.weights.outdate()
         return result
 
 
 def _holds_parameters(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.is_meta or isinstance(value, nn.Parameter)
+        return value.is_meta or is_remote(value) or isinstance(value, nn.Parameter)
     if isinstance(value, dict):
         return any(_holds_parameters(each) for each in value.values())
     return isinstance(value, list | tuple | set) and any(_holds_parameters(each) for each in value)

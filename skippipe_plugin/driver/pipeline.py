@@ -35,6 +35,7 @@ from .capture.cutting import Cut, parts_of
 from .capture.graphs import AroundTheBlocks
 from .capture.notes import noted
 from .capture.proxies import BlockProxies, StackCall
+from .capture.remote import is_remote
 from .capture.side_inputs import dump_probe
 from .capture.suspend import StepThreads, current_thread, suspend_here
 from .capture.writer import CallWriter
@@ -42,6 +43,7 @@ from .clocks import WorkerClocks
 from .layout import Layout
 from .links import Links
 from .measured import measured_timeline, network_cost
+from .mirrored import Mirror, check_hooks
 from .programs import Programs
 from .rendezvous import Rendezvous
 from .resizing import carried_over
@@ -134,8 +136,12 @@ class Pipeline:
         """How workers build their part of the optimizer, as it travels."""
         self.shards = ExpertShards(layout)
         """Which worker holds which experts."""
-        self.remote = RemoteWeights(links, layout, rank, self.shards)
-        self.gradients = GradientControl(links, layout, leads=rank == 0)
+        self.mirror = Mirror(self)
+        """What user code sees of the blocks on workers."""
+        self.remote = RemoteWeights(links, layout, rank, self.shards, self.mirror)
+        self.gradients = GradientControl(links, layout, self.mirror.gradients, leads=rank == 0)
+        self.in_step = self.is_announced = False
+        """Whether a step is under way, and whether the workers have begun with it."""
         self.routers = RouterControl(links, leads=rank == 0)
         links.on_failure = self._wake
 
@@ -190,6 +196,7 @@ class Pipeline:
             raise
         self.links.expect_all("ready")
         self._writer = CallWriter(self.links, self.layout)
+        self.mirror.weights.forget_read()
 
     def abort(self) -> None:
         """Give the step under way up everywhere; the next step starts a new generation."""
@@ -301,6 +308,7 @@ class Pipeline:
         proxies = proxies_of(probe=self._probe, forward=self._forward)
         keep = self.keeper is not None
         self.shards.learn(proxies.blocks)
+        check_hooks(self.remote.remote_of(proxies.blocks), proxies.names)
         self._sender = StageSender(
             self.layout, proxies.blocks, compile_with, seed, keep_structures=keep, shards=self.shards
         )
@@ -317,8 +325,8 @@ class Pipeline:
         if compile_with is not None:
             for block in self.layout.hosted(self.rank):
                 real[block].compile(**compile_with)
-        self.remote.own(proxies.blocks)
-        local = [parameter for parameter in model.parameters() if not parameter.is_meta]
+        self.remote.own(proxies.blocks, proxies.names)
+        local = [parameter for parameter in model.parameters() if not is_remote(parameter)]
         self.gradients.own(local, self._hosted)
         self.routers.own(model)
 
@@ -331,27 +339,12 @@ class Pipeline:
         proxies = self._proxies
         if proxies is None:
             return []
-        lost = self.remote.give_back(self.remote.salvage() if self.beyond_help else self.weights())
+        lost = self.mirror.give_back(self.remote.last(self))
         proxies.remove()
         self._proxies = None
         self._hosted = {}
         self.gradients.own([], {})
         return [proxies.names[block] for block in lost]
-
-    def weights(self) -> dict[str, Tensor]:
-        """Fetch parameters and buffers of the remote blocks, by ``"<block>\\t<name>"``."""
-        return self.surviving(self._fetch_weights)
-
-    def _fetch_weights(self) -> dict[str, Tensor]:
-        self.heal()
-        return self.remote.fetch()
-
-    def put_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite weights of the remote blocks; names as in :meth:`weights`."""
-        self.heal()
-        if self.leads:
-            self.remote.put(tensors)
-        self.links.expect_all("ready")
 
     def use_schedule(self, name: str, schedule: Schedule) -> None:
         """Run the following steps by another schedule with the same placement; every driver calls this alike."""
@@ -408,6 +401,8 @@ class Pipeline:
             choose: Called when the first function has called the blocks (if it does) and the workers know nothing of
                 the step yet: the last moment for :meth:`use_schedule`. Every driver calls it.
         """
+        self.mirror.settle()
+        self.gradients.begin_step()
         with noted(task.sizes):
             return self.surviving(lambda: self._train(task, choose), rewind=task.rewinder(), whole=False)
 
@@ -416,16 +411,21 @@ class Pipeline:
         run = self._step_run(task)
         with run.random_state():
             self.gradients.window.open()
+            self.in_step = True
             try:
                 live = run.live(lambda: self._proxies_now().is_settled)
                 choose()
+                self.mirror.settle()  # the first function may have written weights
                 self._take_turns(task, live)
                 self.routers.board.open(1 / max(1, len(live) * self.layout.num_drivers))
                 if live or self.layout.num_drivers > 1:
                     self._execute(TRAINING, run, live)
+                self.mirror.check_unwritten()
             except BaseException as error:
                 self._give_up(error)
                 raise
+            finally:
+                self.in_step = self.is_announced = False
             if self.layout.num_drivers > 1:
                 sum_over_holders(self.gradients.window.parameters, self._sum_over_drivers)
             self.gradients.window.close()
@@ -439,12 +439,14 @@ class Pipeline:
 
         ``choose`` is called as by :meth:`train`.
         """
+        self.mirror.settle()
         with noted(task.sizes):
             return self.surviving(lambda: self._evaluate(task, choose), rewind=task.rewinder())
 
     def _evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None]) -> list[Any]:
         self.heal()
         run = self._step_run(task)
+        self.in_step = True
         try:
             run.start(0)
             # What hooks keep belongs to one microbatch at a time, as if there were no others.
@@ -455,10 +457,13 @@ class Pipeline:
             for index in range(len(self.microbatches)) if watched else [0]:
                 run.start(index)
                 while self._anybody(live := run.waiting()):
+                    self.mirror.settle()
                     self._execute(EVALUATION, run, live)
         except BaseException as error:
             self._give_up(error)
             raise
+        finally:
+            self.in_step = self.is_announced = False
         return run.values()
 
     def _take_turns(self, task: StepTask | WholeTask, live: Sequence[int]) -> None:
@@ -504,6 +509,7 @@ class Pipeline:
         run.open(self._step, schedule.paths, opening, coming, self._programs.most_in_flight[name], taps)
         if not live:
             run.announce()
+        self.is_announced = True
         executor = Executor(transport, self._hosted, self.device, driver=run)
         with proxies.in_step():
             events = executor.run(self._programs.compiled[name], set(live), NoFeed())
@@ -512,6 +518,8 @@ class Pipeline:
             proxies.note_all_writes(writes)
         if name == TRAINING:
             self.gradients.opened()
+        self.is_announced = False
+        self.mirror.weights.outdate(buffers_only=True)
         if timeline and self.leads:
             remote = {rank: message.fields["timeline"] for rank, message in done.items()}
             self.timeline = measured_timeline(schedule, events, remote, self._clocks)
@@ -542,6 +550,7 @@ class Pipeline:
             ambient=ambient,
             took_s=self._took_s,
             around=self._around,
+            started=self.mirror.note_started,
         )
 
     def _proxies_now(self) -> BlockProxies:

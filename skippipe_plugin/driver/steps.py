@@ -93,7 +93,7 @@ class StepRun:
     """Implements the executor's driver part for the microbatches of one driver and one step (or evaluation round).
 
     ``took_s`` remembers across steps how long the last functions took up to the blocks, ``around`` whether their losses
-    reach back before them.
+    reach back before them; ``started`` is told of each function that has come to the blocks.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class StepRun:
         ambient: Ambient,
         took_s: deque[float],
         around: AroundTheBlocks,
+        started: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._task = task
         self._first = first
@@ -119,6 +120,7 @@ class StepRun:
         self._ambient = ambient
         self._took_s = took_s
         self._around = around
+        self._started = started
         self._outcomes: dict[int, Outcome] = {}
         self._calls: dict[int, Call] = {}
         self._hidden: dict[int, Tensor] = {}
@@ -346,6 +348,7 @@ class StepRun:
         with noted(self._task.sizes, index):
             outcome = self._threads[index].start(self._task.functions[index], self._ambient)
         self._took_s.append(time.monotonic() - start_s)
+        self._started(index)
         if isinstance(outcome, Returned):
             self._proxies.check_complete(self._threads[index])
             if self._task.training and outcome.value is None:

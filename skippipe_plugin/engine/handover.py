@@ -16,6 +16,7 @@ from typing import Any
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import swap_tensors
 
 from .channel import Buffer
@@ -126,6 +127,22 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
             self._index[id(obj)] = len(self.tensors)
             self.tensors.append(obj)
         return self._index[id(obj)], isinstance(obj, nn.Parameter), obj.requires_grad
+
+    def reducer_override(self, obj: Any) -> Any:  # Any: what pickle takes and gives
+        if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
+            cls = parametrize.type_before_parametrizations(obj)
+            return _parametrized, (cls, dict(obj.__dict__), list(obj.parametrizations))  # type: ignore[arg-type]
+        return super().reducer_override(obj)
+
+
+def _parametrized(cls: type[nn.Module], state: dict[str, Any], names: Sequence[str]) -> nn.Module:
+    """Make a module with parametrizations, which torch itself refuses to pickle: each has a class of its own."""
+    module: nn.Module = cls.__new__(cls)
+    module.__dict__.update(state)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
 
 
 class _Unpickler(pickle.Unpickler):

@@ -26,7 +26,6 @@ from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
 from ..engine.call import device_types
 from ..engine.errors import SkipPipeError
-from ..engine.wire import tensor_key
 from ..job.job import DriverJob
 from ..moe import Attached, RouterStatistics, attach
 from ..moe.migration import Move
@@ -372,30 +371,10 @@ class SpreadModel:
 
     # -------------------------------------------------------------- weights
 
-    def whole_state_dict(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the model's ``state_dict`` with the workers' tensors in the places of its meta tensors."""
-        if self._pipeline is None:
-            return dict(state)
-        weights = {self._full_name(name): tensor for name, tensor in self._pipeline.weights().items()}
-        return {
-            name: weights[name] if isinstance(value, Tensor) and value.is_meta else value
-            for name, value in state.items()
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Send the workers their part of the whole model's ``state_dict``."""
-        if self._pipeline is not None:
-            names = {self._full_name(name): name for name in self._pipeline.remote.names()}
-            self._pipeline.put_weights({names[name]: state[name] for name in names if name in state})
-
     def remote_block_names(self) -> dict[int, str]:
         """Return the names in the model of those blocks that are on workers, by their numbers."""
         hosted = set(self.pipeline.layout.hosted(self._rank))
         return {block: name for block, name in enumerate(self._block_names) if block not in hosted}
-
-    def _full_name(self, name: str) -> str:
-        block, local = tensor_key(name)
-        return f"{self._block_names[block]}.{local}"
 
 
 def _start_alike(model: nn.Module) -> None:

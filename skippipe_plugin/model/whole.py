@@ -1,15 +1,13 @@
 """A model whose blocks are spread, as loops see it: called, saved, loaded and zeroed like any other.
 
 The object stays the user's own. Its ``forward`` is replaced on the instance, as accelerate does for mixed precision;
-``state_dict`` and ``load_state_dict`` reach the workers through torch's own hooks.
+what is saved and loaded is what its tensors are.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-import torch
 from torch import nn
 
 from .calls import ModelCalls
@@ -29,13 +27,12 @@ class WholeModel:
     def __init__(self, model: nn.Module, root: nn.Module, spread: SpreadModel, calls: ModelCalls) -> None:
         self._model = model
         self._spread = spread
-        self._calls = calls
         self._had = {name: model.__dict__[name] for name in ("forward", "zero_grad") if name in model.__dict__}
         self._zero_local = model.zero_grad
         self._forward = functools.wraps(model.forward)(lambda *args, **kwargs: calls(*args, **kwargs))
         self._handles = [
-            root.register_state_dict_post_hook(lambda *state: self._fill(*state)),  # type: ignore[no-untyped-call]
-            root.register_load_state_dict_pre_hook(self._send),  # type: ignore[no-untyped-call]
+            root.register_state_dict_pre_hook(lambda *_: calls.settle()),  # type: ignore[no-untyped-call]
+            root.register_load_state_dict_pre_hook(lambda *_: calls.settle()),  # type: ignore[no-untyped-call]
         ]
         model.__dict__ |= {"forward": self._forward, "zero_grad": self._zero}
 
@@ -51,24 +48,6 @@ class WholeModel:
                     self._model.__dict__[name] = self._had[name]
 
     def _zero(self, set_to_none: bool = True) -> None:
-        self._zero_local(set_to_none)
+        with self._spread.pipeline.gradients.copies.unseen():
+            self._zero_local(set_to_none)
         self._spread.pipeline.gradients.zero(set_to_none)
-
-    def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-        """Put the workers' tensors into a ``state_dict``."""
-        self._calls.settle()
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        state |= {prefix + name: value for name, value in self._spread.whole_state_dict(own).items()}
-
-    def _send(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Send the workers their part of what is loaded; torch is left with the tensors that are there already."""
-        self._calls.settle()
-        remote = {prefix + name: tensor for name, tensor in self._remote(module).items() if prefix + name in state}
-        fitting = {name: tensor for name, tensor in remote.items() if state[name].shape == tensor.shape}
-        self._spread.load_state_dict({name.removeprefix(prefix): state[name] for name in fitting})
-        state |= fitting
-
-    @staticmethod
-    def _remote(module: nn.Module) -> dict[str, torch.Tensor]:
-        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-        return {name: tensor for name, tensor in named if tensor.is_meta}

@@ -70,8 +70,12 @@ class RouterBoard:
 def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, RouterHook]]:
     for router in module.modules():
         for hook in router._forward_hooks.values():
-            if isinstance(hook, RouterHook) and not any(parameter.is_meta for parameter in router.parameters()):
+            if isinstance(hook, RouterHook) and not any(map(_is_elsewhere, router.parameters())):
                 yield router, hook
+
+
+def _is_elsewhere(parameter: torch.Tensor) -> bool:
+    return parameter.is_meta or hasattr(parameter, "is_remote")
 
 
 def pack_statistics(statistics: RouterStatistics) -> list[Any]:

@@ -35,6 +35,8 @@ class Holdings:
         self.step = -1
         """The number of the last optimizer step, where the driver numbers them."""
         self._optimizer: StageOptimizer | None = None
+        self._stepped = False
+        """Whether the gradients have been used by an optimizer step: they can be read until the next step begins."""
 
     def load(self, fields: Fields, blobs: Sequence[Buffer], device: torch.device) -> bool:
         """Take over a stage; return whether that was the last one of this worker."""
@@ -51,6 +53,7 @@ class Holdings:
                 block.compile(**fields["compile"])
         if fields["first"]:
             self.stages, self.norms, self.step, self._optimizer = {}, {}, -1, None
+            self._stepped = False
         self.stages[fields["stage"]] = Stage(fields["stage"], blocks, device)
         if fields["last"]:
             self.window = GradientWindow([p for stage in self.stages.values() for p in stage.parameters()])
@@ -63,6 +66,17 @@ class Holdings:
         self.window.discard()
 
     # ----------------------------------------------------------- gradients
+
+    def begin_step(self) -> None:
+        """Start a training step, with a new window for gradients if an optimizer step has used the last ones."""
+        if self._stepped:
+            self._stepped = False
+            self.window.zero()
+        self.window.open()
+
+    def clip(self, fields: Fields) -> None:
+        """Clip what is accumulated."""
+        gradients.clip(self.window.parameters, scale=fields["scale"], value=fields["value"])
 
     def merge(self, fields: Fields) -> None:
         """Add the new gradients to the accumulated ones."""
@@ -110,14 +124,13 @@ class Holdings:
         if fields["keep_norms"]:
             powers = {number: gradients.norm_power(stage.parameters(), 2.0) for number, stage in self.stages.items()}
             self.norms = {number: power**0.5 for number, power in powers.items()}
-        gradients.clip(self.window.parameters, scale=fields["scale"], value=fields["value"])
+        self.clip(fields)
         assert self._optimizer is not None, "an optimizer step before the optimizer"
         factors = [factor for stage, factor in fields["lr_factors"] if stage in self.stages]
         self._optimizer.step(pickle.loads(settings), lr_factor=max(factors, default=1.0))
         self.step = fields.get("step", -1)
         if not fields["keep"]:
-            # What follows is a new accumulation window: free the memory now rather than during the next step.
-            self.window.zero()
+            self._stepped = True  # what follows is a new accumulation window
 
     def switch_optimizer(self, method: str, settings: Buffer) -> None:
         """Call ``train`` or ``eval`` of an optimizer that has two sets of weights."""
@@ -132,11 +145,14 @@ class Holdings:
     # --------------------------------------------------------------- state
 
     def state(self, what: str, only: Collection[int] | None = None) -> State:
-        """Return ``"weights"``, the ``"optimizer"``'s state, or accumulated ``"gradients"``, perhaps of some blocks."""
+        """Return ``"weights"``, the ``"optimizer"``'s state, or accumulated ``"gradients"``, perhaps of some blocks.
+
+        ``"last_gradients"`` are also those that an optimizer step has used.
+        """
         if what == "optimizer":
             state = self.optimizer_state()
             return encode_optimizer_state({key: state[key] for key in state if only is None or key[0] in only})
-        named = self._tensors() if what == "weights" else self._gradients()
+        named = self._tensors() if what == "weights" else self._gradients(used=what == "last_gradients")
         if only is not None:
             named = {name: tensor for name, tensor in named.items() if tensor_key(name)[0] in only}
         entries, blobs = pack_tensors(named)
@@ -149,6 +165,9 @@ class Holdings:
             self.load_optimizer_state(decode_optimizer_state(fields, blobs))
             return
         own = self._tensors()
+        self.zero(fields.get("zero", ""))
+        for name in fields.get("absent", ()):
+            own[name].grad = None
         with torch.no_grad():
             for name, tensor in unpack_tensors(fields["tensors"], blobs).items():
                 if what == "weights":
@@ -159,7 +178,9 @@ class Holdings:
     def _tensors(self) -> dict[str, Tensor]:
         return block_tensors(self.blocks())
 
-    def _gradients(self) -> dict[str, Tensor]:
+    def _gradients(self, *, used: bool) -> dict[str, Tensor]:
+        if self._stepped and not used:
+            return {}
         return {name: tensor.grad for name, tensor in self._tensors().items() if tensor.grad is not None}
 
     def blocks(self) -> dict[int, nn.Module]:

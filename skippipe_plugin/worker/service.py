@@ -318,7 +318,7 @@ class Worker:
             stage.forget_caches(key for part in parts for key in part["forget_caches"])
         if fields["training"]:
             self._holdings.zero(fields.get("zero", ""))
-            self._holdings.window.open()
+            self._holdings.begin_step()
             self._routers.open(1 / max(1, len(live)))
         self._holdings.experts.begin_step()
         self._pulled.clear()
@@ -400,7 +400,12 @@ class Worker:
 
     def _on_put(self, source: int, message: Message) -> None:
         self._holdings.put(message.fields["what"], message.fields, message.blobs)
-        self._answer("ready", {})
+        if not message.fields.get("quiet"):
+            self._answer("ready", {})
+
+    def _on_clip(self, source: int, message: Message) -> None:
+        self._holdings.zero(message.fields["zero"])
+        self._holdings.clip(message.fields)
 
     def _on_outlive(self, source: int, message: Message) -> None:
         """Whoever joined by hand belongs to a supervised job, and waits for the next driver when this one is lost."""

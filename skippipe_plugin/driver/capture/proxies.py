@@ -32,6 +32,7 @@ from .caches import CacheLedger
 from .classes import ClassWatch
 from .entered import EnteredStack
 from .hooks import Running, StackHooks
+from .ordinary import copied, reduced
 from .poison import Poison
 from .shapes import ShapeBook
 from .suspend import current_thread
@@ -383,7 +384,7 @@ def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:
         return self.__dict__["_skippipe_call"](args, kwargs)
 
     names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), names)
+    return type(cls.__name__, (cls,), names | {"__deepcopy__": copied(cls), "__reduce_ex__": reduced(cls)})
 
 
 def _refuse_captured_outputs(kwargs: dict[str, Any], name: str) -> None:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from .remote import is_remote
+
 
 def rewinder(module: nn.Module) -> Callable[[], None]:
     """Return a function that brings buffers and torchmetrics of ``module`` back to what they are now.
 
-    Parameters need none of this: they change in the optimizer's step only. Meta tensors are the workers' own.
+    Parameters need none of this: they change in the optimizer's step only. Remote ones are the workers' own.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not is_remote(buffer)]
     metrics = metric_states(module)
 
     def rewind() -> None:

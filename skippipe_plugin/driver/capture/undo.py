@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .randomness import random_states, set_random_states
+from .remote import is_remote
 from .rewind import rewinder
 
 _NOT_OURS = frozenset({"_parameters", "_buffers", "_modules", "_trainer", "_fabric"})
@@ -88,7 +89,7 @@ def _attributes(part: nn.Module) -> dict[str, _Value]:
 
 def _contents(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return None if value.is_meta else value.detach().clone()
+        return None if value.is_meta or is_remote(value) else value.detach().clone()
     return value.copy() if type(value) in (list, dict, set) else None
 
 

@@ -1,15 +1,18 @@
 """Learning-rate factors of rebuilt stages belong to their blocks: a run may go on with other stages."""
 
+from typing import cast
+
 import pytest
 
 from skippipe_plugin.driver.backward import GradientControl
+from skippipe_plugin.driver.copies import GradientCopies, Workers
 from skippipe_plugin.driver.layout import Layout
 from skippipe_plugin.driver.links import Links
 
 
 def control(*stages: range) -> GradientControl:
     placement = tuple((rank,) for rank in range(len(stages) + 1))
-    return GradientControl(Links(), Layout(1, stages, placement), leads=True)
+    return GradientControl(Links(), Layout(1, stages, placement), GradientCopies(cast("Workers", None)), leads=True)
 
 
 @pytest.mark.parametrize(

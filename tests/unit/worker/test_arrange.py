@@ -87,10 +87,15 @@ def order(source: Holdings, target: Holdings, stages: dict[int, Sequence[int]], 
 def run(holders: Sequence[Holdings], optimizer: Optimizer, seed: int, *, step: bool) -> None:
     """One batch through all blocks in order; perhaps an optimizer step after it."""
     hidden = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+    for holdings in holders:
+        holdings.begin_step()
     blocks = {index: block for holdings in holders for index, block in holdings.blocks().items()}
     for index in sorted(blocks):
         hidden = blocks[index](hidden)
     hidden.square().mean().backward()
+    for holdings in holders:
+        holdings.window.close()
+        holdings.merge({"zero": "", "stage_scales": [], "scale": 1.0})
     if step:
         values = settings_of(optimizer).dumps()
         fields = {"zero": "", "keep": False, "keep_norms": True, "scale": None, "value": None, "lr_factors": []}

@@ -1,0 +1,269 @@
+"""The driver's picture of the blocks that workers hold: what user code reads of them, and what it writes.
+
+Here the copies meet the pipeline: whom they are fetched from, when they are sent back, and what makes them old.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.errors import SkipPipeError
+from ..engine.handover import pack_tensors, unpack_tensors
+from ..engine.wire import block_tensors, tensor_key
+from .capture.remote import Slot, detach, reattach
+from .copies import GradientCopies, WeightCopies
+from .layout import Layout
+from .links import Links
+from .shards import ExpertShards
+
+_T = TypeVar("_T")
+
+
+class Gradients(Protocol):
+    """What commands the workers' gradients."""
+
+    def before_reading(self) -> None:
+        """Let the workers' gradients be what this driver takes them to be."""
+
+    def take_zero(self) -> str:
+        """Return how they are to be zeroed first, which the caller then has them do."""
+
+
+class Host(Protocol):
+    """The pipeline, as far as copies need it."""
+
+    links: Links
+    layout: Layout
+    shards: ExpertShards
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this driver commands the workers."""
+
+    @property
+    def gradients(self) -> Gradients:
+        """What commands the workers' gradients."""
+
+    @property
+    def beyond_help(self) -> bool:
+        """Whether a worker is lost for good."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is under way on this driver."""
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether the workers have begun with it."""
+
+    def heal(self) -> None:
+        """Have idle workers."""
+
+    def surviving(self, action: Callable[[], _T]) -> _T:
+        """Run ``action``, again when a worker was lost under it."""
+
+
+class Mirror:
+    """What the remote tensors of one pipeline show; the source of them all."""
+
+    def __init__(self, host: Host) -> None:
+        self.names_only = False
+        self._host = host
+        self._slots: dict[str, Slot] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._structure: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = []  # Any: tensors, modules, None
+        self.weights = WeightCopies(self, self._slots)
+        self.gradients = GradientCopies(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the driver computes."""
+        return self._host.device
+
+    # ------------------------------------------------------------ hand-over
+
+    def own(self, blocks: Mapping[int, nn.Module], names: Sequence[str]) -> None:
+        """Take the values of blocks away from the driver's model; the workers have them."""
+        for name, tensor in block_tensors(blocks).items():
+            block, local = tensor_key(name)
+            detach(tensor, self, block, local, f"{names[block]}.{local}")
+            self._tensors[name] = tensor
+            self._slots[name] = tensor.__dict__["_skippipe_slot"]
+        self._structure = [
+            (f"{names[block]}.{path}".rstrip("."), own, tuple(own.values()))
+            for block, module in blocks.items()
+            for path, part in module.named_modules()
+            for own in (part._parameters, part._buffers, part._modules)
+        ]
+
+    def give_back(self, weights: Mapping[str, Tensor]) -> list[int]:
+        """Put values into the driver's model again, NaN where there are none; return the blocks that lack some."""
+        lost: list[int] = []
+        copies = self.weights.take()
+        for name, tensor in self._tensors.items():
+            value = copies.get(name, weights.get(name))
+            if value is None or value.shape != tensor.shape:
+                value = torch.full(tensor.shape, float("nan")).to(tensor.dtype)
+                lost.append(tensor_key(name)[0])
+            reattach(tensor, value)
+        self._tensors.clear()
+        self._slots.clear()
+        self._structure = []
+        self.gradients.outdate(present=False)
+        return list(dict.fromkeys(lost))
+
+    def named(self) -> Mapping[str, Tensor]:
+        """Return the remote tensors by ``"<block>\\t<name>"``."""
+        return self._tensors
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """Let tensors stand for themselves, as in a ``state_dict`` of which only the names count."""
+        self.names_only = True
+        try:
+            yield
+        finally:
+            self.names_only = False
+
+    # ------------------------------------------------------------ user code
+
+    def value(self, slot: Slot) -> Tensor:
+        return self.weights.value(slot)
+
+    def overwritten(self, slot: Slot) -> None:
+        self.weights.overwritten(slot)
+
+    def set_value(self, slot: Slot, value: Tensor) -> None:
+        self.weights.set_value(slot, value)
+
+    def gradient(self, slot: Slot) -> Tensor | None:
+        return self.gradients.get(slot)
+
+    def set_gradient(self, slot: Slot, value: Tensor | None) -> None:
+        self.gradients.set(slot, value)
+
+    # ------------------------------------------------------------- the pipeline
+
+    def settle(self) -> None:
+        """Let the workers have all that user code has written; called before anything runs there."""
+        self._take_replaced()
+        self.weights.flush()
+
+    def note_started(self, function: int) -> None:
+        """Note that one of a step's functions has come to the blocks: only the first may have written anything."""
+        if function == 0:
+            self.weights.flush()
+        else:
+            self.check_unwritten()
+
+    def check_unwritten(self) -> None:
+        """Raise when user code has written weights where the workers cannot have them any more."""
+        written = self.weights.written()
+        if written:
+            raise SkipPipeError(
+                f"{self._slots[next(iter(written))].label} was changed inside of a step, while the workers computed "
+                "with it or once for each microbatch. Change weights between steps, in on_train_batch_start or "
+                "on_train_batch_end (in a loop of your own: outside of the model's forward), or use num_microbatches=1"
+            )
+
+    def _take_replaced(self) -> None:
+        """Take up buffers that were replaced by others; nothing else can be."""
+        for number, (label, own, known) in enumerate(self._structure):
+            if len(own) == len(known) and all(map(operator.is_, own.values(), known)):
+                continue
+            self._structure[number] = label, own, self._replaced(label, own, known)
+
+    def _replaced(self, label: str, own: dict[str, Any], known: tuple[Any, ...]) -> tuple[Any, ...]:
+        by_id = {id(tensor): name for name, tensor in self._tensors.items()}
+        present = tuple(own.values())
+        for old, new in zip(known, present, strict=False):
+            if old is new:
+                continue
+            name = by_id.get(id(old))
+            if name is None or type(new) is not Tensor:
+                break
+            slot = self._slots[name]
+            self.weights.set_value(slot, new)
+            detach(new, self, slot.block, slot.name, slot.label)
+            reattach(old, self.weights.value(slot))
+            self._tensors[name], self._slots[name] = new, new.__dict__["_skippipe_slot"]
+        else:
+            if len(known) == len(present):
+                return present
+        changed = next((key for key, value in own.items() if all(value is not each for each in known)), "an entry")
+        raise SkipPipeError(
+            f"{label}.{changed} was replaced, added or removed while the block is on a pipeline's worker, which has "
+            "the structure that the model had when the blocks were handed over. Change the structure before fit "
+            "(accelerate: before prepare), or write new values into what is there: parameter.data = ..., copy_(), "
+            "load_state_dict(...) without assign=True"
+        )
+
+    # -------------------------------------------------------------- workers
+
+    def check_idle(self, what: str) -> None:
+        if self._host.is_announced:
+            raise SkipPipeError(
+                f"{what} was asked for in the middle of a step, when the workers compute and cannot be asked. Read it "
+                "before the blocks are called, or between steps: in on_train_batch_start, on_before_optimizer_step, "
+                "on_train_batch_end. (A penalty on weights in the loss is the optimizer's weight_decay=... here; or "
+                "keep the block on the driver with blocks=..., which names the stack without it)"
+            )
+
+    def fetch(self, what: str, blocks: Collection[int]) -> Mapping[str, Tensor]:
+        def ask() -> dict[str, Tensor]:
+            self._host.heal()
+            return self._ask(what, blocks)
+
+        if what == "gradients":
+            self._host.gradients.before_reading()
+        return self._ask(what, blocks) if self._host.in_step else self._host.surviving(ask)
+
+    def _ask(self, what: str, blocks: Collection[int]) -> dict[str, Tensor]:
+        host, parts = self._host, dict[int, dict[str, Tensor]]()
+        for stage in sorted({host.layout.stage_of_block(block) for block in blocks}):
+            own = [block for block in host.layout.blocks(stage) if block in blocks]
+            for rank in host.layout.whole_set(stage, host.links):
+                fields = {"what": what if what == "weights" else "last_gradients", "blocks": own}
+                message = host.links[rank].ask("get", fields, "state")
+                parts.setdefault(rank, {}).update(unpack_tensors(message.fields["tensors"], message.blobs))
+        return host.shards.join(parts)
+
+    def put(self, what: str, tensors: Mapping[str, Tensor], *, absent: Collection[str] = ()) -> None:
+        host = self._host
+        zero = host.gradients.take_zero() if what == "gradients" else ""
+        if not host.leads:
+            return  # the first driver has the same, and sends it
+        if not host.in_step:
+            host.surviving(host.heal)
+        for link in host.links:
+            blocks = set(host.layout.hosted(link.rank))
+            own = {
+                name: host.shards.part(tensor_key(name), tensor.detach(), link.rank)
+                for name, tensor in tensors.items()
+                if tensor_key(name)[0] in blocks
+            }
+            gone = [name for name in absent if tensor_key(name)[0] in blocks]
+            if own or gone or zero:
+                entries, blobs = pack_tensors(own)
+                fields = {"what": what, "tensors": entries, "absent": gone, "zero": zero, "quiet": True}
+                (link.tell if host.links.recovering else link.send)("put", fields, blobs)
+
+
+def check_hooks(blocks: Mapping[int, nn.Module], names: Sequence[str]) -> None:
+    """Raise when a hook waits for the gradient of a parameter that is about to leave."""
+    for block, module in blocks.items():
+        for name, parameter in module.named_parameters():
+            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise SkipPipeError(
+                    f"a hook is registered for the gradient of {names[block]}.{name}, which a pipeline's worker "
+                    "computes in parts, one for each microbatch. Remove the hook and change the whole gradient, "
+                    "parameter.grad in on_before_optimizer_step (in a loop of your own: between backward and "
+                    "optimizer.step), or keep the block on the driver with blocks=..., which names the stack without it"
+                )
