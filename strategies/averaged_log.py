@@ -1,45 +1,77 @@
-"""``self.log`` inside a microbatched step: collected, averaged over the microbatches, and logged once.
+"""``self.log`` inside a microbatched step: collected, merged to what the whole batch would have logged, logged once.
 
-Lightning keeps the last value that a step logs. A step that runs once per microbatch must log what the whole batch
-would have: the mean weighted by microbatch size, or the sum, maximum or minimum when ``reduce_fx`` says so.
+Lightning's own checks and settings hold: what is merged goes through ``self.log``, in the order of the step's calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
 from ..driver.capture.suspend import current_thread
+from ..model.asking import Key, Results
+from ..model.reductions import MISSING
 
-_Entry = tuple[int, Any, dict[str, Any]]  # Any: what self.log accepts
+_NAMES = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
+Merge = Callable[[Key, list[Any]], Any]
+"""Returns the whole batch's result, given its name and the microbatches'."""
+
+
+class _Entries:
+    """What one run of a step logs, by name and how often the name was logged before."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[str, int], tuple[Any, dict[str, Any]]] = {}  # Any: what self.log accepts
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs |= dict(zip(_NAMES, args, strict=False))
+        if isinstance(value, Metric):
+            kwargs["_forward"] = value._forward_cache
+        elif isinstance(value, Tensor):
+            value = value.detach()
+        number = self._counts.get(name, 0)
+        self._counts[name] = number + 1
+        self.entries[name, number] = (value, kwargs)
+
+    def results(self) -> Results:
+        """Return what has to be merged: values, sizes that the user gave, and metrics' last values."""
+        found: Results = {}
+        for (name, number), (value, kwargs) in self.entries.items():
+            if not isinstance(value, Metric):
+                found["log", name, number] = value
+            elif isinstance(kwargs.get("_forward"), Tensor):
+                found["log", name, number] = kwargs["_forward"]
+            if kwargs.get("batch_size") is not None:
+                found["log", name, number, "batch_size"] = kwargs["batch_size"]
+        return found
 
 
 class AveragedLog:
-    """Stands in for ``module.log`` while a step runs."""
+    """Stands in for ``module.log`` while a step runs.
 
-    def __init__(self, module: LightningModule, sizes: Sequence[int]) -> None:
+    Args:
+        module: Whose step it is.
+        num_microbatches: How many the batch makes.
+    """
+
+    def __init__(self, module: LightningModule, num_microbatches: int) -> None:
         self._module = module
-        self._sizes = sizes
-        self._entries: dict[str, list[_Entry]] = {}
-        self._microbatch = 0
+        self._entries = [_Entries() for _ in range(num_microbatches)]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Collect instead of logging; log the averages at the end, unless the step failed."""
+        """Collect instead of logging."""
         self._module.__dict__["log"] = self._collect
         try:
             yield
         finally:
             del self._module.__dict__["log"]
-        for name, entries in self._entries.items():
-            if entries:
-                self._replay(name, entries)
 
     def within(self, microbatch: int, function: Callable[[], Any]) -> Callable[[], Any]:
         """Return ``function`` such that what it logs counts for ``microbatch``, however it is interleaved."""
@@ -48,48 +80,51 @@ class AveragedLog:
             thread = current_thread()
             assert thread is not None
             thread.label = microbatch
-            self._forget(microbatch)  # an attempt that was given up may have logged already
+            self._entries[microbatch] = _Entries()  # an attempt that was given up may have logged already
             return function()
 
         return run
 
+    def results(self) -> list[Results]:
+        """Return, by microbatch, what was logged."""
+        return [entries.results() for entries in self._entries]
+
+    def replay(self, merge: Merge) -> None:
+        """Log what the whole batch would have."""
+        results = self.results()
+        keys = dict.fromkeys(key for each in self._entries for key in each.entries)
+        for name, number in keys:
+            value, kwargs = next(each.entries[name, number] for each in self._entries if (name, number) in each.entries)
+            kwargs = {key: item for key, item in kwargs.items() if key != "_forward"}
+
+            def merged(key: Key) -> Any:
+                parts = [result.get(key, MISSING) for result in results]
+                return MISSING if all(part is MISSING for part in parts) else merge(key, parts)
+
+            whole = merged(("log", name, number))
+            if (size := merged(("log", name, number, "batch_size"))) is not MISSING:
+                kwargs["batch_size"] = size
+            if not isinstance(value, Metric):
+                value = whole
+            elif whole is not MISSING:
+                value.__dict__["_forward_cache"] = whole
+            self._module.log(name, value, **kwargs)
+
     def _collect(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
-        kwargs |= dict(zip(names, args, strict=False))
         thread = current_thread()
-        microbatch = thread.label if thread is not None else 0
-        if isinstance(value, Metric):
-            kwargs["_forward"] = value._forward_cache
-        elif isinstance(value, Tensor):
-            value = value.detach()
-        self._entries.setdefault(name, []).append((microbatch, value, kwargs))
+        self._entries[thread.label if thread is not None else 0].add(name, value, args, kwargs)
 
-    def _forget(self, microbatch: int) -> None:
-        for name, entries in list(self._entries.items()):
-            self._entries[name] = [entry for entry in entries if entry[0] != microbatch]
 
-    def _replay(self, name: str, entries: Sequence[_Entry]) -> None:
-        _, value, kwargs = entries[0]
-        weights = [self._sizes[microbatch] for microbatch, _, _ in entries]
-        explicit = [size for entry in entries if (size := entry[2].get("batch_size")) is not None]
-        if len(explicit) == len(entries):
-            kwargs["batch_size"] = sum(explicit)
-            weights = explicit
-        forwards: list[Any] = [entry[2].pop("_forward", None) for entry in entries]  # Any: a metric's last value
-        if isinstance(value, Metric):
-            if all(isinstance(forward, Tensor) for forward in forwards):
-                value.__dict__["_forward_cache"] = _combine(forwards, weights, "mean")
+@contextmanager
+def noted_log(module: LightningModule) -> Iterator[Callable[[], Results]]:
+    """Note what a run of a step logs instead of logging it; gives what tells the results."""
+    entries = _Entries()
+    before = module.__dict__.get("log")
+    module.__dict__["log"] = lambda name, value, *args, **kwargs: entries.add(name, value, args, kwargs)
+    try:
+        yield entries.results
+    finally:
+        if before is None:
+            del module.__dict__["log"]
         else:
-            value = _combine([entry[1] for entry in entries], weights, kwargs.get("reduce_fx", "mean"))
-        self._module.log(name, value, **kwargs)
-
-
-def _combine(values: Sequence[Any], weights: Sequence[int], reduce_fx: Any) -> Tensor:
-    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32).squeeze() for value in values])
-    if reduce_fx in ("sum", torch.sum):
-        return stacked.sum()
-    if reduce_fx in ("max", torch.max):
-        return stacked.max()
-    if reduce_fx in ("min", torch.min):
-        return stacked.min()
-    return (stacked * torch.tensor(weights, dtype=stacked.dtype, device=stacked.device)).sum() / sum(weights)
+            module.__dict__["log"] = before

@@ -143,6 +143,14 @@ class DriversStrategy(SingleDeviceStrategy):
         dist.broadcast_object_list(objects, src)
         return objects[0]
 
+    def gather_objects(self, obj: Any) -> list[Any]:
+        """Give every driver what each of them has."""
+        if self.drivers == 1 or not dist.is_initialized():
+            return [obj]
+        objects: list[Any] = [None] * self.drivers
+        dist.all_gather_object(objects, obj)
+        return objects
+
 
 # Lightning gives a DistributedSampler to subclasses of ParallelStrategy only; with one driver it makes no difference.
 ParallelStrategy.register(DriversStrategy)

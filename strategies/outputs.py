@@ -1,13 +1,12 @@
-"""What a user's step returns: the loss in it, and the whole batch's output from the microbatches'."""
+"""What a user's step returns: the loss in it, and the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ..driver.capture.microbatch import merge
 from ..engine.errors import SkipPipeError
 
 
@@ -24,9 +23,13 @@ def loss_of(output: Any) -> Tensor | None:
     return loss
 
 
-def training_output(values: Sequence[Any], loss: Tensor | None, sizes: Sequence[int]) -> Any:
-    """Return what ``training_step`` would have returned for the whole batch."""
-    if loss is None or not isinstance(values[0], Mapping):
-        return loss
-    rest = [{key: value for key, value in output.items() if key != "loss"} for output in values]
-    return {**merge(rest, sizes), "loss": loss}
+def without_loss(output: Any) -> dict[str, Any] | None:
+    """Return what ``training_step`` returned beside its loss; None when there is nothing."""
+    if not isinstance(output, Mapping):
+        return None
+    return {key: value for key, value in output.items() if key != "loss"}
+
+
+def with_loss(rest: Mapping[str, Any] | None, loss: Tensor | None) -> Any:
+    """Return what ``training_step`` would have returned with another loss, given the rest of what it returned."""
+    return loss if loss is None or rest is None else {**rest, "loss": loss}

@@ -21,21 +21,20 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..driver.backward import GradientScale
-from ..driver.capture.batches import BatchError, Cut, Cutter
+from ..driver.capture.batches import Cutter
 from ..driver.capture.devices import move_around
-from ..driver.capture.microbatch import merge
 from ..driver.capture.rewind import rewinder
 from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer, to_device
 from ..driver.pipeline import TRAINING
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy
 from ..driver.routers import RouterControl
-from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob, driver_job, worker_job
 from ..job.network import NetworkConfig
+from ..model.asking import Asking
 from ..model.compiled import CompiledParts, originals
 from ..model.config import PathConfig
 from ..model.panel import start_panel
@@ -43,6 +42,7 @@ from ..model.settings import CutWhere, PipelineSettings, ScheduleName
 from ..model.skipping import PathPlanner, SkipRatio
 from ..model.spread import Recovery, SpreadModel
 from ..model.verify import Agreement
+from ..model.weight import MicrobatchWeight
 from ..moe import MoEConfig, RouterStatistics
 from ..moe.families import find_routers
 from ..moe.migration import Move
@@ -51,15 +51,15 @@ from ..partition import check_no_shared_parameters, find_blocks
 from ..schedule import CostModel, Schedule, Timeline
 from ..supervisor import supervised
 from ..worker import end_with_parent
-from .averaged_log import AveragedLog
 from .checks import check_fit
 from .clipping import clip_everywhere, clip_locally
 from .compiled import uncompile
 from .continuation import FROM_MEMORY, Continuation
+from .cut_step import CutStep, PreparedStep, asking_of
 from .drivers import DriversStrategy
 from .launcher import SkipPipeLauncher, apply_results, collect_results
-from .loaders import loader_hint
-from .outputs import loss_of, training_output
+from .loaders import cut_or_whole, loader_hint
+from .outputs import with_loss, without_loss
 from .sections import shared_sections
 from .verify import Verify, check_step, check_verify, verify_first
 from .whole_step import WholeStep
@@ -86,6 +86,8 @@ class SkipPipeStrategy(DriversStrategy):
             is exact for every loss (contrastive ones, BatchNorm on the driver, labels in unequal numbers) and draws
             the random numbers of one process, but every forward comes before the loss, and embedding and head have
             the whole batch at once. ``"auto"``: the batch.
+        microbatch_weight: What a microbatch's loss weighs in the batch's: a function of the microbatch, ``"samples"``,
+            or ``"sum"`` (losses add up). By default that is found out by trying the step before the first batch.
         replicas: How many workers hold each stage.
         drivers: How many processes run the Trainer, each on its own share of the data.
         blocks: The name of the block stack in the LightningModule, such as ``"model.layers"``; found when None.
@@ -118,6 +120,7 @@ class SkipPipeStrategy(DriversStrategy):
         schedule: ScheduleName | Schedule = "auto",
         num_microbatches: int | None = None,
         microbatches: CutWhere = "auto",
+        microbatch_weight: MicrobatchWeight | None = None,
         replicas: int = 1,
         drivers: int = 1,
         blocks: str | None = None,
@@ -135,6 +138,7 @@ class SkipPipeStrategy(DriversStrategy):
             schedule=schedule,
             num_microbatches=num_microbatches,
             microbatches=microbatches,
+            microbatch_weight=microbatch_weight,
             replicas=replicas,
             drivers=drivers,
             blocks=blocks,
@@ -154,6 +158,7 @@ class SkipPipeStrategy(DriversStrategy):
         self._said = ""
         self._job: DriverJob | None = None
         self._spread: SpreadModel | None = None
+        self._asking: Asking | None = None
         self._remote: RemoteOptimizer | None = None
         self._compiled: CompiledParts | None = None
         self._restore_late = False
@@ -413,7 +418,7 @@ class SkipPipeStrategy(DriversStrategy):
                 self._timeline = self._spread.timeline or self._timeline
                 self._spread.bring_back()
         finally:
-            self._spread = None
+            self._spread = self._asking = None
             if self._compiled is not None:
                 self._compiled.restore()
                 self._compiled = None
@@ -441,6 +446,7 @@ class SkipPipeStrategy(DriversStrategy):
             move=self.model_to_device,
         )
         self._spread.pipeline.collect_timeline = self._record_timeline
+        self._asking = asking_of(module, self._spread, self.root_device)
         if self.settings.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:
             rank_zero_info(said)
             self._said = said
@@ -492,24 +498,29 @@ class SkipPipeStrategy(DriversStrategy):
         running = self._running()
         if running.attached is not None:
             running.attached.begin_step(module.trainer.global_step)
-        if running.runs_whole:
-            whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
-            with self.precision_plugin.train_step_context(), whole.logging():
-                values, loss = running.train(self._whole_task(whole), module.trainer.global_step)
-            return training_output(values, loss, [1])
-        cut = self._cut("training_step", batch, rest, kwargs)
-        pieces, sizes = cut.pieces, cut.sizes
-        averaged = AveragedLog(module, sizes)
-        functions = [
-            averaged.within(index, functools.partial(module.training_step, piece, *rest, **kwargs))
-            for index, piece in enumerate(pieces)
-        ]
-        weights = [size / sum(sizes) / self.drivers for size in sizes]
-        rewind = self._rewinder(module)
-        task = StepTask(functions, weights, loss_of, self._seed(), training=True, sizes=sizes, rewind=rewind)
-        with self.precision_plugin.train_step_context(), averaged.installed(), shared_sections(module):
-            values, loss = running.train(task, module.trainer.global_step)
-        return training_output(values, loss, sizes)
+        with self.precision_plugin.train_step_context():
+            if (cut := self._cut_step("training_step", batch, rest, kwargs)) is None:
+                whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
+                with whole.logging():
+                    values, loss = running.train(self._whole_task(whole), module.trainer.global_step)
+                return with_loss(without_loss(values[0]), loss)
+            step, merging = cut
+            task = step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
+            with step.logging(), shared_sections(module):
+                values, loss = running.train(task, module.trainer.global_step)
+            return step.finish(merging, values, loss)
+
+    def _cut_step(self, name: str, batch: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PreparedStep | None:
+        """Cut a step, and find out how its results merge; None when it runs once, on the whole batch."""
+        if self._running().runs_whole:
+            return None
+        assert self.lightning_module is not None
+        assert self._asking is not None
+        source = f"{name} {rest[1:]} {kwargs.get('dataloader_idx')}"
+        hint, count = loader_hint(self.lightning_module.trainer, name), len(self._running().pipeline.microbatches)
+        cut = cut_or_whole(self._cutter, batch, count, hint, source, may_stay=name != "training_step")
+        step = CutStep(self.lightning_module, name, batch, cut, rest, kwargs, self.settings.microbatch_weight)
+        return step.prepared(self._asking, self.settings.microbatches, self.gather_objects)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -528,23 +539,15 @@ class SkipPipeStrategy(DriversStrategy):
 
     def _evaluate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, batch, rest = self._step_arguments(args)
-        if self._running().runs_whole:
+        if (cut := self._cut_step(name, batch, rest, kwargs)) is None:
             whole = WholeStep(module, name, args, kwargs, self.root_device)
             with whole.logging():
                 return self._running().evaluate(self._whole_task(whole))[0]
-        cut = self._cut(name, batch, rest, kwargs)
-        pieces, sizes = cut.pieces, cut.sizes
-        step = getattr(module, name)
-        averaged = AveragedLog(module, sizes)
-        functions = [
-            averaged.within(index, functools.partial(step, piece, *rest, **kwargs))
-            for index, piece in enumerate(pieces)
-        ]
-        weights, rewind = [size / sum(sizes) for size in sizes], self._rewinder(module)
-        task = StepTask(functions, weights, loss_of, self._seed(), training=False, sizes=sizes, rewind=rewind)
-        with averaged.installed(), shared_sections(module):
+        step, merging = cut
+        task = step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
+        with step.logging(), shared_sections(module):
             values = self._running().evaluate(task)
-        return merge(values, sizes)
+        return step.finish(merging, values)
 
     def _whole_task(self, whole: WholeStep) -> WholeTask:
         return whole.task(self._seed(), drivers=self.drivers, repeats=self._recovery is not None)
@@ -555,20 +558,6 @@ class SkipPipeStrategy(DriversStrategy):
     def _step_arguments(self, args: tuple[Any, ...]) -> tuple[LightningModule, Any, tuple[Any, ...]]:
         assert self.lightning_module is not None
         return self.lightning_module, args[0], args[1:]
-
-    def _cut(self, step: str, batch: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cut:
-        """Cut a batch into microbatches; evaluation can do without."""
-        assert self.lightning_module is not None
-        source, hint = (
-            f"{step} {rest[1:]} {kwargs.get('dataloader_idx')}",
-            loader_hint(self.lightning_module.trainer, step),
-        )
-        try:
-            return self._cutter.cut(batch, len(self._running().pipeline.microbatches), hint, source)
-        except BatchError:
-            if step == "training_step":
-                raise
-            return Cut([batch], [1])
 
     def _seed(self) -> int:
         """A seed for this step that a resumed run has again at the same batch."""

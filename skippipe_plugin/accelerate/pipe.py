@@ -218,7 +218,9 @@ class SkipPipe:
         self._spread.spread(root, blocks, compile_with=self._compiled.options, recovery=recovery)
         if self.config.verbose:
             self._accelerator.print(start_panel(self._spread, root, blocks, described))
-        self._calls = ModelCalls(self._spread, model, device, rewinds=policy is not None)
+        self._calls = ModelCalls(
+            self._spread, model, device, rewinds=policy is not None, weight=self.config.microbatch_weight
+        )
         self._whole = WholeModel(model, root, self._spread, self._calls)
 
     def _take_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ class StepTask:
     functions: Sequence[Callable[[], Any]]  # Any: what the user's step returns
     """By microbatch of this driver."""
     weights: Sequence[float]
-    """By microbatch: its share of the loss of the global batch."""
+    """By microbatch: what its loss is multiplied with in that of the global batch. What weighs 0 is left out."""
     loss_of: Callable[[Any], Tensor | None]
     """Finds the loss in what a function returned."""
     seed: int
@@ -78,6 +78,17 @@ class StepTask:
     outside: Callable[[Sequence[Any], Tensor | None], None] | None = None
     """Back-propagates into what the functions returned, when the loss is computed outside of them; it may wait. It is
     also told what entered the blocks in one of them: its graph may take another backward afterwards."""
+
+    loss_is_sum: bool = False
+    """Whether this driver's loss is the sum of the weighted ones as they are, instead of their mean."""
+    share: float = 1.0
+    """The batch's share of the global batch: one over the number of drivers."""
+
+    @property
+    def shares(self) -> list[float]:
+        """By microbatch: its share of the global batch, if other drivers have microbatches like this one's."""
+        total = sum(self.weights)
+        return [self.share * (weight / total if total else 1 / len(self.weights)) for weight in self.weights]
 
     @property
     def losses_come_last(self) -> bool:
@@ -202,12 +213,12 @@ class StepRun:
 
     def loss_of_batch(self) -> Tensor | None:
         """Return the loss of the whole batch; see :func:`merged_loss`."""
-        return merged_loss(self, self._task.weights)
+        return merged_loss(self, self._task)
 
     @property
     def shares(self) -> Sequence[float]:
         """By microbatch of this driver: its share of the global batch."""
-        return self._task.weights
+        return self._task.shares
 
     def random_state(self) -> AbstractContextManager[None]:
         """Frame a training step: it seeds its own random state."""
@@ -298,10 +309,11 @@ class StepRun:
             self._leaves[microbatch] = leaf
             return None
         loss = self._task.loss_of(outcome.value)
+        weight = self._task.weights[index]
         self.losses[index] = None if loss is None else loss.detach()
-        if loss is not None:
+        if loss is not None and weight:  # what counts nothing may be NaN, a mean over no label
             meet = self._around.look([loss], self._hidden[index])
-            back_propagate(loss, torch.full_like(loss, self._task.weights[index]), keep_graph=meet)
+            back_propagate(loss, torch.full_like(loss, weight), keep_graph=meet)
             if meet:  # nothing else is to keep this microbatch's graph until the end of the step
                 detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outcome.value)
                 self._outcomes[index] = Returned(detached)
@@ -382,14 +394,15 @@ def gradient_of(leaf: Tensor) -> Tensor | None:
     return leaf.grad
 
 
-def merged_loss(run: StepRun, weights: Sequence[float]) -> Tensor | None:
-    """Return the loss of the whole batch; None when the user's step returned none for any microbatch."""
+def merged_loss(run: StepRun, task: StepTask) -> Tensor | None:
+    """Return the loss of this driver's batch; None when the user's step returned none for any microbatch."""
     losses: Mapping[int, Tensor | None] = run.losses
     present = {index: loss for index, loss in losses.items() if loss is not None}
     if not present:
         return None
     if len(present) != len(losses):
         raise SkipPipeError(_SOME_WITHOUT_LOSS)
-    total = sum(weights[index] for index in present)
-    parts = [loss.reshape(()) * (weights[index] / total) for index, loss in present.items()]
-    return torch.stack(parts).sum()
+    weights = task.weights
+    total = 1.0 if task.loss_is_sum else sum(weights[index] for index in present)
+    parts = [loss.reshape(()) * (weights[index] / total) for index, loss in present.items() if weights[index]]
+    return torch.stack(parts or [loss.reshape(()) for loss in present.values()]).sum()

@@ -24,10 +24,13 @@ from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
-from .outputs import differentiable, find_loss, gated, guarded, map_tensors, merge_outputs, watched, with_loss
-from .shares import loss_is_summed, loss_shares
+from .asking import LOSS, Asking, Question, Results, kind_of
+from .merging import Merging
+from .outputs import differentiable, find_loss, gated, guarded, map_tensors, watched, with_loss, without_caches
+from .shares import loss_weights
 from .spread import SpreadModel
 from .suspended import SuspendedStep, Train
+from .weight import MicrobatchWeight, view_of
 
 _ONE_BACKWARD: Final = (
     "this loss belongs to {which} call of the model, whose gradients are {state}: a pipeline takes one backward for "
@@ -39,6 +42,7 @@ _HAS_A_LOSS: Final = (
     "backward of all microbatches ran when it was called. Use the returned loss alone, or call the model without "
     "labels and compute the whole loss from its outputs"
 )
+_OUTPUT: Final = ("output",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +74,18 @@ class ModelCalls:
         model: The model that is called.
         device: The driver's device.
         rewinds: Whether interrupted steps are repeated.
+        weight: What a microbatch weighs, by the user.
     """
 
-    def __init__(self, spread: SpreadModel, model: nn.Module, device: torch.device, *, rewinds: bool) -> None:
+    def __init__(
+        self,
+        spread: SpreadModel,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        rewinds: bool,
+        weight: MicrobatchWeight | None = None,
+    ) -> None:
         self.num_calls = 0
         """The training calls so far; dropout in the blocks is seeded by it."""
         self.num_optimizer_steps = 0
@@ -88,6 +101,8 @@ class ModelCalls:
         """By kind of call (number of positional arguments, names of the others): whether it returns no loss."""
         self._seen: set[tuple[int, frozenset[str]]] = set()
         """The kinds of which that is known."""
+        self._weight = weight
+        self._asking = Asking(spread, model, device, weighted=callable(weight))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model would return for the whole batch."""
@@ -142,54 +157,66 @@ class ModelCalls:
         self._pending = None
         if self._spread.attached is not None:
             self._spread.attached.begin_step(self.num_optimizer_steps)
-        if self._spread.runs_whole:
+        cut = self._cut(args, kwargs)
+        if cut is None:
             return self._train_whole(args, kwargs)
-        batch = self._cut(args, kwargs)
+        batch, merging = cut
         kind = len(args), frozenset(kwargs)
         self.num_calls += 1
         rewind = rewinder(self._model) if self._rewinds or kind not in self._outside else _nothing
         if not self._outside.setdefault(kind, False):
             try:
-                return self._train_inside(batch, rewind)
+                return self._train_inside(batch, merging, rewind)
             except _LossIsOutside:
                 rewind()
                 self._outside[kind] = True
-        return self._train_outside(batch, rewind)
+        return self._train_outside(batch, merging, rewind)
 
-    def _train_inside(self, batch: _Batch, rewind: Callable[[], None]) -> Any:
+    def _train_inside(self, batch: _Batch, merging: Merging, rewind: Callable[[], None]) -> Any:
         """The model returns its loss: the whole step runs now, and the loss's backward only adds its gradients."""
-        arguments = [kwargs for _, kwargs in batch.calls]
-        summed = loss_is_summed(arguments[0])
-        count = len(batch.sizes)
-        shares = [1 / count] * count if summed else loss_shares(self._model, arguments, batch.sizes)
-        functions = [
-            functools.partial(self._run_with_loss, call, counts=share > 0)
-            for call, share in zip(batch.calls, shares, strict=True)
-        ]
+        if merging.answer is not None and LOSS not in merging.answer.plans and not merging.answer.failure:
+            raise _LossIsOutside
+        found = loss_weights(merging)
+        functions = [functools.partial(self._run_with_loss, call) for call in batch.calls]
         task = StepTask(
-            functions, shares, lambda value: value[1], self._seed(), training=True, sizes=batch.sizes, rewind=rewind
+            functions,
+            found.weights,
+            lambda value: value[1],
+            self._seed(),
+            training=True,
+            sizes=batch.sizes,
+            rewind=rewind,
+            loss_is_sum=found.is_sum,
         )
         values, loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
         pending = self._pending = _Pending()
         loss = watched(loss, lambda: self._claim(pending))
         outputs = [map_tensors(torch.Tensor.detach, output) for output, _ in values]
-        merged = guarded(merge_outputs(outputs, batch.sizes), _HAS_A_LOSS)
-        return with_loss(merged, loss * count if summed else loss)
+        merged = guarded(self._merged(merging, outputs), _HAS_A_LOSS)
+        return with_loss(merged, loss)
 
-    def _run_with_loss(self, call: tuple[tuple[Any, ...], dict[str, Any]], *, counts: bool) -> tuple[Any, Tensor]:
+    def _merged(self, merging: Merging, outputs: Sequence[Any]) -> Any:
+        """Return the whole batch's output, whose loss is left to the caller."""
+        if len(outputs) == 1:
+            return outputs[0]
+        return merging.merged(_OUTPUT, [_without_loss(without_caches(output)) for output in outputs])
+
+    def _run_with_loss(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Any, Tensor]:
         args, kwargs = call
         output = self._forward(*args, **kwargs)
         loss = find_loss(output)
         if loss is None:
             raise _LossIsOutside
-        return output, loss if counts else torch.nan_to_num(loss)  # the mean over no label is NaN
+        return output, loss
 
-    def _train_outside(self, batch: _Batch, rewind: Callable[[], None]) -> Any:
+    def _train_outside(self, batch: _Batch, merging: Merging, rewind: Callable[[], None]) -> Any:
         """The loop computes the loss: after its forwards the step waits for the gradients of the outputs."""
-        return self._hand_out(functools.partial(self._run_outside, batch, rewind), batch.sizes)
+        return self._hand_out(
+            functools.partial(self._run_outside, batch, rewind), functools.partial(self._merged, merging)
+        )
 
-    def _hand_out(self, train: Train, sizes: Sequence[int], *, draws_on: bool = False) -> Any:
+    def _hand_out(self, train: Train, merge: Callable[[list[Any]], Any], *, draws_on: bool = False) -> Any:
         """Start a step that waits for the gradients of its outputs, and return these."""
         self._thread = self._thread or new_step_thread()
         suspended = SuspendedStep(self._thread, self._device, draws_on=draws_on)
@@ -204,7 +231,7 @@ class ModelCalls:
             )
         gates = iter(gated(carrying, functools.partial(self._receive, pending)))
         opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
-        return merge_outputs(opened, sizes)
+        return merge(opened)
 
     def _run_outside(self, batch: _Batch, rewind: Callable[[], None], outside: Callable[..., None]) -> None:
         functions = [functools.partial(self._forward, *args, **kwargs) for args, kwargs in batch.calls]
@@ -234,10 +261,11 @@ class ModelCalls:
                 self._outside[kind] = True
             finally:
                 self._seen.add(kind)
-        return self._hand_out(functools.partial(self._run_whole_outside, args, kwargs), [1], draws_on=True)
+        run = functools.partial(self._run_whole_outside, args, kwargs)
+        return self._hand_out(run, lambda outputs: outputs[0], draws_on=True)
 
     def _train_whole_inside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        function = functools.partial(self._run_with_loss, (args, kwargs), counts=True)
+        function = functools.partial(self._run_with_loss, (args, kwargs))
         task = self._whole_task(function, args, kwargs, loss_of=lambda value: value[1])
         [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
@@ -291,31 +319,54 @@ class ModelCalls:
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.settle()
-        if self._spread.runs_whole:
+        cut = self._cut(args, kwargs, training=False)
+        if cut is None:
             whole = self._whole_task(functools.partial(self._forward, *args, **kwargs), args, kwargs)
             with torch.no_grad():
                 return self._spread.evaluate(whole)[0]
-        batch = self._cut(args, kwargs, training=False)
+        batch, merging = cut
         functions = [functools.partial(self._forward, *own, **named) for own, named in batch.calls]
-        shares = loss_shares(self._model, [named for _, named in batch.calls], batch.sizes)
+        shares = [1 / len(functions)] * len(functions)
         rewind = rewinder(self._model) if self._rewinds else _nothing
         task = StepTask(
             functions, shares, lambda _: None, self._seed(), training=False, sizes=batch.sizes, rewind=rewind
         )
         with torch.no_grad():
             outputs = self._spread.evaluate(task)
-            merged = merge_outputs(outputs, batch.sizes)
+            merged = self._merged(merging, outputs)
             losses = [loss for output in outputs if (loss := find_loss(output)) is not None]
             if len(losses) < len(outputs) or len(losses) == 1:
                 return merged
-            if loss_is_summed(batch.calls[0][1]):
-                return with_loss(merged, torch.stack(losses).sum())
-            parts = [loss * share for loss, share in zip(losses, shares, strict=True) if share]
-            return with_loss(merged, torch.stack(parts).sum())
+            return with_loss(merged, merging.merged(LOSS, losses))
 
     # --------------------------------------------------------------- pieces
 
-    def _cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = True) -> _Batch:
+    def _cut(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = True
+    ) -> tuple[_Batch, Merging] | None:
+        """Cut a call, and find out how its results merge; None when it runs once, on the whole batch."""
+        if self._spread.runs_whole:
+            return None
+        batch = self._pieces(args, kwargs, training=training)
+        question = Question(
+            kind=(training, self._model.training, torch.is_grad_enabled(), kind_of((args, kwargs))),
+            view=view_of(_given(args, kwargs), [_given(*call) for call in batch.calls], batch.sizes, self._weight),
+            whole=functools.partial(self._results, (args, kwargs)),
+            pieces=[functools.partial(self._results, call) for call in batch.calls],
+        )
+        merging = Merging(self._asking, question, self._weight)
+        if merging.goes_whole(self._spread.settings.microbatches, f"a call of {type(self._model).__name__}"):
+            return None
+        return batch, merging
+
+    def _results(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Results:
+        """Run a call that is only asked how its results merge."""
+        args, kwargs = call
+        output = without_caches(self._forward(*args, **kwargs))
+        loss = find_loss(output)
+        return {_OUTPUT: output} if loss is None else {LOSS: loss, _OUTPUT: _without_loss(output)}
+
+    def _pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> _Batch:
         if any(is_cache(value) for value in (*args, *kwargs.values())):
             return _Batch([(args, kwargs)], [1])  # generation: one call after another fills the caches
         try:
@@ -335,3 +386,15 @@ class ModelCalls:
 
 def _nothing() -> None:
     """Nothing to rewind."""
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a loop calls its batch: the arguments by name, or the only argument there is."""
+    if not args:
+        return kwargs
+    return args[0] if len(args) == 1 and not kwargs else (args, kwargs)
+
+
+def _without_loss(output: Any) -> Any:
+    """Return an output with nothing in the place of its loss."""
+    return output if find_loss(output) is None else with_loss(output, None)

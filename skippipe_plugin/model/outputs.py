@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..driver.capture.caches import is_cache
-from ..driver.capture.microbatch import merge, rebuild_mapping, rebuild_sequence
+from ..driver.capture.microbatch import rebuild_mapping, rebuild_sequence
 from ..engine.errors import SkipPipeError
 
 
@@ -34,20 +34,13 @@ def find_loss(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.ndim == 0 and output.is_floating_point() else None
 
 
-def with_loss(output: Any, loss: Tensor) -> Any:
+def with_loss(output: Any, loss: Tensor | None) -> Any:
     """Return ``output`` with another loss in the place of its own."""
     if isinstance(output, Mapping):
         return rebuild_mapping(output, {**output, "loss": loss})
     if isinstance(output, (tuple, list)):
         return rebuild_sequence(output, [loss, *output[1:]])
     return loss
-
-
-def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Return the whole batch's output; key-value caches of single microbatches are left out."""
-    if len(outputs) == 1:
-        return outputs[0]
-    return merge([_without_caches(output) for output in outputs], sizes)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
@@ -138,7 +131,8 @@ def _root() -> Tensor:
     return torch.zeros((), requires_grad=True)
 
 
-def _without_caches(output: Any) -> Any:
+def without_caches(output: Any) -> Any:
+    """Return ``output`` with nothing in the places of key-value caches, which hold parts of single microbatches."""
     if isinstance(output, Mapping):
         return rebuild_mapping(output, {key: None if is_cache(value) else value for key, value in output.items()})
     if isinstance(output, (tuple, list)):

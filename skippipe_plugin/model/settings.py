@@ -14,6 +14,7 @@ from ..schedule import Schedule
 from .config import PathConfig
 from .shape import PipelineShape
 from .skipping import SkipRatio, check_ratio, skips
+from .weight import MicrobatchWeight, check_weight
 
 ScheduleName = Literal["auto", "gpipe", "1f1b"]
 CutWhere = Literal["auto", "batch", "stack"]
@@ -34,6 +35,7 @@ class PipelineSettings:
     schedule: ScheduleName | Schedule = "auto"
     num_microbatches: int | None = None
     microbatches: CutWhere = "auto"
+    microbatch_weight: MicrobatchWeight | None = None
     replicas: int = 1
     drivers: int = 1
     blocks: str | None = None
@@ -53,6 +55,7 @@ class PipelineSettings:
             known = get_args(CutWhere)
             raise ValueError(f"microbatches={self.microbatches!r} is unknown; choose one of {known}")
         check_ratio(self.skip_ratio)
+        check_weight(self.microbatch_weight)
         if skips(self.skip_ratio) and isinstance(self.schedule, Schedule):
             raise ValueError("skip_ratio and a schedule of your own both choose the paths; give one of them")
         if self.moe is not None and not isinstance(self.moe, MoEConfig):

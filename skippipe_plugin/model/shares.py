@@ -1,48 +1,73 @@
-"""What share of the batch's loss each microbatch has, so that the parts add up to what one process computes.
-
-A mean over samples needs the samples' shares. Language models take the mean over the labels that are not ignored,
-which microbatches of equal size have in unequal numbers.
-"""
+"""What each microbatch's loss weighs in that of the batch, so that the parts add up to what one process computes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from dataclasses import dataclass
 
-from torch import Tensor, nn
+from ..engine.errors import SkipPipeError
+from .asking import LOSS
+from .counting import Given, Samples
+from .merging import Agree, Merging, alone
+from .reductions import Mean, Sum, Unsettled, weighting_of
 
-IGNORED: Final = -100
-"""The label that torch's and transformers' losses leave out."""
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """By microbatch of this driver: what its loss is multiplied with in that of the global batch."""
+
+    weights: tuple[float, ...]
+    share: float
+    """One over the number of drivers."""
+    is_sum: bool = False
 
 
-def loss_shares(model: nn.Module, calls: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> list[float]:
-    """Return each microbatch's share of the batch's loss; they sum to 1.
+def loss_weights(merging: Merging, agree: Agree = alone) -> LossWeights:
+    """Return what the losses of a training step weigh.
 
     Args:
-        model: The model, which may shift its labels, as language models of transformers do.
-        calls: By microbatch, the keyword arguments of the model; ``labels`` counts.
-        sizes: By microbatch, its number of samples.
+        merging: What is known about the step.
+        agree: Gives every driver what each of them has.
     """
-    counts = [_num_counted(model, call.get("labels")) for call in calls]
-    weights = [count for count in counts if count is not None]
-    if len(weights) < len(sizes) or not any(weights):
-        weights = list(sizes)
-    return [weight / sum(weights) for weight in weights]
+    rule: Mean | Sum = _rule(merging)
+    rules = agree(rule)
+    special = [each for each in rules if each != Mean(Samples())]
+    rule = special[0] if special else rule
+    if any(each != rule for each in special):
+        raise SkipPipeError(
+            "the drivers found different reductions of the loss in their batches "
+            f"({', '.join(map(str, rules))}); say which it is with microbatch_weight=..."
+        )
+    view, share = merging.question.view, 1 / len(rules)
+    if isinstance(rule, Sum):
+        return LossWeights((1.0,) * len(view.sizes), share, is_sum=True)
+    assert isinstance(rule, Mean)
+    weights = view.weights(rule.weighting)
+    total = sum(weights or ())
+    if len(rules) > 1 and rule != Mean(Samples()):
+        total = sum(agree(total))
+    if weights is None or not total:
+        samples = view.shares(Samples())
+        assert samples is not None
+        return LossWeights(tuple(share * each for each in samples), share)
+    if rule == Mean(Samples()):
+        total *= len(rules)
+    return LossWeights(tuple(each / total for each in weights), share)
 
 
-def loss_is_summed(call: Mapping[str, Any]) -> bool:
-    """Whether the caller gives the divisor of the loss (transformers' ``num_items_in_batch``), so that parts add up."""
-    return call.get("num_items_in_batch") is not None
-
-
-def _num_counted(model: nn.Module, labels: Any) -> int | None:
-    """Count the labels that the loss takes the mean of; None when there are none to count."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim == 0:
-        return None
-    counted = labels[..., 1:] if labels.ndim > 1 and _shifts(model) else labels
-    return int(counted.ne(IGNORED).sum())
-
-
-def _shifts(model: nn.Module) -> bool:
-    """Whether each label is predicted from the tokens before it, so that the first one of a text is not used."""
-    return getattr(getattr(model, "loss_function", None), "__name__", None) == "ForCausalLMLoss"
+def _rule(merging: Merging) -> Mean | Sum:
+    weight = merging.weight
+    if weight == "sum":
+        return Sum()
+    if callable(weight):
+        return Mean(Given())
+    if weight == "samples" or merging.answer is None or LOSS not in merging.answer.plans:
+        return Mean(Samples())
+    view = merging.question.view
+    try:
+        rule = weighting_of(merging.answer.plans[LOSS], view)
+    except Unsettled:
+        merging.ask_again()
+        if (refusal := merging.refusal()) is not None:
+            raise refusal from None
+        rule = weighting_of(merging.answer.plans[LOSS], view, strict=False)
+    return Mean(Samples()) if rule is None else rule

@@ -223,6 +223,7 @@ def check_modes(blocks: str) -> None:
     if not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack() and _top_hooks() is None:
         return
     modes = [*_function_modes(), *dispatch._get_current_dispatch_mode_stack()]
+    modes = [mode for mode in modes if not getattr(mode, "is_for_the_driver", False)]
     names = [type(mode).__name__ for mode in modes if not isinstance(mode, torch_device.DeviceContext)]
     hooks = _top_hooks()
     if hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith("torch."):

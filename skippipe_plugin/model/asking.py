@@ -1,0 +1,254 @@
+"""Asks a step how its results reduce over samples: it runs on the driver alone, with made-up hidden states.
+
+Before the first step of a kind, and when a batch holds something new, the user's functions run for the whole batch and
+for each microbatch, and answer what rules their results follow (:mod:`.reductions`). No worker computes anything, and
+nothing the functions change stays (:mod:`.traceless`).
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import functools
+from collections import UserDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..driver.capture.suspend import Suspended, new_step_thread
+from ..engine.call import Ambient, device_types
+from ..engine.errors import SkipPipeError
+from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
+from .fakes import Fakes, Incomparable, Neutral
+from .reductions import MISSING, Plan, find_plan, mean_weightings, problems
+from .spread import SpreadModel
+from .traceless import untouched
+
+Key = tuple[Any, ...]
+"""Names a result of a step: ``("loss",)``, ``("output",)``, ``("log", name, number)``."""
+Results = dict[Key, Any]
+LOSS: Final[Key] = ("loss",)
+_MOST_ASKED: Final = 32
+"""After so many batches of a kind nothing new is asked about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One step to ask about."""
+
+    kind: Hashable
+    """Steps of the same kind reduce alike."""
+    view: View
+    whole: Callable[[], Results]
+    pieces: Sequence[Callable[[], Results]]
+
+
+@dataclass(slots=True)
+class Answer:
+    """What is known about a kind of step."""
+
+    plans: dict[Key, Plan] = field(default_factory=dict)
+    failure: str = ""
+    """How a microbatch fails where the batch does not."""
+    watch: Watch = field(default_factory=Watch)
+    constants: set[Constant] = field(default_factory=set)
+    num_asked: int = 0
+
+    problems: dict[str, str] = field(default_factory=dict)
+    """By name of a result: why it follows from the microbatches' by no rule."""
+    is_told: bool = False
+    """Whether the user has been told of the problems."""
+
+
+def named(key: Key) -> str:
+    """Return how users call a result."""
+    return {"loss": "the loss", "output": "the output"}.get(key[0]) or f"self.log({key[1]!r})"
+
+
+class Asking:
+    """Knows how the steps of one model reduce; asks about those that are new.
+
+    Args:
+        spread: The model's blocks.
+        module: What the steps belong to and may change.
+        device: The driver's.
+        weighted: Whether the user's own function says what microbatches weigh.
+        quiet: Frames steps that are only asked, so that they reach nobody else.
+    """
+
+    def __init__(
+        self,
+        spread: SpreadModel,
+        module: nn.Module,
+        device: torch.device,
+        *,
+        weighted: bool = False,
+        quiet: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._spread = spread
+        self._module = module
+        self._device = device
+        self._weighted = weighted
+        self._quiet = quiet
+        self._answers: dict[Hashable, Answer] = {}
+
+    def about(self, question: Question) -> Answer:
+        """Return what is known about a step, asking first where that is not enough."""
+        answer = self._answers.get(question.kind)
+        if answer is None:
+            return self._ask(question, Answer())
+        hopeless = answer.failure or answer.problems
+        if not hopeless and answer.num_asked < _MOST_ASKED and answer.watch.is_new(question.view):
+            return self._ask(question, answer)
+        return answer
+
+    def again(self, question: Question) -> Answer:
+        """Ask about a step whose kind is known, but not well enough."""
+        answer = self._answers[question.kind]
+        return self._ask(question, answer) if answer.num_asked < _MOST_ASKED else answer
+
+    # ---------------------------------------------------------------- asking
+
+    def _ask(self, question: Question, answer: Answer) -> Answer:
+        with self._quiet(), untouched(self._module, self._device) as restore:
+            draws = (0, 1) if not answer.num_asked else (answer.num_asked % 2,)
+            for draw in draws:
+                learn = functools.partial(self._learn, question, answer, draw, restore)
+                self._spread.pipeline.surviving(learn)
+        answer.problems = {}
+        for key, plan in answer.plans.items():
+            answer.problems |= problems(plan, named(key))
+        answer.num_asked += 1
+        answer.watch.learn(question.view, answer.constants)
+        self._answers[question.kind] = answer
+        return answer
+
+    def _learn(self, question: Question, answer: Answer, draw: int, restore: Callable[[], None]) -> None:
+        """Let the step run on one draw of hidden states; positive ones where others make no sense."""
+        self._spread.pipeline.heal()
+        seen = self._observe(question, draw, restore, answer)
+        if isinstance(seen, Exception) or not _is_finite(seen[0].get(LOSS)):
+            other = self._observe(question, draw + 2, restore, answer)
+            seen = seen if isinstance(other, Exception) else other
+        if isinstance(seen, Incomparable | _PieceFailed):
+            answer.failure = str(seen)
+        elif isinstance(seen, Exception):  # made-up hidden states may be its only reason
+            answer.failure = f"it failed when it was tried on made-up hidden states: {type(seen).__name__}: {seen}"
+        else:
+            self._narrow(question.view, answer, *seen)
+
+    def _narrow(self, view: View, answer: Answer, whole: Results, parts: Sequence[Results]) -> None:
+        weightings = self._weightings(view, answer)
+        keys = dict.fromkeys([*whole, *(key for part in parts for key in part)])
+        for key in keys:
+            pieces = [part.get(key, MISSING) for part in parts]
+            plan = find_plan(whole.get(key, MISSING), pieces, view, weightings, answer.plans.get(key))
+            answer.plans[key] = plan
+
+    def _weightings(self, view: View, answer: Answer) -> list[Weighting]:
+        """Return what means may be over; what says the same as samples in this batch cannot be told from them."""
+        known = [each for plan in answer.plans.values() for each in mean_weightings(plan)]
+        fresh: dict[tuple[Any, ...], Counted] = {}
+        for each in candidates(view, answer.constants):
+            if not view.is_plain(each) and (weights := view.weights(each)) is not None:
+                fresh.setdefault((each.path, each.trim, each.rows, weights), each)
+        first: list[Weighting] = [Given()] if self._weighted else []
+        return list(dict.fromkeys([*first, Samples(), *known, *fresh.values()]))
+
+    def _observe(
+        self, question: Question, draw: int, restore: Callable[[], None], answer: Answer
+    ) -> tuple[Results, list[Results]] | Exception:
+        """Return the results of the batch and of its microbatches; the error, if there was one."""
+        fakes = Fakes(question.view.sizes, draw)
+        question.view.rounding = 2e-5
+        drawn, parts, failed = [], [], None
+        for index, piece in enumerate(question.pieces):
+            mode = Neutral()
+            try:
+                parts.append(self._run(piece, functools.partial(fakes.of_piece, index), mode, restore))
+            except SkipPipeError:
+                raise
+            except Exception as error:
+                failed = error
+                break
+            drawn.append(mode.drawn)
+            answer.constants |= mode.constants
+        if failed is not None:
+            alone = Fakes([sum(question.view.sizes)], draw)
+            try:
+                self._run(question.whole, functools.partial(alone.of_piece, 0), Neutral(), restore)
+            except SkipPipeError:
+                raise
+            except Exception as error:
+                return error
+            return _PieceFailed(f"a microbatch fails where the batch does not: {type(failed).__name__}: {failed}")
+        mode = Neutral(drawn)
+        try:
+            whole = self._run(question.whole, fakes.of_whole, mode, restore)
+        except SkipPipeError:
+            raise
+        except Exception as error:
+            return error
+        answer.constants |= mode.constants
+        if fakes.dtypes == {torch.float64}:
+            question.view.rounding = 1e-10
+        return whole, parts
+
+    def _run(
+        self,
+        function: Callable[[], Results],
+        reply: Callable[[Any], Tensor],
+        mode: Neutral,
+        restore: Callable[[], None],
+    ) -> Results:
+        restore()
+        return contextvars.copy_context().run(self._run_in_own_context, function, reply, mode)
+
+    def _run_in_own_context(
+        self, function: Callable[[], Results], reply: Callable[[Any], Tensor], mode: Neutral
+    ) -> Results:
+        thread = new_step_thread()
+
+        def under_mode() -> Results:
+            with mode:
+                return function()
+
+        try:
+            outcome = thread.start(under_mode, Ambient.current(device_types(self._device)))
+            while isinstance(outcome, Suspended):
+                with outcome.request.ambient.entered():
+                    answer = reply(outcome.request)
+                outcome = thread.resume(answer)
+            self._spread.pipeline.check_complete(thread)
+            results: Results = outcome.value
+            return results
+        finally:
+            thread.close()
+
+
+class _PieceFailed(Exception):
+    """A microbatch fails where the batch does not."""
+
+
+def kind_of(value: Any) -> Hashable:
+    """Return the structure of a batch, without sizes: batches of one structure are taken to be treated alike."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.ndim
+    if isinstance(value, (Mapping, UserDict)):
+        return tuple((key, kind_of(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        kinds = [kind_of(item) for item in value]
+        return (type(value), *kinds) if len(kinds) <= 8 else (type(value), frozenset(kinds))
+    if isinstance(value, (str, bool)) or value is None:
+        return value if not isinstance(value, str) or len(value) < 64 else str
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tuple((each.name, kind_of(getattr(value, each.name))) for each in dataclasses.fields(value))
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _is_finite(loss: Any) -> bool:
+    return not isinstance(loss, Tensor) or bool(torch.isfinite(loss.detach()).all())

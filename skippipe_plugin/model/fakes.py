@@ -1,0 +1,203 @@
+"""Made-up results of the blocks, and of random functions, that do not depend on how the batch is cut.
+
+With them the user's step runs on the driver alone, once for the batch and once for each microbatch, and what comes out
+differs only by how the step reduces over samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..driver.capture.proxies import StackCall
+
+_GOLDEN: Final = 0.6180339887
+_DROPOUTS: Final = frozenset(
+    (
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
+        *("feature_alpha_dropout", "dropout_", "alpha_dropout_", "feature_dropout_", "feature_alpha_dropout_"),
+    )
+)
+_RANDOM: Final = frozenset(
+    (
+        *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like"),
+        *("normal", "bernoulli", "multinomial", "poisson"),
+    )
+)
+_RANDOM_IN_PLACE: Final = frozenset(
+    (
+        *("uniform_", "normal_", "bernoulli_", "random_"),
+        *("exponential_", "geometric_", "cauchy_", "log_normal_"),
+    )
+)
+_COMPARISONS: Final = frozenset(["ne", "eq", "lt", "le", "gt", "ge"])
+_MIRRORED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
+
+
+class Incomparable(Exception):
+    """What microbatches do is no part of what the batch does."""
+
+
+class Fakes:
+    """Made-up hidden states behind the blocks, the microbatches' first, then the batch's.
+
+    Each follows from what enters the blocks, row by row, with noise of its own; samples differ in size, so that losses
+    of microbatches differ much.
+
+    Args:
+        sizes: The microbatches' numbers of samples.
+        draw: Different numbers give different hidden states; from 2 on they are positive.
+    """
+
+    def __init__(self, sizes: Sequence[int], draw: int) -> None:
+        self._sizes = sizes
+        self._draw = draw
+        self._noise: list[list[tuple[Tensor, Tensor, int]]] = [[] for _ in sizes]
+        self._calls = 0
+        self.dtypes: set[torch.dtype] = set()
+        """Of what was answered."""
+
+    def of_piece(self, index: int, call: StackCall) -> Tensor:
+        """Answer the next call of the blocks by a microbatch."""
+        spec, size, number = call.specs[-1], self._sizes[index], len(self._noise[index])
+        dim = next((d for d, n in enumerate(spec.shape) if n == size), None)
+        if dim is None:
+            dim = next((d for d, n in enumerate(spec.shape) if n and n % size == 0), 0)
+        rows = spec.shape[dim] if spec.shape else 1
+        generator = torch.Generator().manual_seed(7919 * self._draw + 101 * number + (index if rows % size == 0 else 0))
+        noise = torch.randn(spec.shape, generator=generator) * 0.5
+        first = sum(self._sizes[:index])
+        scales = torch.tensor([self._scale(first + sample) for sample in range(size)])
+        if rows % size == 0 and spec.shape:
+            scales = scales.repeat_interleave(rows // size)
+            scales = scales.reshape([-1 if d == dim else 1 for d in range(len(spec.shape))])
+        else:
+            scales = torch.ones(())
+        self._noise[index].append((noise, scales, dim))
+        return self._made(call, noise, scales)
+
+    def of_whole(self, call: StackCall) -> Tensor:
+        """Answer the next call of the blocks by the batch."""
+        number, shape = self._calls, call.specs[-1].shape
+        self._calls += 1
+        if any(len(noise) <= number for noise in self._noise):
+            raise Incomparable("the batch calls the blocks more often than its microbatches do")
+        noises, scales, dims = zip(*(noise[number] for noise in self._noise), strict=True)
+        dim = dims[0]
+        if all(noise.shape == shape for noise in noises):
+            return self._made(call, noises[0], scales[0])
+        try:
+            joined = torch.cat(noises, dim)
+        except RuntimeError:
+            joined = noises[0]
+        if joined.shape != shape:
+            forms = ", ".join(str(tuple(noise.shape)) for noise in noises)
+            raise Incomparable(f"hidden states of shape {tuple(shape)} are {forms} in its microbatches")
+        return self._made(call, joined, torch.cat(scales, dim) if scales[0].ndim else scales[0])
+
+    def _scale(self, sample: int) -> float:
+        return 0.3 + 2.2 * ((sample + 1 + 3 * self._draw) * _GOLDEN % 1.0)
+
+    def _made(self, call: StackCall, noise: Tensor, scales: Tensor) -> Tensor:
+        spec, hidden = call.specs[-1], call.hidden if call.ambient.grad else call.hidden.detach()
+        self.dtypes.add(spec.dtype)
+        made = noise.to(hidden.device)
+        if hidden.shape == spec.shape and hidden.is_floating_point():
+            made = made + torch.sin((1.7 + 0.4 * self._draw) * hidden.float())
+        made = made * scales.to(hidden.device)
+        made = (made.abs() + 0.05 if self._draw > 1 else made).to(spec.dtype)
+        if call.ambient.grad and made.is_floating_point() and not made.requires_grad:
+            made.requires_grad_()
+        return made
+
+
+class Neutral(TorchFunctionMode):
+    """Takes randomness out of what runs under it, and notes which numbers tensors are compared with.
+
+    Dropout is the identity. What random functions give is noted in the runs of microbatches; the batch gets all of it
+    together, in the same order.
+
+    Args:
+        drawn: What the microbatches drew; None while they run.
+    """
+
+    is_for_the_driver = True
+    """Whether blocks on workers may run without it."""
+
+    def __init__(self, drawn: Sequence[Sequence[Tensor]] | None = None) -> None:
+        super().__init__()
+        self.constants: set[tuple[str, float]] = set()
+        self.drawn: list[Tensor] = []
+        self._pieces = drawn
+        self._number = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_") if not _in_place(func) else func.__name__
+        if name in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if name == "randperm":
+            return torch.arange(args[0] if args else kwargs["n"], device=kwargs.get("device"))
+        if kwargs.get("dropout_p"):
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        self._note(name, args, kwargs)
+        result = func(*args, **kwargs)
+        if name in _RANDOM or name in _RANDOM_IN_PLACE:
+            return self._drawn(result, in_place=name in _RANDOM_IN_PLACE)
+        return result
+
+    def _note(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        if "ignore_index" in kwargs:
+            self._remember("ne", kwargs["ignore_index"])
+        if name in _COMPARISONS and len(args) == 2:
+            if isinstance(args[0], Tensor):
+                self._remember(name, args[1])
+            else:
+                self._remember(_MIRRORED.get(name, name), args[0])
+        elif name in ("isnan", "nansum", "nanmean", "nan_to_num"):
+            self.constants.add(("isnan", 0.0))
+        elif name in ("clamp", "clip", "clamp_min", "clamp_max"):
+            for bound in (*args[1:], *kwargs.values()):
+                self._remember("lt", bound)
+
+    def _remember(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.ndim == 0 and value.device.type == "cpu" and not value.requires_grad:
+            with torch._C.DisableTorchFunction():
+                value = value.item()
+        if isinstance(value, (bool, int, float)) and len(self.constants) < 64:
+            self.constants.add((name, float(value)))
+
+    def _drawn(self, result: Any, *, in_place: bool) -> Any:
+        if not isinstance(result, Tensor):
+            return result
+        if self._pieces is None:
+            self.drawn.append(result.detach().clone())
+            return result
+        number, self._number = self._number, self._number + 1
+        parts = [piece[number] for piece in self._pieces if number < len(piece)]
+        joined = _joined(parts, result.shape) if len(parts) == len(self._pieces) else None
+        if joined is None:
+            return result
+        if not in_place:
+            return joined.to(result.dtype)
+        with torch.no_grad():
+            return result.copy_(joined)
+
+
+def _in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _joined(parts: Sequence[Tensor], shape: torch.Size) -> Tensor | None:
+    if all(part.shape == shape for part in parts):
+        return parts[0].clone()
+    for dim in range(len(shape)):
+        others = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts if part.ndim == len(shape)}
+        if others == {(*shape[:dim], *shape[dim + 1 :])} and sum(part.shape[dim] for part in parts) == shape[dim]:
+            return torch.cat(list(parts), dim)
+    return None

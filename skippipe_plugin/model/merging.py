@@ -1,0 +1,129 @@
+"""The results of one step, merged from those of its microbatches by what is known about the step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from ..engine.errors import SkipPipeError
+from .asking import Answer, Asking, Key, Question, named
+from .counting import Given, Samples
+from .reductions import Mean, Unsettled, merge
+from .settings import CutWhere
+from .weight import MicrobatchWeight
+
+Agree = Callable[[Any], list[Any]]
+"""Gives every driver what each of them has."""
+log = logging.getLogger(__name__)
+
+
+def alone(value: Any) -> list[Any]:
+    """Agree with no other driver."""
+    return [value]
+
+
+_NOT_CUT: Final = (
+    "the step runs once for each of {count} microbatches, but {what} of the batch does not follow from theirs: {why}. "
+    "{ways}"
+)
+_WAYS: Final = (
+    "Run the step once, on the whole batch, with microbatches='stack', or say what a microbatch weighs with "
+    "microbatch_weight=... (a function of the microbatch, 'samples' or 'sum')"
+)
+_FAILS: Final = (
+    "the step runs once for each of {count} microbatches, and {why}. Run the step once, on the whole batch, with "
+    "microbatches='stack', or put what it needs of the whole batch (a padded length, for instance) into the batch"
+)
+_WHOLE: Final = (
+    "%s runs once, on the whole batch, of which only what enters the blocks is cut: every forward comes before the "
+    "loss, and the head has the whole batch at once. The reason: %s"
+)
+
+
+class Merging:
+    """How the results of one step merge.
+
+    Args:
+        asking: Finds out.
+        question: The step.
+        weight: What a microbatch weighs, by the user.
+    """
+
+    def __init__(self, asking: Asking, question: Question, weight: MicrobatchWeight | None) -> None:
+        self.asking = asking
+        self.question = question
+        self.weight = weight
+        self.answer: Answer | None = asking.about(question) if len(question.pieces) > 1 else None
+        self._has_asked_again = False
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """By name of a result: why it does not follow from the microbatches'."""
+        if self.answer is None:
+            return {}
+        if self.answer.failure:
+            return {"": self.answer.failure}
+        return self.answer.problems if self.weight is None else {}
+
+    def refusal(self) -> SkipPipeError | None:
+        """Return the error that says why the batch cannot be cut; None when it can."""
+        count = len(self.question.pieces)
+        for what, why in self.problems.items():
+            if not what:
+                return SkipPipeError(_FAILS.format(count=count, why=why))
+            return SkipPipeError(_NOT_CUT.format(count=count, what=what, why=why, ways=_WAYS))
+        return None
+
+    def goes_whole(self, where: CutWhere, name: str, agree: Agree = alone) -> bool:
+        """Whether the step must run once, on the whole batch; every driver calls this alike.
+
+        Args:
+            where: The user's setting.
+            name: The step's.
+            agree: Gives every driver what each of them has.
+
+        Raises:
+            SkipPipeError: It must, but the user wants the batch to be cut.
+        """
+        refusal = next(filter(None, agree(self.refusal())), None)
+        if refusal is None:
+            return False
+        if where == "batch":
+            raise refusal
+        if self.answer is not None and not self.answer.is_told:
+            self.answer.is_told = True
+            reason = str(refusal).partition(". Run the step once")[0]
+            log.warning(_WHOLE, name, reason)
+        return True
+
+    def ask_again(self) -> None:
+        """Ask about this very batch, which shows what others did not."""
+        if not self._has_asked_again and self.answer is not None:
+            self._has_asked_again = True
+            self.answer = self.asking.again(self.question)
+
+    def merged(self, key: Key, parts: Sequence[Any]) -> Any:
+        """Return the batch's result.
+
+        Raises:
+            SkipPipeError: It does not follow from the parts by any rule.
+        """
+        if self.answer is None:
+            return parts[0]
+        try:
+            return self._merge(key, parts)
+        except (KeyError, Unsettled):
+            self.ask_again()
+        try:
+            return self._merge(key, parts, strict=False)
+        except (KeyError, Unsettled) as error:
+            why = str(error) if isinstance(error, Unsettled) else "it did not come out when the step was tried"
+            raise SkipPipeError(_NOT_CUT.format(count=len(parts), what=named(key), why=why, ways=_WAYS)) from None
+
+    def _merge(self, key: Key, parts: Sequence[Any], *, strict: bool = True) -> Any:
+        assert self.answer is not None
+        otherwise = None
+        if self.weight is not None:  # the user's word holds for whatever follows no rule
+            otherwise = Mean(Given() if callable(self.weight) else Samples())
+        return merge(self.answer.plans[key], parts, self.question.view, otherwise=otherwise, strict=strict)

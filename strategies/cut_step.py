@@ -1,0 +1,160 @@
+"""A step of a LightningModule that runs once per microbatch, and whose results are then those of the whole batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from ..driver.capture.batches import Cut
+from ..driver.steps import StepTask
+from ..model.asking import LOSS, Asking, Question, Results, kind_of
+from ..model.merging import Agree, Merging
+from ..model.settings import CutWhere
+from ..model.shares import loss_weights
+from ..model.spread import SpreadModel
+from ..model.weight import MicrobatchWeight, view_of
+from .averaged_log import AveragedLog, noted_log
+from .outputs import loss_of, with_loss, without_loss
+
+_OUTPUT = ("output",)
+
+
+class CutStep:
+    """One call of a step of ``module``.
+
+    Args:
+        module: The user's.
+        name: Its step.
+        batch: What is cut.
+        cut: The microbatches.
+        rest: The step's other arguments.
+        kwargs: The same by name.
+        weight: What a microbatch weighs, by the user.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        name: str,
+        batch: Any,
+        cut: Cut,
+        rest: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        weight: MicrobatchWeight | None,
+    ) -> None:
+        self._module = module
+        self._name = name
+        self._training = name == "training_step"
+        self._step: Callable[..., Any] = getattr(module, name)
+        self._rest, self._kwargs = rest, kwargs
+        self._log = AveragedLog(module, len(cut.sizes))
+        self._weight = weight
+        self.question = Question(
+            kind=(name, module.training, len(rest), kind_of(batch), rest[1:], tuple(kwargs)),
+            view=view_of(batch, cut.pieces, cut.sizes, weight),
+            whole=functools.partial(self._results, batch),
+            pieces=[functools.partial(self._results, piece) for piece in cut.pieces],
+        )
+
+    def prepared(self, asking: Asking, where: CutWhere, agree: Agree) -> PreparedStep | None:
+        """Find out how the step's results merge; None when it must run once, on the whole batch."""
+        merging = Merging(asking, self.question, self._weight)
+        return None if merging.goes_whole(where, self._name, agree) else (self, merging)
+
+    def task(self, merging: Merging, seed: int, rewind: Callable[[], None], agree: Agree) -> StepTask:
+        """Return what the pipeline has to do."""
+        view = self.question.view
+        functions = [
+            self._log.within(index, functools.partial(self._step, piece, *self._rest, **self._kwargs))
+            for index, piece in enumerate(view.pieces)
+        ]
+        if not self._training:
+            weights = [1 / len(functions)] * len(functions)
+            return StepTask(functions, weights, loss_of, seed, training=False, sizes=view.sizes, rewind=rewind)
+        found = loss_weights(merging, agree)
+        return StepTask(
+            functions,
+            found.weights,
+            loss_of,
+            seed,
+            training=True,
+            sizes=view.sizes,
+            rewind=rewind,
+            loss_is_sum=found.is_sum,
+            share=found.share,
+        )
+
+    def logging(self) -> AbstractContextManager[None]:
+        """Collect what the step logs."""
+        return self._log.installed()
+
+    def finish(self, merging: Merging, values: Sequence[Any], loss: Tensor | None = None) -> Any:
+        """Log what the batch would have, and return what the step would have returned for it."""
+        self._log.replay(merging.merged)
+        if not self._training:
+            return merging.merged(_OUTPUT, list(values))
+        rests = [without_loss(value) for value in values]
+        if loss is None or rests[0] is None:
+            return loss
+        return with_loss(merging.merged(_OUTPUT, rests), loss)
+
+    def _results(self, batch: Any) -> Results:
+        with noted_log(self._module) as logged:
+            value = self._step(batch, *self._rest, **self._kwargs)
+        return _by_key(logged(), value, training=self._training)
+
+
+PreparedStep = tuple[CutStep, Merging]
+
+
+def asking_of(module: LightningModule, spread: SpreadModel, device: torch.device) -> Asking:
+    """Return what finds out how the steps of ``module`` reduce."""
+    weighted = callable(spread.settings.microbatch_weight)
+    return Asking(spread, module, device, weighted=weighted, quiet=lambda: silent(module.trainer))
+
+
+def _by_key(results: Results, value: Any, *, training: bool) -> Results:
+    if not training:
+        return {**results, _OUTPUT: value}
+    loss, rest = loss_of(value), without_loss(value)
+    found = {LOSS: loss} if loss is not None else {}
+    return {**found, **results, **({_OUTPUT: rest} if rest is not None else {})}
+
+
+@contextmanager
+def silent(trainer: Trainer) -> Iterator[None]:
+    """Let a step that is only asked reach no logger, and stop nothing."""
+    loggers, stops = trainer._loggers, trainer.should_stop
+    silence: Any = _Silence()
+    trainer._loggers = [silence] * len(loggers)
+    try:
+        yield
+    finally:
+        trainer._loggers, trainer.should_stop = loggers, stops
+
+
+class _Silence:
+    """Takes every call and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
