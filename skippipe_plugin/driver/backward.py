@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from .capture.suspend import current_thread
 from .copies import GradientCopies
 from .layout import Layout
 from .links import Links
+from .loads import LoadWindow
 from .resizing import carried_over
 
 GradientScale = Literal["batch", "visit"]
@@ -56,6 +57,10 @@ class GradientControl:
         self.keeps_stepped = True
         """Whether workers keep gradients after an optimizer step, until they are zeroed as in one process. Not where
         zeroing is sure to come before the next gradients are added: then the memory is free during the next step."""
+        self.loads = LoadWindow()
+        """The visits of experts whose gradients are accumulated."""
+        self.on_merge: Callable[[], None] = _nothing
+        """Called on this driver with every merge."""
         self._zero = ""
         """How the workers are to zero their gradients before anything else: ``"drop"``, ``"fill"``, or not at all."""
         self._is_stepped = False
@@ -143,10 +148,12 @@ class GradientControl:
 
     def opening(self) -> dict[str, Any]:
         """Return what a training step's announcement says of gradients, such that it may be repeated."""
-        return {"zero": self._zero} if self._zero and self.keeps_stepped else {}
+        zero = {"zero": self._zero} if self._zero and self.keeps_stepped else {}
+        return {**zero, "loads": self.loads.base} if self.loads.base else zero
 
-    def opened(self) -> None:
-        """Note that the workers have done what :meth:`opening` said."""
+    def opened(self, loads: Iterable[Mapping[str, Sequence[int]]]) -> None:
+        """Note that the workers have done what :meth:`opening` said, and the visits of experts in the step, by rank."""
+        self.loads.note(loads)
         if self.keeps_stepped:
             self._zero = ""
 
@@ -160,6 +167,10 @@ class GradientControl:
             gradients.scale_gradients(self.window.new_of(held.parameters()), self._stage_scales.get(stage, 1.0))
         self.window.merge(scale)
         zero = self.take_zero()
+        if zero:
+            self.loads.clear()
+        self.loads.merge()
+        self.on_merge()
         fields = {"scale": scale, "zero": zero, "stage_scales": list(self._stage_scales.items())}
         request = self._norm_request(self._expected_norm)
         if self._leads:
@@ -226,6 +237,7 @@ class GradientControl:
         zero = self.take_zero()
         (scale, value), self.pending_clip = self.pending_clip, (None, None)
         self._is_stepped = True
+        self.loads.clear()
         if self.keeps_stepped:
             self._had_gradients = [parameter.grad is not None for parameter in self.window.parameters]
         if self.keep_norms:
@@ -248,6 +260,10 @@ class GradientControl:
         self._num_norms += 1
         norm_type, stepped = kind or (None, False)
         return {"norm_type": norm_type, "stepped": stepped, "norm": self._num_norms}
+
+
+def _nothing() -> None:
+    """Nothing else to merge."""
 
 
 def _send_step(links: Links, fields: Mapping[str, Any], settings: bytes) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from .capture.side_inputs import dump_probe
 from .capture.suspend import StepThreads, current_thread, suspend_here
 from .capture.writer import CallWriter
 from .clocks import WorkerClocks
+from .keeper import Keeper
 from .layout import Layout
 from .links import Links
 from .measured import measured_timeline, network_cost
@@ -60,16 +61,6 @@ TRAINING: Final = "training"
 EVALUATION: Final = "evaluation"
 _DRIVERS: Final = "drivers"
 _T = TypeVar("_T")
-
-
-class Keeper(Protocol):
-    """Replaces workers that are lost; :class:`skippipe_plugin.driver.recovery.StageKeeper` is the one there is."""
-
-    def attempt(self, action: Callable[[], _T], rewind: Callable[[], None], *, whole: bool) -> _T:
-        """Run ``action``; after a loss restore what it needs, ``rewind``, and run it again."""
-
-    def close(self) -> None:
-        """Stop watching the workers."""
 
 
 def _keep() -> None:
@@ -204,6 +195,7 @@ class Pipeline:
         if self._proxies is not None:
             self._proxies.forget_open_calls()
         self.gradients.window.discard()
+        self.routers.tallies.close()
         for stage in self._hosted.values():
             stage.forget()
         transport, self._transport = self._transport, None
@@ -329,6 +321,7 @@ class Pipeline:
         local = [parameter for parameter in model.parameters() if not is_remote(parameter)]
         self.gradients.own(local, self._hosted)
         self.routers.own(model)
+        self.gradients.on_merge = self.routers.board.commit
 
     def unload(self) -> list[str]:
         """Bring the weights back into the driver's model and remove the proxies.
@@ -511,13 +504,16 @@ class Pipeline:
             run.announce()
         self.is_announced = True
         executor = Executor(transport, self._hosted, self.device, driver=run)
+        if name == TRAINING:
+            self.routers.count(transport, schedule, live, self._hosted, self.gradients.loads.base)
         with proxies.in_step():
             events = executor.run(self._programs.compiled[name], set(live), NoFeed())
             done = self.links.expect_all("done")
         for writes in (*(s.take_writes() for s in self._hosted.values()), *(m.fields["writes"] for m in done.values())):
             proxies.note_all_writes(writes)
         if name == TRAINING:
-            self.gradients.opened()
+            here = self.routers.tallies.close()
+            self.gradients.opened([here, *(message.fields["loads"] for message in done.values())])
         self.is_announced = False
         self.mirror.weights.outdate(buffers_only=True)
         if timeline and self.leads:

@@ -7,8 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from ..engine.stage import Stage
+from ..engine.transport import Transport
 from ..moe.attach import RouterStatistics
 from ..moe.board import RouterBoard, add_statistics
+from ..schedule import Schedule
+from ..worker.tallies import StageTallies
 from .links import Links
 
 
@@ -18,6 +22,8 @@ class RouterControl:
     def __init__(self, links: Links, *, leads: bool) -> None:
         self.board = RouterBoard()
         """The routers on this driver."""
+        self.tallies = StageTallies()
+        """What counts along with the stages on this driver."""
         self._links = links
         self._leads = leads
         self._biases: dict[str, list[float]] = {}
@@ -26,6 +32,18 @@ class RouterControl:
     def own(self, model: nn.Module) -> None:
         """Take charge of the routers of ``model`` whose weights are on this driver."""
         self.board = RouterBoard([model])
+
+    def count(
+        self,
+        transport: Transport,
+        schedule: Schedule,
+        live: Sequence[int],
+        hosted: Mapping[int, Stage],
+        base: Mapping[str, Sequence[int]],
+    ) -> None:
+        """Count along with a training step of the ``hosted`` stages, where their routers have a balancing loss."""
+        if self.board.balances and hosted:
+            self.tallies.open(schedule, live, hosted, rank=transport.rank, base=base, post=transport)
 
     def take(self) -> dict[str, RouterStatistics]:
         """Return by router what happened since the last call, over all microbatches, replicas and paths."""

@@ -81,6 +81,19 @@ class DriverHooks(Protocol):
         """Wait for the gradients of the tensors in that, by index."""
 
 
+class Witness(Protocol):
+    """What counts along with the microbatches of a training step."""
+
+    def begin(self, microbatch: int) -> None:
+        """Begin a forward."""
+
+    def end(self, microbatch: int) -> None:
+        """End it."""
+
+    def turn(self, microbatch: int) -> None:
+        """Begin the backward, or a half of it."""
+
+
 _Filled = dict[int, tuple[list[Any], dict[str, Any], ArgumentGuard]]
 """By template: the arguments of one visit, and what watches them."""
 
@@ -100,6 +113,8 @@ class Stage:
         self._recorder = Recorder()
         self._switches: ProcessSwitches | None = None
         self._tapped: dict[int, list[Tensor]] = {}
+        self.witness: Witness | None = None
+        """What counts along, in a training step."""
         self._guest = guest
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._halves: dict[int, Tensor | list[dict[str, Any]] | tuple[()] | None] = {}  # Any: torch's parameter groups
@@ -127,17 +142,23 @@ class Stage:
         # A training step keeps the user's random state as a whole; fetching and setting it takes long.
         fork = self._guest and not ambient.grad
         tapping = any(call.spec.modes[block].hooks for block in self.blocks)
+        if self.witness is not None:
+            self.witness.begin(microbatch)
         with ambient.entered(), _fork_rng(self.device) if fork else nullcontext():
             inputs = hidden.detach().requires_grad_(enters.requires_grad) if ambient.grad else hidden
             with self._shown(microbatch, grad=ambient.grad) if tapping else nullcontext():
                 output = self._run_blocks(call, inner(inputs))
         _check_output(self.index, output, leaves)
+        if self.witness is not None:
+            self.witness.end(microbatch)
         if inputs.requires_grad or output.requires_grad or microbatch in self._tapped:
             self._saved[microbatch] = (inputs, output)
         return output.detach()
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
         """Back-propagate into the parameters; return the gradient of the input when it needs one."""
+        if self.witness is not None:
+            self.witness.turn(microbatch)
         if microbatch not in self._saved:  # a forward without gradients has no way back
             return None
         inputs, output = self._saved.pop(microbatch)
@@ -162,6 +183,8 @@ class Stage:
             self._halves[microbatch] = ()
             return whole
         saved = self._saved.get(microbatch)
+        if self.witness is not None:
+            self.witness.turn(microbatch)
         if gradient is None or saved is None or not all(each.requires_grad for each in saved):
             self._halves[microbatch] = gradient
             return None
@@ -178,6 +201,8 @@ class Stage:
             return  # done already
         if isinstance(half, list):
             self._saved.pop(microbatch)
+            if self.witness is not None:
+                self.witness.turn(microbatch)
             weights = [parameter for parameter in self.parameters() if parameter.requires_grad]
             stage_backward_weight(iter(weights), half)
         else:

@@ -135,6 +135,17 @@ class Transport:
         )
         return PendingTensor(work, buffer, device)
 
+    def send_aside(self, tensor: Tensor, destination: int, tag: int) -> None:
+        """Start to send a small host tensor that is none of the schedule's, whatever carries those."""
+        group, member = self._groups[_ALL], self._index[destination]
+        self._sends.append((self._start(lambda: group.send([tensor], member, tag)), tensor))
+
+    def receive_aside(self, length: int, source: int, tag: int) -> PendingTensor:
+        """Post a receive for what :meth:`send_aside` sends, ``length`` int64."""
+        buffer = torch.empty(length, dtype=torch.int64)
+        group, member = self._groups[_ALL], self._index[source]
+        return PendingTensor(self._start(lambda: group.recv([buffer], member, tag)), buffer, buffer.device)
+
     def flush(self) -> None:
         """Wait until every send of this step has been taken by its receiver."""
         sends, self._sends = self._sends, []

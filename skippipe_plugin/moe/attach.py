@@ -5,6 +5,7 @@ Classes, parameter names and state dicts stay the model's. The hooks travel with
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections import deque
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from skippipe_plugin.moe.balance import add_auxiliary_loss, load_balancing_loss, quantile_bias, spread_null_loads
+from skippipe_plugin.moe.balance import add_balancing_gradient, quantile_bias, spread_null_loads
 from skippipe_plugin.moe.config import MoEConfig
 from skippipe_plugin.moe.families import RouterSite, find_routers, find_unknown
 from skippipe_plugin.moe.parallel import IMPLEMENTATION, SHARD, Company, Shard, run_module
@@ -34,6 +35,7 @@ from skippipe_plugin.moe.routing import (
     route,
     warn_unless_causal,
 )
+from skippipe_plugin.moe.tally import Tally
 
 _log = logging.getLogger(__name__)
 _MAX_REMEMBERED = 256
@@ -82,9 +84,10 @@ class RouterHook:
         self.loss_scale = 1.0
         """What the model's own loss of a microbatch is multiplied by before its backward."""
         self.company: Company | None = None
-        """The ranks whose tokens count for the auxiliary loss too, where experts are spread."""
+        """The ranks whose tokens count for the auxiliary loss too, where experts are spread and no tally counts."""
+        self.tally: Tally | None = None
+        """What counts visits in a training step; without it a call's own are those of the step."""
         self._num_null = 0 if self.rule is None else num_null(self.rule)
-        self._group_loads = self._no_loads()
         self._replaces = config.router != "model" or self.top_k != site.top_k
         self._bias_name = site.bias
         self._bias: Tensor | None = None
@@ -144,15 +147,17 @@ class RouterHook:
         """Return the router's output with our choice in place of its own."""
         logits, *given = output
         chosen, routing = self._route(router, logits, Routing(*given[:2]))
+        balances = self.loss_coefficient > 0 and router.training
         if _recomputes():
             routing = self._replay(logits, routing)
         elif router.training:
             loads = count_loads(routing.experts, self.num_experts).cpu()
             self._count(router, logits, routing, loads)
-            self._count_group(loads, self._count_null(chosen))
             self._remember(logits, routing)
-        if self.loss_coefficient and router.training and logits.requires_grad:
-            routing = self._with_loss(logits, routing)
+            if balances and self.tally is not None:
+                self.tally.note(self.name, torch.cat([loads, self._count_null(chosen)]))
+        if balances and logits.requires_grad:
+            routing = self._with_loss(logits, routing, chosen)
         return (logits, routing.weights, routing.experts, *given[2:])
 
     def _route(self, router: nn.Module, logits: Tensor, own: Routing) -> tuple[Routing, Routing]:
@@ -216,7 +221,6 @@ class RouterHook:
     def take(self) -> RouterStatistics:
         """Return what happened since the last call, and begin anew."""
         taken, self._statistics = self._statistics, self._empty()
-        self._group_loads = torch.zeros_like(self._group_loads)
         if self._remembered is not None:
             self._remembered.clear()
         return taken
@@ -236,22 +240,22 @@ class RouterHook:
             self._count_quantiles(router, logits) if self._quantiles else None,
         )
 
-    def _no_loads(self) -> Tensor:
-        """Return zeros for the experts and, where there are null experts, for all of those together."""
-        return torch.zeros(self.num_experts + (self._num_null > 0), dtype=torch.int64)
-
     def _count_null(self, chosen: Routing) -> Tensor:
         """Return how often null experts were chosen, where there are any: [1] or [0]; dropped tokens do not count."""
         empty = (chosen.experts == self.num_experts).sum() if self._num_null else torch.zeros(0, dtype=torch.int64)
         return empty.reshape(-1).cpu()
 
-    def _count_group(self, loads: Tensor, null: Tensor) -> None:
-        """Count for the auxiliary loss, over all ranks that run this layer at the same time."""
-        if self.loss_coefficient:
-            total = torch.cat([loads, null])
-            if self.company is not None and self.company.is_met:
-                self.company.sum(total)
-            self._group_loads += total
+    @property
+    def width(self) -> int:
+        """How many counts the balancing loss needs: of each expert and, where there are any, of all null experts."""
+        return self.num_experts + (self._num_null > 0)
+
+    def _visits_alone(self, routing: Routing, chosen: Routing) -> Tensor:
+        """Return the visits of this call, and of the ranks that run it at the same time."""
+        total = torch.cat([count_loads(routing.experts, self.num_experts).cpu(), self._count_null(chosen)])
+        if self.company is not None and self.company.is_met and not _recomputes():
+            self.company.sum(total)
+        return total
 
     def _count_quantiles(self, router: nn.Module, logits: Tensor) -> Tensor:
         assert isinstance(self.rule, (Softmax, Sigmoid)), "checked when the hook was made"
@@ -284,16 +288,29 @@ class RouterHook:
 
     # ------------------------------------------------------- auxiliary loss
 
-    def _with_loss(self, logits: Tensor, routing: Routing) -> Routing:
-        loads = spread_null_loads(self._group_loads, self.num_experts, self._num_null).to(logits.device)
-        loss = load_balancing_loss(logits.softmax(-1), loads)
-        weights = add_auxiliary_loss(routing.weights, self.loss_coefficient * self.loss_scale * loss)
+    def _with_loss(self, logits: Tensor, routing: Routing, chosen: Routing) -> Routing:
+        """Add the gradient of the balancing loss on the visits so far in the step; on its own outside of steps."""
+        if self.tally is None:
+            find = functools.partial(_same, self._visits_alone(routing, chosen))
+        else:
+            find = functools.partial(self.tally.loads, self.name, self.tally.current)
+        scale = self.loss_coefficient * self.loss_scale
+        weights = add_balancing_gradient(
+            routing.weights,
+            logits.softmax(-1),
+            lambda: spread_null_loads(find(), self.num_experts, self._num_null),
+            scale,
+        )
         return Routing(weights, routing.experts)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Arrive in another process, where our expert compute may not be known yet."""
         self.__dict__.update(state)
         _register_implementation()
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
 
 
 def _recomputes() -> bool:

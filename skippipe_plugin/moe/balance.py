@@ -109,6 +109,37 @@ def add_auxiliary_loss(weights: Tensor, loss: Tensor) -> Tensor:
     return result
 
 
+def add_balancing_gradient(weights: Tensor, scores: Tensor, loads: Callable[[], Tensor], scale: float) -> Tensor:
+    """Return ``weights``; in backward also back-propagate ``scale`` times :func:`load_balancing_loss`.
+
+    The loss is linear in the mean scores, so the loads are needed in the backward only, when more is known of them.
+
+    Args:
+        weights: What the model's own loss depends on.
+        scores: Softmax over the logits of a microbatch, [tokens, experts].
+        loads: Returns, in the backward, the visits of each expert: [experts].
+        scale: The factor.
+    """
+    if len(scores) == 0:
+        return weights
+    result: Tensor = _WithGradient.apply(weights, scores.mean(0), loads, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, means: Tensor, loads: Callable[[], Tensor], scale: float) -> Tensor:
+        ctx.loads, ctx.scale, ctx.like = loads, scale, (means.dtype, means.device)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        loads = ctx.loads()
+        dtype, device = ctx.like
+        share = (loads / loads.sum().clamp(min=1)).to(device=device, dtype=dtype)
+        return gradient, ctx.scale * loads.numel() * share, None, None
+
+
 class _WithLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, loss: Tensor) -> Tensor:  # Any: torch's context

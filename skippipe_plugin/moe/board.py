@@ -15,25 +15,33 @@ from skippipe_plugin.moe.balance import BIAS_RULES
 class RouterBoard:
     """The hooks on the routers of some modules.
 
-    Forwards count only between :meth:`open` and :meth:`close`, which frame a training step: a probe of a block or a
-    step that was given up leaves nothing behind.
+    Forwards count only between :meth:`open` and :meth:`close`, which frame a training step, and only if :meth:`commit`
+    follows: a probe of a block or a step that was given up leaves nothing behind.
     """
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         """Find the hooks; routers whose weights are elsewhere (on the meta device) are left to others."""
         self._routers = {hook.name: (router, hook) for module in modules for router, hook in _hooks(module)}
+        self._new: dict[str, RouterStatistics] = {}
         self._totals: dict[str, RouterStatistics] = {}
+        self.balances = any(hook.loss_coefficient for _, hook in self._routers.values())
+        """Whether a router has a balancing loss."""
 
     def open(self, loss_scale: float) -> None:
         """Begin a step in which the model's loss of a microbatch is scaled by ``loss_scale``."""
+        self._new = {}
         for _, hook in self._routers.values():
             hook.take()
             hook.loss_scale = loss_scale
 
     def close(self) -> None:
-        """End a step: what happened since :meth:`open` counts."""
-        for name, (_, hook) in self._routers.items():
-            taken = hook.take()
+        """End a step: what happened since :meth:`open` counts, once its gradients are added."""
+        self._new = {name: hook.take() for name, (_, hook) in self._routers.items()}
+
+    def commit(self) -> None:
+        """Let the last step count; one that was interrupted elsewhere is run again, and counts once."""
+        new, self._new = self._new, {}
+        for name, taken in new.items():
             self._totals[name] = self._totals[name] + taken if name in self._totals else taken
 
     def obey(self, order: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON

@@ -40,6 +40,7 @@ from ..moe.board import RouterBoard
 from ..schedule import Schedule
 from .holdings import Holdings
 from .keep import Keep
+from .tallies import StageTallies
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,9 @@ class Worker:
         self._keep = Keep()
         self._programs: dict[str, tuple[Instruction, ...]] = {}
         self._replica_groups: dict[int, str] = {}
+        self._schedules: dict[str, Schedule] = {}
         self._routers = RouterBoard()
+        self._tallies = StageTallies()
         self._device = torch.device("cpu")
         self._decoders: list[CallDecoder] = []
         self._calls: dict[int, list[tuple[int, Call]]] = {}
@@ -224,6 +227,7 @@ class Worker:
 
     def _report(self, error: BaseException, *, aborted: bool) -> None:
         self._holdings.give_up_step()
+        self._tallies.close()
         packed, text = pack_exception(error)
         fields = {"aborted": aborted, "traceback": text, "stages": list(self._holdings.stages)}
         with contextlib.suppress(ChannelClosed):  # the reader of that channel reports it
@@ -278,6 +282,7 @@ class Worker:
         schedules = {name: Schedule.from_json(text) for name, text in fields["schedules"].items()}
         self._transport.connect(directed_links(*schedules.values()))
         self._programs = {name: compile_program(schedule, self._rank) for name, schedule in schedules.items()}
+        self._schedules = schedules
         self._step = fields["step"]
 
     def _on_load(self, source: int, message: Message) -> None:
@@ -320,6 +325,7 @@ class Worker:
             self._holdings.zero(fields.get("zero", ""))
             self._holdings.begin_step()
             self._routers.open(1 / max(1, len(live)))
+            self._open_tallies(fields, live)
         self._holdings.experts.begin_step()
         self._pulled.clear()
         for stage in self._holdings.stages.values():
@@ -331,9 +337,22 @@ class Worker:
             self._sum_over_replicas()
             self._holdings.window.close()
             self._routers.close()
+        loads = self._tallies.close()
         timeline = [[str(event.action), event.start_s, event.end_s] for event in events] if fields["timeline"] else []
         writes = [each for stage in self._holdings.stages.values() for each in stage.take_writes()]
-        self._answer("done", {"step": self._step, "timeline": timeline, "writes": writes})
+        self._answer("done", {"step": self._step, "timeline": timeline, "writes": writes, "loads": loads})
+
+    def _open_tallies(self, fields: Any, live: set[int]) -> None:  # Any: JSON
+        if self._routers.balances:
+            assert self._transport is not None
+            self._tallies.open(
+                self._schedules[fields["program"]],
+                live,
+                self._holdings.stages,
+                rank=self._rank,
+                base=fields.get("loads", {}),
+                post=self._transport,
+            )
 
     def _sum_over_replicas(self) -> None:
         transport = self._transport
@@ -371,6 +390,7 @@ class Worker:
         self._answer("links", {"costs": [dataclasses.astuple(cost) for cost in costs]})
 
     def _on_merge(self, source: int, message: Message) -> None:
+        self._routers.commit()
         self._holdings.merge(message.fields)
         if message.fields["norm_type"] is not None:
             self._on_norm(source, message)
@@ -385,6 +405,7 @@ class Worker:
         schedule = Schedule.from_json(message.fields["text"])
         self._transport.connect(directed_links(schedule))
         self._programs[message.fields["name"]] = compile_program(schedule, self._rank)
+        self._schedules[message.fields["name"]] = schedule
 
     def _on_optimizer(self, source: int, message: Message) -> None:
         self._holdings.build_optimizer(message.blobs[0])
