@@ -553,10 +553,6 @@ class Pipeline:
         assert self._proxies is not None, "no model is loaded"
         return self._proxies
 
-    def check_complete(self, owner: object) -> None:
-        """Raise when the code that ``owner`` (a step thread) ran left the stack before its last block."""
-        self._proxies_now().check_complete(owner)
-
     def _give_up(self, error: BaseException) -> None:
         """Abort the step; when it broke because of a worker, raise that worker's failure instead."""
         self.abort()

@@ -223,7 +223,6 @@ class Asking:
                 with outcome.request.ambient.entered():
                     answer = reply(outcome.request)
                 outcome = thread.resume(answer)
-            self._spread.pipeline.check_complete(thread)
             results: Results = outcome.value
             return results
         finally:
