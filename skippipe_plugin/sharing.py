@@ -15,6 +15,7 @@ from typing import Any
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("hooks") or name.startswith("_state_dict"))
 _WAY_OUT = (
@@ -51,7 +52,7 @@ def check_hidden_references(model: nn.Module, names: Sequence[str], blocks: Sequ
     for index, (name, block) in enumerate(zip(names, blocks, strict=True)):
         if any(part is model for part in block.modules()):
             raise _back_reference(name, "")
-        own = {id(tensor) for tensor in (*block.parameters(), *block.buffers())}
+        own = {id(tensor) for tensor in (*block.parameters(), *block.buffers())} | _made_by_hooks(block)
         for tensor in _reached(block):
             if id(tensor) in own:
                 continue
@@ -62,6 +63,12 @@ def check_hidden_references(model: nn.Module, names: Sequence[str], blocks: Sequ
                 first, first_name = seen.setdefault(id(tensor), (index, name))
                 if first != index:
                     raise _refusal(model, name, block, tensor, f"a tensor of {first_name}")
+
+
+def _made_by_hooks(block: nn.Module) -> set[int]:
+    """Return what torch's old spectral norm makes of a parameter anew before each forward."""
+    hooks = ((part, hook) for part in block.modules() for hook in part._forward_pre_hooks.values())
+    return {id(getattr(part, hook.name, None)) for part, hook in hooks if isinstance(hook, SpectralNorm)}
 
 
 def has_forward(module: nn.Module) -> bool:

@@ -579,10 +579,6 @@ class SkipPipeStrategy(DriversStrategy):
             widen_biases(find_routers(self.lightning_module).values())
         super().load_model_state_dict(checkpoint, strict)
 
-    def unread_weights(self) -> AbstractContextManager[None]:
-        """Let a ``state_dict`` name the weights of workers without fetching them."""
-        return self._running().pipeline.mirror.unread() if self._is_spread else nullcontext()
-
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return super().optimizer_state(optimizer) if self._remote is None else self._remote.state_dict()

@@ -17,7 +17,7 @@ import cloudpickle
 from lightning.pytorch import Trainer
 from torchmetrics import Metric
 
-from ..driver.capture.remote import is_remote
+from ..driver.capture.remote import is_remote, unread
 from ..driver.capture.rewind import metric_states, set_metric_states
 from ..driver.recall import Recalled
 from ..engine.wire import tensor_key
@@ -42,7 +42,7 @@ def snapshot(trainer: Trainer, parameters: Collection[str], groups: list[dict[st
     strategy.__dict__["lightning_module_state_dict"] = trainer.lightning_module.state_dict
     strategy.__dict__["optimizer_state"] = lambda _: {"state": {}, "param_groups": groups}
     try:
-        with strategy.unread_weights():  # type: ignore[attr-defined]
+        with unread(trainer.lightning_module):
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     finally:
         del strategy.__dict__["lightning_module_state_dict"], strategy.__dict__["optimizer_state"]

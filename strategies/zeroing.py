@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..driver.backward import GradientControl
+from ..driver.capture.ordinary import StandIn
 
 
 def zero_everywhere(module: LightningModule | None, gradients: GradientControl) -> None:
@@ -18,7 +19,7 @@ def zero_everywhere(module: LightningModule | None, gradients: GradientControl) 
     assert module is not None
     hooks = ("optimizer_step", "optimizer_zero_grad")
     gradients.keeps_stepped = any(is_overridden(hook, module, LightningModule) for hook in hooks)
-    module.__dict__["zero_grad"] = functools.partial(_zero, module, gradients)
+    module.__dict__["zero_grad"] = StandIn(module, "zero_grad", functools.partial(_zero, module, gradients))
 
 
 def zero_locally(module: LightningModule | None) -> None:

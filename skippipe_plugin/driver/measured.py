@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..engine.ping import LinkCost
+from ..engine.ping import LinkCost, measure_links
+from ..engine.transport import Transport
 from ..schedule import Action, Event, NetworkCost, Schedule, Timeline, find_transfers
 from .clocks import WorkerClocks
+from .links import Links
 
 
 def network_cost(costs: Iterable[LinkCost], size: int) -> NetworkCost:
@@ -19,6 +21,14 @@ def network_cost(costs: Iterable[LinkCost], size: int) -> NetworkCost:
         for a, b in ((cost.first, cost.second), (cost.second, cost.first)):
             latency[a][b], bandwidth[a][b] = cost.latency_s, cost.bandwidth_Bps
     return NetworkCost(tuple(map(tuple, latency)), tuple(map(tuple, bandwidth)))
+
+
+def measured_network(transport: Transport, links: Links, num_bytes: int, size: int) -> NetworkCost:
+    """Measure this rank's links with messages of ``num_bytes``, and put them together with what the workers did."""
+    costs = measure_links(transport, num_bytes)
+    for message in links.expect_all("links").values():
+        costs += [LinkCost(*entry) for entry in message.fields["costs"]]
+    return network_cost(costs, size)
 
 
 def measured_timeline(

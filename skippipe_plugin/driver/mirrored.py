@@ -6,8 +6,7 @@ Here the copies meet the pipeline: whom they are fetched from, when they are sen
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -122,15 +121,6 @@ class Mirror:
     def named(self) -> Mapping[str, Tensor]:
         """Return the remote tensors by ``"<block>\\t<name>"``."""
         return self._tensors
-
-    @contextmanager
-    def unread(self) -> Iterator[None]:
-        """Let tensors stand for themselves, as in a ``state_dict`` of which only the names count."""
-        self.names_only = True
-        try:
-            yield
-        finally:
-            self.names_only = False
 
     # ------------------------------------------------------------ user code
 

@@ -20,7 +20,6 @@ from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
 from ..engine.handover import import_paths
 from ..engine.pairs import transport_for
-from ..engine.ping import LinkCost, measure_links
 from ..engine.program import directed_links
 from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec, Transport
@@ -43,7 +42,7 @@ from .clocks import WorkerClocks
 from .keeper import Keeper
 from .layout import Layout
 from .links import Links
-from .measured import measured_timeline, network_cost
+from .measured import measured_network, measured_timeline
 from .mirrored import Mirror, check_hooks
 from .programs import Programs
 from .rendezvous import Rendezvous
@@ -357,10 +356,7 @@ class Pipeline:
         assert self._transport is not None
         if self.leads:
             self.links.broadcast("ping", {"num_bytes": num_bytes})
-        costs = measure_links(self._transport, num_bytes)
-        for message in self.links.expect_all("links").values():
-            costs += [LinkCost(*entry) for entry in message.fields["costs"]]
-        return network_cost(costs, self.layout.size)
+        return measured_network(self._transport, self.links, num_bytes, self.layout.size)
 
     @property
     def forms(self) -> Sequence[TensorSpec]:

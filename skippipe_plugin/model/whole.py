@@ -6,10 +6,9 @@ what is saved and loaded is what its tensors are.
 
 from __future__ import annotations
 
-import functools
-
 from torch import nn
 
+from ..driver.capture.ordinary import StandIn
 from .calls import ModelCalls
 from .spread import SpreadModel
 
@@ -29,18 +28,19 @@ class WholeModel:
         self._spread = spread
         self._had = {name: model.__dict__[name] for name in ("forward", "zero_grad") if name in model.__dict__}
         self._zero_local = model.zero_grad
-        self._forward = functools.wraps(model.forward)(lambda *args, **kwargs: calls(*args, **kwargs))
+        self._forward = StandIn(model, "forward", calls)
         self._handles = [
             root.register_state_dict_pre_hook(lambda *_: calls.settle()),  # type: ignore[no-untyped-call]
             root.register_load_state_dict_pre_hook(lambda *_: calls.settle()),  # type: ignore[no-untyped-call]
         ]
-        model.__dict__ |= {"forward": self._forward, "zero_grad": self._zero}
+        self._zero_grad = StandIn(model, "zero_grad", self._zero)
+        model.__dict__ |= {"forward": self._forward, "zero_grad": self._zero_grad}
 
     def remove(self) -> None:
         """Let the model be what it was."""
         for handle in self._handles:
             handle.remove()
-        ours = {"forward": self._forward, "zero_grad": self._zero}
+        ours = {"forward": self._forward, "zero_grad": self._zero_grad}
         for name, function in ours.items():
             if self._model.__dict__.get(name) == function:  # whoever has replaced it since has a reason
                 del self._model.__dict__[name]

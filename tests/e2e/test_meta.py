@@ -51,22 +51,22 @@ def _train(devices: int, *, device: str = "meta", whole: bool = True, **options:
 
 
 class Devices(Callback):
-    """Notes where the driver's weights are while it trains."""
+    """Notes where the weights are while it trains."""
 
     def __init__(self) -> None:
-        self.meta: set[str] = set()
+        self.elsewhere: set[str] = set()
         self.real: set[str] = set()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         for name, parameter in module.named_parameters():
-            (self.meta if parameter.is_meta else self.real).add(name)
+            (self.elsewhere if hasattr(parameter, "is_remote") else self.real).add(name)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole_network", "blocks_only"])
 def test_weights_are_made_where_they_are_owned(whole: bool) -> None:
     devices = Devices()
     run = _train(3, whole=whole, callbacks=[devices])
-    assert all("blocks" in name for name in devices.meta)
+    assert all("blocks" in name for name in devices.elsewhere)
     assert not any("blocks" in name for name in devices.real)
     assert run.losses[-1] < run.losses[0] < 5
     assert not any(tensor.is_meta for tensor in run.module.state_dict().values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,31 @@ def reduced(cls: type[nn.Module]) -> Callable[[nn.Module, Any], Any]:
             return result
 
     return reduce_ex
+
+
+class StandIn:
+    """A method of ours on a user's module, which copies and pickles of the module have as their class has it.
+
+    Args:
+        module: The user's.
+        name: Of the method.
+        function: What is called in its place.
+    """
+
+    def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, getattr(module, name))
+        self._function = function
+        self._module = module
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return functools.partial(getattr(type(self._module), self._name), memo[id(self._module)])
+
+    def __reduce__(self) -> Any:
+        return functools.partial, (getattr(type(self._module), self._name), self._module)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeGuard
 
@@ -191,6 +192,19 @@ _OF_THE_PLACE: Final[dict[Function, Callable[[torch.device], Any]]] = {
 def is_remote(tensor: object) -> TypeGuard[RemoteTensor]:
     """Whether ``tensor`` has its value on a worker."""
     return isinstance(tensor, RemoteTensor)
+
+
+@contextmanager
+def unread(module: nn.Module) -> Iterator[None]:
+    """Let remote tensors stand for themselves in a ``state_dict`` of which only the names count; nothing is fetched."""
+    sources = {slot_of(parameter).source for parameter in module.parameters() if is_remote(parameter)}
+    for source in sources:
+        source.names_only = True
+    try:
+        yield
+    finally:
+        for source in sources:
+            source.names_only = False
 
 
 def slot_of(tensor: Tensor) -> Slot:
