@@ -18,6 +18,7 @@ import torch.nn.functional
 from torch import nn
 
 from .errors import SkipPipeError
+from .outer_names import OuterName, contents, outer_names
 
 _CONSTANTS: Final = (int, float, complex, str, bytes, bool, type(None))
 _ATTENTION: Final = "transformers' attention"
@@ -29,10 +30,13 @@ def fingerprints(blocks: Iterable[nn.Module]) -> Prints:
     """Return what another process compares with its own, see :func:`check_fingerprints`."""
     modules = [module for block in blocks for module in block.modules()]
     found = {_name(cls): _prints(vars(cls)) for cls in imported_classes(modules)}
+    for each in outer_names(dict.fromkeys(cls for module in modules for cls in type(module).__mro__)):
+        if _is_importable(each) and (text := _print(each.value(), 0)):
+            found.setdefault(f"{each.module}:", {})[each.name] = text
     for module in (torch, torch.nn.functional):
         foreign = {name: value for name, value in vars(module).items() if _is_foreign(value)}
         if foreign:
-            found[f"{module.__name__}:"] = _prints(foreign)
+            found.setdefault(f"{module.__name__}:", {}).update(_prints(foreign))
     attention = {
         name: value
         for name in {getattr(getattr(module, "config", None), "_attn_implementation", None) for module in modules}
@@ -83,6 +87,12 @@ def _is_imported(cls: type) -> bool:
         return False
 
 
+def _is_importable(outer: OuterName) -> bool:
+    """Whether another process finds the name in a module of its own; what a script's classes read travels with them."""
+    module = sys.modules.get(outer.module)
+    return outer.module != "__main__" and module is not None and vars(module) is outer.namespace
+
+
 def _name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
@@ -127,9 +137,9 @@ def _print(value: Any, depth: int) -> str:  # Any: whatever stands in a class
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
         inside = "".join(_print(each, depth + 1) for each in cells if isinstance(each, types.FunctionType))
         return hashlib.blake2b(f"{_of_code(value.__code__)}{inside}".encode(), digest_size=8).hexdigest()
-    if type(value) in _CONSTANTS:
-        return repr(value)
-    return ""
+    if isinstance(value, types.BuiltinFunctionType):
+        return value.__qualname__
+    return repr(value) if type(value) in _CONSTANTS else contents(value)
 
 
 def _is_full(cell: types.CellType) -> bool:

@@ -1,4 +1,4 @@
-"""Changes of the blocks' classes after the hand-over: workers have the classes as they were."""
+"""Changes of the blocks' classes, and of what their code reads, after the hand-over: workers have them as they were."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...engine.errors import SkipPipeError
+from ...engine.outer_names import OuterName, contents, outer_names
 
 
 class ClassWatch:
@@ -25,6 +26,10 @@ class ClassWatch:
         self._classes = [cls for cls in classes if cls not in (nn.Module, object)]
         self._before = [dict(vars(cls)) for cls in self._classes]
         self._flat = self._values()
+        self._outer = outer_names(self._classes)
+        self._outer_values = [each.value() for each in self._outer]
+        texts = ((each, contents(each.value())) for each in self._outer)
+        self._containers = [(each, text) for each, text in texts if text]
 
     def check(self) -> None:
         """Look again.
@@ -35,9 +40,22 @@ class ClassWatch:
         now = self._values()
         if len(now) != len(self._flat) or not all(map(operator.is_, now, self._flat)):
             self._refuse()
+        if not all(map(operator.is_, [each.namespace.get(each.name) for each in self._outer], self._outer_values)):
+            self._refuse_outer()
+        for each, text in self._containers:
+            if contents(each.value()) != text:
+                raise _changed(each)
 
     def _values(self) -> list[Any]:
         return [*itertools.chain.from_iterable([vars(cls).values() for cls in self._classes])]
+
+    def _refuse_outer(self) -> None:
+        for each, before in zip(self._outer, self._outer_values, strict=True):
+            now = each.value()
+            if now is not before and not (
+                type(now) is type(before) and isinstance(now, (int, float, str)) and now == before
+            ):
+                raise _changed(each)
 
     def _refuse(self) -> None:
         for cls, before in zip(self._classes, self._before, strict=True):
@@ -48,3 +66,12 @@ class ClassWatch:
                     "have the class as it was. Change it before fit, or set an attribute on each block instead"
                 )
         self._before, self._flat = [dict(vars(cls)) for cls in self._classes], self._values()
+
+
+def _changed(outer: OuterName) -> SkipPipeError:
+    where = "of the script" if outer.module == "__main__" else f"of the module {outer.module}"
+    return SkipPipeError(
+        f"the global name {outer.name!r} {where}, which the code of {outer.reader} reads, was changed after the blocks "
+        "went to their workers, which have it as it was. Change it before fit, or set an attribute on each block "
+        "instead"
+    )
