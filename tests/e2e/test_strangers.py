@@ -10,7 +10,7 @@ import psutil
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from skippipe_plugin.model import job
+from skippipe_plugin.job import job
 
 from .models import tokens
 from .modules import Configured, loader
