@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..engine import gradients
-from ..engine.apart import check_steps_apart, counts_without_gradients
+from ..engine.apart import check_steps_apart, check_steps_rows_apart, counts_without_gradients
 from ..engine.errors import SkipPipeError
 from ..engine.optimizer import OptimizerPlan, ParameterKey, Settings, settings_of
 from ..engine.wire import decode_optimizer_state, encode_optimizer_state
@@ -206,6 +206,8 @@ class RemoteOptimizer:
         check_step_is_of_class(self._optimizer)
         plan = self._plan()
         check_steps_apart(plan, self._pipeline.device)
+        if self._pipeline.shards.placements:
+            check_steps_rows_apart(plan, self._pipeline.device)
         check_attributes(self._optimizer, plan)
         for number, group in enumerate(self._optimizer.param_groups):
             remote = any(id(parameter) in self._keys for parameter in group["params"])

@@ -125,3 +125,4 @@ def carry_out(pipeline: Pipeline, orders: Mapping[int, Order]) -> None:
         link.expect("ready")
     for link in links:
         link.tell("keep", {"do": "part", "quiet": True})
+    pipeline.routers.resend()

@@ -65,6 +65,11 @@ class RouterControl:
         self._biases = {name: list(bias) for name, bias in biases.items()}
         self._ask({"biases": self._biases})
 
+    def resend(self) -> None:
+        """Give the biases that no model saves to workers that are new, before they run a step."""
+        if self._biases:
+            self._ask({"biases": self._biases})
+
     def _ask(self, order: dict[str, Any]) -> list[Mapping[str, Any]]:
         if self._leads:
             self._links.broadcast("routers", order)

@@ -61,6 +61,24 @@ def check_steps_apart(plan: OptimizerPlan, device: torch.device) -> None:
             trial.check_closure()
 
 
+def check_steps_rows_apart(plan: OptimizerPlan, device: torch.device) -> None:
+    """Raise unless the optimizer steps the rows of a parameter apart, as where experts are spread over ranks.
+
+    Raises:
+        SkipPipeError: It looks at a whole parameter.
+    """
+    if plan.cls in STEP_APART and plan.cls.__name__ != "Adafactor":
+        return
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        trial = _find_trial(replace(plan, settings=next(_representatives(plan.settings))), device)
+        if not trial.steps_rows_apart():
+            raise SkipPipeError(
+                f"{plan.cls.__name__} looks at whole parameters, and with expert_parallel each rank holds the rows of "
+                "some experts only; use an optimizer that steps element by element (SGD, the Adam family, RMSprop), or "
+                "leave expert_parallel at 1"
+            )
+
+
 def counts_without_gradients(plan: OptimizerPlan) -> bool:
     """Tell whether what the optimizer keeps in its groups and on itself goes on where no parameter has a gradient.
 
@@ -151,6 +169,14 @@ class _Trial:
         """Tell whether each parameter moves as it does alone."""
         return all(self._is_alike(members) for members in _TOGETHER) and all(each.is_alike() for each in self.more)
 
+    def steps_rows_apart(self) -> bool:
+        """Tell whether a parameter moves as its halves do."""
+        halves: list[Tensor] = []
+        for rows in (slice(0, 2), slice(2, 4)):
+            halves.append(self.run(((0,), ()), rows)[0])
+        whole, parts = self.run(((0,), ()))[0], torch.cat(halves, 1)
+        return bool((whole - parts).abs().max() <= 1e-5 * whole.abs().max())
+
     def _is_alike(self, members: _Members) -> bool:
         together = self.run(members)
         for number in (0, 1):
@@ -161,13 +187,13 @@ class _Trial:
                 return False
         return True
 
-    def run(self, members: _Members) -> dict[int, Tensor]:
-        """Return by parameter how it moved in each step: [steps, ...]."""
-        parameters, optimizer = self._start(members)
+    def run(self, members: _Members, rows: slice = slice(None)) -> dict[int, Tensor]:
+        """Return by parameter how it moved in each step: [steps, ...]; perhaps one of some rows only."""
+        parameters, optimizer = self._start(members, rows)
         moves: dict[int, list[Tensor]] = {number: [] for number in parameters}
         for step in range(_NUM_STEPS):
             before = {number: parameter.detach().clone() for number, parameter in parameters.items()}
-            self._give_gradients(parameters, step)
+            self._give_gradients(parameters, step, rows)
             optimizer.step()
             for number, parameter in parameters.items():
                 moves[number].append(parameter.detach() - before[number])
@@ -204,9 +230,9 @@ class _Trial:
                 f"and backward once per step; {_OTHERWISE}"
             )
 
-    def _start(self, members: _Members) -> tuple[dict[int, nn.Parameter], Optimizer]:
+    def _start(self, members: _Members, rows: slice = slice(None)) -> tuple[dict[int, nn.Parameter], Optimizer]:
         numbers = [number for group in members for number in group]
-        parameters = {number: nn.Parameter(self._values(number, -1)) for number in numbers}
+        parameters = {number: nn.Parameter(self._values(number, -1)[rows].clone()) for number in numbers}
         groups = [[parameters[number] for number in group] for group in members]
         torch.manual_seed(0)
         optimizer = build(self.plan, groups)
@@ -215,11 +241,11 @@ class _Trial:
             train()
         return parameters, optimizer
 
-    def _give_gradients(self, parameters: dict[int, nn.Parameter], step: int) -> None:
+    def _give_gradients(self, parameters: dict[int, nn.Parameter], step: int, rows: slice = slice(None)) -> None:
         """Let gradients be of several sizes, and keep a direction: some optimizers go faster only then."""
         for number, parameter in parameters.items():
             size = (0.01, 1.0, 30.0)[(step + number) % 3]
-            parameter.grad = size * (self._values(number, 0) + 0.3 * self._values(number, step + 1))
+            parameter.grad = size * (self._values(number, 0) + 0.3 * self._values(number, step + 1))[rows]
 
     def _values(self, number: int, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * number + step + 1)

@@ -1,6 +1,8 @@
 """Experts: what a paper takes over the whole step is that of one process, on however many workers."""
 
 import functools
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from skippipe_plugin.callbacks import ExpertConfig, LoadBalancer
+from skippipe_plugin.callbacks import ExpertConfig, LoadBalancer, StageRecovery
+from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.moe import GShard, MoEConfig, MoELayer, NullExperts
-from tests.e2e.modules import loader
+from tests.e2e import optimizers
+from tests.e2e.models import tokens
+from tests.e2e.modules import Pretrained, loader
 from tests.e2e.support import train
+from tests.unit.moe.families import build
 
 WIDTH, EXPERTS, MICROBATCHES, COEFFICIENT = 8, 4, 4, 1.0
 
@@ -148,6 +154,27 @@ def test_replicas_that_share_experts_count_what_they_meet_for(accumulate: int) -
     assert_close(found, reference(4, ROUTERS["softmax"], accumulate, together=2))
 
 
+class Own(Model):
+    def __init__(self, make: Any) -> None:
+        super().__init__(top_k=2)
+        self.make = make
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters())
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, optimizers.Trusting], ids=["Adafactor", "trust ratios"])
+def test_optimizers_of_whole_parameters_are_refused_where_experts_are_spread(make: Any) -> None:
+    strategy = {"num_microbatches": 4, "verbose": False, "replicas": 2}
+    spread = strategy | {"moe": MoEConfig(expert_parallel=2)}
+    with pytest.raises(SkipPipeError, match="looks at whole parameters, and with expert_parallel each rank holds"):
+        train(lambda: Own(make), loader(data(2)), 3, spread, max_steps=2)
+    expected = train(lambda: Own(make), loader(data(2)), 1, max_steps=2)
+    assert_close(train(lambda: Own(make), loader(data(2)), 3, strategy, max_steps=2).weights, expected.weights)
+    adam = train(lambda: Own(torch.optim.SGD), loader(data(2)), 1, max_steps=2)
+    assert_close(train(lambda: Own(torch.optim.SGD), loader(data(2)), 3, spread, max_steps=2).weights, adam.weights)
+
+
 # ------------------------------------------------------------------- biases
 
 
@@ -195,3 +222,32 @@ def test_a_bias_is_saved_and_resumed_in_full(tmp_path: Path) -> None:
     assert torch.equal(saved, half)
     found = biases("bf16-true", 9, path=str(tmp_path / "half.ckpt"))
     torch.testing.assert_close(found[:, 0], torch.full((4,), 0.75 - 9e-3), rtol=0, atol=1e-6)
+
+
+class Kill(Callback):
+    """Ends a worker when the training step of a batch begins."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch:
+            os.kill(max(trainer.strategy.worker_pids.items())[1], signal.SIGKILL)
+
+
+def test_a_worker_that_replaces_another_has_the_biases() -> None:
+    """Those of routers that have none of their own: the step that is run again must choose the same experts."""
+    config = ExpertConfig(rule="proportional", rate=0.5)
+
+    def shares(*more: Any) -> Any:
+        balancer = LoadBalancer(stages=False, experts="bias", expert_config=config)
+        recovery = StageRecovery(spares=1)
+        ids = tokens(48, 16)
+        strategy = {"num_microbatches": 4, "verbose": False, "replicas": 2}
+        make = lambda: Pretrained(build("mixtral", num_hidden_layers=4))  # noqa: E731
+        callbacks = [balancer, recovery, *more]
+        train(make, loader({"input_ids": ids, "labels": ids}), 5, strategy, max_steps=6, callbacks=callbacks)
+        assert len(recovery.events) == len(more)
+        return balancer.experts.shares
+
+    assert shares(Kill(4)) == shares()
