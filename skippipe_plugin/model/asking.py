@@ -24,7 +24,7 @@ from ..engine.call import Ambient, device_types
 from ..engine.errors import SkipPipeError
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
 from .fakes import Fakes, Incomparable, Neutral
-from .reductions import MISSING, Plan, find_plan, mean_weightings, problems
+from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems
 from .spread import SpreadModel
 from .traceless import untouched
 
@@ -147,7 +147,7 @@ class Asking:
         for key in keys:
             pieces = [part.get(key, MISSING) for part in parts]
             plan = find_plan(whole.get(key, MISSING), pieces, view, weightings, answer.plans.get(key))
-            answer.plans[key] = plan
+            answer.plans[key] = as_loss(plan) if key == LOSS else plan
 
     def _weightings(self, view: View, answer: Answer) -> list[Weighting]:
         """Return what means may be over; what says the same as samples in this batch cannot be told from them."""

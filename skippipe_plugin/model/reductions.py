@@ -198,6 +198,13 @@ def problems(plan: Plan, name: str) -> dict[str, str]:
     return found
 
 
+def as_loss(plan: Plan) -> Plan:
+    """Return what is known of a loss: only means and sums say what share each microbatch has of its gradient."""
+    if not isinstance(plan, Leaf) or not plan.rules or any(isinstance(rule, (Mean, Sum)) for rule in plan.rules):
+        return plan
+    return replace(plan, rules=(), problem="it is one of the microbatches' losses, the largest or the smallest")
+
+
 def mean_weightings(plan: Plan) -> list[Weighting]:
     """Return what the means among the rules are weighted by."""
     if isinstance(plan, Leaf):

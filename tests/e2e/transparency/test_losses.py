@@ -193,6 +193,10 @@ def normalized(model: Any, batch: Any) -> Tensor:
     return entropy((logits - logits.mean((0, 1))) / (logits.std((0, 1)) + 1e-3), batch[1])
 
 
+def largest(model: Any, batch: Any) -> Tensor:
+    return per_token(model, batch).amax()
+
+
 def long_labels() -> list[Tensor]:
     labels = masked(-100)
     labels[::4] = torch.where(torch.arange(12) < 10, ids()[::4], -100)
@@ -216,6 +220,12 @@ def test_what_does_not_reduce_runs_on_whole_batches(name: str, caplog: pytest.Lo
     assert metrics(found) == pytest.approx(metrics(plain), rel=1e-5)
     told = [record for record in caplog.records if "runs once, on the whole batch" in record.getMessage()]
     assert len(told) == 2  # training and validation
+
+
+def test_a_loss_that_is_one_microbatchs_is_no_mean() -> None:
+    """The largest of the microbatches' losses is the batch's, but all of the gradient belongs to that microbatch."""
+    data = batches(ids(), *long_labels())
+    assert_same_run(*both(lambda: Model(largest, largest), data, val_data=data, num_sanity_val_steps=0))
 
 
 @pytest.mark.parametrize(
