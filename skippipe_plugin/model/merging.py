@@ -9,7 +9,7 @@ from typing import Any, Final
 from ..engine.errors import SkipPipeError
 from .asking import Answer, Asking, Key, Question, named
 from .counting import Given, Samples
-from .reductions import Mean, Unsettled, merge
+from .reductions import Mean, Unsettled, check_settled, merge
 from .settings import CutWhere
 from .weight import MicrobatchWeight
 
@@ -56,6 +56,8 @@ class Merging:
         self.weight = weight
         self.answer: Answer | None = asking.about(question) if len(question.pieces) > 1 else None
         self._has_asked_again = False
+        if self.answer is not None and weight is None and not self.problems:
+            self._settle()
 
     @property
     def problems(self) -> Mapping[str, str]:
@@ -97,6 +99,21 @@ class Merging:
             log.warning(_WHOLE, name, reason)
         return True
 
+    def _settle(self) -> None:
+        """Ask about this very batch if it tells apart what others did not; what stays open is a problem."""
+        for _ in range(2):
+            assert self.answer is not None
+            for key, plan in self.answer.plans.items():
+                try:
+                    check_settled(plan, self.question.view)
+                except Unsettled as error:
+                    if self._has_asked_again:
+                        self.answer.problems[named(key)] = str(error)
+                    break
+            else:
+                return
+            self.ask_again()
+
     def ask_again(self) -> None:
         """Ask about this very batch, which shows what others did not."""
         if not self._has_asked_again and self.answer is not None:
@@ -114,16 +131,21 @@ class Merging:
         try:
             return self._merge(key, parts)
         except (KeyError, Unsettled):
-            self.ask_again()
+            self.answer = self.asking.again(self.question)
         try:
-            return self._merge(key, parts, strict=False)
+            return self._merge(key, parts)
         except (KeyError, Unsettled) as error:
             why = str(error) if isinstance(error, Unsettled) else "it did not come out when the step was tried"
-            raise SkipPipeError(_NOT_CUT.format(count=len(parts), what=named(key), why=why, ways=_WAYS)) from None
+            raise self.unclear(key, why) from None
 
-    def _merge(self, key: Key, parts: Sequence[Any], *, strict: bool = True) -> Any:
+    def unclear(self, key: Key, why: str) -> SkipPipeError:
+        """Return the error that says why a result does not follow from the microbatches'."""
+        count = len(self.question.pieces)
+        return SkipPipeError(_NOT_CUT.format(count=count, what=named(key), why=why, ways=_WAYS))
+
+    def _merge(self, key: Key, parts: Sequence[Any]) -> Any:
         assert self.answer is not None
         otherwise = None
         if self.weight is not None:  # the user's word holds for whatever follows no rule
             otherwise = Mean(Given() if callable(self.weight) else Samples())
-        return merge(self.answer.plans[key], parts, self.question.view, otherwise=otherwise, strict=strict)
+        return merge(self.answer.plans[key], parts, self.question.view, otherwise=otherwise)

@@ -31,6 +31,8 @@ class _Missing:
 
 MISSING: Final = _Missing()
 _ROUNDING: Final = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_SHARPER, _SHARP = 1 / 16, 1 / 4
+"""To what part of the usual rounding rules are held as soon as one of them keeps to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ def find_plan(
     return _find_leaf(whole, parts, view, weightings, known if isinstance(known, Leaf) else Leaf(()))
 
 
-def merge(plan: Plan, parts: Sequence[Any], view: View, *, otherwise: Rule | None = None, strict: bool = True) -> Any:
+def merge(plan: Plan, parts: Sequence[Any], view: View, *, otherwise: Rule | None = None) -> Any:
     """Return the batch's result.
 
     Args:
@@ -164,7 +166,6 @@ def merge(plan: Plan, parts: Sequence[Any], view: View, *, otherwise: Rule | Non
         parts: The microbatches'.
         view: The batch.
         otherwise: What is done with what follows no rule.
-        strict: Whether rules that fit so far must not contradict each other; else the likeliest counts.
 
     Raises:
         Unsettled: The parts are not what the plan was made for, or rules that both fit so far contradict each other.
@@ -174,14 +175,14 @@ def merge(plan: Plan, parts: Sequence[Any], view: View, *, otherwise: Rule | Non
         if any(_keys(part) != keys for part in parts):
             raise Unsettled("microbatches returned other entries than before")
         merged = {
-            key: merge(child, [_item(part, key) for part in parts], view, otherwise=otherwise, strict=strict)
+            key: merge(child, [_item(part, key) for part in parts], view, otherwise=otherwise)
             for key, child in plan.children
         }
         return _rebuilt(parts[0], merged)
     if not plan.rules and otherwise is not None:
         found = _attempt(otherwise, parts, view)
         return list(parts) if found is MISSING else found
-    return _merge_leaf(plan, parts, view, strict=strict)
+    return _merge_leaf(plan, parts, view)
 
 
 class Unsettled(Exception):
@@ -205,6 +206,22 @@ def as_loss(plan: Plan) -> Plan:
     return replace(plan, rules=(), problem="it is one of the microbatches' losses, the largest or the smallest")
 
 
+def check_settled(plan: Plan, view: View) -> None:
+    """Check that means which fit so far are the same in this batch.
+
+    Raises:
+        Unsettled: They are not.
+    """
+    if isinstance(plan, Each):
+        for _, child in plan.children:
+            check_settled(child, view)
+        return
+    means = [rule.weighting for rule in plan.rules if isinstance(rule, Mean)]
+    for other in means[1:]:
+        if not _alike(view.shares(means[0]), view.shares(other)):
+            raise Unsettled(f"means over {means[0]} and over {other} both fit what was tried")
+
+
 def mean_weightings(plan: Plan) -> list[Weighting]:
     """Return what the means among the rules are weighted by."""
     if isinstance(plan, Leaf):
@@ -212,7 +229,7 @@ def mean_weightings(plan: Plan) -> list[Weighting]:
     return [each for _, child in plan.children for each in mean_weightings(child)]
 
 
-def weighting_of(plan: Plan, view: View, *, strict: bool = True) -> Mean | Sum | None:
+def weighting_of(plan: Plan, view: View) -> Mean | Sum | None:
     """Return the rule by which the losses of this batch's microbatches are weighted: a mean or the sum.
 
     Raises:
@@ -222,7 +239,7 @@ def weighting_of(plan: Plan, view: View, *, strict: bool = True) -> Mean | Sum |
     if not rules:
         return None
     first = rules[0]
-    for other in rules[1:] if strict else ():
+    for other in rules[1:]:
         if isinstance(other, Sum) or isinstance(first, Sum):
             raise Unsettled("a mean and a sum both fit")
         if not _alike(view.shares(first.weighting), view.shares(other.weighting)):
@@ -258,23 +275,29 @@ def _find_leaf(whole: Any, parts: Sequence[Any], view: View, weightings: Sequenc
     if not present or whole is MISSING:
         who = "the whole batch" if present else "its microbatches"
         return replace(known, rules=(), problem=f"{who} had none")
-    fitting, refuted = [], set(known.refuted)
-    tolerance, scale = _tolerance(whole, view), _scale(present)
     if not math.isfinite(_magnitude(whole)):
-        return (
-            known if known.rules else Leaf(tuple(_possible(whole, present[0], weightings)))
-        )  # nothing can be told from it
+        return known if known.rules else Leaf(tuple(_possible(whole, present[0], weightings)))  # that tells nothing
+    refuted = set(known.refuted)
+    merged: dict[Rule, Any] = {}
     for rule in _possible(whole, present[0], weightings):
-        if rule in refuted:
-            continue
-        merged = _attempt(rule, parts if isinstance(rule, Mean) else present, view)
-        if merged is not MISSING and same(whole, merged, tolerance, scale):
-            fitting.append(rule)
-        elif merged is not MISSING or not isinstance(rule, Mean):
-            refuted.add(rule)
-    if not fitting:
-        return Leaf((), frozenset(refuted), _describe(whole, present, view))
-    return Leaf(tuple(fitting), frozenset(refuted))
+        if rule not in refuted:
+            merged[rule] = _attempt(rule, parts if isinstance(rule, Mean) else present, view)
+            if merged[rule] is MISSING and not isinstance(rule, Mean):
+                refuted.add(rule)
+    found = {rule: value for rule, value in merged.items() if value is not MISSING}
+    tolerance, scale = _sharp(whole, found, view, _scale(present)), _scale(present)
+    fitting = tuple(rule for rule, value in found.items() if same(whole, value, tolerance, scale))
+    refuted |= found.keys() - set(fitting)
+    return Leaf(fitting, frozenset(refuted), "" if fitting else _describe(whole, present, view))
+
+
+def _sharp(whole: Any, found: Mapping[Rule, Any], view: View, scale: float) -> float:
+    """Return how far a rule may be off: little where another fits well, for losses of samples may differ little."""
+    tolerance = _tolerance(whole, view)
+    for part in (_SHARPER, _SHARP):
+        if any(same(whole, value, tolerance * part, scale) for value in found.values()):
+            return tolerance * part
+    return tolerance
 
 
 def _possible(whole: Any, part: Any, weightings: Sequence[Weighting]) -> list[Rule]:
@@ -314,7 +337,7 @@ def _attempt(rule: Rule, parts: Sequence[Any], view: View) -> Any:
         return MISSING
 
 
-def _merge_leaf(leaf: Leaf, parts: Sequence[Any], view: View, *, strict: bool) -> Any:
+def _merge_leaf(leaf: Leaf, parts: Sequence[Any], view: View) -> Any:
     present = [part for part in parts if part is not MISSING]
     if not leaf.rules:
         raise Unsettled(leaf.problem)
@@ -334,8 +357,6 @@ def _merge_leaf(leaf: Leaf, parts: Sequence[Any], view: View, *, strict: bool) -
             continue
         if first is None:
             found, first = merged, rule
-            if not strict:
-                break
         elif not same(found, merged, _tolerance(found, view), _scale(present)):
             raise Unsettled(f"{first} and {rule} both fit so far")
     if first is None:

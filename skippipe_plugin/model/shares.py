@@ -65,9 +65,6 @@ def _rule(merging: Merging) -> Mean | Sum:
     view = merging.question.view
     try:
         rule = weighting_of(merging.answer.plans[LOSS], view)
-    except Unsettled:
-        merging.ask_again()
-        if (refusal := merging.refusal()) is not None:
-            raise refusal from None
-        rule = weighting_of(merging.answer.plans[LOSS], view, strict=False)
+    except Unsettled as error:
+        raise merging.unclear(LOSS, str(error)) from None
     return Mean(Samples()) if rule is None else rule
