@@ -225,6 +225,10 @@ class GradientControl:
         powers += [answers[rank].fields["experts"] for ranks in sets for rank in ranks[1:]]
         return gradients.total_norm([gradients.norm_power(local, norm_type), *powers], norm_type)
 
+    def forget_norm(self) -> None:
+        """Let the next :meth:`norm` ask anew: what is measured has changed since the workers were asked."""
+        self._norm_under_way = False
+
     def step_optimizers(self, settings: bytes) -> None:
         """Let every worker step its optimizer, after clipping."""
         if self._is_stepped and not self.keeps_stepped:
@@ -236,7 +240,7 @@ class GradientControl:
         self._norm_under_way = False
         zero = self.take_zero()
         (scale, value), self.pending_clip = self.pending_clip, (None, None)
-        self._is_stepped = True
+        self._is_stepped = self.copies.present  # a step without any gradient leaves nothing to be dropped
         self.loads.clear()
         if self.keeps_stepped:
             self._had_gradients = [parameter.grad is not None for parameter in self.window.parameters]

@@ -81,6 +81,9 @@ class RemoteOptimizer:
             norm_type: Which norm.
             local: The parameters on this driver that count; None: those of the optimizer.
         """
+        if self._membership() != self._members:  # the norm is of what the optimizer steps from now on
+            self._regroup()
+            self._pipeline.gradients.forget_norm()
         norm = self._pipeline.gradients.norm(
             self._local() if local is None else local, norm_type, stepped=local is None
         )
