@@ -19,12 +19,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..driver.capture.rewind import metric_states, set_metric_states
 from ..driver.capture.suspend import Suspended, new_step_thread
 from ..engine.call import Ambient, device_types
 from ..engine.errors import SkipPipeError
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
 from .fakes import Fakes, Incomparable, Neutral
-from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems
+from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
 from .spread import SpreadModel
 from .traceless import untouched
 
@@ -56,6 +57,8 @@ class Answer:
     """How a microbatch fails where the batch does not."""
     watch: Watch = field(default_factory=Watch)
     constants: set[Constant] = field(default_factory=set)
+    metrics: set[str] = field(default_factory=set)
+    """The torchmetrics that microbatches leave with other counts than the batch."""
     num_asked: int = 0
 
     problems: dict[str, str] = field(default_factory=dict)
@@ -120,6 +123,8 @@ class Asking:
                 learn = functools.partial(self._learn, question, answer, draw, restore)
                 self._spread.pipeline.surviving(learn)
         answer.problems = {}
+        for name in sorted(answer.metrics):
+            answer.problems[f"the metric {name}"] = "its counts are others when it is updated once for each of them"
         for key, plan in answer.plans.items():
             answer.problems |= problems(plan, named(key))
         answer.num_asked += 1
@@ -194,9 +199,23 @@ class Asking:
         except Exception as error:
             return error
         answer.constants |= mode.constants
+        answer.metrics |= self._metrics_that_differ(question, draw, restore)
         if fakes.dtypes == {torch.float64}:
             question.view.rounding = 1e-10
         return whole, parts
+
+    def _metrics_that_differ(self, question: Question, draw: int, restore: Callable[[], None]) -> set[str]:
+        """Name the torchmetrics that microbatches leave with other counts than the batch, whose run was the last."""
+        whole = metric_states(self._module)
+        if not whole:
+            return set()
+        fakes = Fakes(question.view.sizes, draw)
+        for index, piece in enumerate(question.pieces):
+            counted = metric_states(self._module) if index else None
+            resume = functools.partial(_set_back, self._module, restore, counted)
+            self._run(piece, functools.partial(fakes.of_piece, index), Neutral(), resume)
+        counts = metric_states(self._module)
+        return {name for name in whole if not _same_counts(whole[name][1], counts[name][1], question.view.rounding)}
 
     def _run(
         self,
@@ -227,6 +246,24 @@ class Asking:
             return results
         finally:
             thread.close()
+
+
+def _set_back(module: nn.Module, restore: Callable[[], None], counted: Mapping[str, Any] | None) -> None:
+    restore()
+    if counted is not None:
+        set_metric_states(module, counted)
+
+
+def _same_counts(whole: Mapping[str, Any], parts: Mapping[str, Any], rounding: float) -> bool:
+    """Compare a metric's states; lists are what was gathered so far, in pieces of any length."""
+    for name, state in whole.items():
+        one, other = state, parts[name]
+        if isinstance(one, list) and one and other and all(isinstance(x, Tensor) and x.ndim for x in (*one, *other)):
+            one, other = torch.cat(one), torch.cat(other)
+        scale = float(one.abs().max()) if isinstance(one, Tensor) and one.is_floating_point() and one.numel() else 0.0
+        if not same(one, other, rounding, scale):
+            return False
+    return True
 
 
 class _PieceFailed(Exception):

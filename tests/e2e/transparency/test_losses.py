@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from skippipe_plugin.engine.errors import SkipPipeError
 
@@ -373,3 +375,39 @@ def test_outputs_are_those_of_one_process() -> None:
     found, plain = both(lambda: Model(step, outputs), data, val_data=data, num_sanity_val_steps=0, max_steps=4)
     assert len(plain.module.seen) == 4
     assert_equal(found.module.seen, plain.module.seen)
+
+
+class Measured(Model):
+    def __init__(self, step: Step) -> None:
+        super().__init__(step, step)
+        self.mean = MeanMetric()
+        self.accuracy = MulticlassAccuracy(16, ignore_index=-100, average="micro")
+
+
+def update_mean(model: Any, batch: Any) -> Tensor:
+    loss = entropy(model(batch[0]), batch[1])
+    model.mean.update(loss)
+    model.log("mean", model.mean, on_step=False, on_epoch=True)
+    return loss
+
+
+def forward_mean(model: Any, batch: Any) -> Tensor:
+    loss = entropy(model(batch[0]), batch[1])
+    model.mean(loss)
+    model.log("mean", model.mean, on_step=True, on_epoch=True)
+    return loss
+
+
+def count(model: Any, batch: Any) -> Tensor:
+    logits = model(batch[0])
+    model.accuracy.update(logits.transpose(1, 2), batch[1])
+    model.log("accuracy", model.accuracy, on_step=False, on_epoch=True)
+    return entropy(logits, batch[1])
+
+
+@pytest.mark.parametrize(("step", "told"), [(update_mean, 1), (forward_mean, 1), (count, 0)])
+def test_metrics_are_those_of_one_process(step: Step, told: int, caplog: pytest.LogCaptureFixture) -> None:
+    found, plain = both(lambda: Measured(step), batches(ids(), masked(-100)), max_steps=4)
+    assert_same_run(found, plain)
+    assert metrics(found) == pytest.approx(metrics(plain), rel=1e-4)
+    assert sum("runs once, on the whole batch" in record.getMessage() for record in caplog.records) == told
