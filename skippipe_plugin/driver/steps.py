@@ -19,6 +19,7 @@ from ..engine.call import Ambient, Call, block_seed, seed_everything
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, inner
 from ..schedule import Path
+from .capture import own_gradients
 from .capture.graphs import AroundTheBlocks
 from .capture.notes import noted
 from .capture.proxies import BlockProxies, StackCall
@@ -301,7 +302,9 @@ class StepRun:
             return None
         leaf = hidden.requires_grad_(self._calls[index].spec.hops[-1].requires_grad)
         seed_everything(block_seed(block_seed(self._task.seed, microbatch), _LOSS), self._device)
-        outcome = self._resume(index, inner(leaf))
+        result = inner(leaf)
+        with own_gradients.checked(result, self._hidden[index]):
+            outcome = self._resume(index, result)
         if isinstance(outcome, Suspended):
             raise SkipPipeError(CALLED_TWICE)
         self._outcomes[index] = outcome

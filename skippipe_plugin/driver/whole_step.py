@@ -19,6 +19,7 @@ from ..engine.call import Ambient, Call, block_seed
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, inner
 from ..schedule import Path
+from .capture import own_gradients
 from .capture.asking import CutBook, Question, ask
 from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of
 from .capture.graphs import goes_past
@@ -228,7 +229,10 @@ class WholeRun:
         leaf.requires_grad_(any(call.spec.hops[-1].requires_grad for call in self._prepared.values()))
         self._show_hooks()
         with self._drawing():
-            self._resume(inner(leaf))
+            result, call = inner(leaf), self._call
+            assert call is not None
+            with own_gradients.checked(result, call.hidden):
+                self._resume(result)
             if isinstance(self._outcome, Suspended):
                 raise SkipPipeError(CALLED_TWICE)
             self._back_propagate(self.values()[0])

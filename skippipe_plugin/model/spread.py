@@ -34,6 +34,7 @@ from ..partition import cut, driver_share, estimate_costs, other_stacks
 from ..schedule import CostModel, Schedule, Timeline, fit_costs, forward_only, gpipe, swap_ends
 from ..sharing import check_hidden_references
 from .elastic import ElasticShapes, check_elastic
+from .padding import keep_padding_empty
 from .settings import PipelineSettings
 from .skipping import PathPlanner
 
@@ -87,6 +88,7 @@ class SpreadModel:
         self._usual: tuple[Schedule, Schedule] | None = None
         """While losses come last: the schedule for that, and the one in whose place it is."""
         self._mover: ExpertMover | None = None
+        self._undo: list[Callable[[], None]] = []
         self._sizes: Sequence[BlockSize] = ()
 
     @property
@@ -157,6 +159,7 @@ class SpreadModel:
         self._block_names = _names_in(model, blocks)
         if self.attached is not None:
             self._sizes = [block_size(block, name) for block, name in zip(blocks, self._block_names, strict=True)]
+        self._undo = keep_padding_empty(model, blocks)
         pipeline.load(
             model,
             functools.partial(BlockProxies, self._block_names, blocks, device_types(self._device), other_stacks=others),
@@ -177,6 +180,8 @@ class SpreadModel:
             self.links = Links()
             self._mover = None
             self.remote_blocks = ()
+            while self._undo:
+                self._undo.pop()()
             if self.attached is not None:
                 self.attached.detach()
                 self.attached = None

@@ -24,6 +24,27 @@ def goes_past(outputs: Iterable[Tensor], hidden: Tensor) -> bool:
     return any(node in before for node in _nodes(outputs))
 
 
+def goes_through(outputs: Iterable[Tensor], result: Tensor) -> bool:
+    """Whether ``outputs`` depend on ``result``."""
+    outputs = list(outputs)
+    if any(output is result for output in outputs):
+        return True
+    return result.grad_fn is not None and any(node is result.grad_fn for node in _nodes(outputs))
+
+
+def reaches(output: Tensor, source: Tensor) -> bool:
+    """Whether ``output`` was computed from ``source``."""
+    if output is source:
+        return True
+    if output.grad_fn is None:
+        return False
+    before = set(_nodes([output]))
+    if source.grad_fn is not None:
+        return source.grad_fn in before
+    ends = (each for node in (*before, output.grad_fn) for each, _ in node.next_functions if each is not None)
+    return any(getattr(each, "variable", None) is source for each in ends)
+
+
 def _nodes(tensors: Iterable[Tensor]) -> Iterator[_Node]:
     """Yield the nodes that the backward of ``tensors`` runs, but for those that only add up a leaf's gradient."""
     found: set[_Node] = set()
