@@ -1,21 +1,28 @@
 """What user code reads of blocks on workers, and writes into them: as in one process, in every hook."""
 
 import copy
+import functools
 import io
+import os
 import pickle
+import signal
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from skippipe_plugin.accelerate import SkipPipeAccelerator
+from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import SkipPipeStrategy
 
@@ -596,3 +603,65 @@ def test_writes_with_skipped_stages_do_not_fail(action: Callable[[Model], None])
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     if action is clamped:
         assert all(float(parameter.abs().max()) <= 0.2 + 1e-6 for parameter in model.parameters())
+
+
+# ------------------------------------------------- lost workers, and accelerate
+
+
+class Loses(Callback):
+    """Kills a worker in the middle of the run, after the weights were read and written."""
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        clamped(module)  # type: ignore[arg-type]
+        if index == 1 and isinstance(trainer.strategy, SkipPipeStrategy):
+            os.kill(min(trainer.strategy.worker_pids.values()), signal.SIGKILL)
+
+
+def test_what_is_written_survives_a_lost_worker() -> None:
+    """A replica has all of it, so nothing is lost with a worker."""
+    strategy = {"replicas": 2, "num_microbatches": 4}
+
+    def run(devices: int, **options: Any) -> Model:
+        recovery = [functools.partial(StageRecovery, spares=1)] if devices > 1 else []
+        return fit(Model, devices, callbacks=[Loses, *recovery], **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same(run(5, strategy=strategy), run(1))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 1)
+        self.blocks = nn.ModuleList([Block() for _ in range(4)])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(functools.reduce(lambda hidden, block: block(hidden), self.blocks, self.embed(inputs)))
+
+
+def accelerated(kind: type[Accelerator], **options: Any) -> list[Any]:
+    """Run a loop that keeps an average, clips by torch's function, and copies the model."""
+    seed_everything(0, verbose=False)
+    accelerator, notes = kind(cpu=True, **options), []
+    model = Stack()
+    model, optimizer, data = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05), batches())
+    average = copy.deepcopy(model)
+    for inputs, wanted in data:
+        accelerator.backward(F.mse_loss(model(inputs), wanted))
+        notes.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(parameter, 0.5)
+                parameter.clamp_(-0.3, 0.3)
+    notes += [float(value.sum()) for each in (average, model) for value in each.state_dict().values()]
+    notes.append(average(torch.ones(1, 4)).item())
+    accelerator.end_training()
+    return notes
+
+
+def test_loops_of_accelerate_read_and_write_too() -> None:
+    found = accelerated(SkipPipeAccelerator, num_stages=2, num_microbatches=4, verbose=False)
+    assert_like(found, accelerated(Accelerator))
