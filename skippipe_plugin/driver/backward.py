@@ -126,7 +126,7 @@ class GradientControl:
         self.keeps_stepped = self.keeps_stepped or not set_to_none
         self._zero = "drop" if set_to_none or self._zero == "drop" else "fill"
         self._is_stepped = self._accumulates = False
-        self.copies.outdate(present=self._zero == "fill" and self.copies.present)
+        self.copies.outdate(present=self._zero == "fill" and self.copies.present and not self._is_one_of_many)
 
     def take_zero(self) -> str:
         """Return how the workers are to zero first, which the caller then has them do."""
@@ -142,9 +142,31 @@ class GradientControl:
     def before_reading(self) -> None:
         """Let the workers zero and clip what is zeroed and clipped on this driver already."""
         (scale, value), self.pending_clip = self.pending_clip, (None, None)
-        zero = self.take_zero()
-        if self._leads and (zero or scale is not None or value is not None):
-            self._links.broadcast("clip", {"scale": scale, "value": value, "zero": zero})
+        zero = "" if self._is_one_of_many else self.take_zero()
+        if zero or scale is not None or value is not None:
+            self._command("clip", {"scale": scale, "value": value, "zero": zero})
+
+    def clip_later(self, *, scale: float | None = None, value: float | None = None) -> None:
+        """Have the workers clip when they step; at once where other drivers may read before."""
+        if self.copies.flush():
+            self._norm_under_way = False
+        before, known = self.pending_clip
+        factor = before if scale is None else scale * (1.0 if before is None else before)
+        self.pending_clip = factor, known if value is None else value
+        self.copies.outdate(present=self.copies.present)
+        if self._is_one_of_many:
+            self.before_reading()
+
+    @property
+    def _is_one_of_many(self) -> bool:
+        return self.layout.num_drivers > 1
+
+    def _command(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Command the workers as the first driver; as another one, let them go on with what that one commands."""
+        if self._leads:
+            self._links.broadcast(kind, fields)
+        else:
+            self._links.broadcast("pass")
 
     def opening(self) -> dict[str, Any]:
         """Return what a training step's announcement says of gradients, such that it may be repeated."""
@@ -173,8 +195,7 @@ class GradientControl:
         self.on_merge()
         fields = {"scale": scale, "zero": zero, "stage_scales": list(self._stage_scales.items())}
         request = self._norm_request(self._expected_norm)
-        if self._leads:
-            self._links.broadcast("merge", fields | request)
+        self._command("merge", fields | request)
         self._norm_under_way = self._expected_norm is not None
         self.copies.outdate(present=True)
 
@@ -213,8 +234,7 @@ class GradientControl:
             self._norm_under_way = False
         if not self._norm_under_way or self._expected_norm != kind:
             request = self._norm_request(kind)
-            if self._leads:
-                self._links.broadcast("norm", request)
+            self._command("norm", request)
         answers = self._links.gather(norm_answer(self._num_norms))
         self._norm_under_way = False
         # A run that clips once clips always: from now on workers measure as soon as they have merged.
@@ -257,6 +277,8 @@ class GradientControl:
                 "lr_factors": list(self.lr_factors.items()),
             }
             self.send_step(fields, settings)
+        else:
+            self._links.broadcast("pass")
         self.copies.outdate(present=self.copies.present)
 
     def _norm_request(self, kind: tuple[float, bool] | None) -> dict[str, Any]:

@@ -90,19 +90,13 @@ class RemoteOptimizer:
         local = self._local() if local is None else local
         scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         gradients.clip(local, scale=scale, value=None)
-        control = self._pipeline.gradients
-        before, value = control.pending_clip
-        control.pending_clip = scale * (1.0 if before is None else before), value
-        control.copies.outdate(present=control.copies.present)
+        self._pipeline.gradients.clip_later(scale=scale)
         return norm
 
     def clip_value(self, value: float) -> None:
         """Clip every gradient element to +-``value``."""
         gradients.clip(self._local(), scale=None, value=value)
-        control = self._pipeline.gradients
-        control.copies.flush()
-        control.pending_clip = control.pending_clip[0], value
-        control.copies.outdate(present=control.copies.present)
+        self._pipeline.gradients.clip_later(value=value)
 
     def forget_clipping(self) -> None:
         """Forget how to clip a step that is not taken."""
@@ -309,6 +303,8 @@ class RemoteOptimizer:
             result = original(*args, **kwargs)
         if self._pipeline.leads:
             self._pipeline.links.broadcast("optimizer_mode", {"method": method}, [settings.dumps()])
+        else:
+            self._pipeline.links.broadcast("pass")
         self._pipeline.mirror.weights.outdate()
         return result
 

@@ -1,9 +1,10 @@
 """How calls and states look on the control channel; both ends import this module and nothing else of each other.
 
 Kinds from a driver: ``configure load warm arrange schedule ping step calls merge norm optimizer optimizer_step
-optimizer_mode get put keep outlive clip probe parts abort release exit``. Kinds from a worker: ``hello warmed ready
-links done norm1 norm2... state kept probe parts leave error``. Commands come from the first driver; ``step`` (with the
-first calls in it), ``calls``, ``probe`` and ``parts`` from each; answers go to every driver, so that all know the same.
+optimizer_mode get put keep outlive clip pass probe parts abort release exit``. Kinds from a worker: ``hello warmed
+ready links done norm1 norm2... state kept probe parts leave error``. Commands come from the first driver; ``step``
+(with the first calls in it), ``calls``, ``probe`` and ``parts`` from each; answers go to every driver, so that all
+know the same.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from ..moe.board import RouterBoard
 from ..schedule import Schedule
 from .holdings import Holdings
 from .keep import Keep
+from .order import DriversOrder
 from .tallies import StageTallies
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,9 @@ class Worker:
         """The last generation that the driver has given up."""
         self._step = -1
         self._steps: dict[int, Any] = {}  # Any: JSON
+        self._order = DriversOrder(lambda: self._steps)
+        self._later: list[Message] = []
+        """What the first driver has written and the others, which have written the same, may not have yet."""
         self._closing = False
         self._may_leave = self._wants_to_leave = False
         self._refusal = ""
@@ -110,9 +114,7 @@ class Worker:
             self._start_reader(0)
         try:
             while True:
-                source, message = self._inbox.get()
-                if message is None:
-                    raise self._gone(source)
+                source, message = self._next()
                 if message.kind in ("release", "exit"):
                     return self._farewell(message)
                 self._obey(source, message)
@@ -255,6 +257,7 @@ class Worker:
         self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._channels]
         self._calls.clear()
         self._steps.clear()
+        self._order.restart(len(self._channels))
         self._form(fields)
         self._answer("ready", {})
 
@@ -318,6 +321,8 @@ class Worker:
     def _run_step(self, fields: Any, live: set[int], parts: list[Any]) -> None:  # Any: JSON
         assert self._transport is not None, "a step before the groups are formed"
         self._step = fields["step"]
+        self._order.start_step()
+        self._put_later()
         self._calls = {step: calls for step, calls in self._calls.items() if step >= self._step}
         for stage in self._holdings.stages.values():
             stage.forget_caches(key for part in parts for key in part["forget_caches"])
@@ -390,12 +395,14 @@ class Worker:
         self._answer("links", {"costs": [dataclasses.astuple(cost) for cost in costs]})
 
     def _on_merge(self, source: int, message: Message) -> None:
+        self._put_later()
         self._routers.commit()
         self._holdings.merge(message.fields)
         if message.fields["norm_type"] is not None:
             self._on_norm(source, message)
 
     def _on_norm(self, source: int, message: Message) -> None:
+        self._put_later()
         fields = message.fields
         powers = self._holdings.norm_powers(float(fields["norm_type"]), stepped=fields["stepped"])
         self._answer(norm_answer(message.fields["norm"]), dict(powers))
@@ -411,20 +418,32 @@ class Worker:
         self._holdings.build_optimizer(message.blobs[0])
 
     def _on_optimizer_step(self, source: int, message: Message) -> None:
+        self._put_later()
         self._holdings.step_optimizer(message.fields, message.blobs[0])
 
     def _on_optimizer_mode(self, source: int, message: Message) -> None:
+        self._put_later()
         self._holdings.switch_optimizer(message.fields["method"], message.blobs[0])
 
     def _on_get(self, source: int, message: Message) -> None:
         self._reply(source, "state", *self._holdings.state(message.fields["what"], message.fields.get("blocks")))
 
     def _on_put(self, source: int, message: Message) -> None:
+        if message.fields.get("quiet"):
+            self._later.append(message)
+            if len(self._channels) == 1:
+                self._put_later()
+            return
         self._holdings.put(message.fields["what"], message.fields, message.blobs)
-        if not message.fields.get("quiet"):
-            self._answer("ready", {})
+        self._answer("ready", {})
+
+    def _put_later(self) -> None:
+        later, self._later = self._later, []
+        for message in later:
+            self._holdings.put(message.fields["what"], message.fields, message.blobs)
 
     def _on_clip(self, source: int, message: Message) -> None:
+        self._put_later()
         self._holdings.zero(message.fields["zero"])
         self._holdings.clip(message.fields)
 
@@ -465,15 +484,25 @@ class Worker:
 
     def next_calls(self, *, block: bool) -> list[tuple[int, Call]]:
         """Return calls of the step under way: those that came, or with ``block`` at least one message's worth."""
-        while not self._inbox.empty() or (block and not self._calls.get(self._step)):
+        while not self._inbox.empty() or self._order.is_ready or (block and not self._calls.get(self._step)):
             self._take_in()
         return self._calls.pop(self._step, [])
 
+    def _next(self) -> tuple[int, Message]:
+        """Return the next message to obey, and who sent it."""
+        while True:
+            held = self._order.ready()
+            if held is not None:
+                return held
+            source, message = self._inbox.get()
+            if message is None:
+                raise self._gone(source)
+            if self._order.admit(source, message):
+                return source, message
+
     def _take_in(self) -> None:
         """Wait for a message in the middle of a step."""
-        source, message = self._inbox.get()
-        if message is None:
-            raise self._gone(source)
+        source, message = self._next()
         if message.kind == "calls":
             self._keep_calls(source, message)
         elif message.kind == "pulled":
