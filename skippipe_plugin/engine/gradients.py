@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .gradient_hooks import GradientHooks, call_accumulated, hooked
+
 
 class GradientWindow:
     """The gradients of some parameters over one accumulation window."""
@@ -19,14 +21,17 @@ class GradientWindow:
         self.parameters = list(parameters)
         self._accumulated: list[Tensor | None] | None = None
         self._new: list[Tensor | None] = []
+        self._hooks = GradientHooks()
 
     def open(self) -> None:
         """Start a step: put what is accumulated aside, so that the backward fills ``.grad`` from nothing."""
         self._accumulated = _take(self.parameters)
+        self._hooks.take(self.parameters)
 
     def close(self) -> None:
         """End a step: keep its gradients aside and put the accumulated ones back."""
         self._new = _take(self.parameters)
+        self._hooks.put_back()
         self._restore()
 
     def new_of(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -37,6 +42,7 @@ class GradientWindow:
 
     def discard(self) -> None:
         """Give a step up: drop what it computed and put the accumulated gradients back."""
+        self._hooks.put_back()
         if self._accumulated is not None:
             _take(self.parameters)
             self._restore()
@@ -47,8 +53,10 @@ class GradientWindow:
         new, self._new = self._new, []
         pairs = [(p, gradient) for p, gradient in zip(self.parameters, new, strict=False) if gradient is not None]
         scale_gradients([gradient for _, gradient in pairs], scale)
-        for parameter, gradient in pairs:
+        for parameter, new_gradient in pairs:
+            gradient = hooked(parameter, new_gradient)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            call_accumulated(parameter)
 
     def zero(self, *, fill: bool = False) -> None:
         """Drop the accumulated gradients, or fill them with zeros."""

@@ -487,6 +487,21 @@ def test_hooks_on_gradients_are_refused_with_a_way_out(when: str, method: str) -
     checked(Changed)
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=str)
+def test_hooks_on_gradients_of_what_stays_on_the_driver_get_the_whole_gradient(options: Any) -> None:
+    def clamp(bias: Tensor) -> None:
+        bias.grad.clamp_(-0.02, 0.02)
+
+    class Hooked(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed.weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+            self.head.weight.register_hook(lambda gradient: self.notes.append(float(gradient.norm())))
+            self.head.bias.register_post_accumulate_grad_hook(clamp)
+
+    checked(Hooked, **options)
+
+
 # --------------------------------------------------- modules of unusual memory
 
 
