@@ -31,7 +31,7 @@ def fingerprints(blocks: Iterable[nn.Module]) -> Prints:
     modules = [module for block in blocks for module in block.modules()]
     found = {_name(cls): _prints(vars(cls)) for cls in imported_classes(modules)}
     for each in outer_names(dict.fromkeys(cls for module in modules for cls in type(module).__mro__)):
-        if _is_importable(each) and (text := _print(each.value(), 0)):
+        if _is_importable(each) and (text := _print_outer(each.value())):
             found.setdefault(f"{each.module}:", {})[each.name] = text
     for module in (torch, torch.nn.functional):
         foreign = {name: value for name, value in vars(module).items() if _is_foreign(value)}
@@ -54,6 +54,9 @@ def check_fingerprints(sent: Mapping[str, Mapping[str, str]]) -> None:
     for owner, prints in sent.items():
         if owner == _ATTENTION:
             here = _prints({name: value for name in prints if (value := _attention(name)) is not None})
+        elif not owner.partition(":")[2]:
+            module = vars(_find(owner))
+            here = {name: _print_outer(module[name]) for name in prints if name in module}
         else:
             here = _prints(vars(_find(owner)))
         for name in sorted(prints.keys() | (here.keys() if owner.partition(":")[2] else set())):
@@ -122,7 +125,14 @@ def _prints(entries: Mapping[str, Any]) -> dict[str, str]:
 
 def _is_pythons(name: str) -> bool:
     """Whether an entry of a class is written by Python or differs from process to process anyway."""
-    return name.startswith("_abc_") or name in ("__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__")
+    return name.startswith("_abc_") or name in (
+        "__module__",
+        "__dict__",
+        "__weakref__",
+        "__doc__",
+        "__firstlineno__",
+        "__annotations__",
+    )
 
 
 def _print(value: Any, depth: int) -> str:  # Any: whatever stands in a class
@@ -139,7 +149,11 @@ def _print(value: Any, depth: int) -> str:  # Any: whatever stands in a class
         return hashlib.blake2b(f"{_of_code(value.__code__)}{inside}".encode(), digest_size=8).hexdigest()
     if isinstance(value, types.BuiltinFunctionType):
         return value.__qualname__
-    return repr(value) if type(value) in _CONSTANTS else contents(value)
+    return repr(value) if type(value) in _CONSTANTS else ""
+
+
+def _print_outer(value: Any) -> str:  # Any: whatever stands in a module
+    return _print(value, 0) or contents(value)
 
 
 def _is_full(cell: types.CellType) -> bool:
