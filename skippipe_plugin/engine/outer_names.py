@@ -75,7 +75,7 @@ def _read(function: types.FunctionType, reader: str, depth: int, seen: set[int])
                 continue
             yield OuterName(namespace, name, reader)
             value = namespace[name]
-            if isinstance(value, types.ModuleType):
+            if isinstance(value, types.ModuleType) and not _is_pythons(value.__name__):
                 yield from (OuterName(vars(value), inner, reader) for inner in names if inner in vars(value))
             elif isinstance(value, types.FunctionType):
                 yield from _read(value, reader, depth + 1, seen)
@@ -89,5 +89,10 @@ def _names(code: types.CodeType) -> Iterator[tuple[str, ...]]:
 
 
 def _is_torchs_or_pythons(module: str | None) -> bool:
-    package = (module or "").partition(".")[0]
-    return package != "__main__" and (package == "torch" or package in sys.stdlib_module_names)
+    return (module or "").partition(".")[0] == "torch" or _is_pythons(module or "")
+
+
+def _is_pythons(module: str) -> bool:
+    """Whether a module is of Python itself: what stands there (``sys.argv``) may differ between processes."""
+    package = module.partition(".")[0]
+    return package != "__main__" and package in sys.stdlib_module_names

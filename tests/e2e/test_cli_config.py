@@ -44,6 +44,7 @@ MOE = {
     "experts": "auto",
     "auxiliary_loss": 0.01,
     "causal": False,
+    "exact_bias": True,
 }
 EXPERTS = {"rule": "proportional", "rate": 0.02, "auxiliary_loss": 0.005, "payback_steps": 50}
 STRATEGY = {
@@ -61,6 +62,7 @@ STRATEGY = {
     "moe": MOE,
     "verbose": False,
     "verify": "first",
+    "microbatch_weight": "samples",
 }
 MONITOR = {"every_n_steps": 20, "folder": "pictures", "picture": False, "trace": True}
 RECOVERY = {

@@ -148,7 +148,7 @@ def test_a_step_that_raises_midway(after: bool) -> None:
     def training_step(self: Model, batch: Any, batch_idx: int) -> Tensor:
         calls.append(batch_idx)
         output = self(batch[0]) if after else batch[0]
-        if len(calls) == 4:  # the second microbatch of the second step
+        if calls.count(1) == 2:  # the second microbatch of the second step
             raise KeyError("the user's own mistake")
         return (output if after else self(output)).mean()
 

@@ -20,6 +20,7 @@ from torch import overrides
 from torch.utils import _python_dispatch as dispatch
 
 from ...engine.errors import SkipPipeError
+from .suspend import current_thread
 
 _autograd: Any = torch._C._autograd
 _eval_frame: Any = torch._C._dynamo.eval_frame
@@ -217,10 +218,14 @@ _function_modes: Final[Callable[[], list[object]]] = overrides._get_current_func
 def check_modes(blocks: str) -> None:
     """Raise when something is switched on that would act on every operation of the blocks, were they here.
 
+    Only inside of a step: the floating-point operations in Lightning's model summary are those of the driver.
+
     Args:
         blocks: The name of the first one.
     """
     if not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack() and _top_hooks() is None:
+        return
+    if current_thread() is None:
         return
     modes = [*_function_modes(), *dispatch._get_current_dispatch_mode_stack()]
     modes = [mode for mode in modes if not getattr(mode, "is_for_the_driver", False)]
