@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...engine.errors import SkipPipeError
 from ...engine.taps import HookList, TapEvent, is_librarys, own_hooks
+from .suspend import current_thread
 
 _GLOBAL: Final = (
     "_global_forward_hooks",
@@ -167,7 +168,7 @@ class StackHooks:
             for block in self.blocks:
                 block.look()
             self._note()
-        if any(map(torch_module.__dict__.__getitem__, _GLOBAL)):
+        if current_thread() is not None and any(map(torch_module.__dict__.__getitem__, _GLOBAL)):
             raise SkipPipeError(
                 "a forward or backward hook for all modules is registered (register_module_forward_hook, a counter of "
                 "operations, ...), but the blocks are on workers, where it would not run. Remove it, or register a "
