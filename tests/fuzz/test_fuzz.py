@@ -80,17 +80,21 @@ def test_features_of_one_slot_conflict() -> None:
     assert not conflict((by_name["embed_tokens"], by_name["adamw"]))
 
 
+ASK = "from skippipe_plugin.driver.capture.suspend import current_thread; "
+"""A step that asks whether it runs in a pipeline can differ by design, whatever the product does about it."""
+
+
 def test_a_planted_wrong_is_found_and_shrunk() -> None:
-    """A step that knows how many samples it has differs by design; the rest of the program is dropped."""
+    """The rest of the program is dropped."""
     by_name = {feature.name: feature for feature in FEATURES}
-    planted = Feature("planted", "loss", "A", {"terms": "if len(x) < 3: loss = loss + 1.0"})
+    planted = Feature("planted", "loss", "A", {"terms": ASK + "loss = loss + float(current_thread() is not None)"})
     program = (by_name["adamw"], planted, by_name["dict_batch"])
     assert "loss[0]" in judge(program).text
     assert shrink(program, lambda smaller: judge(smaller).kind == "WRONG") == (planted,)
 
 
 def test_an_error_that_is_not_ours_is_no_refusal() -> None:
-    raw = Feature("raw", "loss", "A", {"terms": "assert len(x) > 3, 'too few samples for me to compute anything'"})
+    raw = Feature("raw", "loss", "A", {"terms": ASK + "assert current_thread() is None, 'not in a pipeline'"})
     assert judge((raw,)).text.startswith("raw AssertionError")
 
 

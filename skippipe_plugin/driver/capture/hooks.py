@@ -98,7 +98,10 @@ class BlockHooks:
         hook = running.hook
         inputs = (event.args, event.kwargs) if running.takes_kwargs else (event.args,)
         versions = [tensor._version for tensor in tensors]
+        given = event.args if running.pre else event.output
         result = hook(module, *inputs) if running.pre else hook(module, *inputs, event.output)
+        if result is given:
+            result = None  # what it was given, as torch's profiler does: nothing changes
         if result is not None or [tensor._version for tensor in tensors] != versions:
             raise SkipPipeError(
                 f"the forward hook {_called(hook)} on {self._full_name(event.module)} "
