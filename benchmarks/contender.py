@@ -111,8 +111,8 @@ def serve_engine(console: Console, settings: dict[str, Any]) -> None:
         model, batch, count = Stack(make_blocks(case)), make_batch(case), case.num_microbatches
         arguments = (settings["schedule"], count, settings["driver_stage"])
         with pipeline_over(workers, model, model.blocks, *arguments) as pipeline:
-            local = [parameter for parameter in model.parameters() if not parameter.is_meta]
-            norm = lambda: pipeline.gradients.norm(local, 2.0) ** 2  # noqa: E731
+            local = [parameter for parameter in model.parameters() if not hasattr(parameter, "is_remote")]
+            norm = lambda: pipeline.gradients.norm(local, 2.0, stepped=False) ** 2  # noqa: E731
             yield pipeline_step(pipeline, model, batch, count), norm
 
     try:
