@@ -117,7 +117,13 @@ def _start(process: Process) -> subprocess.Popen[str]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     started = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None, text=True, env=environment
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None,
+        text=True,
+        env=environment,
+        cwd=process.checkout / "benchmarks",  # workers, which are started as modules, look here first
     )
     assert started.stdin is not None
     started.stdin.write(json.dumps(process.settings) + "\n")

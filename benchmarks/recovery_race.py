@@ -97,6 +97,7 @@ class Training:
             self._process = subprocess.Popen(
                 [sys.executable, *launcher, str(way.checkout / "benchmarks/recovery_run.py"), json.dumps(settings)],
                 env=os.environ | environment,
+                cwd=way.checkout / "benchmarks",
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
