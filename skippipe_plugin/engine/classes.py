@@ -1,7 +1,9 @@
 """Whether another process has the same classes and registered functions, or a script has changed them in this one.
 
 A worker imports the classes of its blocks anew. What a script has put into an imported class (a patched ``forward``, a
-constant), into torch's functions or into transformers' registry of attention is not there then.
+constant), into torch's functions or into transformers' registry of attention is not there then. Functions that no code
+calls do not count: libraries add aliases to each other's classes in whichever process imports them (Lightning's demos
+add ``reset_parameters`` to torch's attention).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import functools
 import hashlib
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -18,10 +20,11 @@ import torch.nn.functional
 from torch import nn
 
 from .errors import SkipPipeError
-from .outer_names import OuterName, contents, outer_names
+from .outer_names import OuterName, contents, counts, outer_names, readable_names
 
 _CONSTANTS: Final = (int, float, complex, str, bytes, bool, type(None))
 _ATTENTION: Final = "transformers' attention"
+_READ: Final = "names that the blocks' code reads"
 Prints = dict[str, dict[str, str]]
 """By class (or registry): a print of each thing in it."""
 
@@ -29,8 +32,10 @@ Prints = dict[str, dict[str, str]]
 def fingerprints(blocks: Iterable[nn.Module]) -> Prints:
     """Return what another process compares with its own, see :func:`check_fingerprints`."""
     modules = [module for block in blocks for module in block.modules()]
-    found = {_name(cls): _prints(vars(cls)) for cls in imported_classes(modules)}
-    for each in outer_names(dict.fromkeys(cls for module in modules for cls in type(module).__mro__)):
+    classes = list(dict.fromkeys(cls for module in modules for cls in type(module).__mro__))
+    read = readable_names(classes)
+    found = {_name(cls): _prints(_that_count(vars(cls), read)) for cls in imported_classes(modules)}
+    for each in outer_names(classes):
         if _is_importable(each) and (text := _print_outer(each.value())):
             found.setdefault(f"{each.module}:", {})[each.name] = text
     for module in (torch, torch.nn.functional):
@@ -42,7 +47,7 @@ def fingerprints(blocks: Iterable[nn.Module]) -> Prints:
         for name in {getattr(getattr(module, "config", None), "_attn_implementation", None) for module in modules}
         if isinstance(name, str) and (value := _attention(name)) is not None
     }
-    return found | ({_ATTENTION: _prints(attention)} if attention else {})
+    return found | {_READ: dict.fromkeys(sorted(read), "")} | ({_ATTENTION: _prints(attention)} if attention else {})
 
 
 def check_fingerprints(sent: Mapping[str, Mapping[str, str]]) -> None:
@@ -52,13 +57,15 @@ def check_fingerprints(sent: Mapping[str, Mapping[str, str]]) -> None:
         SkipPipeError: Something there was changed after it was imported.
     """
     for owner, prints in sent.items():
+        if owner == _READ:
+            continue
         if owner == _ATTENTION:
             here = _prints({name: value for name in prints if (value := _attention(name)) is not None})
         elif not owner.partition(":")[2]:
             module = vars(_find(owner))
             here = {name: _print_outer(module[name]) for name in prints if name in module}
         else:
-            here = _prints(vars(_find(owner)))
+            here = _prints(_that_count(vars(_find(owner)), sent.get(_READ, {})))
         for name in sorted(prints.keys() | (here.keys() if owner.partition(":")[2] else set())):
             if prints.get(name) != here.get(name):
                 raise SkipPipeError(_explained(owner, name))
@@ -121,6 +128,10 @@ def _is_foreign(value: object) -> bool:
 def _prints(entries: Mapping[str, Any]) -> dict[str, str]:
     pairs = ((name, _print(value, 0)) for name, value in entries.items() if not _is_pythons(name))
     return {name: text for name, text in pairs if text}
+
+
+def _that_count(entries: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if counts(read, name, value)}
 
 
 def _is_pythons(name: str) -> bool:

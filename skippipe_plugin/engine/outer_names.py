@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,6 +47,25 @@ def outer_names(classes: Iterable[type]) -> list[OuterName]:
     return list(found.values())
 
 
+def readable_names(classes: Iterable[type]) -> set[str]:
+    """Return what the methods of ``classes`` may ask an object for: attributes and words in their code.
+
+    Functions that they call are looked into as in :func:`outer_names`; constructors are not, since they have run.
+    """
+    seen: set[int] = set()
+    methods = ({name: value for name, value in vars(cls).items() if name != "__init__"} for cls in classes)
+    return {name for each in methods for function in _functions(each) for name in _asked_by(function, 0, seen)}
+
+
+def counts(read: Collection[str], name: str, value: Any) -> bool:  # Any: whatever stands in a class
+    """Whether it matters what ``name`` is in a class: every constant does, functions if code or Python asks for them.
+
+    ``read`` is of :func:`readable_names`.
+    """
+    is_function = isinstance(value, (types.FunctionType, staticmethod, classmethod))
+    return not is_function or name in read or (name.startswith("__") and name.endswith("__"))
+
+
 def contents(value: Any) -> str:  # Any: whatever stands in a module
     """Return the content of a small container of plain values; empty for everything else."""
     if not isinstance(value, (dict, list, set)) or len(value) > _MOST:
@@ -79,6 +98,28 @@ def _read(function: types.FunctionType, reader: str, depth: int, seen: set[int])
                 yield from (OuterName(vars(value), inner, reader) for inner in names if inner in vars(value))
             elif isinstance(value, types.FunctionType):
                 yield from _read(value, reader, depth + 1, seen)
+
+
+def _asked_by(function: types.FunctionType, depth: int, seen: set[int]) -> Iterator[str]:
+    if id(function) in seen or depth > _DEEPEST:
+        return
+    seen.add(id(function))
+    yield from _asked(function.__code__)
+    if _is_torchs_or_pythons(function.__module__):
+        return
+    for names in _names(function.__code__):
+        for value in map(function.__globals__.get, names):
+            if isinstance(value, types.FunctionType):
+                yield from _asked_by(value, depth + 1, seen)
+
+
+def _asked(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _asked(constant)
+        elif isinstance(constant, str):
+            yield constant
 
 
 def _names(code: types.CodeType) -> Iterator[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...engine.errors import SkipPipeError
-from ...engine.outer_names import OuterName, contents, outer_names
+from ...engine.outer_names import OuterName, contents, counts, outer_names, readable_names
 
 
 class ClassWatch:
@@ -24,6 +24,7 @@ class ClassWatch:
         modules = (module for block in blocks for module in block.modules())
         classes = dict.fromkeys(cls for module in modules for cls in type(module).__mro__)
         self._classes = [cls for cls in classes if cls not in (nn.Module, object)]
+        self._read = readable_names(self._classes)
         self._before = [dict(vars(cls)) for cls in self._classes]
         self._flat = self._values()
         self._outer = outer_names(self._classes)
@@ -61,6 +62,8 @@ class ClassWatch:
         for cls, before in zip(self._classes, self._before, strict=True):
             now = dict(vars(cls))
             for name in (name for name in {**before, **now} if now.get(name) is not before.get(name)):
+                if not counts(self._read, name, now.get(name)):
+                    continue
                 raise SkipPipeError(
                     f"{cls.__qualname__}.{name} was changed on the class after the blocks went to their workers, which "
                     "have the class as it was. Change it before fit, or set an attribute on each block instead"

@@ -111,6 +111,27 @@ def test_a_class_of_torch_that_is_patched_is_refused(monkeypatch: pytest.MonkeyP
         fit(lambda: Model(Script))
 
 
+def alias() -> None:
+    nn.Linear.init_weights = nn.Linear.reset_parameters  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_what_is_added_to_a_class_and_read_by_nobody_changes_nothing(monkeypatch: pytest.MonkeyPatch, when) -> None:
+    """Lightning's demos do so when they are imported, to ``nn.MultiheadAttention``."""
+    monkeypatch.setattr(nn.Linear, "init_weights", None, raising=False)  # so that it is put back
+    del nn.Linear.init_weights
+    during = alias if when == "during" else lambda: None
+    if when == "before":
+        alias()
+    assert_same_run(fit(lambda: Model(Script, during)), fit(lambda: Model(Script, during), 1))
+
+
+def test_what_is_added_to_a_class_and_read_by_the_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Linear, "extra_repr", lambda self: "mine")  # read by nobody's forward, but by Module
+    with pytest.raises(SkipPipeError, match=r"Linear\.extra_repr was patched"):
+        fit(lambda: Model(Script))
+
+
 def test_a_class_that_changes_during_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SkipPipeError, match=r"Script\.factor was changed on the class"):
         fit(lambda: Model(Script, lambda: monkeypatch.setattr(Script, "factor", 0.5)))

@@ -96,7 +96,11 @@ def test_what_replaces_a_schedule_is_better_and_then_stays(seed, skip_ratio, ran
             before, after = (simulate(each, slow).makespan_s for each in (schedule, decision.schedule))
             assert after <= 0.95 * before
             assert (decision.present_s, decision.planned_s) == (before, after)
-            assert f"rank {rank} ({slow.compute.rank_factor[rank]:.2g}x)" in decision.reason
+            visits = [
+                sum(v.rank == rank for p in each.paths for v in p.visits) for each in (schedule, decision.schedule)
+            ]
+            named = f"rank {rank} ({slow.compute.rank_factor[rank]:.2g}x) {visits[0]} -> {visits[1]}"
+            assert (named in decision.reason) == (visits[0] != visits[1])
             schedule = decision.schedule
             changed.append(step)
     assert all(later - earlier >= rule.min_steps for earlier, later in pairwise(changed))
