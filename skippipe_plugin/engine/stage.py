@@ -252,11 +252,13 @@ class Stage:
         # Where experts are spread, what goes back through them would be a matter of several ranks.
         ambient = Ambient(asked.grad and self.company is None, False, asked.autocast)
         with torch.inference_mode(False), attributes_kept(module), ambient.entered():  # there no change is counted
-            yield
-        torch.set_rng_state(state)
-        with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
+            try:
+                yield
+            finally:
+                torch.set_rng_state(state)
+                with torch.no_grad():
+                    for name, buffer in module.named_buffers():
+                        buffer.copy_(buffers[name])
 
     def take_writes(self) -> list[tuple[int, Key]]:
         """Return (block, attribute) for what blocks have written that was not known to be written before."""

@@ -164,6 +164,30 @@ def test_a_message_that_is_played_back_is_refused() -> None:
         received(sealed(MESSAGE, number=1))
 
 
+@pytest.mark.parametrize("numbers", [(0, 0), (0, 2), (0, 1, 1), (0, 1, 0), (0, 1, 2, 2)])
+def test_a_message_that_comes_again_or_out_of_order_is_refused(numbers: tuple[int, ...]) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        ours = Channel(TcpLike(here), SessionKeys(sending=b"s", receiving=b"r"))  # type: ignore[arg-type]
+        there.sendall(b"".join(sealed(MESSAGE, number) for number in numbers))
+        for _ in numbers[:-1]:
+            assert ours.receive().kind == "get"
+        with pytest.raises(ChannelError, match="altered on its way"):
+            ours.receive()
+
+
+def test_messages_that_are_sent_carry_their_numbers() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        ours = Channel(TcpLike(here), SessionKeys(sending=b"r", receiving=b"s"))  # type: ignore[arg-type]
+        for number in range(3):
+            ours.send("get", {}, [b"abc"])
+            assert there.recv(1000, socket.MSG_WAITALL | socket.MSG_DONTWAIT) == sealed(MESSAGE, number)
+        assert ours.send_if_free("get")
+        head = channel._HEADER.pack(b"SKPP", PROTOCOL_VERSION, 0, 14, 0) + b'{"kind":"get"}'
+        assert there.recv(1000) == sealed(head, 3)
+
+
 @given(st.binary(max_size=200))
 def test_noise_is_no_message(noise: bytes) -> None:
     with pytest.raises(ChannelError):

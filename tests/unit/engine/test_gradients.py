@@ -1,5 +1,8 @@
 """The gradient window against plain accumulation, and norms against torch's own clipping."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -91,3 +94,44 @@ def test_parameters_that_no_replica_used_keep_no_gradient() -> None:
     sum_over_holders(params, double)
     torch.testing.assert_close(params[0].grad, 4 * params[0].detach())
     assert params[1].grad is None
+
+
+@pytest.mark.parametrize("used", [((0,), (1,)), ((0, 1), (1,)), ((), (0,)), ((0, 2), (0, 3)), ((3,), (2,), (1, 3))])
+def test_a_parameter_that_one_replica_used_gets_its_gradient_on_all(used: tuple[tuple[int, ...], ...]) -> None:
+    """Replicas whose microbatches took different branches, against one process that took all of them."""
+    shapes = ((2, 3), (4,), (1,), (3,))
+    holders = [[nn.Parameter(torch.arange(1.0, 1 + n).expand(n).clone()) for (*_, n) in shapes] for _ in used]
+    for parameter in (each[3] for each in holders):
+        parameter.data = parameter.data.double()
+    expected: list[torch.Tensor | None] = [None] * len(shapes)
+    for rank, (own, indices) in enumerate(zip(holders, used, strict=True)):
+        for index in indices:
+            own[index].grad = torch.full_like(own[index], 10.0**rank * (index + 1))
+            expected[index] = own[index].grad.clone() + (0 if expected[index] is None else expected[index])
+    together(holders)
+    for own in holders:
+        for parameter, gradient in zip(own, expected, strict=True):
+            assert (parameter.grad is None) == (gradient is None)
+            if gradient is not None:
+                torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
+
+
+def together(holders: list[list[nn.Parameter]]) -> None:
+    """Run ``sum_over_holders`` on all holders at once, with sums that want the same tensors of each."""
+    barrier = threading.Barrier(len(holders), timeout=5)
+    shared: list[torch.Tensor | None] = [None] * len(holders)
+
+    def run(rank: int) -> None:
+        def all_reduce(tensor: torch.Tensor) -> None:
+            shared[rank] = tensor.clone()
+            barrier.wait()
+            assert len({(each.shape, each.dtype) for each in shared}) == 1
+            total = sum(shared)
+            barrier.wait()
+            tensor.copy_(total)
+
+        sum_over_holders(holders[rank], all_reduce)
+
+    with ThreadPoolExecutor(len(holders)) as pool:
+        for done in [pool.submit(run, rank) for rank in range(len(holders))]:
+            done.result(10)

@@ -106,6 +106,33 @@ def test_quantile_balancing_descends_to_the_assignment_problems_optimum(seed: in
     assert max_violation(count_loads((scores + bias).topk(2, dim=-1).indices, 8)) < 0.2
 
 
+def test_the_quantile_is_that_of_a_case_reckoned_by_hand() -> None:
+    """Four tokens, two experts, one each: two tokens are an expert's share.
+
+    Prices are each token's second best: 0.1, 0.2, 0.3, 0.6. Expert 0's margins over them are 0.8, 0.6, 0.4, 0.0, of
+    which the third largest is 0.4; expert 1's are 0.0, 0.0, 0.0, 0.1, the third largest 0.0.
+    """
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.7]], dtype=torch.float64)
+    expected = torch.tensor([-0.4, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(quantile_bias(scores, 1, torch.zeros(2, dtype=torch.float64)), expected)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 6), st.integers(4, 40), st.data())
+def test_an_experts_share_of_tokens_pays_the_price_and_no_token_more(
+    seed: int, num_experts: int, num_tokens: int, data: st.DataObject
+) -> None:
+    """What makes the quantile the quantile: an expert beats the prices of its share of tokens, but for ties."""
+    top_k = data.draw(st.integers(1, num_experts - 1))
+    chance = np.random.default_rng(seed)
+    scores, bias = chance.random((num_tokens, num_experts)), 0.1 * chance.random(num_experts)
+    found = quantile_bias(torch.tensor(scores), top_k, torch.tensor(bias)).numpy()
+    prices = [sorted(row, reverse=True)[top_k] for row in scores + bias]
+    for expert in range(num_experts):
+        margins = [scores[token, expert] + found[expert] - prices[token] for token in range(num_tokens)]
+        above, reaching = sum(m > 1e-12 for m in margins), sum(m > -1e-12 for m in margins)
+        assert above <= num_tokens * top_k // num_experts < reaching  # between them is the first that is left out
+
+
 def test_quantile_balancing_has_limits() -> None:
     assert torch.equal(quantile_bias(torch.zeros(0, 4), 2, torch.ones(4)), torch.ones(4))
     with pytest.raises(ValueError, match="top_k=4 is out of range; quantile balancing needs 1 to 3"):
