@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class Witness(Protocol):
         """Begin the backward, or a half of it."""
 
 
-_Filled = dict[int, tuple[list[Any], dict[str, Any], ArgumentGuard]]
+_Filled = dict[int, tuple[list[Any], dict[str, Any], ArgumentGuard | None]]
 """By template: the arguments of one visit, and what watches them."""
 
 
@@ -137,7 +137,7 @@ class Stage:
     def forward(self, microbatch: int, call: Call, hidden: Tensor, enters: Hop, leaves: Hop) -> Tensor:
         """Run the blocks; keep what the backward needs. Return the hidden states, detached."""
         ambient = call.spec.ambient
-        if ambient.switches != self._switches:
+        if ambient.switches is not self._switches and ambient.switches != self._switches:
             self._set_switches(ambient.switches)
         # A training step keeps the user's random state as a whole; fetching and setting it takes long.
         fork = self._guest and not ambient.grad
@@ -315,7 +315,8 @@ class Stage:
         if index not in filled or template.repeats:
             tensors: list[Tensor] = []
             args, kwargs = template.fill(self._leaf(call, hidden, with_cache, tensors))
-            filled[index] = args, kwargs, ArgumentGuard(template, args, kwargs, tensors)
+            guarded = tensors or template.mutable
+            filled[index] = args, kwargs, ArgumentGuard(template, args, kwargs, tensors) if guarded else None
         args, kwargs, guard = filled[index]
         module = self.blocks[block]
         if isinstance(template.hidden, str):
@@ -323,7 +324,8 @@ class Stage:
         else:
             args[template.hidden] = hidden
             output = module(*args, **kwargs)
-        guard.check(block, module.forward)
+        if guard is not None:
+            guard.check(block, module.forward)
         return output
 
     def _leaf(self, call: Call, hidden: Tensor, with_cache: bool, used: list[Tensor]) -> Callable[[Any], Any]:
@@ -365,24 +367,20 @@ class Stage:
             self._watches[block].look()
 
 
-class _Inner(torch.autograd.Function):
-    """Hands on a tensor of the same memory that user code may change in place; autograd forbids that for a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor) -> Tensor:
-        return leaf.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+_SAME_MEMORY: Final[Callable[[Tensor, torch.Size], Tensor]] = torch.ops.aten._unsafe_view.default
 
 
 def inner(leaf: Tensor) -> Tensor:
-    """Return what user code gets in place of a tensor that receives a gradient: like what a layer returned."""
+    """Return what user code gets in place of a tensor that receives a gradient: like what a layer returned.
+
+    It is of the same memory, and may be changed in place; autograd forbids that for a leaf, and for a view of one.
+    """
     if not leaf.requires_grad:
         return leaf
+    if torch.is_grad_enabled():
+        return _SAME_MEMORY(leaf, leaf.shape)
     with torch.enable_grad():
-        return _Inner.apply(leaf)  # type: ignore[no-untyped-call, no-any-return]
+        return _SAME_MEMORY(leaf, leaf.shape)
 
 
 def back_propagate(output: Tensor, gradient: Tensor, *, keep_graph: bool = False) -> None:

@@ -20,7 +20,7 @@ import torch
 from ...engine.call import Ambient
 from .patience import Patience, StepBlocked, blocked, cpu_seconds, is_blocked
 from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
-from .switches import Changes, Snapshot
+from .switches import Changes, Snapshot, getsignal
 
 try:
     import greenlet
@@ -122,7 +122,7 @@ class Alarm:
     def begin(self, step: GreenletStep) -> Turn:
         """Follow ``step`` from now on."""
         turn = self.running = Turn(step)
-        handler = signal.getsignal(signal.SIGURG)
+        handler = getsignal(signal.SIGURG)
         if handler != self._on_signal:  # the first time, and after Lightning has restored all handlers
             self._previous = handler
             signal.signal(signal.SIGURG, self._on_signal)

@@ -21,11 +21,11 @@ from ...engine.errors import SkipPipeError
 from ...engine.taps import HookList, TapEvent, is_librarys, own_hooks
 from .suspend import current_thread
 
-_GLOBAL: Final = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
+_GLOBAL: Final[tuple[dict[int, Any], ...]] = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
 )
 _WATCHED: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -171,7 +171,7 @@ class StackHooks:
             for block in self.blocks:
                 block.look()
             self._note()
-        if current_thread() is not None and any(map(torch_module.__dict__.__getitem__, _GLOBAL)):
+        if any(_GLOBAL) and current_thread() is not None:
             raise SkipPipeError(
                 "a forward or backward hook for all modules is registered (register_module_forward_hook, a counter of "
                 "operations, ...), but the blocks are on workers, where it would not run. Remove it, or register a "

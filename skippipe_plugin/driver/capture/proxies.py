@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -110,7 +109,8 @@ class BlockProxies:
         """Whether the blocks' flags were read in this step."""
         self.other_stacks = tuple(other_stacks)
         """Other stacks of the model, as ``blocks=`` names them, for messages."""
-        self._open: weakref.WeakKeyDictionary[Any, StackCall] = weakref.WeakKeyDictionary()
+        self._open: dict[object, StackCall] = {}
+        """By the step thread that has begun with it (or what stands for code outside of steps)."""
         self.forms: tuple[TensorSpec, ...] = ()
         """Of the last call: what entered each block, and what left the stack; empty before."""
         self._outside = _Outside()
@@ -254,8 +254,8 @@ class BlockProxies:
 
     def _expect(self, owner: object, block: int) -> StackCall:
         call = self._open.get(owner)
-        expected = len(call.block_template) if call is not None else 0
-        if call is None or block != expected:
+        if call is None or block != len(call.block_template):
+            expected = len(call.block_template) if call is not None else 0
             raise SkipPipeError(
                 f"{self.names[block]} was called where {self.names[expected]} was expected: the blocks of a pipeline "
                 "are called once each, in order. Name another stack with blocks=..., or train without the pipeline"
@@ -421,6 +421,8 @@ def _same_arguments(call: StackCall, args: tuple[Any, ...], kwargs: dict[str, An
     assert call.last_call is not None
     old_args, old_kwargs = call.last_call
     hidden = call.templates[call.block_template[-1]].hidden
+    if hidden == 0 and len(args) == len(old_args) == 1 and not kwargs and not old_kwargs:  # the most usual
+        return args[0] is call.placeholder
     if len(args) != len(old_args) or kwargs.keys() != old_kwargs.keys():
         return False
     if (args[hidden] if isinstance(hidden, int) else kwargs[hidden]) is not call.placeholder:

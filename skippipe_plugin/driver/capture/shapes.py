@@ -27,35 +27,43 @@ class ShapeBook:
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self._signatures = [_signature(block) for block in blocks]
-        self._keeping: dict[tuple[_Signature, Mode], Probe] = {}
-        self._known: dict[tuple[_Signature, Mode, TensorSpec], Probe] = {}
+        kinds: dict[_Signature, int] = {}
+        self._kinds = [kinds.setdefault(_signature(block), len(kinds)) for block in blocks]
+        self._keeping: dict[tuple[int, Mode], Probe] = {}
+        self._known: dict[tuple[int, Mode, TensorSpec], Probe] = {}
+        self._last: list[tuple[Mode, TensorSpec, Probe] | None] = [None] * len(self._kinds)
+        """By block: a question that has a lasting answer, and that answer: mostly the next question is the same."""
 
     def is_settled(self, modes: Sequence[Mode]) -> bool:
         """Whether every block is known to keep the form of its input, so that nothing need be asked any more."""
-        return all(each in self._keeping for each in zip(self._signatures, modes, strict=True))
+        return all(each in self._keeping for each in zip(self._kinds, modes, strict=True))
 
     def alike(self, block: int) -> list[int]:
         """Return the blocks of the same kind."""
-        return [index for index, each in enumerate(self._signatures) if each == self._signatures[block]]
+        return [index for index, each in enumerate(self._kinds) if each == self._kinds[block]]
 
     def output(self, block: int, enters: TensorSpec, mode: Mode, probe: Callable[[], Probe], *, ask: bool) -> Probe:
         """Return what ``block`` makes of a tensor of spec ``enters``.
 
         With ``ask`` each mode is asked about, without it only what is known in none.
         """
-        signature = self._signatures[block]
+        last = self._last[block]
+        if last is not None and last[0] == mode and last[1] == enters:
+            return last[2]
+        kind = self._kinds[block]
         other: Mode = (not mode[0], mode[1])
         for each in (mode, other, (mode[0], not mode[1]), (other[0], not mode[1])):
-            if (signature, each) in self._keeping:
-                return dataclasses.replace(self._keeping[signature, each], output=enters)
-            if (signature, each, enters) in self._known:
-                return self._known[signature, each, enters]
+            found = self._known.get((kind, each, enters))
+            if (kind, each) in self._keeping:
+                found = dataclasses.replace(self._keeping[kind, each], output=enters)
+            if found is not None:
+                self._last[block] = (mode, enters, found) if each == mode else None
+                return found
             if ask:
                 break
-        found = self._known[signature, mode, enters] = probe()
+        found = self._known[kind, mode, enters] = probe()
         if found.output == enters:
-            self._keeping[signature, mode] = found
+            self._keeping[kind, mode] = found
         return found
 
 

@@ -6,7 +6,10 @@ is resumed. Only what it has changed is touched, and what it has changed when it
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import asyncio
+import functools
+import operator
 import signal
 import sys
 import warnings
@@ -22,13 +25,15 @@ from torch.utils import _python_dispatch as dispatch
 from ...engine.errors import SkipPipeError
 from .suspend import current_thread
 
+getsignal: Final[Callable[[int], Any]] = _signal.getsignal
+"""What ``signal.getsignal`` asks, without an enum made of each answer: this is asked at every hand-over."""
 _autograd: Any = torch._C._autograd
 _eval_frame: Any = torch._C._dynamo.eval_frame
 
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """Something that has one value at a time; values are compared by identity."""
+    """Something that has one value at a time; values are compared by identity, lists and strings by content."""
 
     get: Callable[[], Any]
     set: Callable[[Any], object]
@@ -44,6 +49,7 @@ class Stack:
     push: Callable[[Any], object]
 
 
+_BY_CONTENT: Final = (str, list, tuple)
 Changes = tuple[tuple[Any, Any], ...]
 """Switches with their values, and stacks with what was added to them."""
 
@@ -55,12 +61,13 @@ class Snapshot:
         of_process: Leave out what each thread has for itself.
     """
 
-    __slots__ = ("_sizes", "_stacks", "_switches", "_values")
+    __slots__ = ("_getters", "_sizes", "_stacks", "_switches", "_values")
 
     def __init__(self, *, of_process: bool = False) -> None:
         self._switches: Sequence[Switch] = PROCESS if of_process else EVERY
         self._stacks: Sequence[Stack] = () if of_process else STACKS
-        self._values = [switch.get() for switch in self._switches]
+        self._getters = _GETTERS_OF_PROCESS if of_process else _GETTERS
+        self._values = [get() for get in self._getters]
         self._sizes = [stack.size() for stack in self._stacks]
 
     def apply(self, changes: Changes) -> None:
@@ -81,11 +88,12 @@ class Snapshot:
                 added.append(stack.pop())
             if added:
                 changes.append((stack, added))
-        for switch, value in zip(self._switches, self._values, strict=True):
-            now = switch.get()
-            if now is not value:
-                changes.append((switch, now))
-                switch.set(value)
+        now = [get() for get in self._getters]
+        if not all(map(operator.is_, now, self._values)):
+            for switch, value, before in zip(self._switches, now, self._values, strict=True):
+                if value is not before and not (type(value) in _BY_CONTENT and value == before):
+                    changes.append((switch, value))
+                    switch.set(before)
         return tuple(changes)
 
 
@@ -116,7 +124,7 @@ def _pop_hooks() -> Any:
 
 
 def _attribute(owner: Any, name: str) -> Switch:
-    return Switch(lambda: getattr(owner, name), lambda value: setattr(owner, name, value))
+    return Switch(functools.partial(getattr, owner, name), functools.partial(setattr, owner, name))
 
 
 def _set_filters(filters: Any) -> None:
@@ -126,19 +134,25 @@ def _set_filters(filters: Any) -> None:
         mutated()
 
 
-_SETS: Final[dict[tuple[Any, ...], tuple[Any, ...]]] = {}
-
-
-def _one(value: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the same object for equal values."""
-    return _SETS.setdefault(key := tuple(value), key)
-
-
 def _autocast(kind: str) -> tuple[Switch, ...]:
     return (
-        Switch(lambda: torch.is_autocast_enabled(kind), lambda on: torch.set_autocast_enabled(kind, on)),
-        Switch(lambda: torch.get_autocast_dtype(kind), lambda dtype: torch.set_autocast_dtype(kind, dtype)),
+        Switch(functools.partial(torch.is_autocast_enabled, kind), functools.partial(torch.set_autocast_enabled, kind)),
+        Switch(functools.partial(torch.get_autocast_dtype, kind), functools.partial(torch.set_autocast_dtype, kind)),
     )
+
+
+@functools.lru_cache
+def _the_same(order: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the same object for equal ones."""
+    return order
+
+
+_ANOMALY: Final = tuple(tuple((on, check) for check in (False, True)) for on in (False, True))
+"""By whether autograd looks for anomalies, and for NaN: the same pair each time."""
+
+
+def _anomaly_modes() -> tuple[bool, bool]:
+    return _ANOMALY[torch.is_anomaly_enabled()][torch.is_anomaly_check_nan_enabled()]
 
 
 def _accelerators() -> tuple[Switch, ...]:
@@ -148,7 +162,7 @@ def _accelerators() -> tuple[Switch, ...]:
     device = torch.accelerator.current_accelerator()
     assert device is not None
     streams = Switch(
-        lambda: _one((torch.accelerator.current_stream(),)),
+        lambda: (torch.accelerator.current_stream(),),
         lambda stream: torch.accelerator.set_stream(stream[0]),
     )
     index = Switch(torch.accelerator.current_device_index, torch.accelerator.set_device_index)
@@ -160,7 +174,7 @@ def _sdp(name: str) -> Switch:
 
 
 def _handler(number: int) -> Switch:
-    return Switch(lambda: signal.getsignal(number), lambda handler: signal.signal(number, handler))
+    return Switch(functools.partial(getsignal, number), functools.partial(signal.signal, number))
 
 
 _OF_THREAD: Final[tuple[Switch, ...]] = (
@@ -175,13 +189,13 @@ _OF_THREAD: Final[tuple[Switch, ...]] = (
 PROCESS: Final[tuple[Switch, ...]] = (
     Switch(torch.get_default_dtype, torch.set_default_dtype),
     Switch(
-        lambda: sys.intern(torch.get_float32_matmul_precision()),
+        torch.get_float32_matmul_precision,
         torch.set_float32_matmul_precision,
     ),
     Switch(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     *(_sdp(name) for name in ("flash", "mem_efficient", "math", "cudnn")),
     Switch(
-        lambda: _one(torch._C._get_sdp_priority_order()),
+        lambda: _the_same(tuple(torch._C._get_sdp_priority_order())),
         lambda order: torch._C._set_sdp_priority_order(list(order)),
     ),
     Switch(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
@@ -189,7 +203,7 @@ PROCESS: Final[tuple[Switch, ...]] = (
     Switch(torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
     Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
     Switch(
-        lambda: _one((torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled())),
+        _anomaly_modes,
         lambda modes: torch.set_anomaly_enabled(*modes),
     ),
     _attribute(torch_device, "CURRENT_DEVICE"),
@@ -200,6 +214,8 @@ PROCESS: Final[tuple[Switch, ...]] = (
     _attribute(warnings, "_showwarnmsg_impl"),
 )
 EVERY: Final = (*_OF_THREAD, *PROCESS)
+_GETTERS: Final = tuple(switch.get for switch in EVERY)
+_GETTERS_OF_PROCESS: Final = tuple(switch.get for switch in PROCESS)
 STACKS: Final = (
     Stack(torch.is_inference_mode_enabled, _leave_inference_mode, lambda guard: guard.__exit__(None, None, None)),
     Stack(torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack, overrides._push_mode),

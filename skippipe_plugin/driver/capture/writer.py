@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from ...engine.call import Call, Hop
+from ...engine.call import BlockMode, Call, Hop
 from ...engine.errors import SkipPipeError
+from ...engine.transport import TensorSpec
 from ...schedule import Path
 from ..layout import Layout
 from ..links import Links
 from .proxies import BlockProxies, StackCall
 from .side_inputs import Digests, Outbox, PreparedCall, SpecNumbers
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownHops:
+    """The hops that followed from a path, gradients, forms and modes."""
+
+    asked: tuple[Path, bool, bool, tuple[TensorSpec, ...], tuple[BlockMode, ...]]
+    hops: tuple[Hop, ...]
 
 
 class CallWriter:
@@ -22,6 +32,7 @@ class CallWriter:
         self._numbers = SpecNumbers()
         self._digests = Digests()
         self._outboxes = {link.rank: Outbox() for link in links}
+        self._hops_before: dict[int, _KnownHops] = {}
 
     @property
     def round_trip_s(self) -> float:
@@ -54,8 +65,16 @@ class CallWriter:
                 link.send(kind, fields | dict(opening or {}), blobs)  # type: ignore[arg-type]
 
     def _hops(self, microbatch: int, path: Path, call: StackCall) -> tuple[Hop, ...]:
-        self._check_forms(microbatch, path, call)
+        """Return what crosses between the ranks on ``path``; mostly what it was in the step before."""
         requires_grad = call.ambient.grad and call.hidden.requires_grad
+        before = self._hops_before.get(microbatch)
+        asked = path, requires_grad, call.ambient.grad, tuple(call.specs), tuple(call.modes)
+        if before is None or before.asked != asked:
+            self._check_forms(microbatch, path, call)
+            before = self._hops_before[microbatch] = _KnownHops(asked, self._find_hops(path, call, requires_grad))
+        return before.hops
+
+    def _find_hops(self, path: Path, call: StackCall, requires_grad: bool) -> tuple[Hop, ...]:
         hops = [Hop(call.specs[0], requires_grad)]
         for visit in path.visits:
             blocks = self._layout.blocks(visit.stage)
