@@ -16,7 +16,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .omit import NamedStack, check_selection, find_stack, resize_config, stage_blocks, without_blocks
+from .omit import (
+    NamedStack,
+    check_places,
+    check_selection,
+    find_stack,
+    resize_config,
+    stage_blocks,
+    tells_kinds,
+    without_blocks,
+)
 
 __all__ = ["Omission", "export"]
 
@@ -119,7 +128,11 @@ def _export_checkpoint(
     left["state_dict"] = smaller
     changed: tuple[str, ...] = ()
     if isinstance(hyper := left.get("hyper_parameters"), Mapping):
-        left["hyper_parameters"], changed = _resize_hyperparameters(hyper, len(stack), kept)
+        left["hyper_parameters"], changed = _resize_hyperparameters(hyper, stack, kept)
+    wanted, beside = config
+    text, names = ("", ()) if wanted is None else _resized_text(wanted, stack, kept)
+    if not tells_kinds((*changed, *names)):
+        check_places(state, stack, kept)
     lines = [_report(stack, skipped, omission)]
     dropped = [name for name in _OF_THE_RUN if checkpoint.get(name)]
     if dropped:
@@ -129,9 +142,7 @@ def _export_checkpoint(
         if changed
         else f"no entry of hyper_parameters says {len(stack)} layers: build the model with {len(kept)} when you load it"
     )
-    wanted, beside = config
     if wanted is not None and beside is not None:
-        text, names = _resized_text(wanted, len(stack), kept)
         beside.write_text(text, encoding="utf-8")
         lines.append(f"wrote {beside} with {', '.join(names)} changed")
     _write_complete(target, lambda path: torch.save(left, path))
@@ -157,12 +168,14 @@ def _is_archive(path: FilePath) -> bool:
         return file.read(2) == b"PK"
 
 
-def _resize_hyperparameters(hyper: Mapping[str, Any], num_blocks: int, kept: list[int]) -> tuple[Any, tuple[str, ...]]:
+def _resize_hyperparameters(
+    hyper: Mapping[str, Any], stack: NamedStack, kept: list[int]
+) -> tuple[Any, tuple[str, ...]]:
     """Resize the layer counts of a module's arguments, also in configurations of transformers among them."""
-    resized, changed = resize_config(hyper, num_blocks, kept)
+    resized, changed = resize_config(hyper, len(stack), kept, stack.container)
     for name, value in hyper.items():
         if not isinstance(value, Mapping) and hasattr(value, "to_diff_dict"):
-            inner, entries = resize_config(vars(value), num_blocks, kept)
+            inner, entries = resize_config(vars(value), len(stack), kept, stack.container)
             resized[name] = copy.copy(value)
             vars(resized[name]).update(inner)
             changed += tuple(f"{name}.{entry}" for entry in entries)
@@ -177,7 +190,9 @@ def _export_folder(source: FilePath, target: FilePath, omission: Omission, trust
     state = _folder_state(source, trust)
     stack, skipped, smaller = _smaller(state, omission)
     kept = [block for block in range(len(stack)) if block not in skipped]
-    text, names = _resized_text(config, len(stack), kept)
+    text, names = _resized_text(config, stack, kept)
+    if not tells_kinds(names):
+        check_places(state, stack, kept)
 
     def write(folder: FilePath) -> None:
         from safetensors.torch import save_file
@@ -219,13 +234,13 @@ def _model_config(path: FilePath) -> dict[str, Any]:
     return config
 
 
-def _resized_text(config: Mapping[str, Any], num_blocks: int, kept: list[int]) -> tuple[str, tuple[str, ...]]:
+def _resized_text(config: Mapping[str, Any], stack: NamedStack, kept: list[int]) -> tuple[str, tuple[str, ...]]:
     """Return the smaller config.json and the names of the changed entries; exactly one part of it must be changed."""
-    resized, changed = resize_config(config, num_blocks, kept)
+    resized, changed = resize_config(config, len(stack), kept, stack.container)
     parts = {name.rpartition(".")[0] for name in changed}
     if len(parts) != 1:
         where = f"several parts say so ({', '.join(changed)})" if parts else "no entry says so"
-        raise ValueError(f"cannot tell what in config.json stands for the {num_blocks} blocks: {where}")
+        raise ValueError(f"cannot tell what in config.json stands for the {len(stack)} blocks: {where}")
     return json.dumps(resized, indent=2) + "\n", changed
 
 

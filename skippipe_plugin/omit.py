@@ -21,6 +21,8 @@ _COUNTS: Final = frozenset(
     {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "n_blocks", "depth"}
 )
 """Names under which configurations keep the number of their layers."""
+_SIDED: Final = re.compile(r"^(?:num_)?(encoder|decoder)_layers$")
+"""The same in models that have two stacks, by which of them; there the plain names mean the encoder."""
 _LEADING: Final = frozenset({"first_k_dense_replace", "max_window_layers"})
 """How many of the first layers are of one kind."""
 _INDICES: Final = frozenset({"mlp_only_layers", "cross_attention_layers", "moe_layers"})
@@ -128,6 +130,60 @@ def without_blocks(state: Mapping[str, Tensor], stack: NamedStack, skipped: Coll
     return kept
 
 
+def check_places(state: Mapping[str, Tensor], stack: NamedStack, kept: Sequence[int]) -> None:
+    """Raise unless the blocks that are kept make a stack of the same kind.
+
+    A model that gives its first block what all need (T5's table of relative positions), or makes every second one
+    another, builds its blocks by their places: what is kept would lack tensors there, and they would be random.
+
+    Args:
+        state: The tensors by name.
+        stack: Its block stack.
+        kept: The blocks that are kept, ascending, from 0 within the stack.
+
+    Raises:
+        ValueError: A kind is left out altogether, or a block would come to the place of one of another kind.
+    """
+    kinds = _kinds(state, stack)
+    last = len(kinds) - 1
+    for block, kind in enumerate(kinds):
+        if all(kinds[other] != kind for other in kept):
+            raise ValueError(
+                f"without block {block} no block has {_difference(kind, kinds[kept[0]])}, which the model looks for; "
+                f"keep block {block}, and leave out others"
+            )
+    for place, block in enumerate(kept):
+        if kinds[block] != kinds[place] and not (block == last and kinds.count(kinds[last]) == 1):
+            raise ValueError(
+                f"block {block} would come to the place of block {place}, but is of another kind: they differ in "
+                f"{_difference(kinds[place], kinds[block])}; leave out blocks such that the rest come to places of "
+                "their own kind, such as a whole period of them"
+            )
+
+
+def _difference(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> str:
+    """Name a tensor that one kind of blocks has and the other has not, or not so."""
+    own = sorted(name for name in one if one[name] != other.get(name))
+    return (own or sorted(other.keys() - one.keys()))[0]
+
+
+def _kinds(state: Mapping[str, Tensor], stack: NamedStack) -> list[dict[str, tuple[int, ...]]]:
+    """Return the names and shapes of each block's tensors."""
+    start = f"{stack.container}." if stack.container else ""
+    kinds: dict[int, dict[str, tuple[int, ...]]] = {number: {} for number in stack.numbers}
+    for name, tensor in state.items():
+        match = _NUMBERED.match(name, len(start)) if name.startswith(start) else None
+        if match is not None and int(match[1]) in kinds and isinstance(tensor, Tensor):
+            kinds[int(match[1])][name[match.end() :]] = tuple(tensor.shape)
+    return list(kinds.values())
+
+
+def tells_kinds(changed: Collection[str]) -> bool:
+    """Whether among the changed entries of a configuration are some that say which layer is of which kind."""
+    names = [name.rpartition(".")[2] for name in changed]
+    return any(name not in _COUNTS and not _SIDED.search(name) for name in names)
+
+
 def check_selection(kind: str, skipped: Collection[int], existing: range) -> None:
     """Raise ValueError when what is to be left out does not exist, or is everything or nothing."""
     if unknown := sorted(set(skipped) - set(existing)):
@@ -141,7 +197,7 @@ def check_selection(kind: str, skipped: Collection[int], existing: range) -> Non
 
 
 def resize_config(
-    config: Mapping[str, Any], num_blocks: int, kept: Sequence[int]
+    config: Mapping[str, Any], num_blocks: int, kept: Sequence[int], stack: str = ""
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return a configuration for the blocks that are kept, and the dotted names of the entries that changed.
 
@@ -153,6 +209,7 @@ def resize_config(
         config: A configuration, such as the content of a ``config.json``.
         num_blocks: The number of blocks that it describes.
         kept: The blocks that are kept, ascending, from 0.
+        stack: The name of the block stack, which tells an encoder from a decoder.
 
     Raises:
         ValueError: The kind of a layer follows from its index, so that no configuration describes what is left.
@@ -164,14 +221,24 @@ def resize_config(
     _check_not_periodic(config, num_blocks)
     resized: dict[str, Any] = {}
     changed: list[str] = []
+    others = _counts_of_the_other(config, stack)
     for name, value in config.items():
         if isinstance(value, Mapping):
-            resized[name], inner = resize_config(value, num_blocks, kept)
+            resized[name], inner = resize_config(value, num_blocks, kept, stack)
             changed += [f"{name}.{entry}" for entry in inner]
         else:
-            resized[name] = _resized(str(name), value, num_blocks, kept)
+            resized[name] = value if name in others else _resized(str(name), value, num_blocks, kept)
             changed += [name] * (resized[name] != value)
     return resized, tuple(changed)
+
+
+def _counts_of_the_other(config: Mapping[str, Any], stack: str) -> Collection[str]:
+    """Return the entries that count the layers of a stack which is not the one with this name."""
+    sides = {str(name): match[1] for name in config if (match := _SIDED.search(str(name))) is not None}
+    own = next((side for side in ("decoder", "encoder") if side in re.split(r"[._]", stack)), "")
+    if not sides or not own:
+        return ()
+    return {name for name, side in sides.items() if side != own} | (set(_COUNTS) if own == "decoder" else set())
 
 
 def _resized(name: str, value: Any, num_blocks: int, kept: Sequence[int]) -> Any:
@@ -179,7 +246,7 @@ def _resized(name: str, value: Any, num_blocks: int, kept: Sequence[int]) -> Any
         if name in _INDICES:
             return [new for new, old in enumerate(kept) if old in value]
         return [value[old] for old in kept] if _is_per_layer(name, value, num_blocks) else value
-    if name in _COUNTS and value == num_blocks:
+    if (name in _COUNTS or _SIDED.search(name)) and value == num_blocks:
         return len(kept)
     if name in _LEADING and isinstance(value, int):
         return sum(old < value for old in kept)

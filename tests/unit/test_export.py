@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,78 @@ def test_files_that_are_no_checkpoints(
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert reason in error
+
+
+def _t5() -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "num_layers": 4, "num_heads": 2, "d_kv": 8, "d_ff": 32, "vocab_size": 32}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+
+
+def _bart() -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 4, "decoder_layers": 4, "vocab_size": 32, "max_position_embeddings": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **heads)).eval()
+
+
+@pytest.mark.parametrize("which", [["--skip-blocks", "0"], ["--skip-stages", "1", "--num-stages", "2"]])
+@pytest.mark.parametrize("stack", ["encoder.block", "decoder.block"])
+def test_the_block_that_owns_what_all_need_cannot_be_left_out(
+    stack: str, which: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _t5().save_pretrained(tmp_path / "whole")
+    assert export(tmp_path / "whole", tmp_path / "small", "--blocks", stack, *which) == 2
+    error = capsys.readouterr().err
+    assert "without block 0 no block has layer.0.SelfAttention.relative_attention_bias.weight" in error
+    assert "keep block 0, and leave out others" in error
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "stack"),
+    [(_t5, "encoder.block"), (_t5, "decoder.block"), (_bart, "model.encoder.layers"), (_bart, "model.decoder.layers")],
+)
+def test_other_blocks_of_one_of_two_stacks_can(make: Callable[[], Any], stack: str, tmp_path: Path) -> None:
+    """What the refusal advises: the rest is complete, and computes what the model without these blocks does."""
+    model = make()
+    model.save_pretrained(tmp_path / "whole")
+    assert export(tmp_path / "whole", tmp_path / "small", "--blocks", stack, "--skip-blocks", "1,2") == 0
+    smaller, info = type(model).from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    blocks = model.get_submodule(stack)
+    del blocks[2], blocks[1]
+    tokens = TOKENS[:, :8] % 32
+    with torch.no_grad():
+        found, expected = (
+            net(input_ids=tokens, decoder_input_ids=tokens, use_cache=False).logits for net in (smaller.eval(), model)
+        )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "gone", "reason"),
+    [
+        ("ABBB", "1", None),
+        ("ABBB", "0", "without block 0 no block has a.weight"),
+        ("BBBA", "1", None),
+        ("BBBA", "3", "without block 3 no block has a.weight"),
+        ("ABAB", "1", "block 2 would come to the place of block 1"),
+        ("ABAB", "0,1", None),
+        ("AABB", "0", "block 2 would come to the place of block 1"),
+        ("AAAA", "0,2", None),
+    ],
+)
+def test_kinds_of_blocks_in_a_checkpoint(
+    kinds: str, gone: str, reason: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {f"body.{i}.{kind.lower()}.weight": torch.ones(2) for i, kind in enumerate(kinds)}
+    torch.save(
+        {"state_dict": {**state, **{f"body.{i}.norm.bias": torch.ones(1) for i in range(4)}}}, tmp_path / "a.ckpt"
+    )
+    assert export(tmp_path / "a.ckpt", tmp_path / "b.ckpt", "--skip-blocks", gone) == (2 if reason else 0)
+    assert (reason or "") in capsys.readouterr().err
