@@ -72,5 +72,4 @@ class WorkerClocks:
 
 
 def _ask(link: Link) -> float:
-    link.send("clock")
-    return float(link.expect("clock").fields["now"])
+    return float(link.ask("clock", {}, "clock").fields["now"])

@@ -1,12 +1,15 @@
 """The driver's ends of the control channels: requests, answers, and the first failure of any worker.
 
-One thread per worker reads its channel. A failure (a worker's exception, a worker that is gone) is noted once, wakes
-whoever waits for an answer, and calls :attr:`Links.on_failure`, which wakes the driver out of a blocked receive.
+One thread per worker reads its channel. Every request has a number, which its answer names: one that comes when it was
+given up is dropped and counted, and never taken for the answer to the next request. A failure (a worker's exception, a
+worker that is gone) is noted once, wakes whoever waits for an answer, and calls :attr:`Links.on_failure`, which wakes
+the driver out of a blocked receive.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -15,6 +18,8 @@ from typing import Any, Final
 
 from ..engine.channel import Buffer, Channel, ChannelClosed, Message
 from ..engine.errors import SkipPipeError, StageLostError, unpack_exception
+
+log = logging.getLogger(__name__)
 
 _SALVAGE_S: Final = 60.0
 _CAUSE_S: Final = 10.0
@@ -44,6 +49,11 @@ class Link:
         self._channel = channel
         self._board: Links | None = None
         self._answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._answering = threading.Lock()
+        self._last_sent = self._given_up = -1
+        """The numbers of the last message that was sent, and of the last one whose answer nobody waits for any more."""
+        self.num_late = 0
+        """How many answers came when nobody waited for them any more."""
         self._tapped: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._closing = False
         self._reader = threading.Thread(target=self._read, name="worker", daemon=True)
@@ -70,48 +80,62 @@ class Link:
         """The shortest round trip to the worker; 0 where that is not known."""
         return self._channel.round_trip_s
 
-    def send(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> None:
-        """Send a message; raise the first failure when the worker is gone."""
+    def send(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> int:
+        """Send a message, and return its number; raise the first failure when the worker is gone."""
         if self.gone:  # the kernel takes what nobody will read
             self._checked()
-        try:
-            self._channel.send(kind, fields, blobs)
-        except ChannelClosed:
-            self._lost()
+        number = self.tell(kind, fields or {}, blobs)
+        if number < 0:
             self._checked()
+        return number
 
-    def expect(self, kind: str) -> Message:
-        """Wait for the answer ``kind``; raise the first failure of any worker instead of waiting in vain."""
+    def expect(self, kind: str, to: int | None = None) -> Message:
+        """Wait for the answer ``kind``; raise the first failure of any worker instead of waiting in vain.
+
+        Args:
+            kind: What it is.
+            to: The number of the message that it answers; others' are late, and dropped. None: whatever comes next.
+        """
         while True:
             self._checked()
             message = self._answers.get()
-            if message is not None and message.kind == kind:
+            if message is not None and self._fits(message, kind, to):
                 return message
 
-    def ask(self, kind: str, fields: Mapping[str, Any], answer: str) -> Message:
+    def ask(self, kind: str, fields: Mapping[str, Any], answer: str, blobs: Sequence[Buffer] = ()) -> Message:
         """Send a message and wait for its ``answer``, as :meth:`send` and :meth:`expect` do."""
-        self.send(kind, fields)
-        return self.expect(answer)
+        return self.expect(answer, self.send(kind, fields, blobs))
 
-    def expect_or_lose(self, kind: str) -> Message | None:
-        """Wait for the answer ``kind``; None when the worker is gone. Failures other than losses are raised."""
+    def _fits(self, message: Message, kind: str, to: int | None) -> bool:
+        """Whether this is the answer that is waited for; count it otherwise."""
+        if message.kind == kind and (to is None or message.answers in (to, -1)):
+            return True
+        self._note_late(message)
+        return False
+
+    def _note_late(self, message: Message) -> None:
+        self.num_late += 1
+        log.debug("%s: %r, the answer to message %d, came too late", self, message.kind, message.answers)
+
+    def expect_or_lose(self, kind: str, to: int | None = None) -> Message | None:
+        """Do as :meth:`expect`, but return None when the worker is gone. Failures other than losses are raised."""
         assert self._board is not None, "a link that no pipeline uses"
         while not self.gone:
             if self._board.failed and not self._board.lost:
                 self._checked()
             message = self._answers.get()
-            if message is not None and message.kind == kind:
+            if message is not None and self._fits(message, kind, to):
                 return message
         return None
 
     def salvage(self, kind: str, fields: Mapping[str, Any], answer: str) -> Message | None:
         """Ask a survivor of a failed generation; None when it is gone or does not answer."""
-        self.tell(kind, fields)
+        number = self.tell(kind, fields)
         deadline = time.monotonic() + _SALVAGE_S
         with contextlib.suppress(queue.Empty):
             while not self.gone and (left := deadline - time.monotonic()) > 0:
                 message = self._answers.get(timeout=min(left, 0.5))
-                if message is not None and message.kind == answer:
+                if message is not None and self._fits(message, answer, number):
                     return message
         return None
 
@@ -135,18 +159,25 @@ class Link:
         self._tapped.put(None)
 
     def forget_answers(self) -> None:
-        """Drop answers to what was given up."""
+        """Drop answers to what was given up: those that are here, and those that are still to come."""
         while not self._tapped.empty():
             self._tapped.get()
-        while not self._answers.empty():
-            self._answers.get()
+        with self._answering:
+            self._given_up = self._last_sent
+            while not self._answers.empty():
+                message = self._answers.get()
+                if message is not None:
+                    self._note_late(message)
 
-    def tell(self, kind: str, fields: Mapping[str, Any], blobs: Sequence[Buffer] = ()) -> None:
-        """Send a message to a worker that may be gone."""
+    def tell(self, kind: str, fields: Mapping[str, Any], blobs: Sequence[Buffer] = ()) -> int:
+        """Send a message to a worker that may be gone, and return its number; -1 when it is."""
         try:
-            self._channel.send(kind, fields, blobs)
+            number = self._channel.send(kind, fields, blobs)
         except ChannelClosed:
             self._lost()
+            return -1
+        self._last_sent = max(self._last_sent, number)
+        return number
 
     def beat(self, patience: int) -> None:
         """Ask for a sign of life; give the worker up when ``patience`` calls in a row found no answer.
@@ -190,15 +221,21 @@ class Link:
             if message.kind == "warmed":
                 self.warm = True
                 continue
+            self._take(message)
+
+    def _take(self, message: Message) -> None:
+        """Take what a worker answers, unless it is an answer to what was given up."""
+        with self._answering:
             board = self._board
-            if board is None or message.fields["generation"] < board.generation:
-                continue  # an answer to what was given up
-            if message.kind == "error":
-                board.report_error(self, message)
-            elif message.kind == "tapped":
-                self._tapped.put(message)
-            else:
-                self._answers.put(message)
+            late = board is None or message.fields["generation"] < board.generation
+            if late or 0 <= message.answers <= self._given_up:
+                self._note_late(message)
+                return
+            if message.kind != "error":
+                (self._tapped if message.kind == "tapped" else self._answers).put(message)
+                return
+        assert board is not None
+        board.report_error(self, message)
 
     def _lost(self) -> None:
         self.gone = True

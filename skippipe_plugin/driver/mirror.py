@@ -153,28 +153,23 @@ class DriverMirror:
         message = {"do": "store", "name": name, "fit": self._fit, "step": self._step, "entries": entries}
         message |= {"lasting": False, **fields}
         holders = self._links.ends() if holders is None else holders
-        for link in holders:
-            self._send(link, message, blobs)
+        sent = [(link, self._send(link, message, blobs)) for link in holders]
         if fields.get("quiet"):
             return
-        lacking = [link for link in holders if "base" not in self._answer(link).get("records", ("base",))]
+        lacking = [link for link, to in sent if "base" not in self._answer(link, to).get("records", ("base",))]
         # Workers that took over lack it; changes still count from the start for them, as for the others.
         if lacking and name == "tensors":
             self._store("base", {"others": self.state.others(), **self._base}, holders=lacking)
 
     def _ask_all(self, fields: Mapping[str, Any]) -> None:
-        links = list(self._links)
-        for link in links:
-            self._send(link, fields)
-        for link in links:
-            self._answer(link)
+        for link, number in [(link, self._send(link, fields)) for link in self._links]:
+            self._answer(link, number)
 
-    def _send(self, link: Link, fields: Mapping[str, Any], blobs: list[Buffer] | None = None) -> None:
-        if self._links.recovering:
-            link.tell("keep", fields, blobs or [])
-        else:
-            link.send("keep", fields, blobs or [])
+    def _send(self, link: Link, fields: Mapping[str, Any], blobs: list[Buffer] | None = None) -> int:
+        """Send a message, and return its number."""
+        send = link.tell if self._links.recovering else link.send
+        return send("keep", fields, blobs or [])
 
-    def _answer(self, link: Link) -> Mapping[str, Any]:
-        message = link.expect_or_lose("kept") if self._links.recovering else link.expect("kept")
+    def _answer(self, link: Link, to: int) -> Mapping[str, Any]:
+        message = link.expect_or_lose("kept", to) if self._links.recovering else link.expect("kept", to)
         return {} if message is None else message.fields

@@ -5,6 +5,9 @@ never pass here, see :mod:`skippipe_plugin.engine.transport`. A message is a kin
 binary blobs, under an HMAC with a key of this connection and direction and with the message's number. Nothing is
 parsed, and nothing unpickled, before both ends have proved that they know the job's secret and before the message's
 own HMAC is right: who can only alter or add to what is on the wire can end the connection, and nothing else.
+
+Both ends count the messages of each direction, so every request has a number, and an answer names the one that it
+belongs to. An answer that comes when nobody waits for it any more is told from that to the next question.
 """
 
 from __future__ import annotations
@@ -61,6 +64,10 @@ class Message:
     kind: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     blobs: Sequence[Buffer] = ()
+    number: int = -1
+    """The how-many-eth message of its end of the connection it is, from 0."""
+    answers: int = -1
+    """The number of the other end's message that it answers; -1: none in particular."""
 
 
 class Channel:
@@ -113,25 +120,42 @@ class Channel:
             return 0.0
         return int.from_bytes(info[_MIN_RTT_AT:], sys.byteorder) / 1e6
 
-    def send(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> None:
-        """Send one message; raise ChannelClosed when the other end is gone."""
+    def send(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        blobs: Sequence[Buffer] = (),
+        *,
+        answers: int | None = None,
+    ) -> int:
+        """Send one message, and return its number.
+
+        Args:
+            kind: What it is.
+            fields: JSON.
+            blobs: What comes with it.
+            answers: The number of the message that it answers, -1 for none; by default the last one received.
+
+        Raises:
+            ChannelClosed: The other end is gone.
+        """
         with self._send_lock:
-            self._send(kind, fields, blobs)
+            return self._send(kind, fields, blobs, self._receiving.count - 1 if answers is None else answers)
 
     def send_if_free(self, kind: str, fields: Mapping[str, Any] | None = None) -> bool:
         """Send a message unless another thread is sending one; return whether it was sent."""
         if not self._send_lock.acquire(blocking=False):
             return False
         try:
-            self._send(kind, fields, ())
+            self._send(kind, fields, (), -1)
         finally:
             self._send_lock.release()
         return True
 
-    def _send(self, kind: str, fields: Mapping[str, Any] | None, blobs: Sequence[Buffer]) -> None:
+    def _send(self, kind: str, fields: Mapping[str, Any] | None, blobs: Sequence[Buffer], answers: int) -> int:
         views = [memoryview(blob).cast("B") for blob in blobs]
-        head = _head(kind, fields or {}, views)
-        seal = self._sending.next(head)
+        head = _head(kind, fields or {}, views, answers)
+        number, seal = self._sending.count, self._sending.next(head)
         try:
             if views:
                 self._connection.sendall(head)
@@ -142,6 +166,7 @@ class Channel:
             self._connection.sendall(head + seal.digest())
         except OSError as error:
             raise ChannelClosed(f"the control connection broke while sending {kind!r}: {error}") from error
+        return number
 
     def hang_up(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Close, with a last message if it can be sent without waiting for anybody."""
@@ -176,7 +201,7 @@ class Channel:
             seal.update(blobs[-1])
         if not hmac.compare_digest(self._read(MAC_BYTES), seal.digest()):
             raise ChannelError("a control message was altered on its way, or does not come from the other end")
-        return _parse(text, blobs)
+        return _parse(text, blobs, self._receiving.count - 1)
 
     def _read(self, size: int) -> bytearray:
         try:
@@ -207,14 +232,15 @@ class _Seals:
 
     def __init__(self, key: bytes) -> None:
         self._start = hmac.new(key, digestmod=hashlib.sha256)
-        self._number = 0
+        self.count = 0
+        """How many messages there were."""
 
     def next(self, head: Buffer) -> hmac.HMAC:
         """Begin the HMAC of the next message; its blobs are still to be added."""
         seal = self._start.copy()
-        seal.update(_NUMBER.pack(self._number))
+        seal.update(_NUMBER.pack(self.count))
         seal.update(head)
-        self._number += 1
+        self.count += 1
         return seal
 
 
@@ -251,19 +277,22 @@ def host_and_port(address: tuple[Any, ...]) -> str:  # Any: IPv6 addresses have 
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _head(kind: str, fields: Mapping[str, Any], views: Sequence[memoryview]) -> bytes:
+def _head(kind: str, fields: Mapping[str, Any], views: Sequence[memoryview], answers: int = -1) -> bytes:
     """Return a message up to its blobs."""
-    text = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode()
+    said = {"kind": kind, "answers": answers} if answers >= 0 else {"kind": kind}
+    text = json.dumps({**fields, **said}, separators=(",", ":")).encode()
     head = _HEADER.pack(MAGIC, PROTOCOL_VERSION, len(views), len(text), sum(view.nbytes for view in views))
     return head + b"".join(_BLOB.pack(view.nbytes) for view in views) + text
 
 
-def _parse(text: bytearray, blobs: Sequence[Buffer]) -> Message:
+def _parse(text: bytearray, blobs: Sequence[Buffer], number: int) -> Message:
     try:
         fields = json.loads(text)
-        kind = fields.pop("kind")
+        kind, answers = fields.pop("kind"), fields.pop("answers", -1)
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
         raise ChannelError("a control message is not a JSON object with a kind") from error
     if not isinstance(kind, str):
         raise ChannelError(f"a control message is of kind {kind!r}, which is no name")
-    return Message(kind, fields, blobs)
+    if type(answers) is not int:
+        raise ChannelError(f"a control message answers {answers!r}, which is no number")
+    return Message(kind, fields, blobs, number, answers)

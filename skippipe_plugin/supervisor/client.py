@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..engine.c10d import TCPStore
-from ..engine.channel import ChannelError, connect
+from ..engine.channel import ChannelError, Message, connect
 from ..worker.processes import worker_environment
 from .supervisor import ADDRESS_VARIABLE, ATTEMPT_VARIABLE
 
@@ -36,7 +36,7 @@ class SupervisedProcesses:
         host, port = os.environ[ADDRESS_VARIABLE].rsplit(":", 1)
         self._channel = connect(host, int(port), bytes.fromhex(self.secret))
         self._channel.send("hello")
-        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closing = False
         self._reader = threading.Thread(target=self._read, name="supervisor", daemon=True)
@@ -81,13 +81,15 @@ class SupervisedProcesses:
 
     def _ask(self, kind: str, **fields: Any) -> dict[str, Any]:
         with self._lock:
-            self._channel.send(kind, fields)
-            return self._answers.get()
+            number = self._channel.send(kind, fields)
+            while (answer := self._answers.get()).answers != number:
+                pass  # to a question that was given up, as by Ctrl-C
+            return dict(answer.fields)
 
     def _read(self) -> None:
         with contextlib.suppress(ChannelError):
             while True:
-                self._answers.put(dict(self._channel.receive().fields))
+                self._answers.put(self._channel.receive())
         if not self._closing:
             sys.stderr.write("skippipe: the supervisor is gone, so this driver ends too\n")
             os._exit(1)

@@ -16,7 +16,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -86,6 +86,8 @@ class Worker:
         """By microbatch: which driver leads it."""
         self._pulled: dict[tuple[int, int], Message] = {}
         self._generation = self._rank = -1
+        self._asked: tuple[int, int] = (0, -1)
+        """Who sent the command under way, and its number on that one's channel."""
         self._given_up = -1
         """The last generation that the driver has given up."""
         self._step = -1
@@ -151,7 +153,7 @@ class Worker:
 
     def _ask_to_leave(self) -> None:
         with contextlib.suppress(ChannelClosed):
-            self._channels[0].send("leave")
+            self._channels[0].send("leave", answers=-1)
 
     def _gone(self, source: int) -> DriverGone:
         if self._refusal:
@@ -216,6 +218,7 @@ class Worker:
         if message.kind == "abort":
             return  # the reader has done it, and the step it was for is over
         command: Callable[[int, Message], None] = getattr(self, f"_on_{message.kind}")
+        outer, self._asked = self._asked, (source, message.number)
         try:
             command(source, message)
         except DriverGone:
@@ -226,6 +229,8 @@ class Worker:
             self._report(error, aborted=True)
         except Exception as error:
             self._report(error, aborted=False)
+        finally:
+            self._asked = outer
 
     def _report(self, error: BaseException, *, aborted: bool) -> None:
         self._holdings.give_up_step()
@@ -235,13 +240,15 @@ class Worker:
         with contextlib.suppress(ChannelClosed):  # the reader of that channel reports it
             self._answer("error", fields, [packed])
 
-    def _answer(self, kind: str, fields: dict[str, Any], blobs: Iterable[Any] = ()) -> None:
-        payload = list(blobs)
-        for channel in self._channels:
-            channel.send(kind, {"generation": self._generation, **fields}, payload)
+    def _answer(self, kind: str, fields: dict[str, Any], blobs: Sequence[Any] = ()) -> None:
+        for source in range(len(self._channels)):
+            self._reply(source, kind, fields, blobs)
 
-    def _reply(self, source: int, kind: str, fields: dict[str, Any], blobs: Iterable[Any] = ()) -> None:
-        self._channels[source].send(kind, {"generation": self._generation, **fields}, list(blobs))
+    def _reply(self, source: int, kind: str, fields: dict[str, Any], blobs: Sequence[Any] = ()) -> None:
+        """Answer the command under way; to another driver than the one that sent it, it is news."""
+        by, number = self._asked
+        answers = number if source % len(self._channels) == by else -1
+        self._channels[source].send(kind, {"generation": self._generation, **fields}, blobs, answers=answers)
 
     def _on_configure(self, source: int, message: Message) -> None:
         fields = message.fields

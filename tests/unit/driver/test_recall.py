@@ -104,12 +104,14 @@ class Worker:
             self.keep.obey(fields, blobs)
         self.answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
 
-    def send(self, kind: str, fields: Any = None, blobs: Any = ()) -> None:
+    def send(self, kind: str, fields: Any = None, blobs: Any = ()) -> int:
         self.asked += kind == "keep"
         if kind != "keep" or self.asked == self.dies_at:
-            return self.answers.put(None)
-        answer, data = self.keep.obey(fields, blobs)
-        return self.answers.put(Message("kept", {"generation": -1, **answer}, data))
+            self.answers.put(None)
+        else:
+            answer, data = self.keep.obey(fields, blobs)
+            self.answers.put(Message("kept", {"generation": -1, **answer}, data, answers=self.asked))
+        return self.asked
 
     def receive(self) -> Message:
         message = self.answers.get()
