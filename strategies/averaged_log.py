@@ -67,11 +67,8 @@ class AveragedLog:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Collect instead of logging."""
-        self._module.__dict__["log"] = self._collect
-        try:
+        with replaced_log(self._module, self._collect):
             yield
-        finally:
-            del self._module.__dict__["log"]
 
     def within(self, microbatch: int, function: Callable[[], Any]) -> Callable[[], Any]:
         """Return ``function`` such that what it logs counts for ``microbatch``, however it is interleaved."""
@@ -119,12 +116,19 @@ class AveragedLog:
 def noted_log(module: LightningModule) -> Iterator[Callable[[], Results]]:
     """Note what a run of a step logs instead of logging it; gives what tells the results."""
     entries = _Entries()
-    before = module.__dict__.get("log")
-    module.__dict__["log"] = lambda name, value, *args, **kwargs: entries.add(name, value, args, kwargs)
-    try:
+    with replaced_log(module, lambda name, value, *args, **kwargs: entries.add(name, value, args, kwargs)):
         yield entries.results
+
+
+@contextmanager
+def replaced_log(module: LightningModule, log: Callable[..., None]) -> Iterator[None]:
+    """Let ``module.log`` be another function."""
+    before = module.__dict__.get("log")
+    module.__dict__["log"] = log
+    try:
+        yield
     finally:
         if before is None:
-            del module.__dict__["log"]
+            module.__dict__.pop("log", None)
         else:
             module.__dict__["log"] = before

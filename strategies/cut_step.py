@@ -21,6 +21,7 @@ from ..model.spread import SpreadModel
 from ..model.weight import MicrobatchWeight, view_of
 from .averaged_log import AveragedLog, noted_log
 from .outputs import loss_of, with_loss, without_loss
+from .sections import shared_sections
 
 _OUTPUT = ("output",)
 
@@ -88,7 +89,14 @@ class CutStep:
             rewind=rewind,
             loss_is_sum=found.is_sum,
             share=found.share,
+            framed=self._framed,
         )
+
+    @contextmanager
+    def _framed(self) -> Iterator[None]:
+        precision = self._module.trainer.precision_plugin
+        with precision.train_step_context(), self.logging(), shared_sections(self._module):
+            yield
 
     def logging(self) -> AbstractContextManager[None]:
         """Collect what the step logs."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..driver.capture.asking import questions
 from ..driver.capture.undo import undo_all
 from ..driver.whole_step import WholeTask
+from .averaged_log import replaced_log
 from .outputs import loss_of
 
 
@@ -59,16 +60,19 @@ class WholeStep:
             note_state=self._note_state,
             repeats=repeats,
             share=1 / drivers,
+            framed=self._framed,
         )
+
+    @contextmanager
+    def _framed(self) -> Iterator[None]:
+        with self._module.trainer.precision_plugin.train_step_context(), replaced_log(self._module, _drop):
+            yield
 
     @contextmanager
     def logging(self) -> Iterator[None]:
         """Log what the step logs, unless it fails."""
-        self._module.__dict__["log"] = self._log
-        try:
+        with replaced_log(self._module, self._log):
             yield
-        finally:
-            del self._module.__dict__["log"]
         for args, kwargs in self._kept or ():
             self._module.log(*args, **kwargs)
 
@@ -98,6 +102,10 @@ class WholeStep:
             type(self._module).log(self._module, *args, **kwargs)
         else:
             self._kept.append((tuple(map(_copied, args)), {name: _copied(value) for name, value in kwargs.items()}))
+
+
+def _drop(*_: Any, **__: Any) -> None:
+    """Log nothing."""
 
 
 def _copied(value: Any) -> Any:

@@ -15,6 +15,7 @@ from ..engine.gradients import GradientWindow
 from ..engine.stage import Stage
 from ..engine.wire import norm_answer
 from ..schedule import Schedule
+from .accumulation import Accumulation
 from .capture.suspend import current_thread
 from .copies import GradientCopies
 from .layout import Layout
@@ -61,6 +62,8 @@ class GradientControl:
         """The visits of experts whose gradients are accumulated."""
         self.on_merge: Callable[[], None] = _nothing
         """Called on this driver with every merge."""
+        self.accumulation = Accumulation()
+        """What the accumulated gradients were computed from."""
         self._zero = ""
         """How the workers are to zero their gradients before anything else: ``"drop"``, ``"fill"``, or not at all."""
         self._is_stepped = False
@@ -125,6 +128,7 @@ class GradientControl:
             )
         self.keeps_stepped = self.keeps_stepped or not set_to_none
         self._zero = "drop" if set_to_none or self._zero == "drop" else "fill"
+        self.accumulation.zeroed()
         self._is_stepped = self._accumulates = False
         self.copies.outdate(present=self._zero == "fill" and self.copies.present and not self._is_one_of_many)
 
@@ -144,11 +148,12 @@ class GradientControl:
         (scale, value), self.pending_clip = self.pending_clip, (None, None)
         zero = "" if self._is_one_of_many else self.take_zero()
         if zero or scale is not None or value is not None:
+            self.accumulation.clipped(scale, value)
             self._command("clip", {"scale": scale, "value": value, "zero": zero})
 
     def clip_later(self, *, scale: float | None = None, value: float | None = None) -> None:
         """Have the workers clip when they step; at once where other drivers may read before."""
-        if self.copies.flush():
+        if self._flush():
             self._norm_under_way = False
         before, known = self.pending_clip
         factor = before if scale is None else scale * (1.0 if before is None else before)
@@ -182,7 +187,10 @@ class GradientControl:
     def merge(self, scale: float) -> None:
         """Add the last step's gradients, times ``scale``, to the accumulated ones, here and on the workers."""
         self._accumulates = True
-        self.copies.flush()
+        self.accumulation.renew()
+        if self.pending_clip != (None, None):
+            self.before_reading()  # what comes is not clipped with what is there
+        self._flush()
         if self._is_stepped:
             self._settle_stepped()
         for stage, held in self._hosted.items():
@@ -191,6 +199,7 @@ class GradientControl:
         zero = self.take_zero()
         if zero:
             self.loads.clear()
+        self.accumulation.added(scale, list(self._stage_scales.items()))
         self.loads.merge()
         self.on_merge()
         fields = {"scale": scale, "zero": zero, "stage_scales": list(self._stage_scales.items())}
@@ -198,6 +207,13 @@ class GradientControl:
         self._command("merge", fields | request)
         self._norm_under_way = self._expected_norm is not None
         self.copies.outdate(present=True)
+
+    def _flush(self) -> bool:
+        """Let the workers have what user code has written; return whether it has written anything."""
+        written = self.copies.flush()
+        if written:
+            self.accumulation.written()
+        return written
 
     def _settle_stepped(self) -> None:
         """New gradients come, and nobody has called zero_grad since the last optimizer step.
@@ -230,7 +246,8 @@ class GradientControl:
         """
         kind = float(norm_type), stepped
         norm_type = kind[0]
-        if self.copies.flush():
+        self.accumulation.require()
+        if self._flush():
             self._norm_under_way = False
         if not self._norm_under_way or self._expected_norm != kind:
             request = self._norm_request(kind)
@@ -256,10 +273,12 @@ class GradientControl:
                 "optimizer.step() was called twice for the same gradients, which the workers have dropped after the "
                 "first; override optimizer_step in the LightningModule, and they keep them until zero_grad"
             )
-        self.copies.flush()
+        self.accumulation.require()
+        self._flush()
         self._norm_under_way = False
         zero = self.take_zero()
         (scale, value), self.pending_clip = self.pending_clip, (None, None)
+        self.accumulation.stepped(kept=self.keeps_stepped)
         self._is_stepped = self.copies.present  # a step without any gradient leaves nothing to be dropped
         self.loads.clear()
         if self.keeps_stepped:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..engine.errors import SkipPipeError
 from ..engine.handover import pack_tensors, unpack_tensors
 from ..engine.wire import block_tensors, tensor_key
+from .accumulation import Accumulation
 from .capture.remote import Slot, detach, reattach
 from .copies import GradientCopies, WeightCopies
 from .layout import Layout
@@ -26,6 +27,8 @@ _T = TypeVar("_T")
 
 class Gradients(Protocol):
     """What commands the workers' gradients."""
+
+    accumulation: Accumulation
 
     def before_reading(self) -> None:
         """Let the workers' gradients be what this driver takes them to be."""
@@ -209,6 +212,8 @@ class Mirror:
     def fetch(self, what: str, blocks: Collection[int]) -> Mapping[str, Tensor]:
         def ask() -> dict[str, Tensor]:
             self._host.heal()
+            if what == "gradients":
+                self._host.gradients.accumulation.settle()
             return self._ask(what, blocks)
 
         if what == "gradients":

@@ -185,7 +185,7 @@ class Mover:
         self._parting = pipeline.links.reseat({r: (layout.stages_of(r), link) for r, (_, link) in places.items()})
         ends = [link.rank for link in pipeline.links.ends()]
         self._orders = {
-            rank: order(pipeline, rank, cargo, held=blocks, records=records if rank in ends else {})
+            rank: order(pipeline, rank, cargo, held=blocks, records=records if rank in ends else {}, moves=True)
             for rank, (blocks, _) in places.items()
         }
         self._adopted()

@@ -259,12 +259,14 @@ class RemoteOptimizer:
             return (*args[:-1], self._noting(args[-1])), kwargs
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._noting(kwargs["closure"])}
+        self._pipeline.gradients.accumulation.require()
         return args, kwargs
 
     def _noting(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def noting() -> Any:  # Any: the loss
             self._open(by_optimizer=False)
             result = closure()
+            self._pipeline.gradients.accumulation.require()
             self._note_settings()
             self._open(by_optimizer=True)
             return result

@@ -31,6 +31,10 @@ class Cargo:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """What is accumulated."""
     optimizer: dict[ParameterKey, dict[str, Any]] = field(default_factory=dict)  # Any: the optimizer class defines it
+    norms: dict[int, float] = field(default_factory=dict)
+    """By stage of the layout that it was fetched in: the norm of its last gradient."""
+    estimates: set[int] = field(default_factory=set)
+    """The blocks that were rebuilt from others, and have not taken an optimizer step since."""
 
     def parts(self, blocks: Collection[int]) -> dict[str, Part]:
         """Return the share of some blocks, as it travels."""
@@ -60,16 +64,20 @@ def fetch(sources: Mapping[Link, Collection[int]]) -> Cargo:
     """Ask each worker for everything that belongs to some of its blocks."""
     cargo = Cargo()
     kinds = ("weights", "gradients", "optimizer")
+    asked = {
+        (link, what): link.send("get", {"what": what, "blocks": sorted(blocks)})
+        for link, blocks in sources.items()
+        for what in kinds
+    }
     for link, blocks in sources.items():
         for what in kinds:
-            link.send("get", {"what": what, "blocks": sorted(blocks)})
-    for link in sources:
-        for what in kinds:
-            message = link.expect("state")
+            message = link.expect("state", asked[link, what])
             if what == "optimizer":
                 cargo.optimizer.update(decode_optimizer_state(message.fields, message.blobs))
             else:
                 tensors = unpack_tensors(message.fields["tensors"], message.blobs)
+                cargo.norms.update(message.fields["norms"])
+                cargo.estimates.update(set(message.fields["estimates"]) & set(blocks))
                 (cargo.weights if what == "weights" else cargo.gradients).update(tensors)
     return cargo
 
@@ -87,6 +95,7 @@ def order(
     *,
     held: Collection[int] = (),
     records: Mapping[str, Part] | None = None,
+    moves: bool = False,
 ) -> Order:
     """Say what the worker at ``rank`` holds, and give it what it lacks.
 
@@ -96,6 +105,7 @@ def order(
         cargo: What was fetched, of these blocks at least.
         held: The blocks that the worker has.
         records: What it keeps of the driver's own state from now on.
+        moves: Whether it was fetched in another layout, whose stages were others.
     """
     layout = pipeline.layout
     wanted = layout.hosted(rank)
@@ -111,6 +121,8 @@ def order(
         "keep": [block for block in wanted if block in held],
         "compile": pipeline.sender.compile_with,
         "overlap": pipeline.shards.overlap,
+        "norms": [] if moves else [(stage, cargo.norms[stage]) for stage in stages if stage in cargo.norms],
+        "estimates": sorted(cargo.estimates.intersection(lacking)),
         "parts": entries,
     }
     return Order(fields, blobs)
@@ -119,10 +131,9 @@ def order(
 def carry_out(pipeline: Pipeline, orders: Mapping[int, Order]) -> None:
     """Let workers carry their orders out, by rank, in the generation that has been formed."""
     links = [pipeline.links[rank] for rank in orders]
-    for link, each in zip(links, orders.values(), strict=True):
-        link.send("arrange", each.fields, each.blobs)
-    for link in links:
-        link.expect("ready")
+    sent = [link.send("arrange", each.fields, each.blobs) for link, each in zip(links, orders.values(), strict=True)]
+    for link, number in zip(links, sent, strict=True):
+        link.expect("ready", number)
     for link in links:
         link.tell("keep", {"do": "part", "quiet": True})
     pipeline.routers.resend()

@@ -5,37 +5,36 @@ It owns the links to the workers and this rank's end of the groups. Nothing here
 
 from __future__ import annotations
 
-import pickle
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.c10d import Store
-from ..engine.call import Ambient, Call, CallSpec, device_types
+from ..engine.call import Ambient, device_types
 from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
 from ..engine.handover import import_paths
 from ..engine.pairs import transport_for
 from ..engine.program import directed_links
-from ..engine.stage import Probe, Stage
+from ..engine.stage import Stage
 from ..engine.transport import TensorSpec, Transport
 from ..schedule import (
     NetworkCost,
     Schedule,
     Timeline,
 )
+from .accumulation import Batch
 from .backward import GradientControl, mergeable
 from .capture.asking import CutBook
-from .capture.cutting import Cut, parts_of
 from .capture.graphs import AroundTheBlocks
 from .capture.notes import noted
 from .capture.proxies import BlockProxies, StackCall
 from .capture.remote import is_remote
-from .capture.side_inputs import dump_probe
 from .capture.suspend import StepThreads, current_thread, suspend_here
 from .capture.writer import CallWriter
 from .clocks import WorkerClocks
@@ -44,8 +43,10 @@ from .layout import Layout
 from .links import Links
 from .measured import measured_network, measured_timeline
 from .mirrored import Mirror, check_hooks
+from .probing import computes_parts_alike, probe
 from .programs import Programs
 from .rendezvous import Rendezvous
+from .repeating import repeating
 from .resizing import carried_over
 from .routers import RouterControl
 from .shards import ExpertShards
@@ -110,13 +111,15 @@ class Pipeline:
         self._worker_devices = dict(worker_devices)
         self._programs = Programs(schedules, rank)
         self._transport: Transport | None = None
-        self._generation = -1
+        self.generation = -1
         self._step = 0
         self._threads = StepThreads()
         self._took_s: deque[float] = deque(maxlen=16)
         self._cuts = CutBook()
         self._around = AroundTheBlocks()
         self._proxies: BlockProxies | None = None
+        self.model: nn.Module | None = None
+        """The user's, while it is loaded."""
         self._sender: StageSender | None = None
         self._hosted: dict[int, Stage] = {}
         self._turns = Turns()
@@ -160,15 +163,15 @@ class Pipeline:
 
     def form(self) -> None:
         """Start a generation: form the groups anew with every worker that is there."""
-        self._generation = next(self._generations)
+        self.generation = next(self._generations)
         self._clocks.forget()
-        self.links.start_generation(self._generation)
+        self.links.start_generation(self.generation)
         self._transport = transport_for(
             self._rendezvous.backend,
             self._store,
             rank=self.rank,
             members=self._members(),
-            generation=self._generation,
+            generation=self.generation,
             host=self._rendezvous.host,
             device=str(self.device),
         )
@@ -194,6 +197,7 @@ class Pipeline:
         if self._proxies is not None:
             self._proxies.forget_open_calls()
         self.gradients.window.discard()
+        self.gradients.forget_norm()  # nobody answers any more
         self.routers.tallies.close()
         for stage in self._hosted.values():
             stage.forget()
@@ -213,7 +217,7 @@ class Pipeline:
     def _configuration(self, rank: int) -> dict[str, Any]:
         rendezvous = self._rendezvous
         return {
-            "generation": self._generation,
+            "generation": self.generation,
             "rank": rank,
             "members": self._members(),
             "store_host": rendezvous.store_host,
@@ -296,7 +300,7 @@ class Pipeline:
             compile_with: Keyword arguments for ``Module.compile`` of the blocks; None when nothing is compiled.
             seed: For blocks that were built on the meta device.
         """
-        proxies = proxies_of(probe=self._probe, forward=self._forward)
+        proxies = proxies_of(probe=partial(probe, self), forward=self._forward)
         keep = self.keeper is not None
         self.shards.learn(proxies.blocks)
         check_hooks(self.remote.remote_of(proxies.blocks), proxies.names)
@@ -319,6 +323,8 @@ class Pipeline:
         self.remote.own(proxies.blocks, proxies.names)
         local = [parameter for parameter in model.parameters() if not is_remote(parameter)]
         self.gradients.own(local, self._hosted)
+        self.model = model
+        self.gradients.accumulation.host = self if keep else None
         self.routers.own(model)
         self.gradients.on_merge = self.routers.board.commit
 
@@ -333,7 +339,7 @@ class Pipeline:
             return []
         lost = self.mirror.give_back(self.remote.last(self))
         proxies.remove()
-        self._proxies = None
+        self._proxies = self.model = None
         self._hosted = {}
         self.gradients.own([], {})
         return [proxies.names[block] for block in lost]
@@ -361,7 +367,7 @@ class Pipeline:
     @property
     def forms(self) -> Sequence[TensorSpec]:
         """What a microbatch's hidden states look like before each block and after the last; empty until it is known."""
-        return self._proxies_now().forms
+        return self.proxies.forms
 
     def heal(self) -> None:
         """After an aborted step: a new generation, so that everybody is known to be idle and answers are fresh."""
@@ -392,17 +398,37 @@ class Pipeline:
         """
         self.mirror.settle()
         self.gradients.begin_step()
+        rewind = task.rewinder()
         with noted(task.sizes):
-            return self.surviving(lambda: self._train(task, choose), rewind=task.rewinder(), whole=False)
+            result = self.surviving(lambda: self._train(task, choose), rewind=rewind, whole=False)
+        if self.keeper is not None:
+            ran = Batch(task, rewind, self.schedules[TRAINING], self._ambient(), self.generation)
+            self.gradients.accumulation.ran(ran)
+        return result
 
     def _train(self, task: StepTask | WholeTask, choose: Callable[[], None]) -> tuple[list[Any], Tensor | None]:
         self.heal()
-        run = self._step_run(task)
+        self.gradients.accumulation.settle()
+        run = self._step_run(task, self._ambient())
+        self._forth_and_back(run, task, choose)
+        self.gradients.count_visits(self.schedules[TRAINING], run.shares)
+        loss = run.loss_of_batch()
+        return run.values(), None if loss is None else mergeable(loss, self.gradients)
+
+    def repeat(self, batch: Batch, *, keep: bool) -> None:
+        """Run a training step once more for its gradients alone; ``keep`` them here and everywhere, to be merged."""
+        with repeating(self, batch), noted(batch.task.sizes):
+            self._forth_and_back(self._step_run(batch.task, batch.ambient), batch.task, _keep)
+        if not keep:
+            self.gradients.window.drop_new()
+
+    def _forth_and_back(self, run: StepRun | WholeRun, task: StepTask | WholeTask, choose: Callable[[], None]) -> None:
+        """Run forwards and backwards of a training step; its gradients are then kept aside everywhere."""
         with run.random_state():
             self.gradients.window.open()
             self.in_step = True
             try:
-                live = run.live(lambda: self._proxies_now().is_settled)
+                live = run.live(lambda: self.proxies.is_settled)
                 choose()
                 self.mirror.settle()  # the first function may have written weights
                 self._take_turns(task, live)
@@ -419,9 +445,6 @@ class Pipeline:
                 sum_over_holders(self.gradients.window.parameters, self._sum_over_drivers)
             self.gradients.window.close()
             self.routers.board.close()
-        self.gradients.count_visits(self.schedules[TRAINING], run.shares)
-        loss = run.loss_of_batch()
-        return run.values(), None if loss is None else mergeable(loss, self.gradients)
 
     def evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None] = _keep) -> list[Any]:
         """Run functions that may call the blocks any number of times, without gradients; return their results.
@@ -434,12 +457,12 @@ class Pipeline:
 
     def _evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None]) -> list[Any]:
         self.heal()
-        run = self._step_run(task)
+        run = self._step_run(task, self._ambient())
         self.in_step = True
         try:
             run.start(0)
             # What hooks keep belongs to one microbatch at a time, as if there were no others.
-            watched = self._proxies_now().is_watched
+            watched = self.proxies.is_watched
             if not watched:
                 run.start_all()
             choose()
@@ -456,7 +479,7 @@ class Pipeline:
         return run.values()
 
     def _take_turns(self, task: StepTask | WholeTask, live: Sequence[int]) -> None:
-        watched, outside = self._proxies_now().is_watched and len(live) > 1, task.outside is not None
+        watched, outside = self.proxies.is_watched and len(live) > 1, task.outside is not None
         other = self._turns.choose(self.whole_schedules[TRAINING], watched=watched, loss_is_outside=outside)
         if other is not None:
             self.use_schedule(TRAINING, other)
@@ -481,7 +504,7 @@ class Pipeline:
         timeline = (self.collect_timeline or self.measure_next) and name == TRAINING
         if timeline and self.leads:
             self._clocks.read()
-        proxies = self._proxies_now()
+        proxies = self.proxies
         opening = {
             "program": name,
             "live": list(live),
@@ -518,16 +541,18 @@ class Pipeline:
         if timeline:
             self.measure_next = False
 
-    def _step_run(self, task: StepTask | WholeTask) -> StepRun | WholeRun:
-        ambient = Ambient.current(device_types(self.device))
+    def _ambient(self) -> Ambient:
+        return Ambient.current(device_types(self.device))
+
+    def _step_run(self, task: StepTask | WholeTask, ambient: Ambient) -> StepRun | WholeRun:
         if isinstance(task, WholeTask):
             return WholeRun(
                 task,
                 microbatches=self.microbatches,
                 book=self._cuts,
-                computes_alike=self._computes_parts_alike,
+                computes_alike=partial(computes_parts_alike, self),
                 threads=self._threads,
-                proxies=self._proxies_now(),
+                proxies=self.proxies,
                 writer=self._writer,
                 device=self.device,
                 ambient=ambient,
@@ -536,7 +561,7 @@ class Pipeline:
             task,
             first=self.microbatches.start,
             threads=self._threads,
-            proxies=self._proxies_now(),
+            proxies=self.proxies,
             writer=self._writer,
             device=self.device,
             ambient=ambient,
@@ -545,7 +570,9 @@ class Pipeline:
             started=self.mirror.note_started,
         )
 
-    def _proxies_now(self) -> BlockProxies:
+    @property
+    def proxies(self) -> BlockProxies:
+        """What stands in the blocks' places in the driver's model."""
         assert self._proxies is not None, "no model is loaded"
         return self._proxies
 
@@ -566,27 +593,3 @@ class Pipeline:
     def _sum_over_drivers(self, tensor: Tensor) -> None:
         assert self._transport is not None
         self._transport.all_reduce(tensor, _DRIVERS)
-
-    def _probe(self, block: int, spec: CallSpec, side_inputs: Sequence[Tensor], enters: TensorSpec) -> Probe:
-        stage, call = self.layout.stage_of_block(block), Call(spec, tuple(side_inputs), 0)
-        if stage in self._hosted:
-            return self._hosted[stage].probe(block, call, enters)
-        link = self.links[self.layout.placement[stage][0]]
-        link.send("probe", {}, [dump_probe(block, call, enters)])
-        return pickle.loads(link.expect("probe").blobs[0])  # type: ignore[no-any-return]
-
-    def _computes_parts_alike(self, call: StackCall, cut: Cut, num_samples: int) -> bool:
-        """Ask one block of each kind whether it makes the same of parts of the batch as of all of it."""
-        proxies = self._proxies_now()
-        for block in proxies.one_of_each(call):
-            whole, parts = parts_of(call, cut, num_samples, block, proxies.question_about(call, block))
-            stage, enters = self.layout.stage_of_block(block), call.specs[block]
-            if stage in self._hosted:
-                alike = self._hosted[stage].computes_parts_alike(block, whole, enters, parts)
-            else:
-                link = self.links[self.layout.placement[stage][0]]
-                link.send("parts", {}, [dump_probe(block, whole, enters, parts)])
-                alike = link.expect("parts").fields["alike"]
-            if not alike:
-                return False
-        return True

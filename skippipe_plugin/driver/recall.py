@@ -16,7 +16,7 @@ from ..engine.optimizer import ParameterKey
 from ..engine.wire import decode_optimizer_state, tensor_key
 from ..recovery import Neighbour, RebuildRule
 from .links import Link, Links
-from .recovery import Source, neighbour_of, rebuilt_weights, source_of
+from .neighbours import Source, neighbour_of, rebuilt_weights, source_of
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class Recalled:
     optimizer: Mapping[ParameterKey, Mapping[str, Any]]
     living: Sequence[tuple[Sequence[int], float]]
     """Of each stage that was found: its blocks, and the L2 norm of its last gradient, before the common clipping."""
+    estimates: frozenset[int] = frozenset()
+    """The blocks among these that were rebuilt from others, and have not taken an optimizer step since."""
 
 
 def recall(links: Sequence[Link]) -> Recalled | None:
@@ -67,6 +69,7 @@ def _recall(links: Sequence[Link]) -> Recalled | None:
     optimizer: dict[ParameterKey, Mapping[str, Any]] = {}
     found: set[int] = set()
     living: list[tuple[Sequence[int], float]] = []
+    estimates: set[int] = set()
     for rank, summary in summaries.items():
         for part, held in enumerate(summary["blocks"]):
             blocks = sorted(set(held) - found)
@@ -75,6 +78,7 @@ def _recall(links: Sequence[Link]) -> Recalled | None:
                 message = _ask(links[rank], "state", what="weights", part=part, blocks=blocks)
                 weights |= unpack_tensors(message.fields["tensors"], message.blobs)
                 living += _living(message.fields, blocks)
+                estimates |= set(message.fields.get("estimates", ())).intersection(blocks)
                 message = _ask(links[rank], "state", what="optimizer", part=part, blocks=blocks)
                 optimizer |= decode_optimizer_state(message.fields, message.blobs)
     for rank in summaries:
@@ -89,6 +93,7 @@ def _recall(links: Sequence[Link]) -> Recalled | None:
         weights=weights,
         optimizer=optimizer,
         living=living,
+        estimates=frozenset(estimates),
     )
 
 
@@ -132,8 +137,12 @@ def _runs(blocks: Sequence[int]) -> list[range]:
 
 
 def _neighbour(recalled: Recalled, run: range, step: int) -> Neighbour | None:
-    """Return the nearest living stage before (step -1) or after (1) a run of lost blocks."""
-    stages = [(blocks, norm) for blocks, norm in recalled.living if (blocks[0] - run.start) * step > 0]
+    """Return the nearest living stage before (step -1) or after (1) a run of lost blocks.
+
+    One that was rebuilt itself counts only if there is no other.
+    """
+    whole = [each for each in recalled.living if not recalled.estimates.intersection(each[0])]
+    stages = [(blocks, norm) for blocks, norm in whole or recalled.living if (blocks[0] - run.start) * step > 0]
     if not stages:
         return None
     blocks, norm = min(stages, key=lambda stage: abs(stage[0][0] - run.start))
@@ -187,5 +196,4 @@ def _record(link: Link, name: str) -> tuple[Any, Mapping[str, Any]]:
 
 
 def _ask(link: Link, do: str, *, blobs: Sequence[Buffer] = (), **fields: Any) -> Message:
-    link.send("keep", {"do": do, **fields}, blobs)
-    return link.expect("kept")
+    return link.ask("keep", {"do": do, **fields}, "kept", blobs)

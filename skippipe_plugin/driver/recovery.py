@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, TypeVar
 
-from torch import Tensor
-
 from ..engine.errors import SkipPipeError, StageLostError
-from ..engine.handover import import_paths, unpack_tensors
-from ..engine.wire import block_tensors, tensor_key, tensor_name
-from ..recovery import Neighbour, RebuildRule, rebuild_stage
+from ..engine.handover import import_paths
+from ..recovery import RebuildRule
 from ..schedule import ScheduleError, leaves_out
 from .heartbeat import Heartbeat
 from .links import Link
 from .moving import Mover
+from .neighbours import EXPLAINED, Origin, Source, rebuilt_stage
 from .orders import Cargo, Order, carry_out, fetch, fetch_records, order
 from .pipeline import Pipeline
 
@@ -34,8 +32,6 @@ _T = TypeVar("_T")
 _MAX_JOIN_DEATHS: Final = 2
 """How often the replacement of one worker may die before it has taken over."""
 
-Source = Literal["relieved", "replica", "neighbours", "copy"]
-"""Where a stage's new weights came from."""
 WhileMissing = Literal["wait", "skip"]
 
 
@@ -64,21 +60,32 @@ class RecoveryEvent:
     """From when the loss was noticed to when the stage was whole again."""
     steps_around: int
     """How many training steps ran meanwhile without the worker."""
+    origins: tuple[Origin, ...] = ()
+    """What exactly each stage was rebuilt from, where it was rebuilt from others."""
+    batches_repeated: int = 0
+    """How many batches since the last optimizer step are run once more for the gradients that it had accumulated."""
 
     def __str__(self) -> str:
         stages = ", ".join(map(str, self.stages))
+        exactly = f" ({'; '.join(map(str, self.origins))})" if self.origins else ""
+        repeated = (
+            f"; batches since the last optimizer step that are repeated for its gradients: {self.batches_repeated}"
+            if self.batches_repeated
+            else ""
+        )
         return (
             f"worker rank {self.rank} (stage {stages}) was lost: {self.how_lost}. A new worker took over after "
-            f"{self.seconds:.2f} s and {self.steps_around} steps without it; its weights: {_EXPLAINED[self.source]}"
+            f"{self.seconds:.2f} s and {self.steps_around} steps without it; its weights: {EXPLAINED[self.source]}"
+            f"{exactly}{repeated}"
         )
 
 
-_EXPLAINED: Final[Mapping[Source, str]] = {
-    "relieved": "handed over by the worker that left, exact",
-    "replica": "copied from another replica, exact",
-    "neighbours": "average of the neighbouring stages, with a fresh optimizer",
-    "copy": "copy of the neighbouring stage, with a fresh optimizer",
-}
+@dataclass(frozen=True, slots=True)
+class _Rebuilt:
+    """What a new worker was given."""
+
+    source: Source
+    origins: tuple[Origin, ...] = ()
 
 
 class Replacements(Protocol):
@@ -282,15 +289,27 @@ class StageKeeper:
         missing = self._missing[rank]
         if missing.order is not None:
             carry_out(self._pipeline, {rank: missing.order})
-            source: Source = "relieved"
+            rebuilt = _Rebuilt("relieved")
         else:
-            source = self._rebuild(rank)
+            rebuilt = self._rebuild(rank)
         del self._missing[rank]
         if missing.leaver is not None:
             self._replacements.take_back([missing.leaver])
         stages = tuple(self._pipeline.layout.stages_of(rank))
         seconds = time.monotonic() - missing.since_s
-        self._report(RecoveryEvent(rank, stages, missing.how_lost, source, seconds, missing.steps_around))
+        accumulation = self._pipeline.gradients.accumulation
+        self._report(
+            RecoveryEvent(
+                rank,
+                stages,
+                missing.how_lost,
+                rebuilt.source,
+                seconds,
+                missing.steps_around,
+                rebuilt.origins,
+                accumulation.num_batches if accumulation.lacks(rank) else 0,
+            )
+        )
 
     def _warm_spares(self) -> None:
         """Let spares import what they will need."""
@@ -302,29 +321,27 @@ class StageKeeper:
 
     # --------------------------------------------------------------- state
 
-    def _rebuild(self, rank: int) -> Source:
+    def _rebuild(self, rank: int) -> _Rebuilt:
         """Give the new worker at ``rank`` the state of its stages."""
-        pipeline = self._pipeline
+        pipeline, origins = self._pipeline, list[Origin]()
         stages = pipeline.layout.stages_of(rank)
         replica = self._replica(rank)
         if replica is not None:
-            self._hand_over(rank, self._all_of(replica))
-            return "replica"
-        weights: dict[str, Tensor] = {}
-        sources: list[Source] = []
+            everything = self._all_of(replica)
+            self._hand_over(rank, everything)
+            pipeline.gradients.accumulation.copied(rank, replica.rank)
+            return _Rebuilt("estimate" if everything.estimates else "replica")
+        cargo, sources = Cargo(), []
         for stage in stages:
-            before, after = (self._neighbour(stage, step) for step in (-1, 1))
-            if before is None and after is None:
-                raise SkipPipeError(
-                    f"stage {stage} is lost, and no other stage is left to rebuild it from; "
-                    "start again from the last checkpoint"
-                )
-            blocks = pipeline.layout.blocks(stage)
-            weights |= rebuilt_weights(blocks, before, after, self._policy.rule)
-            sources.append(source_of(before, after, self._policy.rule))
+            weights, source, origin = rebuilt_stage(pipeline, stage, self._missing, self._policy.rule)
+            cargo.weights.update(weights)
+            sources.append(source)
+            origins.append(origin)
             pipeline.gradients.lr_factors[stage] = self._policy.lr_factor
-        self._hand_over(rank, Cargo(weights))
-        return "neighbours" if "neighbours" in sources else "copy"
+        cargo.estimates.update(pipeline.layout.hosted(rank))
+        self._hand_over(rank, cargo)
+        pipeline.gradients.accumulation.lack(rank)
+        return _Rebuilt("neighbours" if "neighbours" in sources else "copy", tuple(origins))
 
     def _replica(self, rank: int) -> Link | None:
         """Return a worker that holds the same stages as ``rank``, and the same experts of them, and is whole."""
@@ -337,55 +354,11 @@ class StageKeeper:
                 return link
         return None
 
-    def _neighbour(self, stage: int, step: int) -> Neighbour | None:
-        """Return the nearest living stage before (step -1) or after (1) ``stage``."""
-        pipeline = self._pipeline
-        other = stage + step
-        while 1 <= other <= len(pipeline.layout.stage_blocks):
-            hosted = pipeline.hosted_stage(other)
-            if hosted is not None:
-                norm = pipeline.gradients.hosted_norms.get(other, 0.0)
-                return neighbour_of(pipeline.layout.blocks(other), block_tensors(hosted.blocks), norm)
-            for rank in pipeline.layout.placement[other]:
-                if rank in pipeline.links and rank not in self._missing:
-                    message = pipeline.links[rank].ask("get", {"what": "weights"}, "state")
-                    tensors = unpack_tensors(message.fields["tensors"], message.blobs)
-                    norm = dict(message.fields["norms"]).get(other, 0.0)
-                    return neighbour_of(pipeline.layout.blocks(other), tensors, norm)
-            other += step
-        return None
-
     def _all_of(self, link: Link) -> Cargo:
         return fetch({link: self._pipeline.layout.hosted(link.rank)})
 
     def _hand_over(self, rank: int, cargo: Cargo) -> None:
         carry_out(self._pipeline, {rank: order(self._pipeline, rank, cargo)})
-
-
-def neighbour_of(blocks: Sequence[int], tensors: Mapping[str, Tensor], norm: float) -> Neighbour:
-    """Return the stage of some blocks as a neighbour of lost ones, from tensors by their names on the wire."""
-    states: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
-    for key, tensor in tensors.items():
-        block, name = tensor_key(key)
-        if block in states:
-            states[block][name] = tensor.detach()
-    return Neighbour(list(states.values()), norm)
-
-
-def rebuilt_weights(
-    blocks: Sequence[int], before: Neighbour | None, after: Neighbour | None, rule: RebuildRule
-) -> dict[str, Tensor]:
-    """Rebuild lost blocks from their neighbours; return their tensors by their names on the wire."""
-    return {
-        tensor_name(block, name): tensor
-        for block, state in zip(blocks, rebuild_stage(len(blocks), before, after, rule), strict=True)
-        for name, tensor in state.items()
-    }
-
-
-def source_of(before: Neighbour | None, after: Neighbour | None, rule: RebuildRule) -> Source:
-    """Return what a stage's weights come from that are rebuilt from these neighbours."""
-    return "neighbours" if before is not None and after is not None and rule != "copy" else "copy"
 
 
 def _text(stages: Sequence[int]) -> str:

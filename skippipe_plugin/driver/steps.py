@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
@@ -84,6 +84,8 @@ class StepTask:
     """Whether this driver's loss is the sum of the weighted ones as they are, instead of their mean."""
     share: float = 1.0
     """The batch's share of the global batch: one over the number of drivers."""
+    framed: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What the functions run in when the step is repeated after its end; what they log then is dropped."""
 
     @property
     def shares(self) -> list[float]:

@@ -8,7 +8,7 @@ counts, it does as in one process. The price: every forward comes before the los
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -59,6 +59,8 @@ class WholeTask:
     """Whether an interrupted step is repeated, so that the state is noted before each."""
     share: float = 1.0
     """The batch's share of the loss of the global batch: one over the number of drivers."""
+    framed: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What the function runs in when the step is repeated after its end; what it logs then is dropped."""
     outside: Callable[[Sequence[Any], Tensor], None] | None = None
     """Back-propagates into what the function returned, when the loss is computed outside of it; it may wait. It is also
     told what entered the blocks, whose graph takes another backward afterwards."""

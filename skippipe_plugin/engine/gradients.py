@@ -40,6 +40,10 @@ class GradientWindow:
         pairs = zip(self.parameters, self._new, strict=False)
         return [gradient for parameter, gradient in pairs if gradient is not None and id(parameter) in wanted]
 
+    def drop_new(self) -> None:
+        """Drop the gradients of the last step, which others have added already."""
+        self._new = []
+
     def discard(self) -> None:
         """Give a step up: drop what it computed and put the accumulated gradients back."""
         self._hooks.put_back()

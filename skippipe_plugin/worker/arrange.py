@@ -26,7 +26,8 @@ def arrange(holdings: Holdings, fields: Fields, parts: Mapping[str, Part], devic
 
     Args:
         holdings: What is held so far.
-        fields: ``stages`` (each: number, blocks, spread experts), ``keep`` (blocks), ``compile``, ``overlap``.
+        fields: ``stages`` (each: number, blocks, spread experts), ``keep`` (blocks), ``compile``, ``overlap``, and of
+            what comes: ``norms`` (by stage), ``estimates`` (blocks).
         parts: What comes: ``structure``, ``weights``, ``gradients``, ``optimizer`` (its state), ``plan`` (to build it).
         device: Where the blocks live.
     """
@@ -46,7 +47,10 @@ def arrange(holdings: Holdings, fields: Fields, parts: Mapping[str, Part], devic
         for block in arrived.values():
             block.compile(**fields["compile"])
     holdings.window = GradientWindow([p for stage in holdings.stages.values() for p in stage.parameters()])
-    holdings.norms = {}
+    if not kept:
+        holdings.forget_step()  # one of an earlier run, whose gradients are not those that come
+    holdings.norms = {int(stage): norm for stage, norm in fields.get("norms", ())}
+    holdings.estimates = (holdings.estimates & kept) | set(fields.get("estimates", ()))
     _fill(arrived, parts)
     if "plan" in parts:
         holdings.build_optimizer(parts["plan"][1][0])

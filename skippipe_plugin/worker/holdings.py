@@ -32,6 +32,8 @@ class Holdings:
         self.window = GradientWindow([])
         self.norms: dict[int, float] = {}
         """By stage: the L2 norm of its gradient in the last optimizer step, before the clipping of all together."""
+        self.estimates: set[int] = set()
+        """The blocks that were rebuilt from their neighbours and have not taken an optimizer step since."""
         self.step = -1
         """The number of the last optimizer step, where the driver numbers them."""
         self._optimizer: StageOptimizer | None = None
@@ -53,11 +55,16 @@ class Holdings:
                 block.compile(**fields["compile"])
         if fields["first"]:
             self.stages, self.norms, self.step, self._optimizer = {}, {}, -1, None
+            self.estimates = set()
             self._stepped = False
         self.stages[fields["stage"]] = Stage(fields["stage"], blocks, device)
         if fields["last"]:
             self.window = GradientWindow([p for stage in self.stages.values() for p in stage.parameters()])
         return bool(fields["last"])
+
+    def forget_step(self) -> None:
+        """Hold gradients that no optimizer step has used."""
+        self._stepped = False
 
     def give_up_step(self) -> None:
         """Drop what an interrupted step has computed."""
@@ -128,6 +135,7 @@ class Holdings:
         assert self._optimizer is not None, "an optimizer step before the optimizer"
         factors = [factor for stage, factor in fields["lr_factors"] if stage in self.stages]
         self._optimizer.step(pickle.loads(settings), lr_factor=max(factors, default=1.0))
+        self.estimates = set()
         self.step = fields.get("step", -1)
         if not fields["keep"]:
             self._stepped = True  # what follows is a new accumulation window
@@ -147,17 +155,23 @@ class Holdings:
     def state(self, what: str, only: Collection[int] | None = None) -> State:
         """Return ``"weights"``, the ``"optimizer"``'s state, or accumulated ``"gradients"``, perhaps of some blocks.
 
-        ``"last_gradients"`` are also those that an optimizer step has used.
+        ``"last_gradients"`` are also those that an optimizer step has used; ``"standing"`` is no tensor at all.
         """
         if what == "optimizer":
             state = self.optimizer_state()
             return encode_optimizer_state({key: state[key] for key in state if only is None or key[0] in only})
-        named = self._tensors() if what == "weights" else self._gradients(used=what == "last_gradients")
+        named = self._named(what)
         if only is not None:
             named = {name: tensor for name, tensor in named.items() if tensor_key(name)[0] in only}
         entries, blobs = pack_tensors(named)
         stages = [(number, list(stage.blocks)) for number, stage in self.stages.items()]
-        return {"tensors": entries, "norms": list(self.norms.items()), "stages": stages}, blobs
+        norms, estimates = list(self.norms.items()), sorted(self.estimates)
+        return {"tensors": entries, "norms": norms, "estimates": estimates, "stages": stages}, blobs
+
+    def _named(self, what: str) -> dict[str, Tensor]:
+        if what == "standing":
+            return {}
+        return self._tensors() if what == "weights" else self._gradients(used=what == "last_gradients")
 
     def put(self, what: str, fields: Fields, blobs: Sequence[Buffer]) -> None:
         """Overwrite what :meth:`state` returns."""

@@ -79,6 +79,10 @@ class Keep:
         """Everybody holds what the driver has ordered."""
         self._parting = None
 
+    def _estimate(self, fields: Fields, blobs: Sequence[Buffer]) -> None:
+        """Some blocks were rebuilt by the driver."""
+        self.holdings.estimates |= set(fields["blocks"]) & self.holdings.blocks().keys()
+
     def _drop(self, fields: Fields, blobs: Sequence[Buffer]) -> None:
         """Others hold everything."""
         self._now, self._parting, self._retained = _Kept(), None, ()

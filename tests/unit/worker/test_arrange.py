@@ -103,10 +103,14 @@ def run(holders: Sequence[Holdings], optimizer: Optimizer, seed: int, *, step: b
             holdings.step_optimizer(fields, values)
 
 
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_moved_blocks_train_on_as_if_they_had_stayed(name: str, times: int) -> None:
-    """The move comes in the middle of an accumulation; an order that is repeated changes nothing."""
+def test_moved_blocks_train_on_as_if_they_had_stayed(name: str, times: int, used: bool) -> None:
+    """The move comes in the middle of an accumulation; an order that is repeated changes nothing.
+
+    A worker that was used before has taken optimizer steps of another run.
+    """
     torch.manual_seed(0)
     blocks = [Block() for _ in range(NUM_BLOCKS)]
     make: Callable[..., Optimizer] = OPTIMIZERS[name]
@@ -114,6 +118,9 @@ def test_moved_blocks_train_on_as_if_they_had_stayed(name: str, times: int) -> N
     plan = plan_of(optimizer, blocks)
     reference = load({1: range(NUM_BLOCKS)}, blocks, plan)
     first, second, third = load({1: range(3)}, blocks, plan), load({2: range(3, 6)}, blocks, plan), Holdings()
+    if used:
+        third = load({1: range(2)}, [Block() for _ in range(2)], plan_of(make(blocks[0].parameters()), blocks[:1]))
+        run([third], make(blocks[0].parameters()), 0, step=True)
     for seed in range(4):
         run([reference], optimizer, seed, step=seed % 2 == 1)
         run([first, second], optimizer, seed, step=seed % 2 == 1)
