@@ -1,12 +1,51 @@
 """Train a deep model over unequal, unreliable machines without touching its LightningModule.
 
 Importing this package registers the strategy under the name ``"skippipe"``; the class is
-:class:`skippipe_plugin.strategies.SkipPipeStrategy`. What goes wrong at run time is a :class:`SkipPipeError`.
+:class:`skippipe_plugin.strategies.SkipPipeStrategy`. Plain torch loops use :class:`TorchPipeline`. What goes wrong at
+run time is a :class:`SkipPipeError`.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ._registration import register_when_lightning_is_there
 from .engine.errors import SkipPipeError
 
-__all__ = ["SkipPipeError"]
+if TYPE_CHECKING:
+    from .driver.recovery import RecoveryPolicy
+    from .job.network import NetworkConfig
+    from .model.config import PathConfig
+    from .model.loop_config import SkipPipeConfig
+    from .model.plain import TorchPipeline
+    from .moe import MoEConfig
+
+__all__ = [
+    "MoEConfig",
+    "NetworkConfig",
+    "PathConfig",
+    "RecoveryPolicy",
+    "SkipPipeConfig",
+    "SkipPipeError",
+    "TorchPipeline",
+]
+
+_LATE = {
+    "MoEConfig": "moe",
+    "NetworkConfig": "job.network",
+    "PathConfig": "model.config",
+    "RecoveryPolicy": "driver.recovery",
+    "SkipPipeConfig": "model.loop_config",
+    "TorchPipeline": "model.plain",
+}
+"""Where what takes seconds to import is: workers and the command line do without."""
+
+
+def __getattr__(name: str) -> Any:  # Any: the module's own attributes
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+
 
 register_when_lightning_is_there()

@@ -10,8 +10,8 @@ except ImportError as error:  # pragma: no cover - depends on the environment
 from ..driver.recovery import RecoveryPolicy
 from ..job.network import NetworkConfig
 from ..model.config import PathConfig
+from ..model.loop_config import SkipPipeConfig
 from .accelerator import SkipPipeAccelerator
-from .config import SkipPipeConfig
 from .pipe import SkipPipe
 
 __all__ = ["NetworkConfig", "PathConfig", "RecoveryPolicy", "SkipPipe", "SkipPipeAccelerator", "SkipPipeConfig"]

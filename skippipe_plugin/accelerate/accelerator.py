@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import PartialState
 
 from ..engine.errors import SkipPipeError
-from ..job.job import Launcher, worker_job
-from .config import SkipPipeConfig
+from ..job.job import worker_job
+from ..job.launched import RANK_VARIABLES, read_launcher
+from ..model.loop_config import SkipPipeConfig
 from .pipe import SkipPipe
-
-_RANK_VARIABLES: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 class SkipPipeAccelerator(Accelerator):  # type: ignore[misc]
@@ -41,7 +40,7 @@ class SkipPipeAccelerator(Accelerator):  # type: ignore[misc]
     def __init__(self, *positional: Any, config: SkipPipeConfig | None = None, **arguments: Any) -> None:
         own = {name: arguments.pop(name) for name in SkipPipeConfig.names() & arguments.keys()}
         config = SkipPipeConfig.from_environment(**own) if config is None else dataclasses.replace(config, **own)
-        launcher, num_processes = _read_launcher(os.environ)
+        launcher, num_processes = read_launcher(os.environ)
         if num_processes is not None:
             config.stages_of(num_processes)  # what does not fit is an error in every process
         if launcher is not None and launcher.rank > 0:
@@ -55,21 +54,6 @@ class SkipPipeAccelerator(Accelerator):  # type: ignore[misc]
         self.skippipe.open(launcher, num_processes)
 
 
-def _read_launcher(environment: Mapping[str, str]) -> tuple[Launcher | None, int | None]:
-    """Return what a launcher in torchrun's manner says about this process, and how many it has started."""
-    num_processes = int(environment.get("WORLD_SIZE", "1"))
-    if "RANK" not in environment or num_processes == 1:
-        return None, None
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if missing:
-        raise SkipPipeError(f"RANK={environment['RANK']} is set without {' and '.join(missing)}; set all, or none")
-    hosts_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    num_nodes = num_processes // int(environment.get("LOCAL_WORLD_SIZE", num_processes))
-    rank = int(environment["RANK"])
-    return Launcher(rank, address, port, hosts_store=hosts_store, num_nodes=num_nodes), num_processes
-
-
 def _check_state() -> None:
     if PartialState._shared_state and PartialState().num_processes > 1:
         raise SkipPipeError(
@@ -81,7 +65,7 @@ def _check_state() -> None:
 @contextmanager
 def _alone() -> Iterator[None]:
     """Hide the launcher from accelerate, which would distribute over its processes."""
-    hidden = {name: os.environ.pop(name) for name in _RANK_VARIABLES if name in os.environ}
+    hidden = {name: os.environ.pop(name) for name in RANK_VARIABLES if name in os.environ}
     try:
         yield
     finally:

@@ -8,36 +8,25 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..driver.capture.remote import is_remote
 from ..driver.moving import MoveEvent
-from ..driver.optimizer import RemoteOptimizer
 from ..driver.recovery import RecoveryEvent
 from ..engine.errors import SkipPipeError
-from ..job.job import DriverJob, Launcher, driver_job
-from ..model.calls import ModelCalls
-from ..model.compiled import CompiledParts, originals
-from ..model.panel import start_panel
+from ..job.job import DriverJob, Launcher
+from ..model.loop import LoopModel, open_job
+from ..model.loop_config import SkipPipeConfig
 from ..model.spread import SpreadModel
-from ..model.whole import WholeModel
-from ..partition import check_no_shared_parameters, find_blocks
-from .config import SkipPipeConfig
-
-log = logging.getLogger(__name__)
 
 _STATE_FILE: Final = "skippipe.json"
-_DEFAULT_STAGES: Final = 4
 _REPLACED: Final = (
     "prepare_model",
     "prepare_optimizer",
@@ -84,15 +73,8 @@ class SkipPipe:
         self._given = model
         self._num_stages = 0
         self._job: DriverJob | None = None
-        self._spread: SpreadModel | None = None
-        self._calls: ModelCalls | None = None
-        self._whole: WholeModel | None = None
-        self._compiled: CompiledParts | None = None
-        self._model: nn.Module | None = None
-        self._optimizer: Optimizer | None = None
-        self._remote: RemoteOptimizer | None = None
+        self._loop: LoopModel | None = None
         self._handles: list[Any] = []  # Any: torch's removable handles
-        self._hooks: list[Any] = []
         _check(accelerator)
 
     # ----------------------------------------------------------------- life
@@ -115,11 +97,7 @@ class SkipPipe:
         """
         if self._job is not None:
             return
-        self._num_stages = self._choose_num_stages(num_processes)
-        policy = self.config.recovery
-        self._job = driver_job(self.config.network, 1, launcher)
-        num_workers = (self._num_stages - self.config.driver_stage) * self.config.replicas
-        self._job.prepare(num_workers + (policy.spares if policy is not None else 0))
+        self._job, self._num_stages = open_job(self.config, self._accelerator.device, launcher, num_processes)
         self._replace_methods()
         if self._given is not None:
             self._take_model(self._given)
@@ -136,25 +114,9 @@ class SkipPipe:
 
     def bring_back(self) -> None:
         """Make model and optimizer whole again in this process; the workers wait for the next model."""
-        if self._calls is not None:
-            self._calls.close()
-        if self._whole is not None:
-            self._whole.remove()
-        try:
-            if self._remote is not None:
-                self._remote.detach()
-        finally:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
-            self._remote = self._optimizer = None
-            self._calls = self._whole = self._model = None
-            if self._spread is not None:
-                self._spread.bring_back()
-            self._spread = None
-            if self._compiled is not None:
-                self._compiled.restore()
-            self._compiled = None
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.bring_back()
 
     @property
     def spread(self) -> SpreadModel:
@@ -163,94 +125,43 @@ class SkipPipe:
         Raises:
             SkipPipeError: No model has been prepared.
         """
-        if self._spread is None:
-            raise SkipPipeError("no model is spread: call accelerator.prepare(model, ...) first")
-        return self._spread
+        return self._running().blocks
 
     @property
     def worker_pids(self) -> dict[int, int]:
         """By rank: the process ids of the workers on this host."""
-        return self._spread.worker_pids if self._spread is not None else {}
-
-    def _choose_num_stages(self, num_processes: int | None) -> int:
-        if num_processes is not None:
-            return self.config.stages_of(num_processes)
-        if self.config.num_stages is not None:
-            return self.config.num_stages
-        num_gpus = torch.cuda.device_count() if self._accelerator.device.type == "cuda" else 0
-        return self.config.stages_of(num_gpus) if num_gpus > 1 else _DEFAULT_STAGES
+        return self._loop.blocks.worker_pids if self._loop is not None else {}
 
     # ------------------------------------------------------- model and optimizer
 
     def _take_model(self, model: nn.Module) -> None:
         """Spread a prepared model, and the optimizers that wait for it."""
-        if self._model is not None:
+        if self._loop is not None:
             raise SkipPipeError(
                 "a second model was prepared, but a pipeline runs one. Prepare models that are not trained with "
                 "accelerator.prepare_model(model, evaluation_mode=True), or train one after the other with "
                 "accelerator.free_memory() in between"
             )
-        self._model = model
+        assert self._job is not None
+        device = self._accelerator.device
+        self._loop = LoopModel(
+            model, self.config, job=self._job, num_stages=self._num_stages, device=device, events=self.events
+        )
         try:
-            self._spread_blocks(model)
+            self._loop.spread(self._accelerator.print)
             for optimizer in self._accelerator._optimizers:
-                self._take_optimizer(optimizer, optimizer.state_dict())
+                self._loop.take_optimizer(_innermost(optimizer), optimizer.state_dict())
         except BaseException:
             self.bring_back()
             raise
 
-    def _spread_blocks(self, model: nn.Module) -> None:
-        assert self._job is not None
-        root, device, policy = getattr(model, "_orig_mod", model), self._accelerator.device, self.config.recovery
-        stack = find_blocks(root, self.config.blocks)
-        check_no_shared_parameters(root, stack)
-        blocks, described = originals(stack.blocks), str(stack)
-        self._compiled = CompiledParts(model, blocks)
-        self._spread = SpreadModel(
-            self.config,
-            num_stages=self._num_stages,
-            job=self._job,
-            rank=0,
-            device=device,
-            worker_devices=_worker_devices(device, self._num_stages * self.config.replicas),
-        )
-        recovery = None if policy is None else (self.config.fit_recovery(policy), self._note)
-        self._spread.spread(root, blocks, compile_with=self._compiled.options, recovery=recovery)
-        if self.config.verbose:
-            self._accelerator.print(start_panel(self._spread, root, blocks, described))
-        self._calls = ModelCalls(
-            self._spread, model, device, rewinds=policy is not None, weight=self.config.microbatch_weight
-        )
-        self._whole = WholeModel(model, root, self._spread, self._calls)
-
-    def _take_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Extend an optimizer of the spread model to the workers, with the ``state`` that it has already."""
-        assert self._model is not None
-        own = {id(parameter) for parameter in self._model.parameters()}
-        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-            return
-        inner = _innermost(optimizer)
-        if inner is self._optimizer:
-            return
-        if self._optimizer is not None:
-            raise SkipPipeError("a second optimizer of the model: a pipeline steps one; give it parameter groups")
-        calls = self._running()
-        self._optimizer, self._remote = inner, RemoteOptimizer(self.spread.pipeline, inner)
-        if state["state"]:
-            self._remote.load_state_dict(state)
-        self._hooks = [
-            inner.register_step_pre_hook(lambda *_: calls.settle()),
-            inner.register_step_post_hook(lambda *_: calls.count_optimizer_step()),
-        ]
-
-    def _running(self) -> ModelCalls:
-        if self._calls is None:
+    def _running(self) -> LoopModel:
+        if self._loop is None:
             raise SkipPipeError("no model is spread: call accelerator.prepare(model, ...) first")
-        return self._calls
+        return self._loop
 
-    def _note(self, event: RecoveryEvent | MoveEvent) -> None:
-        self.events.append(event)
-        log.warning("%s", event)
+    def _is_ours(self, model: nn.Module) -> bool:
+        return self._loop is not None and model is self._loop.model
 
     # ------------------------------------------------- in place of the accelerator's methods
 
@@ -270,7 +181,7 @@ class SkipPipe:
         device_placement: bool | None = None,
         evaluation_mode: bool = False,
     ) -> nn.Module:
-        if evaluation_mode or model is self._model:
+        if evaluation_mode or self._is_ours(model):
             return original(model, device_placement=device_placement, evaluation_mode=evaluation_mode)
         prepared = original(model, device_placement=False)  # the blocks go to their workers instead
         self._take_model(prepared)
@@ -281,25 +192,17 @@ class SkipPipe:
     ) -> Optimizer:
         state = optimizer.state_dict()  # accelerate moves it to where the parameters are, which may be nowhere
         prepared = original(optimizer, device_placement=device_placement)
-        if self._model is not None:
-            self._take_optimizer(prepared, state)
+        if self._loop is not None:
+            self._loop.take_optimizer(_innermost(prepared), state)
         return prepared
 
     def _backward(self, original: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
-        if self._calls is not None and not loss.requires_grad:
+        if self._loop is not None and not loss.requires_grad:
             raise SkipPipeError(
                 "backward was asked for a loss without a gradient: the model was called after model.eval() or under "
                 "torch.no_grad(). Call model.train() before the training calls"
             )
-        if self._calls is None:
-            original(loss, **kwargs)
-            return
-        try:
-            original(loss, **kwargs)
-            self._calls.complete()
-        except BaseException:
-            self._calls.abandon()
-            raise
+        original(loss, **kwargs)
 
     def _clip_grad_norm_(
         self,
@@ -308,41 +211,22 @@ class SkipPipe:
         max_norm: float,
         norm_type: float = 2,
     ) -> Tensor:
-        members, local = self._to_clip(parameters)
-        if len(members) == len(local):
-            return original(local, max_norm, norm_type=norm_type)
-        assert self._remote is not None
-        return torch.tensor(self._remote.clip_norm(float(max_norm), float(norm_type), local))
+        members = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if self._loop is None or self._loop.is_here(members):
+            return original(members, max_norm, norm_type=norm_type)
+        return self._loop.clip_norm(members, max_norm, norm_type)
 
     def _clip_grad_value_(
         self, original: Callable[..., None], parameters: Tensor | Iterable[Tensor], clip_value: float
     ) -> None:
-        members, local = self._to_clip(parameters)
-        original(local, clip_value)
-        if len(members) > len(local):
-            assert self._remote is not None
-            self._remote.clip_value(float(clip_value))
-
-    def _to_clip(self, parameters: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return all parameters to clip, and those of them that are here."""
         members = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        local = [parameter for parameter in members if not is_remote(parameter)]
-        if self._calls is None or len(members) == len(local):
-            return members, local
-        self._calls.settle()
-        asked = {id(parameter) for parameter in members}
-        groups = self._optimizer.param_groups if self._optimizer is not None else ()
-        trained = [p for group in groups for p in group["params"] if is_remote(p) and p.requires_grad]
-        left_out = sum(id(parameter) not in asked for parameter in trained)
-        if self._remote is None or left_out:
-            raise SkipPipeError(
-                f"gradients cannot be clipped without {left_out} of the {len(trained)} parameters that the workers "
-                "train: pass model.parameters(), after accelerator.prepare(model, optimizer)"
-            )
-        return members, local
+        if self._loop is None or self._loop.is_here(members):
+            original(members, clip_value)
+        else:
+            self._loop.clip_value(members, clip_value)
 
     def _save_model(self, original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        original(_Weights(model.state_dict()) if model is self._model else model, *args, **kwargs)
+        original(_Weights(model.state_dict()) if self._is_ours(model) else model, *args, **kwargs)
 
     def _free_memory(self, original: Callable[..., Any], *objects: Any) -> Any:
         self.bring_back()
@@ -353,18 +237,13 @@ class SkipPipe:
         original()
 
     def _save_state(self, models: Sequence[nn.Module], weights: Sequence[Any], output_dir: str) -> None:
-        if self._calls is not None:
-            state = self._calls.state() | {
-                "lr_factors": list(self.spread.pipeline.gradients.lr_factors_of_blocks.items())
-            }
-            (Path(output_dir) / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        if self._loop is not None:
+            (Path(output_dir) / _STATE_FILE).write_text(json.dumps(self._loop.state()), encoding="utf-8")
 
     def _load_state(self, models: Sequence[nn.Module], input_dir: str) -> None:
         file = Path(input_dir) / _STATE_FILE
-        if self._calls is not None and file.exists():  # other checkpoints of accelerate fit as well
-            state = json.loads(file.read_text(encoding="utf-8"))
-            self.spread.pipeline.gradients.lr_factors_of_blocks = dict(map(tuple, state.pop("lr_factors")))
-            self._calls.load_state(state)
+        if self._loop is not None and file.exists():  # other checkpoints of accelerate fit as well
+            self._loop.load_state(json.loads(file.read_text(encoding="utf-8")))
 
 
 class _Weights(nn.Module):
@@ -396,10 +275,3 @@ def _innermost(optimizer: Optimizer) -> Optimizer:
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _worker_devices(device: torch.device, num_workers: int) -> dict[int, str]:
-    if device.type != "cuda":
-        return {}
-    count = torch.cuda.device_count()
-    return {rank: f"cuda:{rank % count}" for rank in range(1, num_workers + 1)}

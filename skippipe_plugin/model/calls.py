@@ -7,7 +7,7 @@ forwards otherwise; then the backwards follow with the loop's. Other calls run w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,6 +43,8 @@ _HAS_A_LOSS: Final = (
     "labels and compute the whole loss from its outputs"
 )
 _OUTPUT: Final = ("output",)
+Kind = tuple[Hashable, int, frozenset[str]]
+"""Of a call: the code that runs, how many positional arguments there are, the names of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +96,14 @@ class ModelCalls:
         self._device = device
         self._rewinds = rewinds
         self._forward: Callable[..., Any] = model.forward
+        self._function = self._forward
+        """What runs for each microbatch: the model, or a function of the loop's that calls it."""
         self._pending: _Pending | None = None
         self._thread: StepThread | None = None
         self._cutter = Cutter()
-        self._outside: dict[tuple[int, frozenset[str]], bool] = {}
-        """By kind of call (number of positional arguments, names of the others): whether it returns no loss."""
-        self._seen: set[tuple[int, frozenset[str]]] = set()
+        self._outside: dict[Kind, bool] = {}
+        """By kind of call: whether it returns no loss."""
+        self._seen: set[Kind] = set()
         """The kinds of which that is known."""
         self._weight = weight
         self._asking = Asking(spread, model, device, weighted=callable(weight))
@@ -111,6 +115,16 @@ class ModelCalls:
         if self._model.training and torch.is_grad_enabled():
             return self._train(args, kwargs)
         return self._evaluate(args, kwargs)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what ``function``, which calls the model, would return for the whole batch."""
+        if current_thread() is not None:
+            return function(*args, **kwargs)
+        self._function = function
+        try:
+            return self(*args, **kwargs)
+        finally:
+            self._function = self._forward
 
     def complete(self) -> None:
         """Run the backwards that the loop's backward has asked for, and add their gradients."""
@@ -138,10 +152,11 @@ class ModelCalls:
         """Take over what :meth:`state` returned."""
         self.num_calls, self.num_optimizer_steps = state["calls"], state["optimizer_steps"]
 
-    def abandon(self) -> None:
-        """Drop what the last training call has left to do: its backward failed."""
-        self._give_up()
-        self._pending = None
+    def fail(self) -> None:
+        """Drop what the last training call has left to do: a backward that has reached it failed."""
+        if self._pending is not None and self._pending.is_over:
+            self._give_up()
+            self._pending = None
 
     def close(self) -> None:
         """Give up what is pending and end the thread."""
@@ -161,7 +176,7 @@ class ModelCalls:
         if cut is None:
             return self._train_whole(args, kwargs)
         batch, merging = cut
-        kind = len(args), frozenset(kwargs)
+        kind = code_of(self._function), len(args), frozenset(kwargs)
         self.num_calls += 1
         rewind = rewinder(self._model) if self._rewinds or kind not in self._outside else _nothing
         if not self._outside.setdefault(kind, False):
@@ -204,10 +219,11 @@ class ModelCalls:
 
     def _run_with_loss(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Any, Tensor]:
         args, kwargs = call
-        output = self._forward(*args, **kwargs)
+        output = self._function(*args, **kwargs)
         loss = find_loss(output)
         if loss is None:
             raise _LossIsOutside
+        _check_scaling(loss.device)
         return output, loss
 
     def _train_outside(self, batch: _Batch, merging: Merging, rewind: Callable[[], None]) -> Any:
@@ -234,7 +250,7 @@ class ModelCalls:
         return merge(opened)
 
     def _run_outside(self, batch: _Batch, rewind: Callable[[], None], outside: Callable[..., None]) -> None:
-        functions = [functools.partial(self._forward, *args, **kwargs) for args, kwargs in batch.calls]
+        functions = [functools.partial(self._function, *args, **kwargs) for args, kwargs in batch.calls]
         shares = [size / sum(batch.sizes) for size in batch.sizes]
         task = StepTask(
             functions,
@@ -250,7 +266,7 @@ class ModelCalls:
 
     def _train_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model runs once on the whole batch; only what enters its blocks is cut."""
-        kind = len(args), frozenset(kwargs)
+        kind = code_of(self._function), len(args), frozenset(kwargs)
         self.num_calls += 1
         if not self._outside.setdefault(kind, False):
             undo = undo_all(self._model, self._device, (args, kwargs)) if kind not in self._seen else _nothing
@@ -276,18 +292,19 @@ class ModelCalls:
     def _run_whole_outside(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], outside: Callable[[Sequence[Any], Tensor], None]
     ) -> None:
-        task = self._whole_task(functools.partial(self._forward, *args, **kwargs), args, kwargs, outside=outside)
+        task = self._whole_task(functools.partial(self._function, *args, **kwargs), args, kwargs, outside=outside)
         self._spread.train(task, self.num_optimizer_steps)
 
     def _whole_task(
         self, function: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
     ) -> WholeTask:
+        whole = self._function
         return WholeTask(
             function=function,
             seed=self._seed(),
             name="training" if options else "evaluation",
             training=bool(options),
-            questions=questions(lambda batch: self._forward(*batch[0], **batch[1]), (args, kwargs)),
+            questions=questions(lambda batch: whole(*batch[0], **batch[1]), (args, kwargs)),
             note_state=functools.partial(undo_all, self._model, self._device, (args, kwargs)),
             repeats=self._rewinds,
             **{"loss_of": lambda _: None, **options},
@@ -321,11 +338,11 @@ class ModelCalls:
         self.settle()
         cut = self._cut(args, kwargs, training=False)
         if cut is None:
-            whole = self._whole_task(functools.partial(self._forward, *args, **kwargs), args, kwargs)
+            whole = self._whole_task(functools.partial(self._function, *args, **kwargs), args, kwargs)
             with torch.no_grad():
                 return self._spread.evaluate(whole)[0]
         batch, merging = cut
-        functions = [functools.partial(self._forward, *own, **named) for own, named in batch.calls]
+        functions = [functools.partial(self._function, *own, **named) for own, named in batch.calls]
         shares = [1 / len(functions)] * len(functions)
         rewind = rewinder(self._model) if self._rewinds else _nothing
         task = StepTask(
@@ -349,7 +366,13 @@ class ModelCalls:
             return None
         batch = self._pieces(args, kwargs, training=training)
         question = Question(
-            kind=(training, self._model.training, torch.is_grad_enabled(), kind_of((args, kwargs))),
+            kind=(
+                code_of(self._function),
+                training,
+                self._model.training,
+                torch.is_grad_enabled(),
+                kind_of((args, kwargs)),
+            ),
             view=view_of(_given(args, kwargs), [_given(*call) for call in batch.calls], batch.sizes, self._weight),
             whole=functools.partial(self._results, (args, kwargs)),
             pieces=[functools.partial(self._results, call) for call in batch.calls],
@@ -362,7 +385,7 @@ class ModelCalls:
     def _results(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Results:
         """Run a call that is only asked how its results merge."""
         args, kwargs = call
-        output = without_caches(self._forward(*args, **kwargs))
+        output = without_caches(self._function(*args, **kwargs))
         loss = find_loss(output)
         return {_OUTPUT: output} if loss is None else {LOSS: loss, _OUTPUT: _without_loss(output)}
 
@@ -382,6 +405,21 @@ class ModelCalls:
 
     def _seed(self) -> int:
         return block_seed(torch.initial_seed(), self.num_calls)
+
+
+def _check_scaling(device: torch.device) -> None:
+    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16:
+        raise SkipPipeError(
+            "a loss that is computed for each microbatch in float16 goes back before a GradScaler can scale it; use "
+            "torch.bfloat16, or compute the loss in the loop, from the outputs of the model (called without labels)"
+        )
+
+
+def code_of(function: Callable[..., Any]) -> Hashable:
+    """Return what tells functions of a loop apart: those that it makes anew for each batch have one code."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__code__", None) or getattr(type(function), "__qualname__", "")
 
 
 def _nothing() -> None:

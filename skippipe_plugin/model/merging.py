@@ -15,6 +15,8 @@ from .weight import MicrobatchWeight
 
 Agree = Callable[[Any], list[Any]]
 """Gives every driver what each of them has."""
+_TRIES: Final = 6
+"""How often a step is asked about again whose results leave something open."""
 log = logging.getLogger(__name__)
 
 
@@ -128,10 +130,11 @@ class Merging:
         """
         if self.answer is None:
             return parts[0]
-        try:
-            return self._merge(key, parts)
-        except (KeyError, Unsettled):
-            self.answer = self.asking.again(self.question)
+        for _ in range(_TRIES):
+            try:
+                return self._merge(key, parts)
+            except (KeyError, Unsettled):  # counts of what is rare may have been 0 so far
+                self.answer = self.asking.again(self.question)
         try:
             return self._merge(key, parts)
         except (KeyError, Unsettled) as error:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..driver.capture.graphs import goes_past
 from ..driver.capture.randomness import random_states, set_random_states
 from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
+from ..driver.capture.switches import Snapshot
 from ..engine.call import Ambient, device_types
 from .outputs import differentiable
 
@@ -37,9 +38,12 @@ class SuspendedStep:
         self._draws_on = draws_on
         self._gradients: Sequence[Tensor] | None = None
         self._loop_states: list[Tensor] = []
+        self._begun: Snapshot | None = None
+        """What the loop had switched on around its call of the model, and may have left before its backward."""
 
     def start(self, train: Train) -> list[Any]:
         """Run all forwards; return the outputs by microbatch."""
+        self._begun = Snapshot(stacks=False)
         self._loop_states = random_states(self._device)
         outcome = self._thread.start(lambda: train(self._back_propagate), Ambient.current(device_types(self._device)))
         assert isinstance(outcome, Suspended), "a step ended without asking for gradients"
@@ -50,15 +54,21 @@ class SuspendedStep:
         """Run all backwards, given the gradients of the outputs' differentiable tensors, by microbatch."""
         self._loop_states = random_states(self._device)
         self._gradients = gradients
+        assert self._begun is not None
+        since = self._begun.take_back()
         try:
             outcome = self._thread.resume(gradients)
             assert isinstance(outcome, Returned)
         finally:
+            self._begun.apply(since)
             set_random_states(self._device, self._loop_states)
 
     def abandon(self) -> None:
         """Give the step up."""
+        since = self._begun.take_back() if self._begun is not None else ()
         self._thread.abandon()
+        if self._begun is not None:
+            self._begun.apply(since)
 
     def _back_propagate(self, outputs: Sequence[Any], hidden: Tensor | None = None) -> None:
         """In the step's thread: hand the outputs over, wait for their gradients, and go back from there.

@@ -41,6 +41,16 @@ def test_the_example_trains_the_same_model_either_way(tmp_path: Path) -> None:
     assert checkpoint.stat().st_size > 0
 
 
+def test_the_plain_loop_prints_the_same_losses_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    losses = [
+        [float(loss) for loss in re.findall(r"loss ([0-9.]+)", run_example("plain_loop.py", *arguments))]
+        for arguments in ([], ["--plain"])
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    assert losses[0][0] > 2 * losses[0][-1] > 0
+
+
 @pytest.mark.slow
 def test_experts_are_balanced_in_a_partial_pipeline(tmp_path: Path) -> None:
     output = run_example("train_moe.py", *SMALL, "--num-microbatches", "4", "--output", str(tmp_path))

@@ -59,13 +59,14 @@ class Snapshot:
 
     Args:
         of_process: Leave out what each thread has for itself.
+        stacks: Whether what is stacked belongs to it.
     """
 
     __slots__ = ("_getters", "_sizes", "_stacks", "_switches", "_values")
 
-    def __init__(self, *, of_process: bool = False) -> None:
+    def __init__(self, *, of_process: bool = False, stacks: bool = True) -> None:
         self._switches: Sequence[Switch] = PROCESS if of_process else EVERY
-        self._stacks: Sequence[Stack] = () if of_process else STACKS
+        self._stacks: Sequence[Stack] = STACKS if stacks and not of_process else ()
         self._getters = _GETTERS_OF_PROCESS if of_process else _GETTERS
         self._values = [get() for get in self._getters]
         self._sizes = [stack.size() for stack in self._stacks]

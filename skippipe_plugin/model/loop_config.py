@@ -1,4 +1,4 @@
-"""Settings of a pipeline under accelerate: arguments come before environment variables, these before a YAML file."""
+"""Settings of a loop's pipeline: arguments come before environment variables, these before a YAML file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import yaml
 
 from ..driver.recovery import RecoveryPolicy
 from ..job.network import NetworkConfig
-from ..model.config import PathConfig
-from ..model.settings import PipelineSettings
 from ..moe import MoEConfig
+from .config import PathConfig
+from .settings import PipelineSettings
 
 PREFIX: Final = "SKIPPIPE_"
 FILE_VARIABLE: Final = f"{PREFIX}CONFIG_FILE"
@@ -30,7 +30,7 @@ _NESTED: Final[Mapping[str, type]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SkipPipeConfig(PipelineSettings):
-    """How a model is spread under accelerate: the settings of a SkipPipeStrategy, and what its Trainer would say.
+    """How a loop's model is spread: the settings of a SkipPipeStrategy, and what its Trainer would say.
 
     Every setting may also be an environment variable (``SKIPPIPE_SKIP_RATIO=0.25``) or a line of the YAML file that
     ``SKIPPIPE_CONFIG_FILE`` names (``skip_ratio: 0.25``); see :meth:`from_environment`.
@@ -54,7 +54,7 @@ class SkipPipeConfig(PipelineSettings):
         if self.num_stages is not None and (not isinstance(self.num_stages, int) or self.num_stages < 1):
             raise ValueError(f"num_stages={self.num_stages!r} must be a positive integer")
         if self.drivers != 1:
-            raise ValueError(f"drivers={self.drivers}: under accelerate one process drives the pipeline")
+            raise ValueError(f"drivers={self.drivers}: one process drives the pipeline of a loop; use drivers=1")
         if self.recovery is not None:
             self.fit_recovery(self.recovery)
 

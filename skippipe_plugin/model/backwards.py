@@ -1,0 +1,54 @@
+"""Backwards of a loop: what they have asked the blocks for is done before ``loss.backward()`` returns.
+
+An output of a spread model starts a graph of its own. When a backward has reached it, the backwards of the microbatches
+follow, in the same thread and after the loop's own, whoever has called it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..driver.capture.suspend import current_thread
+
+
+class Backwards:
+    """Follows every backward of this process, from :meth:`follow` until :meth:`leave`.
+
+    Args:
+        complete: Does what a backward has left to do; nothing if it did not reach the model.
+        abandon: Drops that: the backward failed.
+    """
+
+    def __init__(self, complete: Callable[[], None], abandon: Callable[[], None]) -> None:
+        self._complete = complete
+        self._abandon = abandon
+        self._original: Callable[..., Any] | None = None
+        self._is_over = False
+
+    def follow(self) -> None:
+        """Begin."""
+        autograd: Any = torch.autograd  # Any: its own name for the engine is private
+        self._original = autograd._engine_run_backward  # what Tensor.backward(), backward() and grad() call
+        autograd._engine_run_backward = self._run
+
+    def leave(self) -> None:
+        """End; who follows backwards since then keeps doing so."""
+        autograd: Any = torch.autograd
+        self._is_over = True
+        if autograd._engine_run_backward == self._run:
+            autograd._engine_run_backward = self._original
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._original is not None
+        if self._is_over or current_thread() is not None:  # a backward inside of a step is the step's own matter
+            return self._original(*args, **kwargs)
+        try:
+            result = self._original(*args, **kwargs)
+            self._complete()
+        except BaseException:
+            self._abandon()
+            raise
+        return result
