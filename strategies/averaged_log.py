@@ -5,6 +5,7 @@ Lightning's own checks and settings hold: what is merged goes through ``self.log
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -112,12 +113,15 @@ class AveragedLog:
         self._entries[thread.label if thread is not None else 0].add(name, value, args, kwargs)
 
 
+_noting: contextvars.ContextVar[_Entries] = contextvars.ContextVar("skippipe_noted_log")
+"""Where the step that runs now notes what it logs; microbatches may take turns."""
+
+
 @contextmanager
-def noted_log(module: LightningModule) -> Iterator[Callable[[], Results]]:
-    """Note what a run of a step logs instead of logging it; gives what tells the results."""
-    entries = _Entries()
-    with replaced_log(module, lambda name, value, *args, **kwargs: entries.add(name, value, args, kwargs)):
-        yield entries.results
+def noted_log(module: LightningModule) -> Iterator[None]:
+    """Let steps log nothing, and note what they would have logged where :func:`noted` says."""
+    with replaced_log(module, lambda name, value, *args, **kwargs: _noting.get().add(name, value, args, kwargs)):
+        yield
 
 
 @contextmanager
@@ -132,3 +136,14 @@ def replaced_log(module: LightningModule, log: Callable[..., None]) -> Iterator[
             module.__dict__.pop("log", None)
         else:
             module.__dict__["log"] = before
+
+
+@contextmanager
+def noted() -> Iterator[Callable[[], Results]]:
+    """Note what a run of a step logs; gives what tells the results."""
+    entries = _Entries()
+    token = _noting.set(entries)
+    try:
+        yield entries.results
+    finally:
+        _noting.reset(token)

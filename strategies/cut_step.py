@@ -19,7 +19,7 @@ from ..model.settings import CutWhere
 from ..model.shares import loss_weights
 from ..model.spread import SpreadModel
 from ..model.weight import MicrobatchWeight, view_of
-from .averaged_log import AveragedLog, noted_log
+from .averaged_log import AveragedLog, noted, noted_log
 from .outputs import loss_of, with_loss, without_loss
 from .sections import shared_sections
 
@@ -113,7 +113,7 @@ class CutStep:
         return with_loss(merging.merged(_OUTPUT, rests), loss)
 
     def _results(self, batch: Any) -> Results:
-        with noted_log(self._module) as logged:
+        with noted() as logged:
             value = self._step(batch, *self._rest, **self._kwargs)
         return _by_key(logged(), value, training=self._training)
 
@@ -124,7 +124,14 @@ PreparedStep = tuple[CutStep, Merging]
 def asking_of(module: LightningModule, spread: SpreadModel, device: torch.device) -> Asking:
     """Return what finds out how the steps of ``module`` reduce."""
     weighted = callable(spread.settings.microbatch_weight)
-    return Asking(spread, module, device, weighted=weighted, quiet=lambda: silent(module.trainer))
+    return Asking(spread, module, device, weighted=weighted, quiet=lambda: _asked(module))
+
+
+@contextmanager
+def _asked(module: LightningModule) -> Iterator[None]:
+    """Frame steps that are only asked."""
+    with silent(module.trainer), noted_log(module), shared_sections(module):
+        yield
 
 
 def _by_key(results: Results, value: Any, *, training: bool) -> Results:

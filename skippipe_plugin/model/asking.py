@@ -25,6 +25,7 @@ from ..engine.call import Ambient, device_types
 from ..engine.errors import SkipPipeError
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
 from .fakes import Fakes, Incomparable, Neutral
+from .interleaving import PROFILES, by_turns, effect, profiles
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
 from .spread import SpreadModel
 from .traceless import untouched
@@ -55,6 +56,8 @@ class Answer:
     plans: dict[Key, Plan] = field(default_factory=dict)
     failure: str = ""
     """How a microbatch fails where the batch does not."""
+    crossing: str = ""
+    """How microbatches that take turns see each other."""
     watch: Watch = field(default_factory=Watch)
     constants: set[Constant] = field(default_factory=set)
     metrics: set[str] = field(default_factory=set)
@@ -98,13 +101,15 @@ class Asking:
         self._weighted = weighted
         self._quiet = quiet
         self._answers: dict[Hashable, Answer] = {}
+        self._profiled = False
+        """Whether a step has started torch's profiler around the blocks."""
 
     def about(self, question: Question) -> Answer:
         """Return what is known about a step, asking first where that is not enough."""
         answer = self._answers.get(question.kind)
         if answer is None:
             return self._ask(question, Answer())
-        hopeless = answer.failure or answer.problems
+        hopeless = answer.failure or answer.crossing or answer.problems
         if not hopeless and answer.num_asked < _MOST_ASKED and answer.watch.is_new(question.view):
             return self._ask(question, answer)
         return answer
@@ -183,6 +188,8 @@ class Asking:
                 break
             drawn.append(mode.drawn)
             answer.constants |= mode.constants
+        if failed is None and draw < 2:
+            answer.crossing = answer.crossing or self._crossing(question, draw, parts, drawn, restore)
         if failed is not None:
             alone = Fakes([sum(question.view.sizes)], draw)
             try:
@@ -204,6 +211,34 @@ class Asking:
         if fakes.dtypes == {torch.float64}:
             question.view.rounding = 1e-10
         return whole, parts
+
+    def _crossing(
+        self,
+        question: Question,
+        draw: int,
+        alone: Sequence[Results],
+        drawn: Sequence[Sequence[Tensor]],
+        restore: Callable[[], None],
+    ) -> str:
+        """Say how microbatches that take turns affect each other; nothing where they do not.
+
+        Args:
+            question: The step.
+            draw: The draw of hidden states.
+            alone: What each microbatch gave.
+            drawn: By microbatch: what random functions gave it.
+            restore: Brings everything back.
+        """
+        if self._profiled:
+            return PROFILES
+        fakes = Fakes(question.view.sizes, draw)
+        replies = [functools.partial(fakes.of_piece, index) for index in range(len(question.pieces))]
+        modes = [Neutral([each]) for each in drawn]
+        ambient = Ambient.current(device_types(self._device))
+        restore()
+        context = contextvars.copy_context()
+        together = context.run(by_turns, question.pieces, replies, modes, ambient)
+        return effect(alone, together, 1e-10 if fakes.dtypes == {torch.float64} else question.view.rounding)
 
     def _metrics_that_differ(self, question: Question, draw: int, restore: Callable[[], None]) -> set[str]:
         """Name the torchmetrics that microbatches leave with other counts than the batch, whose run was the last."""
@@ -231,7 +266,7 @@ class Asking:
     def _run_in_own_context(
         self, function: Callable[[], Results], reply: Callable[[Any], Tensor], mode: Neutral
     ) -> Results:
-        thread = new_step_thread()
+        thread, was_profiled = new_step_thread(), profiles()
 
         def under_mode() -> Results:
             with mode:
@@ -240,6 +275,7 @@ class Asking:
         try:
             outcome = thread.start(under_mode, Ambient.current(device_types(self._device)))
             while isinstance(outcome, Suspended):
+                self._profiled |= profiles() and not was_profiled
                 with outcome.request.ambient.entered():
                     answer = reply(outcome.request)
                 outcome = thread.resume(answer)

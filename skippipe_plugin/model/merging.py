@@ -37,6 +37,11 @@ _FAILS: Final = (
     "the step runs once for each of {count} microbatches, and {why}. Run the step once, on the whole batch, with "
     "microbatches='stack', or put what it needs of the whole batch (a padded length, for instance) into the batch"
 )
+_CROSS: Final = (
+    "the step runs once for each of {count} microbatches, several of which wait for the blocks at a time, and {why}. "
+    "Run the step once, on the whole batch, with microbatches='stack' or num_microbatches=1, or pass on in variables "
+    "what the step needs behind the blocks"
+)
 _WHOLE: Final = (
     "%s runs once, on the whole batch, of which only what enters the blocks is cut: every forward comes before the "
     "loss, and the head has the whole batch at once. The reason: %s"
@@ -66,14 +71,16 @@ class Merging:
         """By name of a result: why it does not follow from the microbatches'."""
         if self.answer is None:
             return {}
-        if self.answer.failure:
-            return {"": self.answer.failure}
+        if self.answer.failure or self.answer.crossing:
+            return {"": self.answer.failure or self.answer.crossing}
         return self.answer.problems if self.weight is None else {}
 
     def refusal(self) -> SkipPipeError | None:
         """Return the error that says why the batch cannot be cut; None when it can."""
         count = len(self.question.pieces)
         for what, why in self.problems.items():
+            if not what and not self.answer.failure:  # type: ignore[union-attr]
+                return SkipPipeError(_CROSS.format(count=count, why=why))
             if not what:
                 return SkipPipeError(_FAILS.format(count=count, why=why))
             return SkipPipeError(_NOT_CUT.format(count=count, what=what, why=why, ways=_WAYS))

@@ -1,4 +1,7 @@
-"""Run user code for a look at what comes out of it, and leave no trace: attributes, buffers, metrics, random states."""
+"""Run user code for a look at what comes out of it, and leave no trace: attributes, buffers, metrics, random states.
+
+Global names that the code reads are brought back, too, and what stands in its classes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from ..driver.capture.outer_state import OuterState, generator_undo
 from ..driver.capture.randomness import random_states, set_random_states
 from ..driver.capture.rewind import rewinder
 
@@ -20,7 +24,10 @@ _DEPTH: Final = 4
 """How deep containers and objects in attributes are looked into."""
 _COPIED_ELEMENTS: Final = 1 << 20
 """Larger tensors in attributes are not copied: what is counted or kept between steps is small."""
-_OTHERS: Final = ("torch.", "lightning", "pytorch_lightning", "transformers", "torchmetrics", "skippipe_plugin", "peft")
+_OTHERS: Final = (
+    *("torch.", "lightning", "pytorch_lightning", "transformers", "torchmetrics", "skippipe_plugin", "peft"),
+    *("threading", "concurrent.", "queue", "logging", "asyncio", "multiprocessing"),
+)
 """Objects of these packages are not looked into."""
 
 
@@ -44,10 +51,14 @@ class RandomStates:
 def untouched(module: nn.Module, device: torch.device) -> Iterator[Callable[[], None]]:
     """Bring everything back at the end, and whenever the function that this gives is called."""
     states, rewind, attributes = RandomStates(device), rewinder(module), _Attributes()
+    outer = OuterState(module)
     for part in module.modules():
         attributes.note(part.__dict__, 0)
+    for value in outer.values():
+        attributes.note(value, 1)
 
     def restore() -> None:
+        outer.rebind()
         attributes.restore()
         rewind()
         for part, counts in metrics:
@@ -66,7 +77,7 @@ class _Attributes:
 
     def __init__(self) -> None:
         self._seen: dict[int, Any] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def restore(self) -> None:
         with torch.no_grad():
@@ -86,6 +97,8 @@ class _Attributes:
                 self._undo.append(lambda: np.copyto(value, copy))
         elif isinstance(value, (dict, list, set, deque)):
             self._note_container(value, depth)
+        elif (undo := generator_undo(value)) is not None:
+            self._undo.append(undo)
         elif not isinstance(value, nn.Module) and _is_plain_object(value):
             self.note(value.__dict__, depth + 1)
 

@@ -24,7 +24,7 @@ class ClassWatch:
         modules = (module for block in blocks for module in block.modules())
         classes = dict.fromkeys(cls for module in modules for cls in type(module).__mro__)
         self._classes = [cls for cls in classes if cls not in (nn.Module, object)]
-        self._read = readable_names(self._classes)
+        self._read = readable_names(classes)
         self._before = [dict(vars(cls)) for cls in self._classes]
         self._flat = self._values()
         self._outer = outer_names(self._classes)

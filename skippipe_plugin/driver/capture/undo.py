@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .outer_state import OuterState, generator_undo
 from .randomness import random_states, set_random_states
 from .remote import is_remote
 from .rewind import rewinder
 
 _NOT_OURS = frozenset({"_parameters", "_buffers", "_modules", "_trainer", "_fabric"})
 """What modules keep apart, and what is no value of theirs."""
+_CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict, Counter)
 
 
 def undo_all(module: nn.Module, device: torch.device, batch: Any) -> Callable[[], None]:
     """Return a function that brings back the module's buffers, metrics and attributes, the batch and all random states.
 
-    Attributes are brought back one level deep: a list is what it was, and the objects in it are the same.
+    So are the global names that the module's code reads. All are brought back one level deep: a list is what it was,
+    and the objects in it are the same.
     """
     rewind, draws, unchange = rewinder(module), undo_draws(device), undo_changes(batch)
     attributes = [(part, _attributes(part)) for part in module.modules()]
+    outer = OuterState(module)
+    outside = [(value, _contents(value)) for value in outer.values()]
 
     def undo() -> None:
         for part, values in attributes:
             _set_attributes(part, values)
+        outer.rebind()
+        for value, contents in outside:
+            if contents is not None:
+                _refill(value, contents)
         rewind()
         unchange()
         draws()
@@ -90,7 +100,7 @@ def _attributes(part: nn.Module) -> dict[str, _Value]:
 def _contents(value: Any) -> Any:
     if isinstance(value, Tensor):
         return None if value.is_meta or is_remote(value) else value.detach().clone()
-    return value.copy() if type(value) in (list, dict, set) else None
+    return value.copy() if type(value) in _CONTAINERS else generator_undo(value)
 
 
 def _set_attributes(part: nn.Module, values: dict[str, _Value]) -> None:
@@ -108,8 +118,11 @@ def _refill(value: Any, contents: Any) -> None:
             if not torch.equal(value, contents):
                 value.copy_(contents)
         return
+    if callable(contents):
+        contents()
+        return
     value.clear()
-    if isinstance(value, list):
+    if isinstance(value, (list, deque)):
         value.extend(contents)
     else:
         value.update(contents)

@@ -1,0 +1,97 @@
+"""What a step's code may keep outside of its module: global names, class attributes, random generators of its own.
+
+Where a step runs once to be looked at, or is given up and begins again, these are brought back like attributes.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from ...engine.outer_names import OuterName, outer_names
+
+_LIBRARIES: Final = ("torch", "lightning", "pytorch_lightning", "transformers", "torchmetrics", "peft", "accelerate")
+_PACKAGES: Final = frozenset((*_LIBRARIES, "numpy", "skippipe_plugin", "builtins"))
+"""What these keep outside of their modules is theirs to keep."""
+_FUNCTIONS: Final = (types.FunctionType, staticmethod, classmethod, property, types.ModuleType, type)
+
+
+class OuterState:
+    """The global names that the code of a module's classes reads, and what stands in these classes, as they are now.
+
+    Args:
+        module: Whose code it is, its parts included.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        classes = own_classes(module)
+        self._names = [(each, each.value()) for each in _names(classes)]
+        self._entries = [(cls, _entries(cls)) for cls in classes]
+
+    def values(self) -> Iterator[Any]:  # Any: whatever the user keeps there
+        """Return what is kept there and may be changed in place."""
+        for _, value in self._names:
+            yield value
+        for _, entries in self._entries:
+            yield from entries.values()
+
+    def rebind(self) -> None:
+        """Let every name mean again what it meant; what is changed in place is left alone."""
+        for each, value in self._names:
+            if each.value() is not value:
+                each.namespace[each.name] = value
+        for cls, before in self._entries:
+            now = _entries(cls)
+            for name in now.keys() - before.keys():
+                delattr(cls, name)
+            for name, value in before.items():
+                if now.get(name, _entries) is not value:
+                    setattr(cls, name, value)
+
+
+def own_classes(module: nn.Module) -> tuple[type, ...]:
+    """Return the classes of ``module`` and its parts that are no library's."""
+    classes = dict.fromkeys(cls for part in module.modules() for cls in type(part).__mro__)
+    return tuple(cls for cls in classes if cls.__module__.partition(".")[0] not in _PACKAGES)
+
+
+def generator_undo(value: Any) -> Callable[[], object] | None:
+    """Return what sets a random generator (torch's, Python's or numpy's) to where it is now; None for all else."""
+    if isinstance(value, torch.Generator):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return functools.partial(value.setstate, value.getstate())
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(value, numpy.random.RandomState):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, numpy.random.Generator):
+        return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _names(classes: tuple[type, ...]) -> list[OuterName]:
+    found = outer_names(classes)
+    return [each for each in found if each.module.partition(".")[0] not in _PACKAGES and _is_data(each.value())]
+
+
+def _is_data(value: Any) -> bool:
+    return not isinstance(value, _FUNCTIONS) and not isinstance(value, types.BuiltinFunctionType)
+
+
+def _entries(cls: type) -> dict[str, Any]:
+    entries = vars(cls).items()
+    return {
+        name: value
+        for name, value in entries
+        if not (name.startswith("__") or name.startswith("_abc_")) and _is_data(value) and not hasattr(value, "__get__")
+    }
