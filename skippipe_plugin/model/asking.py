@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from ..driver.capture.rewind import metric_states, set_metric_states
 from ..driver.capture.suspend import Suspended, new_step_thread
+from ..driver.capture.switches import profiler_is_on
 from ..engine.call import Ambient, device_types
 from ..engine.errors import SkipPipeError
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
 from .fakes import Fakes, Incomparable, Neutral
-from .interleaving import PROFILES, by_turns, effect, profiles
+from .interleaving import PROFILES, by_turns, effect
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
 from .spread import SpreadModel
 from .traceless import untouched
@@ -266,7 +267,7 @@ class Asking:
     def _run_in_own_context(
         self, function: Callable[[], Results], reply: Callable[[Any], Tensor], mode: Neutral
     ) -> Results:
-        thread, was_profiled = new_step_thread(), profiles()
+        thread, was_profiled = new_step_thread(), profiler_is_on()
 
         def under_mode() -> Results:
             with mode:
@@ -275,7 +276,7 @@ class Asking:
         try:
             outcome = thread.start(under_mode, Ambient.current(device_types(self._device)))
             while isinstance(outcome, Suspended):
-                self._profiled |= profiles() and not was_profiled
+                self._profiled |= profiler_is_on() and not was_profiled
                 with outcome.request.ambient.entered():
                     answer = reply(outcome.request)
                 outcome = thread.resume(answer)

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -81,11 +80,6 @@ def effect(alone: Sequence[Results], together: Sequence[Results] | Exception, to
             if key not in one or key not in other or not _alike(one[key], other[key], tolerance):
                 return _TEXT.format(effect=f"{_named(key)} is another by turns than alone")
     return ""
-
-
-def profiles() -> bool:
-    """Whether torch's profiler is on in this process."""
-    return bool(torch._C._autograd._profiler_enabled())
 
 
 def _named(key: tuple[Any, ...]) -> str:

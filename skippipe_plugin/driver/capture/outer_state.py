@@ -9,6 +9,7 @@ import functools
 import random
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from ...engine.outer_names import OuterName, outer_names
 _LIBRARIES: Final = ("torch", "lightning", "pytorch_lightning", "transformers", "torchmetrics", "peft", "accelerate")
 _PACKAGES: Final = frozenset((*_LIBRARIES, "numpy", "skippipe_plugin", "builtins"))
 """What these keep outside of their modules is theirs to keep."""
+_FOUND: Final[weakref.WeakKeyDictionary[nn.Module, list[OuterName]]] = weakref.WeakKeyDictionary()
 _FUNCTIONS: Final = (types.FunctionType, staticmethod, classmethod, property, types.ModuleType, type)
 
 
@@ -32,7 +34,7 @@ class OuterState:
 
     def __init__(self, module: nn.Module) -> None:
         classes = own_classes(module)
-        self._names = [(each, each.value()) for each in _names(classes)]
+        self._names = [(each, each.value()) for each in _names(module, classes)]
         self._entries = [(cls, _entries(cls)) for cls in classes]
 
     def values(self) -> Iterator[Any]:  # Any: whatever the user keeps there
@@ -78,10 +80,18 @@ def generator_undo(value: Any) -> Callable[[], object] | None:
     return None
 
 
-@functools.lru_cache(maxsize=8)
-def _names(classes: tuple[type, ...]) -> list[OuterName]:
-    found = outer_names(classes)
-    return [each for each in found if each.module.partition(".")[0] not in _PACKAGES and _is_data(each.value())]
+def _names(module: nn.Module, classes: tuple[type, ...]) -> list[OuterName]:
+    """Return what the methods read, and the functions that the module has in attributes; found once for each module."""
+    if module not in _FOUND:
+        attributes = [value for part in module.modules() for value in vars(part).values()]
+        functions = {str(n): value for n, value in enumerate(attributes) if isinstance(value, types.FunctionType)}
+        found = outer_names([*classes, type("attributes", (), functions)])
+        _FOUND[module] = [each for each in found if _is_users(each) and _is_data(each.value())]
+    return _FOUND[module]
+
+
+def _is_users(name: OuterName) -> bool:
+    return name.module.partition(".")[0] not in _PACKAGES
 
 
 def _is_data(value: Any) -> bool:

@@ -232,6 +232,11 @@ STACKS: Final = (
 _function_modes: Final[Callable[[], list[object]]] = overrides._get_current_function_mode_stack
 
 
+def profiler_is_on() -> bool:
+    """Whether torch's profiler is on; a process has one, which nobody can take back and switch on again."""
+    return bool(torch._C._autograd._profiler_enabled())
+
+
 def check_modes(blocks: str) -> None:
     """Raise when something is switched on that would act on every operation of the blocks, were they here.
 

@@ -132,9 +132,10 @@ def test_what_is_added_to_a_class_and_read_by_the_blocks_is_refused(monkeypatch:
         fit(lambda: Model(Script))
 
 
-def test_a_class_that_changes_during_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SkipPipeError, match=r"Script\.factor was changed on the class"):
-        fit(lambda: Model(Script, lambda: monkeypatch.setattr(Script, "factor", 0.5)))
+@pytest.mark.parametrize(("name", "value"), [("factor", 0.5), ("forward", lambda self, hidden: hidden * 2)])
+def test_a_class_that_changes_during_the_run_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> None:
+    with pytest.raises(SkipPipeError, match=rf"Script\.{name} was changed on the class"):
+        fit(lambda: Model(Script, lambda: monkeypatch.setattr(Script, name, value)))
 
 
 # ----------------------------------------------------------- switches

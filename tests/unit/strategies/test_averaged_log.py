@@ -12,7 +12,7 @@ from skippipe_plugin.engine.call import Ambient
 from skippipe_plugin.model.asking import Results
 from skippipe_plugin.model.counting import Samples, View, candidates
 from skippipe_plugin.model.reductions import MISSING, find_plan, merge
-from skippipe_plugin.strategies.averaged_log import AveragedLog, noted_log
+from skippipe_plugin.strategies.averaged_log import AveragedLog, noted, noted_log
 
 SIZES = (5, 1, 2)
 LABELS = torch.tensor([1, -100, 1, 1, -100, -100, 1, 1])
@@ -79,7 +79,7 @@ def test_microbatches_count_by_their_samples(order: tuple[int, ...]) -> None:
 
 
 def whole_results(module: Module, batch: dict[str, Tensor]) -> Results:
-    with noted_log(module) as logged:  # type: ignore[arg-type]
+    with noted_log(module), noted() as logged:  # type: ignore[arg-type]
         step(module, batch)
         return logged()
 
