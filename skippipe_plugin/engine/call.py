@@ -118,6 +118,8 @@ class CallSpec:
     modes: tuple[BlockMode, ...]
     """By block of the whole stack."""
     ambient: Ambient
+    careful: tuple[bool, ...] = ()
+    """By block of the whole stack: whether it may write into its input or hand it on; empty: any may."""
 
     def in_training(self) -> bool:
         """Whether a backward pass follows."""

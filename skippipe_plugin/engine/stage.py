@@ -123,6 +123,8 @@ class Stage:
         self._writes: dict[int, set[Key]] = {}
         self._unreported: list[tuple[int, Key]] = []
         self._shelf = CacheShelf()
+        self._careful = False
+        """Whether a block has changed its input in place though nothing said so."""
 
     def named_parameters(self) -> Iterator[tuple[int, str, nn.Parameter]]:
         """Yield (block, name in the block, parameter)."""
@@ -147,7 +149,7 @@ class Stage:
         with ambient.entered(), _fork_rng(self.device) if fork else nullcontext():
             inputs = hidden.detach().requires_grad_(enters.requires_grad) if ambient.grad else hidden
             with self._shown(microbatch, grad=ambient.grad) if tapping else nullcontext():
-                output = self._run_blocks(call, inner(inputs))
+                output = self._run_blocks(call, inputs)
         _check_output(self.index, output, leaves)
         if self.witness is not None:
             self.witness.end(microbatch)
@@ -268,6 +270,32 @@ class Stage:
     def _run_blocks(self, call: Call, hidden: Tensor) -> Tensor:
         filled: _Filled = {}
         self._shelf.apply(call.caches.ops)
+        careful, first = call.spec.careful, next(iter(self.blocks))
+        if not self._careful and careful and not careful[first] and not call.spec.modes[first].hooks:
+            try:
+                return self._run_each(call, hidden, filled)
+            except RuntimeError as error:
+                self._expect_changes(first, error)
+                filled.clear()
+        return self._run_each(call, inner(hidden), filled)
+
+    def _expect_changes(self, block: int, error: RuntimeError) -> None:
+        """Be careful from now on, and let the caller repeat what failed since ``block`` changes its input in place.
+
+        It did not do so when it was asked what it does, so that depends on the data. What it has drawn or kept until
+        then must come out the same the second time.
+        """
+        if "leaf Variable that requires grad" not in str(error):
+            raise error
+        if any(True for _ in self.blocks[block].buffers()) or not self._watches[block].unchanged():
+            raise SkipPipeError(
+                f"block {block} changes its input in place, which it did not do when it was first asked what it makes "
+                "of its input: what it does depends on the data. Let it make a new tensor (x = x + y in place of "
+                "x += y)"
+            ) from error
+        self._careful = True
+
+    def _run_each(self, call: Call, hidden: Tensor, filled: _Filled) -> Tensor:
         for block in self.blocks:
             self._set_mode(block, call)
             seed_everything(block_seed(call.seed, block), self.device)

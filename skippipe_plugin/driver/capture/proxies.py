@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -38,6 +38,9 @@ from .suspend import current_thread
 from .switches import check_modes
 from .token import HiddenToken
 
+_BARE: Final = Template((None,), {}, 0)
+"""A block's hidden states and nothing else."""
+
 
 @dataclass(slots=True)
 class StackCall:
@@ -50,6 +53,8 @@ class StackCall:
     block_template: list[int] = field(default_factory=list)
     modes: list[BlockMode] = field(default_factory=list)
     """By block: its flags, attributes and hooks when it was called."""
+    careful: list[bool] = field(default_factory=list)
+    """By block: whether it may write into its input or hand it on."""
     hooks: dict[int, Mapping[tuple[int, int], Running]] = field(default_factory=dict)
     """By block: the hooks of the driver's that ran on it."""
     events: list[TapEvent] = field(default_factory=list)
@@ -185,7 +190,14 @@ class BlockProxies:
 
     def spec(self, call: StackCall, hops: tuple[Hop, ...]) -> CallSpec:
         """Return the part of ``call`` that is the same for most microbatches."""
-        return CallSpec(hops, tuple(call.templates), tuple(call.block_template), tuple(call.modes), call.ambient)
+        return CallSpec(
+            hops,
+            tuple(call.templates),
+            tuple(call.block_template),
+            tuple(call.modes),
+            call.ambient,
+            tuple(call.careful),
+        )
 
     def learn_forms(self, call: StackCall) -> None:
         """Find what ``call``, which was cut from another one, makes of its hidden states (``specs``)."""
@@ -235,6 +247,7 @@ class BlockProxies:
         call.modes.append(self._mode(call, block))
         probe = self._look_up(call, block)
         call.specs.append(probe.output)
+        call.careful.append(probe.changes_input or probe.passes_input)
         call.entered.passed(self.names[block], probe)
         if block + 1 < len(self.blocks):
             call.placeholder = self._token(call, block, probe.output)
@@ -296,11 +309,12 @@ class BlockProxies:
                 "blocks changes the hidden states (or activation checkpointing wraps a block from outside). Move that "
                 "code into a block, or name a stack without such code with blocks=..."
             )
-        template = self._taker(call, block).template(position, args, kwargs)
+        bare = len(args) == 1 and not kwargs
+        template = _BARE if bare else self._taker(call, block).template(position, args, kwargs)
         if template not in call.templates:
             call.templates.append(template)
         call.block_template.append(call.templates.index(template))
-        settled = not template.repeats and all(map(is_settled, (*args, *kwargs.values())))
+        settled = bare or (not template.repeats and all(map(is_settled, (*args, *kwargs.values()))))
         call.last_call = (args, kwargs) if settled else None
 
     def _taker(self, call: StackCall, block: int) -> ArgumentTaker:

@@ -339,6 +339,32 @@ def test_in_place_and_around_the_blocks(members: dict[str, Any], options: dict[s
     assert_exact(made(**members), options)
 
 
+class InPlaceWhenLarge(Block):
+    """Changes its input in place only with data that no question about the block has."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.detach().mean() > 5:
+            hidden -= 9
+        return 9 + super().forward(hidden)
+
+
+class CountingWhenLarge(InPlaceWhenLarge):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(hidden)
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_in_place_that_depends_on_the_data(options: dict[str, Any]) -> None:
+    assert_exact(made(block=InPlaceWhenLarge), options)
+    with pytest.raises(SkipPipeError, match=r"changes its input in place, which it did not do .* make a new tensor"):
+        fit(made(block=CountingWhenLarge), options)
+
+
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("stack", [residual_in_place, around])
 def test_a_residual_around_blocks_that_change_their_input(stack: Any, options: dict[str, Any]) -> None:
