@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..engine.call import Call, CallSpec
+from ..engine.errors import unpack_exception
 from ..engine.stage import Probe
 from ..engine.transport import TensorSpec
 from .capture.cutting import Cut, parts_of
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
 
 
 def probe(pipeline: Pipeline, block: int, spec: CallSpec, side_inputs: Sequence[Tensor], enters: TensorSpec) -> Probe:
-    """Ask what a block does to its input."""
+    """Ask what a block does to its input; raise what it raises, of which no rank takes harm."""
     stage, call = pipeline.layout.stage_of_block(block), Call(spec, tuple(side_inputs), 0)
     hosted = pipeline.hosted_stage(stage)
     if hosted is not None:
         return hosted.probe(block, call, enters)
     link = pipeline.links[pipeline.layout.placement[stage][0]]
     answer = link.ask("probe", {}, "probe", [dump_probe(block, call, enters)])
+    if "traceback" in answer.fields:
+        raise unpack_exception(bytes(answer.blobs[0]), answer.fields["traceback"], str(link))
     return pickle.loads(answer.blobs[0])  # type: ignore[no-any-return]
 
 
@@ -34,7 +37,8 @@ def computes_parts_alike(pipeline: Pipeline, call: StackCall, cut: Cut, num_samp
     """Ask one block of each kind whether it makes the same of parts of the batch as of all of it."""
     proxies = pipeline.proxies
     for block in proxies.one_of_each(call):
-        whole, parts = parts_of(call, cut, num_samples, block, proxies.question_about(call, block))
+        spec, count = proxies.question_about(call, block), len(pipeline.microbatches)
+        whole, parts = parts_of(call, cut, num_samples, block, spec, count)
         stage, enters = pipeline.layout.stage_of_block(block), call.specs[block]
         hosted = pipeline.hosted_stage(stage)
         if hosted is not None:

@@ -24,6 +24,7 @@ from ..driver.capture.suspend import Suspended, new_step_thread
 from ..driver.capture.switches import profiler_is_on
 from ..engine.call import Ambient, device_types
 from ..engine.errors import SkipPipeError
+from .batch_statistics import BatchStatistics
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
 from .fakes import Fakes, Incomparable, Neutral
 from .interleaving import PROFILES, by_turns, effect
@@ -102,6 +103,7 @@ class Asking:
         self._weighted = weighted
         self._quiet = quiet
         self._answers: dict[Hashable, Answer] = {}
+        self._statistics: BatchStatistics | None = None
         self._profiled = False
         """Whether a step has started torch's profiler around the blocks."""
 
@@ -119,6 +121,29 @@ class Asking:
         """Ask about a step whose kind is known, but not well enough."""
         answer = self._answers[question.kind]
         return self._ask(question, answer) if answer.num_asked < _MOST_ASKED else answer
+
+    def look(self, function: Callable[[], Results]) -> Results | None:
+        """Return what a step gives on made-up hidden states, whole; None where it fails on them."""
+        with self._quiet(), untouched(self._module, self._device) as restore:
+
+            def run() -> Results:
+                self._spread.pipeline.heal()
+                return self._run(function, functools.partial(Fakes([1], 0).of_piece, 0), Neutral(), restore)
+
+            try:
+                return self._spread.pipeline.surviving(run)
+            except SkipPipeError:
+                raise
+            except Exception:
+                return None
+
+    @property
+    def statistics(self) -> BatchStatistics:
+        """What the blocks take from their batch."""
+        if self._statistics is None:
+            proxies = self._spread.pipeline.proxies
+            self._statistics = BatchStatistics(proxies.names, proxies.blocks)
+        return self._statistics
 
     # ---------------------------------------------------------------- asking
 
@@ -143,7 +168,8 @@ class Asking:
         """Let the step run on one draw of hidden states; positive ones where others make no sense."""
         self._spread.pipeline.heal()
         seen = self._observe(question, draw, restore, answer)
-        if isinstance(seen, Exception) or not _is_finite(seen[0].get(LOSS)):
+        odd = isinstance(seen, Exception) or not _is_finite(seen[0].get(LOSS))
+        if odd and not isinstance(seen, _PieceFailed):  # what a block has refused it is not asked again
             other = self._observe(question, draw + 2, restore, answer)
             seen = seen if isinstance(other, Exception) else other
         if isinstance(seen, Incomparable | _PieceFailed):

@@ -268,6 +268,9 @@ class ModelCalls:
         """The model runs once on the whole batch; only what enters its blocks is cut."""
         kind = code_of(self._function), len(args), frozenset(kwargs)
         self.num_calls += 1
+        if kind not in self._seen and not self._outside.get(kind):  # a step that is given up would count in buffers
+            given = self._asking.look(functools.partial(self._results, (args, kwargs)))
+            self._outside[kind] = given is not None and LOSS not in given
         if not self._outside.setdefault(kind, False):
             undo = undo_all(self._model, self._device, (args, kwargs)) if kind not in self._seen else _nothing
             try:
@@ -277,6 +280,7 @@ class ModelCalls:
                 self._outside[kind] = True
             finally:
                 self._seen.add(kind)
+        self._seen.add(kind)
         run = functools.partial(self._run_whole_outside, args, kwargs)
         return self._hand_out(run, lambda outputs: outputs[0], draws_on=True)
 

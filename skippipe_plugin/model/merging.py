@@ -71,6 +71,8 @@ class Merging:
         """By name of a result: why it does not follow from the microbatches'."""
         if self.answer is None:
             return {}
+        if alone := self.asking.statistics.alone(self.question.view.sizes):
+            return {"": alone}
         if self.answer.failure or self.answer.crossing:
             return {"": self.answer.failure or self.answer.crossing}
         return self.answer.problems if self.weight is None else {}
@@ -79,7 +81,7 @@ class Merging:
         """Return the error that says why the batch cannot be cut; None when it can."""
         count = len(self.question.pieces)
         for what, why in self.problems.items():
-            if not what and not self.answer.failure:  # type: ignore[union-attr]
+            if not what and self.answer is not None and why == self.answer.crossing:
                 return SkipPipeError(_CROSS.format(count=count, why=why))
             if not what:
                 return SkipPipeError(_FAILS.format(count=count, why=why))
@@ -99,6 +101,8 @@ class Merging:
         """
         refusal = next(filter(None, agree(self.refusal())), None)
         if refusal is None:
+            if self.answer is not None:
+                self.asking.statistics.tell(self.question.view.sizes)
             return False
         if where == "batch":
             raise refusal

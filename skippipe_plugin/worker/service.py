@@ -472,8 +472,15 @@ class Worker:
         call: Call
         block, call, enters = pickle.loads(message.blobs[0])
         stage = next(stage for stage in self._holdings.stages.values() if block in stage.blocks)
-        probe = stage.probe(block, self._here(call), enters)
-        self._reply(source, "probe", {}, [pickle.dumps(probe)])
+        try:
+            probe = stage.probe(block, self._here(call), enters)
+        except Exception as error:
+            if stage.company is not None:
+                raise  # others wait in the middle of it
+            packed, text = pack_exception(error)  # nothing has changed: an answer like another
+            self._reply(source, "probe", {"traceback": text}, [packed])
+        else:
+            self._reply(source, "probe", {}, [pickle.dumps(probe)])
 
     def _on_parts(self, source: int, message: Message) -> None:
         block, call, enters, parts = pickle.loads(message.blobs[0])

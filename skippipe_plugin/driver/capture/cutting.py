@@ -169,8 +169,8 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
     ]
 
 
-def parts_of(call: StackCall, cut: Cut, num_samples: int, block: int, spec: CallSpec) -> tuple[Call, Parts]:
-    """Return a call of one block with the whole batch, and the same in two parts.
+def parts_of(call: StackCall, cut: Cut, num_samples: int, block: int, spec: CallSpec, count: int) -> tuple[Call, Parts]:
+    """Return a call of one block with the whole batch, and the same in parts.
 
     Args:
         call: The call of the stack.
@@ -178,8 +178,9 @@ def parts_of(call: StackCall, cut: Cut, num_samples: int, block: int, spec: Call
         num_samples: The samples of its batch.
         block: Which block is asked.
         spec: How it is called.
+        count: How many parts there are at most; a block may refuse a small one.
     """
-    sizes = split_sizes(num_samples, 2)
+    sizes = split_sizes(num_samples, count)
     sides = [
         [side] * len(sizes) if axis is None else axis.split(side, sizes)
         for axis, side in zip(cut.side_inputs, call.side_inputs, strict=True)
