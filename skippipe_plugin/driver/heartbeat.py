@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Callable, Iterable
 from typing import Final
 
-from .links import Links
+from .links import Link, Links
+
+log = logging.getLogger(__name__)
 
 _QUESTIONS: Final = 5
 """How often it is looked whether a worker has answered, within the time in which it must."""
@@ -17,10 +21,19 @@ class Heartbeat:
     Args:
         links: The workers, whoever they are at the moment.
         limit_s: Seconds without an answer after which a worker counts as lost.
+        idle: Returns the workers that nobody uses, which are asked too: one that is gone is no spare.
+        fence: Ends what is left of an idle worker that was given up.
     """
 
-    def __init__(self, links: Links, limit_s: float) -> None:
+    def __init__(
+        self,
+        links: Links,
+        limit_s: float,
+        idle: Callable[[], Iterable[Link]] = tuple,
+        fence: Callable[[Link], None] = lambda _: None,
+    ) -> None:
         self._links = links
+        self._idle, self._fence = idle, fence
         self._limit_s = limit_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._ask, name="heartbeat", daemon=True)
@@ -35,3 +48,7 @@ class Heartbeat:
         while not self._over.wait(self._limit_s / _QUESTIONS):
             for link in list(self._links):
                 link.beat(_QUESTIONS)
+            for link in self._idle():
+                if link.beat(_QUESTIONS):
+                    log.warning("an idle worker is lost: %s", link.how_lost)
+                    self._fence(link)

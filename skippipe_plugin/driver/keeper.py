@@ -11,8 +11,22 @@ _T = TypeVar("_T")
 class Keeper(Protocol):
     """Replaces workers that are lost; :class:`skippipe_plugin.driver.recovery.StageKeeper` is the one there is."""
 
+    gave_up: bool
+    """Whether it has given up: too many were lost."""
+
     def attempt(self, action: Callable[[], _T], rewind: Callable[[], None], *, whole: bool) -> _T:
         """Run ``action``; after a loss restore what it needs, ``rewind``, and run it again."""
 
+    def settle_in(self, action: Callable[[], None]) -> None:
+        """Run ``action``, which brings every worker what it holds, again when a worker was lost under it."""
+
     def close(self) -> None:
         """Stop watching the workers."""
+
+
+def settle_in(keeper: Keeper | None, action: Callable[[], None]) -> None:
+    """Run ``action`` while the driver has all that workers hold; again when one was lost under it and replaced."""
+    if keeper is None:
+        action()
+    else:
+        keeper.settle_in(action)

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from ..engine.channel import Buffer, Channel, ChannelClosed, Message
-from ..engine.errors import SkipPipeError, StageLostError, unpack_exception
+from ..engine.errors import ConnectionsBroken, SkipPipeError, StageLostError, unpack_exception
 
 log = logging.getLogger(__name__)
 
+_LOOK_S: Final = 0.05
 _SALVAGE_S: Final = 60.0
 _CAUSE_S: Final = 10.0
 """How long to wait for the cause after a rank saw only that its generation broke; on busy hosts the news is slow."""
@@ -44,6 +45,7 @@ class Link:
         """Whether the worker asked to be relieved of its stages."""
         self.warm = False
         """Whether an idle worker has imported what it will need."""
+        self._roused_s = 0.0
         self._asked_s: float | None = None
         self._unanswered = 0
         self._channel = channel
@@ -179,24 +181,41 @@ class Link:
         self._last_sent = max(self._last_sent, number)
         return number
 
-    def beat(self, patience: int) -> None:
+    def rouse(self) -> None:
+        """Ask an idle worker whether it is awake; :attr:`is_awake` tells when it has answered."""
+        self._roused_s = time.monotonic()
+        self.prod()
+
+    def prod(self) -> None:
+        """Ask once more: a worker that is sending something else drops a question."""
+        with contextlib.suppress(ChannelClosed):  # the reader sees that too
+            self._channel.send_if_free("beat")
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether the worker has given a sign of life since it was asked by :meth:`rouse`."""
+        return not self.gone and (not self._roused_s or self._channel.heard_s >= self._roused_s)
+
+    def beat(self, patience: int) -> bool:
         """Ask for a sign of life; give the worker up when ``patience`` calls in a row found no answer.
 
-        Calls are counted rather than seconds, so that a pause of this very process condemns nobody.
+        Calls are counted rather than seconds, so that a pause of this very process condemns nobody. Return whether the
+        worker was given up by this call.
         """
         if self.gone:
-            return  # and why is known
+            return False  # and why is known
         unanswered = self._asked_s is not None and self._channel.heard_s < self._asked_s
         self._unanswered = self._unanswered + 1 if unanswered else 0
         if self._unanswered >= patience:
             self.how_lost = "it gave no sign of life"
             self._channel.hang_up("refuse", {"reason": f"{self.how_lost} for too long and was given up; join anew"})
-            return
+            return True
         now_s = time.monotonic()  # before the question, since the answer may be here before this thread runs again
         with contextlib.suppress(ChannelClosed):  # the reader sees that too
             # Asked again each time: a worker that is sending something else drops a question.
             if self._channel.send_if_free("beat") and not unanswered:
                 self._asked_s = now_s
+        return False
 
     def close(self) -> None:
         """Say goodbye, close, and join the reader."""
@@ -254,6 +273,8 @@ class Links:
         self._links: dict[int, Link] = {}
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
+        self._saw_break: list[str] = []
+        """Who has reported that a connection of this generation broke, in order."""
         self._broken = threading.Event()
         self._named = threading.Event()
         self.generation = -1
@@ -347,15 +368,37 @@ class Links:
         if not self._broken.is_set():
             return
         # Survivors see a closed connection before its cause is known; the cause is what the user must read.
-        self._named.wait(_CAUSE_S)
-        failure = self._failure or SkipPipeError("the connections between the workers broke, but no worker ended")
+        if not self._named.is_set():
+            self._await_cause()
+        failure = self._failure or self._broken_connections()
         failure.__suppress_context__ = True  # the closed connection that it was found by explains nothing
         raise failure
 
     def raise_cause(self) -> None:
         """Raise what has broken a connection that this rank itself saw break; return if it is not found in time."""
-        self._broken.wait(_CAUSE_S)
+        if not self._broken.is_set():
+            self._await_cause()
+            if self.recovering and not self._broken.is_set():
+                raise self._broken_connections()
         self.check()
+
+    def _await_cause(self) -> None:
+        """Wait until it is known what broke a connection; where losses are met, until all have said that they live."""
+        deadline = time.monotonic() + _CAUSE_S
+        links = list(self._links.values())
+        for link in links:
+            link.rouse()
+        while not self._named.wait(_LOOK_S) and time.monotonic() < deadline:
+            if self.recovering and all(link.is_awake for link in links):
+                return
+            for link in links:
+                link.prod()
+
+    def _broken_connections(self) -> ConnectionsBroken:
+        """Say whose connections broke though all live."""
+        with self._lock:
+            ends = " and ".join([*dict.fromkeys(self._saw_break)][:2]) or "the driver and a worker"
+        return ConnectionsBroken(f"a connection of {ends} broke, but no worker ended: was it reset on its way?")
 
     def report_lost(self, link: Link) -> None:
         """Note that a worker is gone."""
@@ -370,6 +413,8 @@ class Links:
     def report_error(self, link: Link, message: Message) -> None:
         """Note a worker's exception; an aborted generation is only the echo of somebody else's failure."""
         if message.fields["aborted"]:
+            with self._lock:
+                self._saw_break.append(str(link))
             self._fail(None)
         else:
             self._fail(unpack_exception(bytes(message.blobs[0]), message.fields["traceback"], str(link)))
@@ -386,6 +431,7 @@ class Links:
         with self._lock:
             self.generation = generation
             self._failure = None
+            self._saw_break.clear()
             self._broken.clear()
             self._named.clear()
         for link in self._links.values():

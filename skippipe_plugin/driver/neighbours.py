@@ -21,10 +21,11 @@ from .links import Link
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-Source = Literal["relieved", "replica", "estimate", "neighbours", "copy"]
+Source = Literal["driver", "relieved", "replica", "estimate", "neighbours", "copy"]
 """Where a stage's new weights came from."""
 
 EXPLAINED: Final[Mapping[Source, str]] = {
+    "driver": "handed over once more by the driver, exact",
     "relieved": "handed over by the worker that left, exact",
     "replica": "copied from another replica, exact",
     "estimate": "copied from another replica that was rebuilt itself, with a fresh optimizer",

@@ -152,6 +152,10 @@ class RemoteOptimizer:
         self._check_groups()
 
     def _put(self, remote: Mapping[ParameterKey, Mapping[str, Any]]) -> None:
+        self._pipeline.surviving(lambda: self._put_once(remote))
+
+    def _put_once(self, remote: Mapping[ParameterKey, Mapping[str, Any]]) -> None:
+        self._pipeline.heal()
         if self._pipeline.leads:
             for link in self._pipeline.links:
                 blocks = set(self._pipeline.layout.hosted(link.rank))

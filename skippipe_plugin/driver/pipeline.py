@@ -38,7 +38,7 @@ from .capture.remote import is_remote
 from .capture.suspend import StepThreads, current_thread, suspend_here
 from .capture.writer import CallWriter
 from .clocks import WorkerClocks
-from .keeper import Keeper
+from .keeper import Keeper, settle_in
 from .layout import Layout
 from .links import Links
 from .measured import measured_network, measured_timeline
@@ -282,7 +282,7 @@ class Pipeline:
     @property
     def beyond_help(self) -> bool:
         """Whether a worker is lost for good."""
-        return self.links.lost and self.keeper is None
+        return self.links.lost and (self.keeper is None or self.keeper.gave_up)
 
     def _wake(self) -> None:
         transport = self._transport
@@ -308,9 +308,7 @@ class Pipeline:
             self.layout, proxies.blocks, compile_with, seed, keep_structures=keep, shards=self.shards
         )
         with proxies.without_hooks():
-            if self.leads:
-                self._sender.send_all(self.links)
-            self.links.expect_all("ready")
+            settle_in(self.keeper, self._hand_out)
             real = proxies.install()
         self._proxies = proxies
         self._hosted = {
@@ -327,6 +325,12 @@ class Pipeline:
         self.gradients.accumulation.host = self if keep else None
         self.routers.own(model)
         self.gradients.on_merge = self.routers.board.commit
+
+    def _hand_out(self) -> None:
+        self.heal()
+        if self.leads:
+            self.sender.send_all(self.links)
+        self.links.expect_all("ready")
 
     def unload(self) -> list[str]:
         """Bring the weights back into the driver's model and remove the proxies.

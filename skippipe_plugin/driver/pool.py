@@ -24,6 +24,8 @@ from .links import Link
 log = logging.getLogger(__name__)
 
 _LOOK_S: Final = 0.2
+_AWAKE_S: Final = 2.0
+"""How long idle workers may take to say that they are awake, where not enough others are."""
 
 
 class EndedEarly(SkipPipeError):
@@ -115,11 +117,32 @@ class WorkerPool:
         self.take(taken)
         return taken
 
+    def rouse(self, count: int) -> None:
+        """Ask all idle workers whether they are awake, until ``count`` are; those that say nothing are not counted.
+
+        A paused host, or one that was cut off, is found here instead of in the middle of a recovery.
+        """
+        links, deadline = self.resting(), time.monotonic() + _AWAKE_S
+        for link in links:
+            link.rouse()
+        while any(not link.is_awake for link in links) and time.monotonic() < deadline:
+            if sum(link.is_awake for link in links) >= count:
+                return
+            time.sleep(0.001)
+        asleep = sum(not link.is_awake and not link.gone for link in links)
+        if asleep:
+            log.warning("%d idle workers gave no sign of life within %g s; others take their place", asleep, _AWAKE_S)
+
+    def resting(self) -> list[Link]:
+        """Return the workers that are unused, whether they are awake or not."""
+        with self._changed:
+            return [link for link in self._idle if not link.gone]
+
     def _usable(self) -> list[Link]:
         """Return who is idle; last those that a launcher holds here, though they have asked to leave."""
         ready = self.idle()
         with self._changed:
-            return [*ready, *(link for link in self._idle if link.leaving and link.order >= 0)]
+            return [*ready, *(link for link in self._idle if link.leaving and link.order >= 0 and link.is_awake)]
 
     def take(self, links: Collection[Link]) -> None:
         """Lend these idle workers, and no others."""
@@ -132,10 +155,10 @@ class WorkerPool:
             self._idle += [link for link in links if not link.gone]
 
     def idle(self) -> list[Link]:
-        """Return the workers that are here and unused; they stay idle."""
+        """Return the workers that are here, awake and unused; they stay idle."""
         with self._changed:
             self._idle = [link for link in self._idle if not link.gone]
-            return [link for link in self._idle if not link.leaving]
+            return [link for link in self._idle if not link.leaving and link.is_awake]
 
     def close(self) -> None:
         """Send every worker home and stop accepting."""

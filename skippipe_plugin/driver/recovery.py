@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, TypeVar
 
-from ..engine.errors import SkipPipeError, StageLostError
+from ..engine.errors import ConnectionsBroken, SkipPipeError, StageLostError
 from ..engine.handover import import_paths
 from ..recovery import RebuildRule
 from ..schedule import ScheduleError, leaves_out
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _MAX_JOIN_DEATHS: Final = 2
 """How often the replacement of one worker may die before it has taken over."""
+_MAX_LOSSES: Final = 5
+"""How often the worker of one rank may be lost without a finished attempt in between."""
 
 WhileMissing = Literal["wait", "skip"]
 
@@ -94,6 +97,9 @@ class Replacements(Protocol):
     def idle(self) -> Sequence[Link]:
         """Return the workers that are ready and unused."""
 
+    def resting(self) -> Sequence[Link]:
+        """Return the workers that are unused, whether they are awake or not."""
+
     def fence(self, link: Link) -> None:
         """Make sure that a worker that counts as lost does nothing any more, if it is one of ours."""
 
@@ -113,12 +119,60 @@ class _Missing:
 
     how_lost: str
     since_s: float = field(default_factory=time.monotonic)
-    join_deaths: int = 0
     steps_around: int = 0
     leaver: Link | None = None
     """Who has left the rank politely, and keeps what it holds until another worker has it."""
     order: Order | None = None
     """What gives another worker all that the leaver held."""
+
+
+class _Losses:
+    """Who was lost at which rank since something was finished last: not for ever."""
+
+    def __init__(self) -> None:
+        self._num_breaks = 0
+        self._how: dict[int, list[str]] = {}
+        self._deaths: Counter[int] = Counter()
+
+    def forget(self) -> None:
+        """Note that something was finished."""
+        self._num_breaks = 0
+        self._how.clear()
+        self._deaths.clear()
+
+    def note_break(self, error: ConnectionsBroken) -> None:
+        """Count connections that broke between living ranks.
+
+        Raises:
+            ConnectionsBroken: There were too many.
+        """
+        self._num_breaks += 1
+        if self._num_breaks > _MAX_LOSSES:
+            raise ConnectionsBroken(
+                f"connections between the workers broke {self._num_breaks} times, and nothing was finished in between; "
+                "look at what is between their hosts (firewall, address translation)"
+            ) from error
+
+    def note(self, link: Link, *, took_over: bool, error: BaseException) -> None:
+        """Count a loss.
+
+        Raises:
+            SkipPipeError: There were too many.
+        """
+        rank, where = link.rank, f"worker rank {link.rank} (stage {_text(link.stages)})"
+        self._how.setdefault(rank, []).append(link.how_lost)
+        self._deaths[rank] += not took_over
+        story = "; ".join(self._how[rank])
+        if self._deaths[rank] >= _MAX_JOIN_DEATHS:
+            raise SkipPipeError(
+                f"{self._deaths[rank]} replacements of {where} died before they had taken over ({story}); look at the "
+                "log of the worker's host (memory?), then start again"
+            ) from error
+        if len(self._how[rank]) > _MAX_LOSSES:
+            raise SkipPipeError(
+                f"{len(self._how[rank])} workers of {where} were lost one after the other, and nothing was finished in "
+                f"between ({story}); look at the log of the worker's host (memory?), then start again"
+            ) from error
 
 
 class StageKeeper:
@@ -146,9 +200,11 @@ class StageKeeper:
         self._report = report
         self._mover = mover
         self._missing: dict[int, _Missing] = {}
+        self._losses = _Losses()
+        self.gave_up = False
         self._warmed: set[int] = set()
         self._attempting = False
-        self._heartbeat = Heartbeat(pipeline.links, policy.heartbeat_s)
+        self._heartbeat = Heartbeat(pipeline.links, policy.heartbeat_s, replacements.resting, replacements.fence)
         pipeline.links.recovering = True
         pipeline.gradients.keep_norms = True
 
@@ -172,13 +228,34 @@ class StageKeeper:
                 self._tend(whole)
                 with self._attempt_under_way():
                     result = action()
-            except StageLostError as error:
+            except (StageLostError, ConnectionsBroken) as error:
                 self._note_losses(error)
                 rewind()
             else:
                 for missing in self._missing.values():
                     missing.steps_around += 1
+                self._losses.forget()
                 return result
+
+    def settle_in(self, action: Callable[[], None]) -> None:
+        """Run ``action``, which brings every worker what it holds, until it has succeeded.
+
+        Until then the driver has all of it, so a worker that is lost takes nothing with it.
+        """
+        while True:
+            try:
+                self._fill_vacant()
+                action()
+            except (StageLostError, ConnectionsBroken) as error:
+                self._note_losses(error)
+            else:
+                break
+        self._losses.forget()
+        lost = list(self._missing)
+        for rank in lost:
+            self._tell(rank, _Rebuilt("driver"))
+        if lost:
+            self._prepare()
 
     @contextmanager
     def _attempt_under_way(self) -> Iterator[None]:
@@ -190,10 +267,15 @@ class StageKeeper:
 
     # -------------------------------------------------------------- losses
 
-    def _note_losses(self, error: StageLostError) -> None:
+    def _note_losses(self, error: StageLostError | ConnectionsBroken) -> None:
         pipeline = self._pipeline
         pipeline.abort()
+        taking_over = self._taking_over
         lost = pipeline.links.drop_lost()
+        if isinstance(error, ConnectionsBroken) and not lost:
+            self._losses.note_break(error)
+            log.warning("%s Others are made, and what was under way is repeated", error)
+            return
         if not lost:
             raise error
         for link in lost:
@@ -201,13 +283,12 @@ class StageKeeper:
             log.warning("worker rank %d (stage %s) is lost: %s", link.rank, _text(link.stages), link.how_lost)
             if self._mover is not None:
                 self._mover.forget(link.rank)
-            missing = self._missing.setdefault(link.rank, _Missing(link.how_lost))
-            missing.join_deaths += link.rank in self._taking_over
-            if missing.join_deaths >= _MAX_JOIN_DEATHS:
-                raise SkipPipeError(
-                    f"{missing.join_deaths} replacements of worker rank {link.rank} (stage {_text(link.stages)}) died "
-                    "before they had taken over; look at the log of the worker's host (memory?), then start again"
-                ) from error
+            self._missing.setdefault(link.rank, _Missing(link.how_lost))
+            try:
+                self._losses.note(link, took_over=link.rank not in taking_over, error=error)
+            except SkipPipeError:
+                self.gave_up = True
+                raise
 
     @property
     def _taking_over(self) -> set[int]:
@@ -217,7 +298,10 @@ class StageKeeper:
     def _prepare(self) -> None:
         # Who leaves an elastic run needs no replacement.
         leaving = sum(link.leaving for link in self._pipeline.links) if self._mover is None else 0
-        self._replacements.prepare(len(self._missing) + leaving + self._policy.spares)
+        try:
+            self._replacements.prepare(len(self._missing) + leaving + self._policy.spares)
+        except SkipPipeError as error:  # whoever needs one of them will say so
+            log.warning("%s", error)
 
     # -------------------------------------------------------- replacements
 
@@ -252,13 +336,18 @@ class StageKeeper:
         return True
 
     def _fill(self) -> None:
-        pipeline = self._pipeline
-        vacant = [rank for rank in self._missing if rank not in pipeline.links]
-        for rank, link in zip(vacant, self._replacements.take(len(vacant)), strict=True):
-            pipeline.links.add(rank, pipeline.layout.stages_of(rank), link)
-        pipeline.go_around(())
+        self._fill_vacant()
+        self._pipeline.go_around(())
         self._complete()
         self._prepare()
+
+    def _fill_vacant(self) -> None:
+        """Give each rank that has no worker another one."""
+        pipeline = self._pipeline
+        vacant = [rank for rank in self._missing if rank not in pipeline.links]
+        if vacant:
+            for rank, link in zip(vacant, self._replacements.take(len(vacant)), strict=True):
+                pipeline.links.add(rank, pipeline.layout.stages_of(rank), link)
 
     def _complete(self) -> None:
         """Form a generation with everybody who is there, and give the new ones what they have to hold."""
@@ -292,9 +381,13 @@ class StageKeeper:
             rebuilt = _Rebuilt("relieved")
         else:
             rebuilt = self._rebuild(rank)
-        del self._missing[rank]
         if missing.leaver is not None:
             self._replacements.take_back([missing.leaver])
+        self._tell(rank, rebuilt)
+
+    def _tell(self, rank: int, rebuilt: _Rebuilt) -> None:
+        """Count the worker at ``rank`` as whole, and say so."""
+        missing = self._missing.pop(rank)
         stages = tuple(self._pipeline.layout.stages_of(rank))
         seconds = time.monotonic() - missing.since_s
         accumulation = self._pipeline.gradients.accumulation

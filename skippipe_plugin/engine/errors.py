@@ -18,6 +18,10 @@ class GenerationAborted(SkipPipeError):
     """The groups of this generation were closed under a running operation; the cause is raised by their owner."""
 
 
+class ConnectionsBroken(SkipPipeError):
+    """Connections between ranks broke, though all of them live: others may be made."""
+
+
 class RemoteTraceback(Exception):
     """Carries the traceback text of another process as the ``__cause__`` of the exception it belongs to."""
 

@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 _HERE: Final = "127.0.0.1"
 _MEET: Final = timedelta(minutes=30)
 """How long ranks of a launcher wait for each other; as long as torch's process groups do."""
+_SAY_S: Final = 5.0
+"""After how many seconds a wait says what it waits for."""
+_LOOK_S: Final = 0.05
 _GENERATIONS: Final = 1 << 32
 """More than one driver ever forms."""
 
@@ -142,10 +146,33 @@ class DriverJob:
         if self.num_drivers > 1:
             ranks, count = range(1, self.num_drivers), self.num_drivers + num_workers
             self._drivers.start(ranks, count, self._store_host, self.pool.store.port, self.pool.secret)
+            self._await_drivers()
+
+    def _await_drivers(self) -> None:
+        """Wait until the drivers that were started here have come as far as this one.
+
+        Raises:
+            SkipPipeError: One has ended before.
+        """
+        keys, begun_s, told = [_driver_key(rank) for rank in range(1, self.num_drivers)], time.monotonic(), False
+        while not self.pool.store.check(keys):
+            if ended := self._drivers.ended():
+                raise SkipPipeError(
+                    f"further drivers ended before they had joined (pid: exit status): {ended}; each runs this script "
+                    "once more, and says above why it ended"
+                )
+            waited_s = time.monotonic() - begun_s
+            if waited_s > _MEET.total_seconds():
+                raise SkipPipeError(f"further drivers did not come to fit within {_MEET}; look at what they print")
+            if waited_s > _SAY_S and not told:
+                log.warning("waiting for %d further drivers, which run this script up to here", len(keys))
+                told = True
+            time.sleep(_LOOK_S)
 
     def acquire(self, num_workers: int) -> list[Link]:
         """Return ``num_workers`` workers, waiting for them to join."""
         self._processes.reap()
+        self.pool.rouse(num_workers)
         if self.rank == 0:
             self.prepare(num_workers)
             if self._launcher is None and (awaited := self._num_missing(num_workers)) > 0:
@@ -158,6 +185,10 @@ class DriverJob:
     def idle(self) -> list[Link]:
         """Return the workers that are ready and unused."""
         return self.pool.idle()
+
+    def resting(self) -> list[Link]:
+        """Return the workers that are unused, whether they are awake or not."""
+        return self.pool.resting()
 
     def joined(self) -> list[Link]:
         """Return the workers that joined by hand and are ready and unused."""

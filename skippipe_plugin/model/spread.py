@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..driver.capture.devices import move_around
 from ..driver.capture.proxies import BlockProxies
 from ..driver.experts import ExpertMover
+from ..driver.keeper import settle_in
 from ..driver.layout import Layout
 from ..driver.links import Links
 from ..driver.moving import MoveEvent, Mover
@@ -155,7 +156,7 @@ class SpreadModel:
         if recovery is not None:
             self._keep_whole(pipeline, blocks, *recovery)
         self._plan_paths(pipeline.schedules[TRAINING])
-        pipeline.form()
+        settle_in(pipeline.keeper, pipeline.heal)
         self._block_names = _names_in(model, blocks)
         if self.attached is not None:
             self._sizes = [block_size(block, name) for block, name in zip(blocks, self._block_names, strict=True)]

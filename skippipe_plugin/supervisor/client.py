@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Final
 
 from ..engine.c10d import TCPStore
 from ..engine.channel import ChannelError, Message, connect
+from ..engine.errors import SkipPipeError
 from ..worker.processes import worker_environment
 from .supervisor import ADDRESS_VARIABLE, ATTEMPT_VARIABLE
+
+log = logging.getLogger(__name__)
+
+_SAY_S: Final = 5.0
+"""After how many seconds a wait says what it waits for."""
+_ANSWER_S: Final = 60.0
+"""How long the supervisor, which only starts and counts processes, may take to answer."""
 
 
 def supervised() -> bool:
@@ -81,10 +91,23 @@ class SupervisedProcesses:
 
     def _ask(self, kind: str, **fields: Any) -> dict[str, Any]:
         with self._lock:
-            number = self._channel.send(kind, fields)
-            while (answer := self._answers.get()).answers != number:
-                pass  # to a question that was given up, as by Ctrl-C
-            return dict(answer.fields)
+            number, begun_s, told = self._channel.send(kind, fields), time.monotonic(), False
+            while True:
+                try:
+                    answer = self._answers.get(timeout=1.0)
+                except queue.Empty:
+                    waited_s = time.monotonic() - begun_s
+                    if waited_s > _ANSWER_S:
+                        raise SkipPipeError(f"the supervisor did not answer {kind!r} within {_ANSWER_S:g} s") from None
+                    if waited_s > _SAY_S and not told:
+                        log.warning("waiting for the supervisor's answer to %r", kind)
+                        told = True
+                    continue
+                if answer.answers == number:  # others are to questions that were given up, as by Ctrl-C
+                    break
+        if answer.kind == "failed":
+            raise SkipPipeError(f"the supervisor could not do {kind!r}: {answer.fields['reason']}")
+        return dict(answer.fields)
 
     def _read(self) -> None:
         with contextlib.suppress(ChannelError):

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..engine.c10d import host_store
-from ..engine.channel import Channel, ChannelError
+from ..engine.channel import Channel, ChannelError, Message
+from ..engine.errors import SkipPipeError
 from ..engine.listener import Listener
 from ..engine.secret import job_secret
 from ..worker import WorkerProcesses
@@ -124,8 +125,8 @@ class Supervisor:
 
     def _forward(self, number: int, _: object) -> None:
         self._stopping = True
-        # Ctrl-C in a terminal reaches the whole process group, the driver too.
-        if self._driver is not None and not (number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()):
+        # Ctrl-C in a terminal reaches the whole process group, the driver too, whatever the standard input is.
+        if self._driver is not None and not (number == signal.SIGINT and _in_foreground()):
             self._driver.send_signal(number)
 
     # ------------------------------------------------------------- requests
@@ -149,7 +150,7 @@ class Supervisor:
         try:
             while True:
                 request = channel.receive()
-                channel.send("done", answers[request.kind](**request.fields))
+                channel.send(*_answered(answers, request))
         except ChannelError:
             channel.close()
 
@@ -169,6 +170,28 @@ class Supervisor:
         command = [sys.executable, "-m", "skippipe_plugin.worker.supervised", store, *arguments]
         self._workers.start_bound(count, command, environment, folder)
         return {}
+
+
+def _answered(answers: Mapping[str, Callable[..., dict[str, Any]]], request: Message) -> tuple[str, dict[str, Any]]:
+    """Do what a driver asks for; a failure is its own, and never the end of this desk."""
+    try:
+        return "done", answers[request.kind](**request.fields)
+    except Exception as error:
+        return "failed", {"reason": f"{error}" if isinstance(error, SkipPipeError) else repr(error)}
+
+
+def _in_foreground() -> bool:
+    """Whether this process group is the one that its terminal, if it has one, sends Ctrl-C to."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
 
 
 def _signal_of(status: int) -> int | None:

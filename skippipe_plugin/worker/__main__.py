@@ -11,6 +11,7 @@ import sys
 from ..engine.errors import SkipPipeError
 from ..engine.secret import SECRET_VARIABLE, job_secret
 from .joining import parse_address, work
+from .processes import end_now
 from .service import DriverGone, Refused
 
 log = logging.getLogger("skippipe_plugin.worker")
@@ -38,4 +39,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_now(main(sys.argv[1:]))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
+from ..engine.errors import SkipPipeError
 from ..engine.handover import import_paths
 from ..engine.secret import SECRET_VARIABLE
 
@@ -28,13 +31,13 @@ class WorkerProcesses:
         """Start ``count`` workers that join ``host:port``."""
         command = [sys.executable, "-m", "skippipe_plugin.worker", f"{host}:{port}"]
         environment = worker_environment(secret)
-        self._processes += [subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) for _ in range(count)]
+        for _ in range(count):
+            self._processes.append(_popen(command, environment, None, subprocess.DEVNULL))
 
     def start_bound(self, count: int, command: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
         """Start ``count`` processes in ``folder`` whose stdin ends with this process; see :func:`end_with_stdin`."""
-        self._processes += [
-            subprocess.Popen(command, env=environment, cwd=folder, stdin=subprocess.PIPE) for _ in range(count)
-        ]
+        for _ in range(count):
+            self._processes.append(_popen(command, environment, folder, subprocess.PIPE))
 
     def num_starting(self, joined: Collection[int]) -> int:
         """Return how many are alive and not among the pids that ``joined``."""
@@ -94,7 +97,11 @@ class DriverProcesses:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 PARENT_VARIABLE: str(os.getpid()),
             }
-            self._processes.append(subprocess.Popen(_script(), env=environment, stdin=subprocess.PIPE))
+            self._processes.append(_popen(_script(), environment, None, subprocess.PIPE))
+
+    def ended(self) -> dict[int, int]:
+        """Return process id and exit status of those that have ended."""
+        return {process.pid: process.returncode for process in self._processes if process.poll() is not None}
 
     def wait(self) -> None:
         """Wait for their scripts to end; end those that hang."""
@@ -121,6 +128,18 @@ def end_with_stdin() -> None:
     threading.Thread(target=_await_parent, name="parent watch", daemon=True).start()
 
 
+def end_now(status: int) -> NoReturn:
+    """End this process without the interpreter's own end, which takes seconds of every core once torch is loaded.
+
+    A worker has nothing left to do by then; what it has printed and logged is written.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+            stream.flush()
+    os._exit(status)
+
+
 def _await(process: subprocess.Popen[bytes], patience_s: float = _POLITE_S) -> None:
     """Wait for a process to end, and end it if it takes too long."""
     try:
@@ -138,9 +157,34 @@ def _await_parent() -> None:
     os._exit(1)
 
 
+def _popen(
+    command: Sequence[str], environment: Mapping[str, str], folder: str | None, stdin: int
+) -> subprocess.Popen[bytes]:
+    """Start a process.
+
+    Raises:
+        SkipPipeError: The system refuses.
+    """
+    try:
+        return subprocess.Popen(command, env=environment, cwd=folder, stdin=stdin)
+    except (OSError, MemoryError) as error:
+        raise SkipPipeError(
+            f"a process of the run cannot be started: {str(error) or type(error).__name__}. The system's limits on "
+            "processes, memory or open files (ulimit -u, -v, -n; the container's) are reached: raise them, or start "
+            "fewer workers"
+        ) from error
+
+
 def _script() -> list[str]:
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
+    file = getattr(main, "__file__", None)
+    if file is None or not os.path.isfile(file):  # noqa: PTH113 - what Python calls its scripts
+        raise SkipPipeError(
+            "drivers above 1 start this script once more for each further driver, but there is no file to start: the "
+            "code came from standard input, python -c, an interactive session or a notebook. Save it as a file and run "
+            "that (python train.py), or use one driver"
+        )
     if spec is not None:
         return [sys.executable, "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
     return [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:]]  # noqa: PTH100 - argv holds strings

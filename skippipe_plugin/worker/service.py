@@ -45,7 +45,7 @@ from .tallies import StageTallies
 
 log = logging.getLogger(__name__)
 
-_GRACE_S: Final = 10.0
+_GRACE_S: Final = 3.0
 """How long a worker whose driver is gone may take to leave by itself before it is ended."""
 
 

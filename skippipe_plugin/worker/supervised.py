@@ -15,7 +15,7 @@ from ..engine.c10d import TCPStore
 from ..engine.channel import ChannelError
 from ..engine.errors import SkipPipeError
 from .joining import dial
-from .processes import end_with_stdin
+from .processes import end_now, end_with_stdin
 from .service import DriverGone, Worker
 
 log = logging.getLogger("skippipe_plugin.worker")
@@ -50,4 +50,4 @@ def _serve(worker: Worker) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_now(main(sys.argv[1:]))

@@ -51,3 +51,23 @@ def test_interrupting_the_driver_ends_everything(training) -> None:
     assert driver.returncode == 1
     assert "Detected KeyboardInterrupt" in errors
     assert wait_until(lambda: gone(workers), timeout_s=20)
+
+
+def test_workers_end_without_burning_the_cores(training) -> None:
+    """The interpreter's own end takes seconds of each core with torch loaded."""
+    driver, workers = training
+    used = {worker: sum(worker.cpu_times()[:2]) for worker in workers}
+    driver.kill()
+    spent = dict.fromkeys(workers, 0.0)
+
+    def look() -> bool:
+        for worker in workers:
+            try:
+                if worker.status() != psutil.STATUS_ZOMBIE:
+                    spent[worker] = sum(worker.cpu_times()[:2]) - used[worker]
+            except psutil.Error:
+                pass
+        return gone(workers)
+
+    assert wait_until(look, timeout_s=20)
+    assert max(spent.values()) < 0.5

@@ -1,6 +1,7 @@
 """``skippipe run`` without a pipeline: which ends are ends, how often it starts a command, and that nothing stays."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -79,3 +80,38 @@ def test_nothing_outlives_the_supervisor() -> None:
     finally:
         supervisor.kill()
         supervisor.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="terminals")
+@pytest.mark.parametrize("redirected", [True, False])
+def test_one_interrupt_in_a_terminal_is_one(redirected: bool) -> None:
+    """It reaches the whole process group; the supervisor adds none, whatever the standard input is."""
+    script = """
+import signal, time
+got = []
+signal.signal(signal.SIGINT, lambda *_: got.append(1))
+print("READY", flush=True)
+end = time.monotonic() + 60
+while not got and time.monotonic() < end: time.sleep(0.02)
+time.sleep(1.5)
+print("GOT", len(got), flush=True)
+"""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        if redirected:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        command = [sys.executable, "-m", "skippipe_plugin.cli", "run", "--", sys.executable, "-c", script]
+        os.execv(sys.executable, command)
+    text, pressed = "", False
+    try:
+        while chunk := os.read(terminal, 1000).decode():
+            text += chunk
+            if "READY" in text and not pressed:
+                pressed = True
+                os.write(terminal, b"\x03")
+    except OSError:
+        pass  # every other end of the terminal is closed
+    os.waitpid(pid, 0)
+    os.close(terminal)
+    assert "GOT 1" in text

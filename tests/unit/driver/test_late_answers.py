@@ -9,9 +9,11 @@ import pytest
 
 from skippipe_plugin.driver.links import Link, Links
 from skippipe_plugin.engine.channel import Channel, ChannelError, Message, connect
-from skippipe_plugin.engine.errors import StageLostError
+from skippipe_plugin.engine.errors import SkipPipeError, StageLostError
 from skippipe_plugin.engine.listener import Listener
+from skippipe_plugin.supervisor import client as client_module
 from skippipe_plugin.supervisor.client import SupervisedProcesses
+from skippipe_plugin.supervisor.supervisor import _answered
 
 SECRET = bytes(32)
 Behaviour = Callable[[Channel, Message], None]
@@ -138,26 +140,42 @@ def test_a_survivor_is_slow_and_others_die(meet: Callable[[Behaviour], Link]) ->
     assert [link.ask("get", {"what": "second"}, "state").fields["of"] for link in left] == ["second"] * 2
 
 
-def test_a_question_to_the_supervisor_that_was_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by Ctrl-C: later answers are not one behind."""
-    door = Listener("127.0.0.1", 0, SECRET)
+@pytest.fixture
+def supervised(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Behaviour], SupervisedProcesses]]:
+    """Gives the driver's side of a supervisor that does something with each question."""
+    door, clients = Listener("127.0.0.1", 0, SECRET), list[SupervisedProcesses]()
     monkeypatch.setenv("SKIPPIPE_SUPERVISOR", f"127.0.0.1:{door.port}")
     monkeypatch.setenv("SKIPPIPE_ATTEMPT", "0")
     monkeypatch.setenv("SKIPPIPE_SECRET", SECRET.hex())
 
-    def serve() -> None:
+    def serve(behave: Behaviour) -> None:
         arrived = door.accept(5)
         assert arrived is not None
         try:
             while True:
-                request = arrived[0].receive()
-                time.sleep(0.1)
-                arrived[0].send("done", {"running": [len(request.fields)]})
+                behave(arrived[0], arrived[0].receive())
         except ChannelError:
             pass
 
-    threading.Thread(target=serve, daemon=True).start()
-    processes = SupervisedProcesses("key")
+    def start(behave: Behaviour) -> SupervisedProcesses:
+        threading.Thread(target=serve, args=(behave,), daemon=True).start()
+        clients.append(SupervisedProcesses("key"))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.stop()
+    door.close()
+
+
+def test_a_question_to_the_supervisor_that_was_given_up(supervised: Callable[[Behaviour], SupervisedProcesses]) -> None:
+    """As by Ctrl-C: later answers are not one behind."""
+
+    def answer(channel: Channel, message: Message) -> None:
+        time.sleep(0.1)
+        channel.send("done", {"running": [len(message.fields)]})
+
+    processes = supervised(answer)
     real: Any = processes._answers
 
     class Interrupted:
@@ -169,5 +187,31 @@ def test_a_question_to_the_supervisor_that_was_given_up(monkeypatch: pytest.Monk
         processes._ask("kill", pid=5)
     processes._answers = real
     assert processes.running() == [0]
-    processes.stop()
-    door.close()
+
+
+def test_a_supervisor_that_cannot_says_why(supervised: Callable[[Behaviour], SupervisedProcesses]) -> None:
+    """And answers the next question: its thread does not die of an exception."""
+
+    def refuse(**_: Any) -> dict[str, Any]:
+        raise OSError(24, "Too many open files")
+
+    desk = {"start": refuse, "status": lambda: {"running": [3]}}
+    processes = supervised(lambda channel, message: channel.send(*_answered(desk, message)) and None)
+    with pytest.raises(SkipPipeError, match=r"the supervisor could not do 'start': .*Too many open files"):
+        processes._ask("start", count=1)
+    assert processes.running() == [3]
+    with pytest.raises(SkipPipeError, match="could not do 'dance': KeyError"):
+        processes._ask("dance")
+
+
+def test_a_supervisor_that_is_silent_is_not_waited_for_for_ever(
+    supervised: Callable[[Behaviour], SupervisedProcesses],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(client_module, "_SAY_S", 0.5)
+    monkeypatch.setattr(client_module, "_ANSWER_S", 1.5)
+    processes = supervised(lambda *_: None)
+    with pytest.raises(SkipPipeError, match=r"the supervisor did not answer 'status' within 1\.5 s"):
+        processes.running()
+    assert "waiting for the supervisor's answer to 'status'" in caplog.text

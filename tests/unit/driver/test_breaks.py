@@ -1,0 +1,128 @@
+"""Idle workers that sleep are not taken, and connections that break between the living are no deaths."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from skippipe_plugin.driver import pool as pool_module
+from skippipe_plugin.driver.heartbeat import Heartbeat
+from skippipe_plugin.driver.links import Link, Links
+from skippipe_plugin.driver.pool import WorkerPool
+from skippipe_plugin.driver.recovery import _MAX_LOSSES, _Losses
+from skippipe_plugin.engine.channel import Channel, ChannelError, connect
+from skippipe_plugin.engine.errors import ConnectionsBroken, SkipPipeError, StageLostError
+from skippipe_plugin.engine.versions import own_versions
+
+
+@pytest.fixture
+def pool() -> Iterator[WorkerPool]:
+    pool = WorkerPool("127.0.0.1", join_timeout_s=5)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def join(pool: WorkerPool) -> Iterator[Callable[[bool], Channel]]:
+    """Lets a worker join that is awake (answers), or not."""
+    channels: list[Channel] = []
+
+    def serve(channel: Channel, awake: bool) -> None:
+        try:
+            while True:
+                message = channel.receive()
+                if awake and message.kind == "beat":
+                    channel.send_if_free("beat")
+        except ChannelError:
+            pass
+
+    def start(awake: bool) -> Channel:
+        before = len(pool.links)
+        channel = connect(*pool.address, bytes.fromhex(pool.secret))
+        channels.append(channel)
+        channel.send("hello", {"versions": own_versions()})
+        deadline = time.monotonic() + 5
+        while len(pool.links) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        threading.Thread(target=serve, args=(channel, awake), daemon=True).start()
+        return channel
+
+    yield start
+    for channel in channels:
+        channel.close()
+
+
+def test_who_sleeps_is_not_idle(
+    pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_AWAKE_S", 0.3)
+    join(False)
+    join(True)
+    pool.rouse(2)
+    assert len(pool.resting()) == 2
+    assert len(pool.idle()) == pool.num_idle == 1
+    assert pool.acquire(1)[0].is_awake
+    with pytest.raises(SkipPipeError, match=r"0 of 1 workers joined"):
+        pool.acquire(1)
+
+
+def test_nobody_is_waited_for_where_enough_are_awake(pool: WorkerPool, join: Callable[[bool], Channel]) -> None:
+    for awake in (False, True, True):
+        join(awake)
+    begun_s = time.monotonic()
+    pool.rouse(2)
+    assert time.monotonic() - begun_s < 1.0
+    assert len(pool.idle()) == 2
+
+
+def test_an_idle_worker_that_is_silent_is_given_up(pool: WorkerPool, join: Callable[[bool], Channel]) -> None:
+    join(False)
+    join(True)
+    ended: list[Link] = []
+    heartbeat = Heartbeat(Links(), 0.5, pool.resting, ended.append)
+    deadline = time.monotonic() + 10
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    heartbeat.close()
+    assert len(ended) == 1
+    assert ended[0].how_lost == "it gave no sign of life"
+    while len(pool.resting()) > 1 and time.monotonic() < deadline:
+        time.sleep(0.01)  # the reader sees that its connection is closed
+    assert len(pool.resting()) == 1
+
+
+def test_a_break_between_the_living_is_found_at_once(pool: WorkerPool, join: Callable[[bool], Channel]) -> None:
+    channels = [join(True) for _ in range(3)]
+    board = Links()
+    board.recovering = True
+    for rank, link in enumerate(pool.acquire(3)):
+        board.add(rank, [rank + 1], link)
+    for channel in channels[:2]:
+        channel.send("error", {"generation": 0, "aborted": True, "traceback": ""}, answers=-1)
+    begun_s = time.monotonic()
+    with pytest.raises(ConnectionsBroken, match=r"worker rank \d .* and worker rank \d .* broke, but no worker ended"):
+        board.raise_cause()
+    assert time.monotonic() - begun_s < 3
+
+
+def test_a_break_is_a_death_where_somebody_died(pool: WorkerPool, join: Callable[[bool], Channel]) -> None:
+    channels = [join(True), join(False)]
+    board = Links()
+    board.recovering = True
+    for rank, link in enumerate(pool.resting()):
+        board.add(rank, [rank + 1], link)
+    channels[0].send("error", {"generation": 0, "aborted": True, "traceback": ""}, answers=-1)
+    threading.Timer(0.4, channels[1].close).start()
+    with pytest.raises(StageLostError, match="is gone"):
+        board.raise_cause()
+
+
+def test_breaks_have_an_end() -> None:
+    losses = _Losses()
+    for _ in range(_MAX_LOSSES):
+        losses.note_break(ConnectionsBroken("once more"))
+    with pytest.raises(ConnectionsBroken, match="broke 6 times, and nothing was finished in between"):
+        losses.note_break(ConnectionsBroken("once more"))
+    losses.forget()
+    losses.note_break(ConnectionsBroken("much later"))
