@@ -233,8 +233,11 @@ def accumulation(current: Accelerator) -> Record:
     return record
 
 
-def by_hand(current: Accelerator) -> Record:
-    """The loss is divided by the loop, gradients are clipped by value, and ``model.zero_grad()`` drops them."""
+def by_hand(current: Accelerator, clip_each: bool = False) -> Record:
+    """The loss is divided by the loop, gradients are clipped by value, and ``model.zero_grad()`` drops them.
+
+    With ``clip_each`` what is accumulated is clipped by its norm after every batch, not only before the step.
+    """
     record, model = Record(), Classifier()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(samples(24), batch_size=4)
@@ -242,6 +245,8 @@ def by_hand(current: Accelerator) -> Record:
     for index, (inputs, targets) in enumerate(loader):
         loss = model(inputs, targets)["loss"] / 3
         current.backward(loss)
+        if clip_each:
+            current.clip_grad_norm_(model.parameters(), 0.02)
         if index % 3 == 2:
             current.clip_grad_value_(model.parameters(), 0.01)
             optimizer.step()

@@ -33,6 +33,10 @@ def test_accumulation_by_hand() -> None:
     assert_same(*both(loops.by_hand))
 
 
+def test_clipping_in_the_middle_of_an_accumulation() -> None:
+    assert_same(*both(loops.by_hand, True))
+
+
 def test_labels_that_the_loss_ignores() -> None:
     assert_same(*both(loops.language))
 
