@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from ..checked import COUNT, PART, checked
 from ..schedule import CostModel, Timeline
 from ..schedule.balance import Balancer, Decision, SwitchRule
 from ..schedule.fit import ran_whole
@@ -23,6 +24,7 @@ from .experts import ExpertBalance, ExpertConfig, ExpertMethod
 log = logging.getLogger(__name__)
 
 
+@checked(every_n_steps=COUNT, min_gain=PART, min_steps=COUNT, window=COUNT, memory=COUNT)
 class LoadBalancer(Callback):
     """Plan the paths of a pipeline anew while it trains, when measured costs say that it pays; balance experts.
 
@@ -58,7 +60,7 @@ class LoadBalancer(Callback):
         >>> LoadBalancer(min_gain=1.5)
         Traceback (most recent call last):
         ...
-        ValueError: min_gain=1.5 is out of range; it is a share between 0 and 1
+        skippipe_plugin.checked.SettingError: min_gain=1.5 is out of range; it is a finite number above 0 and below 1
     """
 
     def __init__(
@@ -75,10 +77,6 @@ class LoadBalancer(Callback):
         super().__init__()
         if not stages and experts is None:
             raise ValueError("stages=False and experts=None leave nothing to balance; leave the callback out")
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}; measure every step (1) or every n-th")
-        if window < 1 or memory < 1:
-            raise ValueError(f"window={window}, memory={memory}: measured steps are counted from 1 on")
         self.every_n_steps = every_n_steps
         self.rule = SwitchRule(min_gain=min_gain, min_steps=min_steps)
         self.window = window

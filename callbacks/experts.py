@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..checked import COUNT, Range, checked
 from ..driver.routers import RouterControl
 from ..moe import BIAS_RULES, MoEConfig, RouterStatistics, max_violation
 from ..schedule.picture import require_matplotlib
@@ -27,6 +28,10 @@ AUXILIARY_LOSS = 0.01
 MAX_REMEMBERED = 1000
 
 
+_RATE: Final = Range(0, 1_000_000, includes_least=False)
+
+
+@checked(rate=_RATE, auxiliary_loss=_RATE, payback_steps=COUNT)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertConfig:
     """How experts are balanced."""
@@ -47,11 +52,6 @@ class ExpertConfig:
             raise ValueError(f"rule={self.rule!r} is unknown; choose one of {', '.join((*BIAS_RULES, QUANTILE))}")
         if self.rule == QUANTILE and self.rate is not None:
             raise ValueError(f"rate={self.rate} has no effect with rule='quantile', which has none")
-        if self.payback_steps < 1:
-            raise ValueError(f"payback_steps={self.payback_steps} is out of range; it is at least 1")
-        for name, value in (("rate", self.rate), ("auxiliary_loss", self.auxiliary_loss)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value} is out of range; it is positive")
 
 
 class ExpertBalance:

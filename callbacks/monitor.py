@@ -16,6 +16,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from ..checked import COUNT, checked
 from ..driver.recovery import RecoveryEvent
 from ..schedule import Mark, Schedule, Timeline, draw, fit_costs, simulate
 from ..schedule.fit import ran_whole
@@ -25,6 +26,7 @@ from .common import log_now, strategy_of
 from .recovery import StageRecovery
 
 
+@checked(every_n_steps=COUNT)
 class PipelineMonitor(Callback):
     """Measure every n-th training step of a pipeline, log its utilisation, and draw it.
 
@@ -43,10 +45,10 @@ class PipelineMonitor(Callback):
 
     Example:
         >>> from skippipe_plugin.callbacks import PipelineMonitor
-        >>> PipelineMonitor(every_n_steps=0)
+        >>> PipelineMonitor(every_n_steps=0)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: every_n_steps=0; measure every step (1) or every n-th
+        skippipe_plugin.checked.SettingError: every_n_steps=0 is out of range; it is a whole number of at least 1 ...
     """
 
     def __init__(
@@ -57,8 +59,6 @@ class PipelineMonitor(Callback):
         trace: bool = False,
     ) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}; measure every step (1) or every n-th")
         self.every_n_steps = every_n_steps
         self.folder = None if folder is None else Path(folder)
         self.picture = picture

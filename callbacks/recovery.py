@@ -9,15 +9,17 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from ..checked import checked
 from ..driver.capture.remote import is_remote
 from ..driver.moving import MoveEvent
 from ..driver.recovery import RecoveryEvent, RecoveryPolicy, WhileMissing
-from ..recovery import REBUILD_RULES, RebuildRule
+from ..recovery import RebuildRule
 from .common import strategy_of, to_loggers
 
 log = logging.getLogger(__name__)
 
 
+@checked()
 class StageRecovery(Callback):
     """Replace workers that are lost, without a checkpoint; the batch under way is repeated.
 
@@ -53,10 +55,10 @@ class StageRecovery(Callback):
 
     Example:
         >>> from skippipe_plugin.callbacks import StageRecovery
-        >>> StageRecovery(spares=-1)
+        >>> StageRecovery(spares=-1)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: spares=-1 must be 0 or more
+        skippipe_plugin.checked.SettingError: spares=-1 is out of range; it is a whole number of ...
     """
 
     def __init__(
@@ -71,14 +73,6 @@ class StageRecovery(Callback):
         elastic: bool = False,
     ) -> None:
         super().__init__()
-        if spares < 0:
-            raise ValueError(f"spares={spares} must be 0 or more")
-        if rule not in REBUILD_RULES:
-            raise ValueError(f"rule={rule!r} is unknown; choose one of {REBUILD_RULES}")
-        if while_missing not in ("wait", "skip"):
-            raise ValueError(f"while_missing={while_missing!r} is unknown; choose 'wait' or 'skip'")
-        if lr_factor <= 0 or heartbeat_s <= 0:
-            raise ValueError(f"lr_factor={lr_factor} and heartbeat_s={heartbeat_s} must be above 0")
         self.policy = RecoveryPolicy(
             spares=spares,
             rule=rule,

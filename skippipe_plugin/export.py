@@ -227,7 +227,7 @@ def _folder_state(folder: FilePath, trust: bool) -> dict[str, Tensor]:
 def _model_config(path: FilePath) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a model's config.json")

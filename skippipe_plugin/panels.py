@@ -3,7 +3,6 @@
 Each file says itself what it is, so their order does not matter. Drawing is in `schedule.picture`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -14,6 +13,7 @@ from skippipe_plugin.schedule.casefile import CaseError, load_schedule, read_cas
 from skippipe_plugin.schedule.cost import CostModel, Links
 from skippipe_plugin.schedule.fit import find_transfers, fit_costs
 from skippipe_plugin.schedule.ir import Schedule
+from skippipe_plugin.schedule.jsontext import parse
 from skippipe_plugin.schedule.problem import reordered
 from skippipe_plugin.schedule.simulate import simulate
 from skippipe_plugin.schedule.timeline import Timeline
@@ -70,8 +70,9 @@ def _kind(file: FilePath) -> Kind:
         "skippipe-schedule": "schedule",
         "skippipe-cost": "cost model",
         "skippipe-timeline": "timeline",
+        "skippipe-plan": "plan",
     }
-    if data.get("format") in formats:
+    if isinstance(data.get("format"), str) and data["format"] in formats:
         return formats[data["format"]]
     keys: dict[str, Kind] = {"traceEvents": "timeline", "paths": "plan", "cost_s": "case"}
     for key, kind in keys.items():
@@ -82,7 +83,7 @@ def _kind(file: FilePath) -> Kind:
 
 def _measured(file: FilePath) -> Timeline:
     text = file.read_text(encoding="utf-8")
-    data = json.loads(text)
+    data = parse(text)
     timeline = Timeline.from_chrome_trace(data) if "traceEvents" in data else Timeline.from_json(text)
     return replace(timeline, label=timeline.label or file.stem)
 

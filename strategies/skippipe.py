@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from ..checked import COUNT, NUM_PROCESSES, SHARE, checked
 from ..driver.backward import GradientScale
 from ..driver.capture.batches import Cutter
 from ..driver.capture.devices import move_around
@@ -61,13 +62,14 @@ from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import cut_or_whole, loader_hint
 from .outputs import with_loss, without_loss
 from .sections import shared_sections
-from .verify import Verify, check_step, check_verify, verify_first
+from .verify import Verify, check_step, verify_first
 from .whole_step import WholeStep
 from .zeroing import zero_everywhere, zero_locally
 
 log = logging.getLogger(__name__)
 
 
+@checked(skip_ratio=SHARE, num_microbatches=COUNT, replicas=NUM_PROCESSES, drivers=NUM_PROCESSES)
 class SkipPipeStrategy(DriversStrategy):
     """Train an unchanged LightningModule as a pipeline of stages on other processes.
 
@@ -150,7 +152,6 @@ class SkipPipeStrategy(DriversStrategy):
             verbose=verbose,
         )
         """What the next run is set up with; callbacks may replace it before."""
-        check_verify(verify)
         self.verify = verify
         """Whether a fit compares its first batch with one process."""
         self.is_probe = False

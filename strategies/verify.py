@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -193,12 +193,6 @@ class _Observer(Callback):
         self.logged = {
             name: float(value) for name, value in metrics if not isinstance(value, Tensor) or value.numel() == 1
         }
-
-
-def check_verify(verify: Verify) -> None:
-    """Raise when ``verify`` is unknown."""
-    if verify not in get_args(Verify):
-        raise ValueError(f"verify={verify!r} is unknown; choose one of {get_args(Verify)}")
 
 
 def _check_settings(settings: PipelineSettings) -> None:

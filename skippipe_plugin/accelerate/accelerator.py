@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.state import PartialState
 
+from ..checked import checked
 from ..engine.errors import SkipPipeError
 from ..job.job import worker_job
 from ..job.launched import RANK_VARIABLES, read_launcher
@@ -18,6 +19,7 @@ from ..model.loop_config import SkipPipeConfig
 from .pipe import SkipPipe
 
 
+@checked()
 class SkipPipeAccelerator(Accelerator):  # type: ignore[misc]
     """Takes the place of ``Accelerator()`` in a training loop, one line changed.
 

@@ -18,6 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..checked import checked
 from ..driver.moving import MoveEvent
 from ..driver.recovery import RecoveryEvent
 from ..engine.errors import SkipPipeError
@@ -39,6 +40,7 @@ _REPLACED: Final = (
 )
 
 
+@checked()
 class SkipPipe:
     """Runs the model of an accelerator as a pipeline.
 

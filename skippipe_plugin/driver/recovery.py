@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, TypeVar
 
+from ..checked import NUM_SPARES, SECONDS, Range, checked
 from ..engine.errors import ConnectionsBroken, SkipPipeError, StageLostError
 from ..engine.handover import import_paths
 from ..recovery import RebuildRule
@@ -38,9 +39,14 @@ _MAX_LOSSES: Final = 5
 WhileMissing = Literal["wait", "skip"]
 
 
+@checked(spares=NUM_SPARES, lr_factor=Range(0, 1000, includes_least=False), heartbeat_s=SECONDS)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryPolicy:
-    """How losses are met; :class:`skippipe_plugin.callbacks.StageRecovery` says what each setting means."""
+    """How losses are met; :class:`skippipe_plugin.callbacks.StageRecovery` says what each setting means.
+
+    Raises:
+        ValueError: A setting cannot be.
+    """
 
     spares: int = 1
     rule: RebuildRule = "norm"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
+from ..checked import NUM_SPARES, SECONDS, Range, checked
 from ..engine.pairs import LinkBackend
 
 
+@checked(port=Range(0, 65535), local_workers=NUM_SPARES, join_timeout_s=SECONDS)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
     """Where the driver and its workers meet."""
@@ -30,15 +31,7 @@ class NetworkConfig:
     groups that NCCL needs, to try that out without GPUs."""
 
     def __post_init__(self) -> None:
-        if self.backend not in get_args(LinkBackend):
-            raise ValueError(f"backend={self.backend!r} is unknown; choose one of {get_args(LinkBackend)}")
         if self.host in ("", "0.0.0.0", "::"):
             raise ValueError(
                 f"host={self.host!r} is no address that workers could reach; name that of the interface they come by"
             )
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port={self.port} is not a port; choose 0 (any free one) to 65535")
-        if self.local_workers is not None and self.local_workers < 0:
-            raise ValueError(f"local_workers={self.local_workers} must be 0 (all join by hand) or more, or None")
-        if self.join_timeout_s <= 0:
-            raise ValueError(f"join_timeout_s={self.join_timeout_s} must be above 0")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..checked import COUNT, COUNT_OR_NONE, SHARE, checked
 from ..schedule import PathConstraints
 
 
+@checked(max_jump=COUNT, max_swaps=COUNT_OR_NONE, max_back=COUNT_OR_NONE, eval_skip_ratio=SHARE)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathConfig:
     """What the planner of partial paths may do; the limits' defaults are those of the SkipPipe paper."""
@@ -27,5 +29,3 @@ class PathConfig:
 
     def __post_init__(self) -> None:
         PathConstraints(max_jump=self.max_jump, max_swaps=self.max_swaps, max_back=self.max_back)  # raises ValueError
-        if not 0 <= self.eval_skip_ratio < 1:
-            raise ValueError(f"eval_skip_ratio={self.eval_skip_ratio} is out of range; it is at least 0 and below 1")

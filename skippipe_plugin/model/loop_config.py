@@ -7,10 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Final, Self
 
 import yaml
 
+from ..checked import NUM_PROCESSES, SettingError, checked, unknown_settings
 from ..driver.recovery import RecoveryPolicy
 from ..job.network import NetworkConfig
 from ..moe import MoEConfig
@@ -18,8 +20,11 @@ from .config import PathConfig
 from .settings import PipelineSettings
 
 PREFIX: Final = "SKIPPIPE_"
+_OURS: Final = ("ATTEMPT", "PARENT", "SUPERVISOR")
+"""Variables by which our own processes tell each other who they are."""
 FILE_VARIABLE: Final = f"{PREFIX}CONFIG_FILE"
 """Names the YAML file."""
+_OTHER_VARIABLES: Final = (FILE_VARIABLE, *(PREFIX + name for name in ("SECRET", "SECRET_FILE", *_OURS)))
 _NESTED: Final[Mapping[str, type]] = {
     "paths": PathConfig,
     "network": NetworkConfig,
@@ -28,6 +33,7 @@ _NESTED: Final[Mapping[str, type]] = {
 }
 
 
+@checked(num_stages=NUM_PROCESSES)
 @dataclass(frozen=True, kw_only=True)
 class SkipPipeConfig(PipelineSettings):
     """How a loop's model is spread: the settings of a SkipPipeStrategy, and what its Trainer would say.
@@ -51,8 +57,6 @@ class SkipPipeConfig(PipelineSettings):
 
     def __post_init__(self) -> None:
         PipelineSettings.__post_init__(self)
-        if self.num_stages is not None and (not isinstance(self.num_stages, int) or self.num_stages < 1):
-            raise ValueError(f"num_stages={self.num_stages!r} must be a positive integer")
         if self.drivers != 1:
             raise ValueError(f"drivers={self.drivers}: one process drives the pipeline of a loop; use drivers=1")
         if self.recovery is not None:
@@ -87,12 +91,12 @@ class SkipPipeConfig(PipelineSettings):
         environment = os.environ if environment is None else environment
         settings = _read(environment[FILE_VARIABLE]) if environment.get(FILE_VARIABLE) else {}
         names = [field.name for field in fields(cls)]
+        _check_variables(environment, names)
         for name in names:
             if (text := environment.get(PREFIX + name.upper())) is not None:
                 settings[name] = _parsed(text, f"{PREFIX}{name.upper()}={text!r}")
         settings |= arguments
-        if unknown := settings.keys() - set(names):
-            raise ValueError(f"unknown settings {sorted(unknown)}; there are {', '.join(names)}")
+        unknown_settings(settings, names, cls.__name__)
         return cls(**{name: _nested(name, value) for name, value in settings.items()})
 
     @classmethod
@@ -106,6 +110,8 @@ def _read(file: str) -> dict[str, Any]:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{FILE_VARIABLE}={file!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{FILE_VARIABLE}={file!r} is no text in UTF-8") from error
     settings = _parsed(text, file)
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings; write one per line, such as 'skip_ratio: 0.25'")
@@ -115,14 +121,24 @@ def _read(file: str) -> dict[str, Any]:
 def _parsed(text: str, source: str) -> Any:  # Any: what YAML holds
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is no YAML: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{shorten(source, 200)} is no YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{shorten(source, 200)} is nested too deep for a setting") from error
 
 
 def _nested(name: str, value: Any) -> Any:
     if name not in _NESTED or not isinstance(value, Mapping):
         return value
-    known = [field.name for field in dataclasses.fields(_NESTED[name])]
-    if unknown := value.keys() - set(known):
-        raise ValueError(f"unknown settings {sorted(unknown)} under {name}; there are {', '.join(known)}")
-    return _NESTED[name](**value)
+    kind = _NESTED[name]
+    unknown_settings(value, [field.name for field in dataclasses.fields(kind)], f"{name} ({kind.__name__})")
+    try:
+        return kind(**value)
+    except ValueError as error:
+        raise SettingError(f"under {name}: {error}") from error
+
+
+def _check_variables(environment: Mapping[str, str], names: list[str]) -> None:
+    """Refuse variables that look like settings and are none: a misspelt one would do nothing."""
+    known = [*(PREFIX + name.upper() for name in names), *_OTHER_VARIABLES]
+    unknown_settings([name for name in environment if name.startswith(PREFIX)], known, "the environment")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..checked import checked
 from ..driver.moving import MoveEvent
 from ..driver.recovery import RecoveryEvent
 from ..engine.errors import SkipPipeError
@@ -27,6 +28,7 @@ from .spread import SpreadModel
 log = logging.getLogger(__name__)
 
 
+@checked()
 class TorchPipeline:
     """Runs a module as a pipeline while the context is open; the loop that calls and trains it stays as it is.
 

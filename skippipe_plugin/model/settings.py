@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
+from ..checked import COUNT, NUM_PROCESSES, SHARE, checked
 from ..driver.backward import GradientScale
 from ..driver.recovery import RecoveryPolicy
 from ..job.network import NetworkConfig
@@ -14,7 +15,7 @@ from ..schedule import Schedule
 from .config import PathConfig
 from .shape import PipelineShape
 from .skipping import SkipRatio, check_ratio, skips
-from .weight import MicrobatchWeight, check_weight
+from .weight import MicrobatchWeight
 
 ScheduleName = Literal["auto", "gpipe", "1f1b"]
 CutWhere = Literal["auto", "batch", "stack"]
@@ -22,13 +23,13 @@ CutWhere = Literal["auto", "batch", "stack"]
 when the step runs once, on the whole batch."""
 
 
+@checked(skip_ratio=SHARE, num_microbatches=COUNT, replicas=NUM_PROCESSES, drivers=NUM_PROCESSES)
 @dataclass(frozen=True, kw_only=True)
 class PipelineSettings:
     """How a model is spread and stepped; :class:`skippipe_plugin.strategies.SkipPipeStrategy` says what each means.
 
     Raises:
         ValueError: A setting cannot be, or contradicts another one.
-        TypeError: ``moe`` is no :class:`~skippipe_plugin.moe.MoEConfig`.
     """
 
     skip_ratio: SkipRatio = 0.0
@@ -48,18 +49,9 @@ class PipelineSettings:
 
     def __post_init__(self) -> None:
         _ = self.shape
-        if self.gradient_scale not in get_args(GradientScale):
-            known = get_args(GradientScale)
-            raise ValueError(f"gradient_scale={self.gradient_scale!r} is unknown; choose one of {known}")
-        if self.microbatches not in get_args(CutWhere):
-            known = get_args(CutWhere)
-            raise ValueError(f"microbatches={self.microbatches!r} is unknown; choose one of {known}")
         check_ratio(self.skip_ratio)
-        check_weight(self.microbatch_weight)
         if skips(self.skip_ratio) and isinstance(self.schedule, Schedule):
             raise ValueError("skip_ratio and a schedule of your own both choose the paths; give one of them")
-        if self.moe is not None and not isinstance(self.moe, MoEConfig):
-            raise TypeError(f"moe={self.moe!r} is not a MoEConfig; write moe=MoEConfig(router=...)")
         if self.moe is not None and self.driver_stage and self.drivers > 1:
             raise ValueError("moe with driver_stage=True takes one driver: each would count its own experts only")
 
@@ -93,5 +85,5 @@ class PipelineSettings:
             replicas=self.replicas,
             drivers=self.drivers,
             driver_stage=self.driver_stage,
-            expert_parallel=self.moe.expert_parallel if isinstance(self.moe, MoEConfig) else 1,
+            expert_parallel=self.moe.expert_parallel if self.moe is not None else 1,
         )

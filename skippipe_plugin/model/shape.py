@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..driver.layout import Layout, device_counts
 from ..driver.pipeline import EVALUATION, TRAINING
-from ..schedule import FULL_SCHEDULES, Path, Schedule, Visit, expand, forward_only, full_schedule, gpipe, validate
+from ..schedule import Path, Schedule, Visit, expand, forward_only, full_schedule, gpipe, validate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,13 +21,6 @@ class PipelineShape:
     expert_parallel: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, Schedule) and self.schedule not in ("auto", *FULL_SCHEDULES):
-            known = ", ".join(map(repr, ("auto", *FULL_SCHEDULES)))
-            raise ValueError(f"schedule={self.schedule!r} is unknown; choose {known}, or pass a Schedule")
-        for name in ("num_microbatches", "replicas", "drivers"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a positive integer")
         if isinstance(self.schedule, Schedule):
             _check_own(self.schedule, self.num_microbatches)
             _check_coupled(self.schedule, self.expert_parallel)

@@ -13,18 +13,6 @@ MicrobatchWeight = Callable[[Any], float] | Literal["samples", "sum"]
 of samples; ``"sum"``: the losses of microbatches add up."""
 
 
-def check_weight(weight: object) -> None:
-    """Check a setting.
-
-    Raises:
-        ValueError: It is no weight.
-    """
-    if not (weight is None or callable(weight) or weight in ("samples", "sum")):
-        raise ValueError(
-            f"microbatch_weight={weight!r} is neither a function of a microbatch nor one of ('samples', 'sum')"
-        )
-
-
 def view_of(batch: Any, pieces: Sequence[Any], sizes: Sequence[int], weight: MicrobatchWeight | None) -> View:
     """Return a cut batch, whose microbatches weigh what the user says if he does."""
     return View(batch, pieces, sizes, _checked(weight) if callable(weight) else None)

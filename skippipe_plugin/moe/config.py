@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from skippipe_plugin.checked import COUNT, NUM_PROCESSES, STEP, Range, checked
 from skippipe_plugin.moe.rectification import Rectify
 from skippipe_plugin.moe.routers import ExpertChoice, GShard, check_capacity_factor, find_router
 from skippipe_plugin.moe.routing import Router
 
 
+@checked(
+    expert_parallel=NUM_PROCESSES,
+    overlap=Range(1, 1024),
+    top_k=COUNT,
+    capacity_factor=Range(0, 1_000_000, includes_least=False),
+    freeze_after=STEP,
+    auxiliary_loss=Range(0, 1_000_000),
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
     """How the experts of a model are routed and computed.
@@ -58,20 +67,8 @@ class MoEConfig:
         if self.capacity_factor is not None:
             check_capacity_factor(self.capacity_factor)
         self._check_rectify()
-        if self.expert_parallel < 1:
-            raise ValueError(f"expert_parallel={self.expert_parallel} is out of range; it is at least 1")
-        if self.overlap != "auto" and (not isinstance(self.overlap, int) or self.overlap < 1):
-            raise ValueError(f"overlap={self.overlap!r} is out of range; it is at least 1, or 'auto'")
         if self.expert_parallel > 1 and self.experts == "model":
             raise ValueError("experts='model' cannot be spread over replicas; keep experts='auto' for expert_parallel")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} is out of range; it is at least 1, or None for the model's own")
-        if not 0 <= self.auxiliary_loss < float("inf"):
-            raise ValueError(f"auxiliary_loss={self.auxiliary_loss} is out of range; it is 0 (none) or positive")
-        if self.freeze_after is not None and self.freeze_after < 0:
-            raise ValueError(f"freeze_after={self.freeze_after} is out of range; it counts optimizer steps from 0")
-        if self.experts not in ("auto", "model"):
-            raise ValueError(f"experts={self.experts!r} is unknown; choose 'auto' or 'model'")
         if self.router == "cosine":
             raise ValueError(
                 "router='cosine' has parameters of its own, which would change the model's checkpoints; use it with "
@@ -93,10 +90,6 @@ class MoEConfig:
     def _check_rectify(self) -> None:
         if self.rectify is None:
             return
-        if self.rectify not in get_args(Rectify):
-            raise ValueError(
-                f"rectify={self.rectify!r} is unknown; choose {', '.join(map(repr, get_args(Rectify)))}, or None"
-            )
         if self.capacity_factor is None:
             raise ValueError(f"rectify={self.rectify!r} has no effect without a capacity_factor, which drops no token")
         if self.router != "model" and isinstance(find_router(self.router), (GShard, ExpertChoice)):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from skippipe_plugin.checked import COUNT, PART, checked
 from skippipe_plugin.schedule.cost import CostModel
 from skippipe_plugin.schedule.ir import Schedule
 from skippipe_plugin.schedule.partial import Plan, least_s
@@ -16,6 +17,7 @@ from skippipe_plugin.schedule.problem import PlanProblem
 from skippipe_plugin.schedule.simulate import simulate
 
 
+@checked(min_gain=PART, min_steps=COUNT)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SwitchRule:
     """How much better a plan has to be, and how often the schedule may change.
@@ -32,12 +34,6 @@ class SwitchRule:
     """The share of the running schedule's time that a plan must save, simulated on the same costs."""
     min_steps: int = 20
     """How many steps a schedule runs at least."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_gain < 1:
-            raise ValueError(f"min_gain={self.min_gain} is out of range; it is a share between 0 and 1")
-        if self.min_steps < 1:
-            raise ValueError(f"min_steps={self.min_steps}; let a schedule run 1 step or more")
 
     def permits(self, present_s: float, planned_s: float, steps: int) -> bool:
         """Tell whether a plan of ``planned_s`` may replace a schedule that has run for so many steps."""

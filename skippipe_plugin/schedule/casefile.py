@@ -15,11 +15,14 @@ from typing import Any, Literal, TypeVar
 
 from skippipe_plugin.schedule.cost import ComputeCost, CostModel, Links, NetworkCost
 from skippipe_plugin.schedule.ir import Action, Op, Path, Schedule, ScheduleError, Visit
+from skippipe_plugin.schedule.jsontext import parse
 from skippipe_plugin.schedule.partial import Plan
 from skippipe_plugin.schedule.problem import PlanProblem
 from skippipe_plugin.schedule.routes import PathConstraints
 
 _T = TypeVar("_T")
+_FORMAT = "skippipe-plan"
+_VERSION = 1
 
 
 class CaseError(ValueError):
@@ -82,6 +85,8 @@ def plan_data(plan: Plan) -> dict[str, object]:
     """Return what a plan file holds."""
     schedule, nodes = plan.schedule, plan.nodes
     return {
+        "format": _FORMAT,
+        "version": _VERSION,
         "paths": {str(m): [nodes[rank] for rank in path.hops()[:-1]] for m, path in enumerate(schedule.paths)},
         "orders": {
             str(nodes[rank]): [f"{action.microbatch}{action.op}" for action in order]
@@ -109,9 +114,10 @@ def read_plan(path: str | PathLike[str], problem: PlanProblem) -> tuple[Schedule
     problem's.
 
     Raises:
-        CaseError: An entry is missing or wrong, or the plan is for other nodes than the problem's.
+        CaseError: An entry is missing or wrong, the plan is for other nodes than the problem's, or of another version.
     """
     data = read_json(path)
+    _check_version(data, path)
     partitions = problem.placement
     if "partitions" in data:
         rows = _list("partitions", data["partitions"])
@@ -145,7 +151,8 @@ def load_schedule(path: str | PathLike[str]) -> Schedule:
     if text.lstrip().startswith("schedule "):
         return Schedule.parse(text)
     data = read_json(path)
-    if data.get("format") is None and "paths" in data and "schedule" not in data:
+    _check_version(data, path)
+    if data.get("format") in (None, _FORMAT) and "paths" in data and "schedule" not in data:
         raise ScheduleError(f"{path} is a plan without its 'schedule'; simulate it with its case instead")
     return Schedule.from_json(text)
 
@@ -153,12 +160,22 @@ def load_schedule(path: str | PathLike[str]) -> Schedule:
 def read_json(path: str | PathLike[str]) -> dict[str, Any]:  # Any: JSON
     """Read a file that holds a JSON object; raises CaseError where it holds anything else."""
     try:
-        data = json.loads(FilePath(path).read_text(encoding="utf-8"))
+        data = parse(FilePath(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CaseError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CaseError(f"{path} does not hold a JSON object")
     return data
+
+
+def _check_version(data: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Refuse the plan of another version; those of other tools, and of before there were versions, name none."""
+    inner = data.get("schedule")
+    if isinstance(inner, dict):
+        Schedule.check_version(inner)
+    found = data.get("format"), data.get("version")
+    if "paths" in data and isinstance(data["paths"], dict) and found not in ((None, None), (_FORMAT, _VERSION)):
+        raise CaseError(f"{path} is not a {_FORMAT} of version {_VERSION}: {found[0]!r} {found[1]!r}")
 
 
 def _check_partitions(partitions: Sequence[Sequence[int]], num_nodes: int) -> None:

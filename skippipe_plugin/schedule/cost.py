@@ -13,6 +13,7 @@ from pathlib import Path as FilePath
 from typing import Any, Literal, Self
 
 from skippipe_plugin.schedule.ir import DRIVER_STAGE, Action, Op
+from skippipe_plugin.schedule.jsontext import parse
 
 INPUT_SHARE = 1.27 / (1.27 + 0.94)
 """Share of a transformer block's backward that computes the input gradient, measured on a CPU (F:I:W 1:1.27:0.94)."""
@@ -296,7 +297,7 @@ def _check_links(network: NetworkCost) -> None:
 
 def _read(text: str) -> dict[str, Any]:  # Any: JSON
     try:
-        data = json.loads(text)
+        data = parse(text)
     except ValueError as error:
         raise ValueError(f"the cost model is not JSON: {error}") from error
     if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (_FORMAT, _VERSION):

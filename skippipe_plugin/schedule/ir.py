@@ -18,10 +18,13 @@ from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any, Literal, Self, TypeVar
 
+from skippipe_plugin.schedule.jsontext import parse
+
 DRIVER_STAGE = 0
 """The stage of the driver's own part: embedding, head and loss."""
 
 _T = TypeVar("_T")
+
 _FORMAT = "skippipe-schedule"
 _VERSION = 1
 _NUMBER = "(0|[1-9][0-9]{0,8})"
@@ -226,10 +229,7 @@ class Schedule:
         data = _read_json(text, dict)
         if isinstance(data.get("schedule"), dict):
             data = data["schedule"]
-        if (data.get("format"), data.get("version")) != (_FORMAT, _VERSION):
-            raise ScheduleError(
-                f"not a {_FORMAT} of version {_VERSION}: {data.get('format')!r} {data.get('version')!r}"
-            )
+        cls.check_version(data)
         coupled = _get({"coupled": [], **data}, "coupled", list)
         return cls(
             placement=tuple(tuple(_items(ranks, int)) for ranks in _items(_get(data, "placement", list), list)),
@@ -239,6 +239,14 @@ class Schedule:
             name=_get(data, "name", str),
             coupled=tuple(tuple(_items(ranks, int)) for ranks in _items(coupled, list)),
         )
+
+    @staticmethod
+    def check_version(data: Mapping[str, Any]) -> None:  # Any: JSON
+        """Raise ScheduleError for what is of another format or version."""
+        if (data.get("format"), data.get("version")) != (_FORMAT, _VERSION):
+            raise ScheduleError(
+                f"not a {_FORMAT} of version {_VERSION}: {data.get('format')!r} {data.get('version')!r}"
+            )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the schedule to a file as JSON."""
@@ -376,7 +384,7 @@ def _read_order(words: Iterable[str]) -> tuple[Action, ...]:
 
 def _read_json(text: str, kind: type[_T]) -> _T:
     try:
-        data = json.loads(text)
+        data = parse(text)
     except ValueError as error:
         raise ScheduleError(f"not JSON: {error}") from error
     if not isinstance(data, kind):

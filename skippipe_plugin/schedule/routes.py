@@ -6,9 +6,20 @@ The convergence constraints of SkipPipe (arXiv 2502.19913) on sequences of stage
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from skippipe_plugin.checked import COUNT, COUNT_OR_NONE, SHARE, Range, checked
+
 _GOLDEN = (5**0.5 - 1) / 2
 
 
+@checked(
+    skip_ratio=SHARE,
+    path_length=Range(2, 1_000_000),
+    max_jump=COUNT,
+    max_swaps=COUNT_OR_NONE,
+    max_back=COUNT_OR_NONE,
+    max_total_back=COUNT_OR_NONE,
+    required=COUNT_OR_NONE,
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathConstraints:
     """What every path must keep. The defaults are those of the paper.
@@ -41,16 +52,6 @@ class PathConstraints:
                 f"skip_ratio={self.skip_ratio} and path_length={self.path_length} both set the length of the paths; "
                 "give one of them"
             )
-        if self.skip_ratio is not None and not 0 <= self.skip_ratio < 1:
-            raise ValueError(f"skip_ratio={self.skip_ratio} is out of range; it is at least 0 and below 1")
-        if self.path_length is not None and self.path_length < 2:
-            raise ValueError(f"path_length={self.path_length} leaves no stage; it counts the driver, so give 2 or more")
-        if self.max_jump < 1:
-            raise ValueError(f"max_jump={self.max_jump} lets no path leave its driver; give 1 or more")
-        for name in ("max_swaps", "max_back", "max_total_back"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value} is negative; give 0 to forbid swaps")
         if self.max_swaps and not self.max_back:
             raise ValueError(f"max_swaps={self.max_swaps} contradicts max_back=0; set both to 0 to forbid swaps")
 

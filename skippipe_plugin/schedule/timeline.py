@@ -5,11 +5,13 @@ but neither the schedule nor the costs behind them.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from skippipe_plugin.schedule.ir import Action, Op, Schedule
+from skippipe_plugin.schedule.jsontext import parse
 
 _FORMAT = "skippipe-timeline"
 _VERSION = 1
@@ -165,14 +167,16 @@ class Timeline:
         Raises:
             ValueError: Not JSON of this format, or an entry has another form.
         """
-        data = json.loads(text)
+        data = parse(text)
         if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (_FORMAT, _VERSION):
             raise ValueError(f"not a {_FORMAT} of version {_VERSION}")
         try:
-            events = tuple(Event(r, Action.parse(a), s, e) for r, a, s, e in data["events"])
-            transfers = tuple(Transfer(r, d, Action.parse(a), s, e) for r, d, a, s, e in data["transfers"])
-            marks = tuple(Mark(*entry) for entry in data.get("marks", ()))  # timelines of earlier versions have none
-            return cls(events, transfers, data["label"], marks)
+            events = tuple(Event(_rank(r), _action(a), _time(s), _time(e)) for r, a, s, e in data["events"])
+            transfers = tuple(
+                Transfer(_rank(r), _rank(d), _action(a), _time(s), _time(e)) for r, d, a, s, e in data["transfers"]
+            )
+            marks = tuple(Mark(_rank(r), _time(s), str(t)) for r, s, t in data.get("marks", ()))  # not in early files
+            return cls(events, transfers, str(data["label"]), marks)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"a {_FORMAT} with an entry of another form: {error!r}") from error
 
@@ -186,12 +190,35 @@ class Timeline:
         try:
             slices = [entry for entry in trace["traceEvents"] if entry["ph"] == "X"]
             events = tuple(
-                Event(s["pid"], Action.parse(s["name"]), s["ts"] / _MICROSECONDS, (s["ts"] + s["dur"]) / _MICROSECONDS)
+                Event(
+                    _rank(s["pid"]),
+                    _action(s["name"]),
+                    _time(s["ts"]) / _MICROSECONDS,
+                    (_time(s["ts"]) + _time(s["dur"])) / _MICROSECONDS,
+                )
                 for s in slices
             )
-            return cls(events, label=trace.get("otherData", {}).get("label", ""))
+            return cls(events, label=str(trace.get("otherData", {}).get("label", "")))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"a trace of something else than a pipeline: {error!r}") from error
+
+
+def _rank(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1_000_000:
+        raise ValueError(f"{value!r} is no rank")
+    return value
+
+
+def _time(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no time in seconds")
+    return value
+
+
+def _action(value: object) -> Action:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no action")
+    return Action.parse(value)
 
 
 def utilisation(timeline: Timeline, schedule: Schedule) -> float:

@@ -246,8 +246,8 @@ def test_several_nodes_without_a_launcher() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"schedule": "2f2b"}, "schedule='2f2b' is unknown; choose 'auto'"),
-        ({"num_microbatches": 0}, "num_microbatches=0 must be a positive integer"),
+        ({"schedule": "2f2b"}, "schedule='2f2b' is unknown; it is one of 'auto'"),
+        ({"num_microbatches": 0}, "num_microbatches=0 is out of range; it is a whole number of at least 1"),
         ({"replicas": -1}, "replicas=-1"),
         ({"drivers": 1.5}, "drivers=1.5"),
     ],

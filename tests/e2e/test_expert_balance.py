@@ -167,7 +167,7 @@ def test_long_runs_are_thinned_out() -> None:
     [
         (
             {"experts": "swaps"},
-            "experts='swaps' is unknown; choose 'bias', 'loss', 'placement', a tuple of these, or None",
+            "experts='swaps' is unknown; it is one of 'bias', 'loss', 'placement', a tuple of these, or None",
         ),
         ({"stages": False}, "stages=False and experts=None leave nothing to balance"),
         ({"expert_config": FAST}, "expert_config has no effect without experts"),

@@ -263,5 +263,7 @@ def test_a_dense_model_has_no_experts_to_configure() -> None:
 def test_several_drivers_with_stages_of_their_own_are_refused() -> None:
     with pytest.raises(ValueError, match="moe with driver_stage=True takes one driver"):
         SkipPipeStrategy(moe=MoEConfig(), driver_stage=True, drivers=2)
-    with pytest.raises(TypeError, match=r"moe='sigmoid' is not a MoEConfig; write moe=MoEConfig\(router="):
+    with pytest.raises(
+        TypeError, match=r"moe='sigmoid' is of the wrong type \(str\); it is a MoEConfig such as MoEConfig"
+    ):
         SkipPipeStrategy(moe="sigmoid")

@@ -130,7 +130,7 @@ def test_a_function_that_returns_no_ratio(result: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_jump": 0}, "max_jump=0 lets no path leave its driver"),
+        ({"max_jump": 0}, "max_jump=0 is out of range"),
         ({"max_swaps": 2, "max_back": 0}, "max_swaps=2 contradicts max_back=0"),
         ({"max_swaps": -1}, "max_swaps=-1 is negative"),
         ({"eval_skip_ratio": 1.0}, "eval_skip_ratio=1.0 is out of range"),

@@ -1,6 +1,7 @@
 """The command line: plans of cases can be simulated and read back, and bad input is one clear line."""
 
 import json
+import random
 import subprocess
 import sys
 from itertools import pairwise
@@ -251,7 +252,7 @@ BAD_CASES = [
     (changed(memory=[2, 2]), "2 memory caps for 8 nodes"),
     (changed(memory=1.5), "memory is 1.5"),
     (changed(path_length=9), "stages too few"),
-    (changed(path_length=1), "leaves no stage"),
+    (changed(path_length=1), "path_length=1 is out of range"),
     (changed(max_jump_from_frontier=1), "max_jump=1 is too short"),
     (changed(microbatches_per_home=0), "at least 1"),
     (changed(partitions=[[6, 9], [0, 4], [3, 1], [7, 5]]), "names node 9"),
@@ -354,3 +355,149 @@ def test_a_plan_that_the_driver_limits_says_so(write, tmp_path, capsys):
     case = write("case.json", changed(loss_factor=50.0, backward_factor=0.1))
     assert main(["plan", case, "--out", str(tmp_path / "plan.json"), "--budget", "0.2"]) == 0
     assert "the driver's own work (embedding, head, loss" in capsys.readouterr().out.splitlines()[1]
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("name", ["case", "plan", "schedule", "cost", "timeline", "trace"])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (DEEP, "nested too deep"),
+        ('{"a": ' * 100_000, "nested too deep"),
+        ("1e308", "the number 1e308 is larger than any cost or count"),
+        ("9" * 5000, "the number 99999999999999999999... is larger than any cost or count"),
+    ],
+    ids=["lists", "objects", "1e308", "digits"],
+)
+def test_json_that_nobody_can_reckon_with_is_one_clear_line(write, planned, capsys, name, value, text) -> None:
+    """Under a key that nobody reads, for a start: it is refused when it is read."""
+    inputs = inputs_of(planned)
+    file = write("odd.json", json.dumps({**inputs[name], "odd": "@"}).replace('"@"', value))
+    whole = {key: write(f"{key}.json", data) for key, data in inputs.items()}
+    out = str(Path(whole["case"]).parent / "out.svg")
+    commands = {
+        "case": [["plan", file, "--out", out], ["simulate", file, whole["plan"]]],
+        "plan": [["simulate", whole["case"], file], ["schedule", "show", file]],
+        "schedule": [["simulate", file, whole["cost"]], ["schedule", "show", file]],
+        "cost": [["simulate", whole["schedule"], file], ["costs", file]],
+        "timeline": [],
+        "trace": [],
+    }
+    for command in (*commands[name], ["timeline", file, "--out", out]):
+        assert_one_line(command, capsys, text)
+
+
+def inputs_of(planned: tuple[str, str]) -> dict[str, dict]:
+    """One of each kind of file."""
+    schedule, cost = full_schedule("1f1b", num_stages=3, num_microbatches=4), CostModel.uniform(3, 4, latency_s=0.25)
+    timeline = simulate(schedule, cost)
+    case, plan = (json.loads(Path(file).read_text()) for file in planned)
+    texts = {"schedule": schedule.to_json(), "cost": cost.to_json(), "timeline": timeline.to_json()}
+    return {"case": case, "plan": plan, "trace": timeline.chrome_trace()} | {k: json.loads(v) for k, v in texts.items()}
+
+
+def assert_one_line(command: list[str], capsys, text: str) -> None:
+    capsys.readouterr()
+    assert main(command) == 2, command
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("skippipe: ")
+    assert text in lines[0]
+    assert len(lines[0]) < 600
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"version": 2}, "is not a skippipe-plan of version 1: 'skippipe-plan' 2"),
+        ({"version": None}, "is not a skippipe-plan of version 1"),
+        ({"format": "other", "version": 1}, "is not a skippipe-plan of version 1: 'other' 1"),
+        ({"schedule": {"format": "skippipe-schedule", "version": 7}}, "not a skippipe-schedule of version 1"),
+        ({"schedule": {}}, "not a skippipe-schedule of version 1"),
+    ],
+)
+def test_a_plan_of_another_version_is_refused(write, planned, capsys, change, text) -> None:
+    case, plan = planned
+    file = write("other.json", {**json.loads(Path(plan).read_text()), **change})
+    assert_one_line(["simulate", case, file], capsys, text)
+    assert_one_line(["schedule", "show", file], capsys, text)
+
+
+def test_plans_of_other_tools_and_of_earlier_versions_are_read(write, planned, capsys) -> None:
+    case, plan = planned
+    data = json.loads(Path(plan).read_text())
+    del data["format"], data["version"]
+    assert main(["simulate", case, write("earlier.json", data)]) == 0
+    assert main(["schedule", "show", write("earlier.json", data)]) == 0
+    assert (
+        main(
+            [
+                "simulate",
+                case,
+                write(
+                    "bare.json", {key: data[key] for key in ("paths", "orders")} | {"partitions": data["partitions"]}
+                ),
+            ]
+        )
+        == 0
+    )
+    assert "makespan" in capsys.readouterr().out
+
+
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    2.5,
+    1e308,
+    10**30,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    [],
+    {},
+    [[]],
+    [1],
+    {"a": 1},
+    2**63,
+)
+
+
+@pytest.mark.parametrize("name", ["case", "plan", "schedule", "cost", "timeline", "trace"])
+def test_any_entry_may_be_anything_without_a_traceback(write, planned, capsys, name) -> None:
+    chance, inputs = random.Random(0), inputs_of(planned)
+    whole = {key: write(f"{key}.json", data) for key, data in inputs.items()}
+    out = str(Path(whole["case"]).parent / "out.svg")
+    for _ in range(60):
+        file = write("odd.json", json.dumps(altered(inputs[name], chance)))
+        commands = {
+            "case": [["simulate", file, whole["plan"]]],
+            "plan": [["simulate", whole["case"], file], ["schedule", "show", file]],
+            "schedule": [["simulate", file, whole["cost"]], ["schedule", "show", file]],
+            "cost": [["simulate", whole["schedule"], file], ["costs", file]],
+            "timeline": [["timeline", file, "--out", out]] if chance.random() < 0.1 else [],
+            "trace": [["timeline", file, "--out", out]] if chance.random() < 0.1 else [],
+        }
+        for command in commands[name]:
+            assert main(command) in (0, 1, 2)
+            assert len(capsys.readouterr().err.splitlines()) <= 1
+
+
+def altered(data: dict, chance: random.Random) -> object:
+    """Put something else in the place of one entry, at any depth."""
+    data = json.loads(json.dumps(data))
+    at: object = data
+    while True:
+        keys = list(at) if isinstance(at, dict) else range(len(at)) if isinstance(at, list) else []
+        if not keys:
+            return data
+        key = chance.choice(list(keys))
+        below = at[key]  # type: ignore[index]
+        if not isinstance(below, (dict, list)) or not below or chance.random() < 0.3:
+            at[key] = chance.choice(VALUES)  # type: ignore[index]
+            return data
+        at = below

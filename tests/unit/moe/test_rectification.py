@@ -252,7 +252,7 @@ def test_it_warns_of_a_leak_where_there_is_one(what: str, leaks: bool) -> None:
         ({"rectify": "both"}, "rectify='both' has no effect without a capacity_factor"),
         (
             {"rectify": "all", "capacity_factor": 1.0},
-            "rectify='all' is unknown; choose 'dropped', 'padding', 'both', or",
+            "rectify='all' is unknown; it is one of 'dropped', 'padding', 'both', or None",
         ),
         (
             {"rectify": "dropped", "capacity_factor": 1.0, "router": "gshard"},
