@@ -2,9 +2,10 @@
 
 Control messages are small and few (step headers, optimizer steps, weights on request); activations and gradients
 never pass here, see :mod:`skippipe_plugin.engine.transport`. A message is a kind, a JSON object and any number of
-binary blobs, under an HMAC with a key of this connection and direction and with the message's number. Nothing is
-parsed, and nothing unpickled, before both ends have proved that they know the job's secret and before the message's
-own HMAC is right: who can only alter or add to what is on the wire can end the connection, and nothing else.
+binary blobs, proved with a key of this connection and direction and with the message's number
+(:mod:`skippipe_plugin.engine.sealed`). Nothing is parsed, nothing unpickled, no length believed and no byte counted as
+a sign of life before both ends have proved that they know the job's secret and before the message's own proof is
+right: who can only alter or add to what is on the wire can end the connection, and nothing else.
 
 Both ends count the messages of each direction, so every request has a number, and an answer names the one that it
 belongs to. An answer that comes when nobody waits for it any more is told from that to the next question.
@@ -13,11 +14,8 @@ belongs to. An answer that comes when nobody waits for it any more is told from 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import hmac
 import json
 import socket
-import struct
 import sys
 import threading
 import time
@@ -25,14 +23,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from .handshake import MAC_BYTES, MAGIC, PROTOCOL_VERSION, ChannelClosed, ChannelError, SessionKeys, authenticate_driver
+from .handshake import ChannelClosed, ChannelError, Purpose, SessionKeys, authenticate_host
+from .sealed import Buffer, Opener, Sealer
 
 __all__ = ["Buffer", "Channel", "ChannelClosed", "ChannelError", "Message", "NobodyThere", "connect", "host_and_port"]
 
-_HEADER = struct.Struct("!4sHIIQ")  # magic, version, number of blobs, bytes of JSON, bytes of all blobs
-_BLOB = struct.Struct("!Q")
-_NUMBER = struct.Struct("!Q")
-
+_MOST_BUFFERS: Final = 256
+"""How many the kernel is given at once; it takes 1024."""
+_JOINED_BYTES: Final = 16 << 10
+"""Smaller messages are copied into one buffer: that is cheaper than to gather them."""
 _MIN_RTT_AT = 148
 """Where Linux keeps tcpi_min_rtt, in microseconds, in struct tcp_info."""
 _SIGNS_OF_LIFE: Final = {
@@ -45,12 +44,6 @@ _SIGNS_OF_LIFE: Final = {
 
 The kernels ask and answer, so a process that is only paused, or busy, keeps its links.
 """
-
-MAX_JSON_BYTES = 64 << 20
-MAX_BLOBS = 1 << 20
-MAX_BLOB_BYTES = 1 << 40
-
-Buffer = bytes | bytearray | memoryview
 
 
 class NobodyThere(ChannelError):
@@ -79,10 +72,11 @@ class Channel:
         connection.settimeout(None)
         self._connection = connection
         self._secret = secret
-        self._sending, self._receiving = _Seals(keys.sending), _Seals(keys.receiving)
+        self._sending = Sealer(keys.sending)
+        self._receiving = Opener(keys.receiving, self._fill, self._hear)
         self._send_lock = threading.Lock()
         self.heard_s = time.monotonic()
-        """When the other end last sent anything, be it a part of a message."""
+        """When the other end last sent anything that is proved, be it a part of a message."""
 
     def connect_to(self, host: str, port: int) -> Channel:
         """Connect to another listener of the same job, with the secret that opened this channel by :func:`connect`."""
@@ -154,26 +148,32 @@ class Channel:
 
     def _send(self, kind: str, fields: Mapping[str, Any] | None, blobs: Sequence[Buffer], answers: int) -> int:
         views = [memoryview(blob).cast("B") for blob in blobs]
-        head = _head(kind, fields or {}, views, answers)
-        number, seal = self._sending.count, self._sending.next(head)
+        number = self._sending.count
         try:
-            if views:
-                self._connection.sendall(head)
-                head = b""
-            for view in views:
-                self._connection.sendall(view)
-                seal.update(view)
-            self._connection.sendall(head + seal.digest())
+            for piece in self._sending.seal(_text(kind, fields or {}, answers), views):
+                self._put(piece)
         except OSError as error:
             raise ChannelClosed(f"the control connection broke while sending {kind!r}: {error}") from error
         return number
 
+    def _put(self, buffers: Sequence[Buffer]) -> None:
+        if sum(map(len, buffers)) <= _JOINED_BYTES:
+            self._connection.sendall(b"".join(buffers))
+            return
+        left = [memoryview(buffer) for buffer in buffers]
+        while left:
+            sent = self._connection.sendmsg(left[:_MOST_BUFFERS])
+            while left and sent >= left[0].nbytes:
+                sent -= left.pop(0).nbytes
+            if sent:
+                left[0] = left[0][sent:]
+
     def hang_up(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Close, with a last message if it can be sent without waiting for anybody."""
         if self._send_lock.acquire(blocking=False):
-            head = _head(kind, fields, [])
             with contextlib.suppress(OSError):
-                self._connection.send(head + self._sending.next(head).digest(), socket.MSG_DONTWAIT)
+                for piece in self._sending.seal(_text(kind, fields, -1)):
+                    self._connection.send(b"".join(piece), socket.MSG_DONTWAIT)
             self._send_lock.release()
         self.close()
 
@@ -184,31 +184,13 @@ class Channel:
             ChannelClosed: The other end is gone.
             ChannelError: What came is over the limits, was altered on its way, or is no message.
         """
-        head = self._read(_HEADER.size)
-        magic, version, num_blobs, json_bytes, blob_bytes = _HEADER.unpack(head)
-        if magic != MAGIC or version != PROTOCOL_VERSION:
-            raise ChannelError(f"what came is no control message of protocol {PROTOCOL_VERSION}")
-        if json_bytes > MAX_JSON_BYTES or num_blobs > MAX_BLOBS or blob_bytes > MAX_BLOB_BYTES:
-            raise ChannelError(f"a control message of {json_bytes} + {blob_bytes} bytes is over the limit")
-        head += self._read(_BLOB.size * num_blobs)
-        sizes = [size for (size,) in _BLOB.iter_unpack(memoryview(head)[_HEADER.size :])]
-        if sum(sizes) != blob_bytes:
-            raise ChannelError("the blobs of a control message do not add up to its header")
-        text = self._read(json_bytes)
-        seal, blobs = self._receiving.next(head + text), []
-        for size in sizes:
-            blobs.append(self._read(size))
-            seal.update(blobs[-1])
-        if not hmac.compare_digest(self._read(MAC_BYTES), seal.digest()):
-            raise ChannelError("a control message was altered on its way, or does not come from the other end")
-        return _parse(text, blobs, self._receiving.count - 1)
+        body = self._receiving.open()
+        return _parse(body.text, body.blobs, self._receiving.count - 1)
 
-    def _read(self, size: int) -> bytearray:
-        try:
-            data = bytearray(size)
-        except MemoryError as error:
-            raise ChannelError(f"there is no memory for a control message of {size} bytes") from error
-        view = memoryview(data)
+    def _hear(self) -> None:
+        self.heard_s = time.monotonic()
+
+    def _fill(self, view: memoryview) -> None:
         while view:
             try:
                 count = self._connection.recv_into(view)
@@ -217,8 +199,6 @@ class Channel:
             if count == 0:
                 raise ChannelClosed("the other end closed the control connection")
             view = view[count:]
-            self.heard_s = time.monotonic()
-        return data
 
     def close(self) -> None:
         """Close both directions; a thread blocked in :meth:`receive` gets ChannelClosed."""
@@ -227,40 +207,25 @@ class Channel:
         self._connection.close()
 
 
-class _Seals:
-    """The HMACs of one direction, one for each message in order."""
-
-    def __init__(self, key: bytes) -> None:
-        self._start = hmac.new(key, digestmod=hashlib.sha256)
-        self.count = 0
-        """How many messages there were."""
-
-    def next(self, head: Buffer) -> hmac.HMAC:
-        """Begin the HMAC of the next message; its blobs are still to be added."""
-        seal = self._start.copy()
-        seal.update(_NUMBER.pack(self.count))
-        seal.update(head)
-        self.count += 1
-        return seal
-
-
-def connect(host: str, port: int, secret: bytes, timeout_s: float = 30.0) -> Channel:
-    """Connect to a driver's listener and prove knowledge of ``secret``.
+def connect(
+    host: str, port: int, secret: bytes, timeout_s: float = 30.0, purpose: Purpose = Purpose.JOIN_DRIVER
+) -> Channel:
+    """Connect to a listener of this job, and prove knowledge of ``secret`` for one purpose.
 
     Raises:
         NobodyThere: Nothing listens at the address, or it cannot be reached.
-        ChannelError: What listens there is not the driver of this job.
+        ChannelError: What listens there is not of this job, or there for something else.
     """
     try:
         connection = socket.create_connection((host, port), timeout=timeout_s)
     except OSError as error:
-        raise NobodyThere(f"cannot join the driver at {host}:{port}: {error}") from error
+        raise NobodyThere(f"cannot join the {purpose.host} at {host}:{port}: {error}") from error
     try:
-        return Channel(connection, authenticate_driver(connection, secret, timeout_s), secret)
+        return Channel(connection, authenticate_host(connection, secret, timeout_s, purpose), secret)
     except BaseException as error:
         connection.close()
         if isinstance(error, (OSError, ChannelError)):
-            raise ChannelError(f"cannot join the driver at {host}:{port}: {error}") from error
+            raise ChannelError(f"cannot join the {purpose.host} at {host}:{port}: {error}") from error
         raise
 
 
@@ -277,12 +242,9 @@ def host_and_port(address: tuple[Any, ...]) -> str:  # Any: IPv6 addresses have 
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _head(kind: str, fields: Mapping[str, Any], views: Sequence[memoryview], answers: int = -1) -> bytes:
-    """Return a message up to its blobs."""
+def _text(kind: str, fields: Mapping[str, Any], answers: int) -> bytes:
     said = {"kind": kind, "answers": answers} if answers >= 0 else {"kind": kind}
-    text = json.dumps({**fields, **said}, separators=(",", ":")).encode()
-    head = _HEADER.pack(MAGIC, PROTOCOL_VERSION, len(views), len(text), sum(view.nbytes for view in views))
-    return head + b"".join(_BLOB.pack(view.nbytes) for view in views) + text
+    return json.dumps({**fields, **said}, separators=(",", ":")).encode()
 
 
 def _parse(text: bytearray, blobs: Sequence[Buffer], number: int) -> Message:

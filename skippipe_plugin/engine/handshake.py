@@ -1,13 +1,15 @@
 """How two processes prove to each other, over a fresh connection, that they know the job's secret.
 
-Each sends a nonce; each answers with an HMAC of both nonces and of its own role, so that nobody can play one end's
-answer back to it. From the same nonces come two keys, one for each direction, with which every later message is
-authenticated. Nothing is encrypted. Before the proof a stranger can make this end read 70 bytes, and no more.
+Each sends a nonce; each answers with an HMAC of both nonces, of its own role and of what the connection is for, so
+that nobody can play one end's answer back to it, nor lead a visitor to another door than the one that he came for. From
+the same nonces come two keys, one for each direction, with which every later message is authenticated. Nothing is
+encrypted. Before the proof a stranger can make this end read 70 bytes, and no more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import hashlib
 import hmac
 import os
@@ -19,13 +21,13 @@ from typing import Final
 
 from .errors import SkipPipeError
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAGIC: Final = b"SKPP"
 MAC_BYTES: Final = hashlib.sha256().digest_size
 _NONCE_BYTES: Final = 32
 _GREETING: Final = struct.Struct(f"!4sH{_NONCE_BYTES}s")
-_DRIVER: Final = b"driver"
-_WORKER: Final = b"worker"
+_HOST: Final = b"host"
+_GUEST: Final = b"guest"
 _OTHERS: Final = {
     b"GET ": "HTTP",
     b"POST": "HTTP",
@@ -48,6 +50,23 @@ class ChannelClosed(ChannelError):
     """The other end is gone."""
 
 
+class Purpose(enum.Enum):
+    """What a connection is for: who listens, and who comes."""
+
+    JOIN_DRIVER = "driver", "worker"
+    ASK_SUPERVISOR = "supervisor", "driver"
+
+    @property
+    def host(self) -> str:
+        """Who listens."""
+        return self.value[0]
+
+    @property
+    def guest(self) -> str:
+        """Who comes."""
+        return self.value[1]
+
+
 @dataclass(frozen=True, slots=True)
 class SessionKeys:
     """The keys of one connection; they never leave the two processes."""
@@ -56,8 +75,10 @@ class SessionKeys:
     receiving: bytes = field(repr=False)
 
 
-def authenticate_worker(connection: socket.socket, secret: bytes, timeout_s: float) -> SessionKeys:
-    """Do the driver's part of the handshake; the other end becomes a worker.
+def authenticate_guest(
+    connection: socket.socket, secret: bytes, timeout_s: float, purpose: Purpose = Purpose.JOIN_DRIVER
+) -> SessionKeys:
+    """Do the part of who listens.
 
     Raises:
         ChannelError: The other end is a stranger, speaks another version, or took longer than ``timeout_s`` in all.
@@ -68,28 +89,42 @@ def authenticate_worker(connection: socket.socket, secret: bytes, timeout_s: flo
     with contextlib.suppress(ConnectionError):  # the next line says so
         connection.sendall(_GREETING.pack(MAGIC, PROTOCOL_VERSION, ours))
     theirs = _read_nonce(connection, deadline_s)
-    if not hmac.compare_digest(_read(connection, MAC_BYTES, deadline_s), _mac(secret, _WORKER, ours, theirs)):
+    proof = _read(connection, MAC_BYTES, deadline_s)
+    meant = next((p for p in Purpose if hmac.compare_digest(proof, _mac(secret, _GUEST, p, ours, theirs))), None)
+    if meant is None:
         raise ChannelError("it does not know this job's secret")
-    connection.sendall(_mac(secret, _DRIVER, theirs, ours))
+    if meant is not purpose:
+        raise ChannelError(
+            f"it is a {meant.guest} that came for the {meant.host}, but this is the {purpose.host}'s door: the "
+            "driver's start line names the address to join"
+        )
+    connection.sendall(_mac(secret, _HOST, purpose, theirs, ours))
     return SessionKeys(
-        sending=_mac(secret, b"from " + _DRIVER, ours, theirs), receiving=_mac(secret, b"from " + _WORKER, ours, theirs)
+        sending=_mac(secret, b"from " + _HOST, purpose, ours, theirs),
+        receiving=_mac(secret, b"from " + _GUEST, purpose, ours, theirs),
     )
 
 
-def authenticate_driver(connection: socket.socket, secret: bytes, timeout_s: float) -> SessionKeys:
-    """Do the worker's part of the handshake; see :func:`authenticate_worker`."""
+def authenticate_host(
+    connection: socket.socket, secret: bytes, timeout_s: float, purpose: Purpose = Purpose.JOIN_DRIVER
+) -> SessionKeys:
+    """Do the part of who comes; see :func:`authenticate_guest`."""
     deadline_s = time.monotonic() + timeout_s
     theirs = _read_nonce(connection, deadline_s)
     ours = os.urandom(_NONCE_BYTES)
-    connection.sendall(_GREETING.pack(MAGIC, PROTOCOL_VERSION, ours) + _mac(secret, _WORKER, theirs, ours))
+    connection.sendall(_GREETING.pack(MAGIC, PROTOCOL_VERSION, ours) + _mac(secret, _GUEST, purpose, theirs, ours))
     try:
         proof = _read(connection, MAC_BYTES, deadline_s)
     except ChannelClosed as error:  # it has our proof, and turned away
-        raise ChannelError("it knows another secret: give both the same job's") from error
-    if not hmac.compare_digest(proof, _mac(secret, _DRIVER, ours, theirs)):
+        raise ChannelError(
+            f"it knows another secret, or is no {purpose.host}: give both the same job's, and the address of its "
+            "start line"
+        ) from error
+    if not hmac.compare_digest(proof, _mac(secret, _HOST, purpose, ours, theirs)):
         raise ChannelError("it does not know this job's secret")
     return SessionKeys(
-        sending=_mac(secret, b"from " + _WORKER, theirs, ours), receiving=_mac(secret, b"from " + _DRIVER, theirs, ours)
+        sending=_mac(secret, b"from " + _GUEST, purpose, theirs, ours),
+        receiving=_mac(secret, b"from " + _HOST, purpose, theirs, ours),
     )
 
 
@@ -120,5 +155,5 @@ def _read(connection: socket.socket, size: int, deadline_s: float) -> bytes:
     return data
 
 
-def _mac(secret: bytes, role: bytes, first: bytes, second: bytes) -> bytes:
-    return hmac.digest(secret, role + first + second, "sha256")
+def _mac(secret: bytes, role: bytes, purpose: Purpose, first: bytes, second: bytes) -> bytes:
+    return hmac.digest(secret, role + b" of " + purpose.name.encode() + first + second, "sha256")

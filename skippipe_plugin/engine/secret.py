@@ -5,6 +5,7 @@ Command lines can be read by everybody on a machine; the environment and a file 
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -21,7 +22,7 @@ _MIN_BYTES: Final = 16
 
 
 class SecretError(ValueError):
-    """The secret is missing, too short, or can be read by others."""
+    """The secret is missing, too short, or others can read it or have written it."""
 
 
 def secret_file(explicit: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -62,16 +63,27 @@ def read_secret_file(path: Path) -> str:
     """Return the secret in a file.
 
     Raises:
-        SecretError: It cannot be read, others can read it, or it holds something else.
+        SecretError: It cannot be read, is another user's or can be read by others, is a link, or holds something else.
     """
     try:
-        with path.open(encoding="ascii", errors="replace") as file:
+        # A link may be another user's, to a file of anybody's; a pipe would be waited for.
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(number, encoding="ascii", errors="replace") as file:
             status = os.fstat(file.fileno())
-            text = file.read(4096)
+            text = file.read(4096) if stat.S_ISREG(status.st_mode) else ""
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise SecretError(f"the secret file {path} is a link; name the file itself: {path.resolve()}") from error
         raise SecretError(
             f"the secret file {path} cannot be read ({error.strerror}); copy the one that the driver's start line names"
         ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise SecretError(f"the secret file {path} is no ordinary file")
+    if os.name == "posix" and status.st_uid != os.geteuid():
+        raise SecretError(
+            f"the secret file {path} belongs to another user (uid {status.st_uid}, this process has {os.geteuid()}), "
+            "who knows what is in it and may run code in this job; take a file of your own"
+        )
     if os.name == "posix" and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise SecretError(
             f"the secret file {path} can be read by others (mode {stat.S_IMODE(status.st_mode):04o}), who may then run "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..checked import NUM_SPARES, SECONDS, Range, checked
+from ..engine.listener import every_address, is_every_address
 from ..engine.pairs import LinkBackend
 
 
@@ -31,7 +32,5 @@ class NetworkConfig:
     groups that NCCL needs, to try that out without GPUs."""
 
     def __post_init__(self) -> None:
-        if self.host in ("", "0.0.0.0", "::"):
-            raise ValueError(
-                f"host={self.host!r} is no address that workers could reach; name that of the interface they come by"
-            )
+        if self.host is not None and is_every_address(self.host):
+            raise ValueError(every_address(self.host))

@@ -15,6 +15,7 @@ from typing import Any, Final
 from ..engine.c10d import TCPStore
 from ..engine.channel import ChannelError, Message, connect
 from ..engine.errors import SkipPipeError
+from ..engine.handshake import Purpose
 from ..worker.processes import worker_environment
 from .supervisor import ADDRESS_VARIABLE, ATTEMPT_VARIABLE
 
@@ -44,7 +45,7 @@ class SupervisedProcesses:
         self.secret = os.environ["SKIPPIPE_SECRET"]
         self.key = key
         host, port = os.environ[ADDRESS_VARIABLE].rsplit(":", 1)
-        self._channel = connect(host, int(port), bytes.fromhex(self.secret))
+        self._channel = connect(host, int(port), bytes.fromhex(self.secret), purpose=Purpose.ASK_SUPERVISOR)
         self._channel.send("hello")
         self._answers: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lock = threading.Lock()

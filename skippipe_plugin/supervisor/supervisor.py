@@ -24,6 +24,7 @@ from typing import Any, Final
 from ..engine.c10d import host_store
 from ..engine.channel import Channel, ChannelError, Message
 from ..engine.errors import SkipPipeError
+from ..engine.handshake import Purpose
 from ..engine.listener import Listener
 from ..engine.secret import job_secret
 from ..worker import WorkerProcesses
@@ -69,7 +70,7 @@ class Supervisor:
         self._options = options
         self._secret = job_secret(None, create=True) or secrets.token_hex(32)
         self._store = host_store(options.host)
-        self._listener = Listener(options.host, 0, bytes.fromhex(self._secret))
+        self._listener = Listener(options.host, 0, bytes.fromhex(self._secret), purpose=Purpose.ASK_SUPERVISOR)
         self._workers = WorkerProcesses()
         self._driver: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None

@@ -77,7 +77,7 @@ def test_strangers_do_not_keep_workers_out(pool: WorkerPool) -> None:
 
 
 def test_a_wrong_secret_is_refused(pool: WorkerPool) -> None:
-    with pytest.raises(SkipPipeError, match="it knows another secret: give both the same"):
+    with pytest.raises(SkipPipeError, match="it knows another secret, or is no driver: give both the same"):
         connect(*pool.address, b"x" * 32)
     assert pool.num_idle == 0
 
@@ -99,7 +99,9 @@ def refusal(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_a_worker_that_is_refused_says_why(pool: WorkerPool, monkeypatch, capsys) -> None:
-    assert "it knows another secret: give both the same job's" in refusal(pool, monkeypatch, capsys, "00" * 32)
+    assert "it knows another secret, or is no driver: give both the same job's" in refusal(
+        pool, monkeypatch, capsys, "00" * 32
+    )
     monkeypatch.setattr("skippipe_plugin.worker.joining.own_versions", lambda: own_versions() | {"python": "2.7"})
     told = refusal(pool, monkeypatch, capsys, pool.secret)
     assert "does not take this worker: it has python 2.7, and the driver has 3." in told

@@ -10,6 +10,7 @@ import pytest
 from skippipe_plugin.driver.links import Link, Links
 from skippipe_plugin.engine.channel import Channel, ChannelError, Message, connect
 from skippipe_plugin.engine.errors import SkipPipeError, StageLostError
+from skippipe_plugin.engine.handshake import Purpose
 from skippipe_plugin.engine.listener import Listener
 from skippipe_plugin.supervisor import client as client_module
 from skippipe_plugin.supervisor.client import SupervisedProcesses
@@ -143,7 +144,7 @@ def test_a_survivor_is_slow_and_others_die(meet: Callable[[Behaviour], Link]) ->
 @pytest.fixture
 def supervised(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Behaviour], SupervisedProcesses]]:
     """Gives the driver's side of a supervisor that does something with each question."""
-    door, clients = Listener("127.0.0.1", 0, SECRET), list[SupervisedProcesses]()
+    door, clients = Listener("127.0.0.1", 0, SECRET, purpose=Purpose.ASK_SUPERVISOR), list[SupervisedProcesses]()
     monkeypatch.setenv("SKIPPIPE_SUPERVISOR", f"127.0.0.1:{door.port}")
     monkeypatch.setenv("SKIPPIPE_ATTEMPT", "0")
     monkeypatch.setenv("SKIPPIPE_SECRET", SECRET.hex())

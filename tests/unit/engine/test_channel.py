@@ -1,9 +1,14 @@
 """The control channel: messages arrive whole, and only those who know the secret are heard."""
 
+import contextlib
 import hmac
+import itertools
 import os
 import socket
+import struct
 import threading
+import time
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +19,7 @@ from skippipe_plugin.engine import channel, handshake
 from skippipe_plugin.engine.channel import Channel, ChannelClosed, ChannelError, Message, connect
 from skippipe_plugin.engine.handshake import PROTOCOL_VERSION, SessionKeys
 from skippipe_plugin.engine.listener import Listener
+from skippipe_plugin.engine.sealed import Sealer
 
 SECRET = b"the job's secret"
 
@@ -96,18 +102,68 @@ def _greet_as_version_9(server: socket.socket) -> None:
         connection.sendall(handshake._GREETING.pack(b"SKPP", 9, bytes(32)))
 
 
-def test_messages_over_the_limit_are_refused_before_they_are_read(ends: tuple[Channel, Channel]) -> None:
-    driver, worker = ends
-    header = channel._HEADER.pack(b"SKPP", PROTOCOL_VERSION, 0, channel.MAX_JSON_BYTES + 1, 0)
-    driver._connection.sendall(header)
-    with pytest.raises(ChannelError, match="over the limit"):
-        worker.receive()
+def test_messages_over_the_limit_are_refused_before_they_are_read() -> None:
+    for sizes in [(0, (64 << 20) + 1, 0), ((1 << 20) + 1, 2, 0), (1, 2, (1 << 40) + 1)]:
+        with pytest.raises(ChannelError, match="over the limit"):
+            received(sealed(HEAD.pack(b"SKPP", PROTOCOL_VERSION, *sizes)))
 
 
+@pytest.mark.parametrize("sizes", [(0, 64 << 20, 0), (1 << 20, 2, 0), (1, 2, 1 << 40)])
+def test_no_memory_is_taken_for_a_length_that_is_not_proved(sizes: tuple[int, int, int]) -> None:
+    """The other end stays, and sends no more: what would wait for it would wait for ever."""
+    here, there = socket.socketpair()
+    with here, there:
+        ours = Channel(TcpLike(here), SessionKeys(sending=b"s", receiving=b"r"))  # type: ignore[arg-type]
+        there.sendall(HEAD.pack(b"SKPP", PROTOCOL_VERSION, *sizes) + bytes(16))
+        tracemalloc.start()
+        try:
+            with pytest.raises(ChannelError, match="altered on its way"):
+                ours.receive()
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+
+def test_only_what_is_proved_is_a_sign_of_life() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        ours = Channel(TcpLike(here), SessionKeys(sending=b"s", receiving=b"r"))  # type: ignore[arg-type]
+        data = sealed(
+            HEAD.pack(b"SKPP", PROTOCOL_VERSION, 1, 14, BIG) + SIZE.pack(BIG) + b'{"kind":"get"}' + bytes(BIG)
+        )
+        reader = threading.Thread(target=ours.receive)
+        reader.start()
+        heard = ours.heard_s
+        for byte in data[:37]:  # all of the head and of its proof but one byte
+            there.sendall(bytes([byte]))
+            time.sleep(0.001)
+        assert ours.heard_s == heard
+        there.sendall(data[37:38])
+        assert (heard := changed(ours, heard)) is not None
+        there.sendall(data[38 : 38 + PIECE])
+        time.sleep(0.05)
+        assert ours.heard_s == heard
+        there.sendall(data[38 + PIECE : 38 + PIECE + 16])
+        assert changed(ours, heard) is not None
+        there.sendall(data[38 + PIECE + 16 :])
+        reader.join(5)
+        assert not reader.is_alive()
+
+
+def changed(ours: Channel, heard: float) -> float | None:
+    deadline = time.monotonic() + 5
+    while ours.heard_s == heard and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return ours.heard_s if ours.heard_s != heard else None
+
+
+HEAD, SIZE = struct.Struct("!4sHIIQ"), struct.Struct("!Q")
+PIECE = 256 << 10
+BIG = 3 * PIECE
 MESSAGE = b"".join(
     [
-        channel._HEADER.pack(b"SKPP", PROTOCOL_VERSION, 1, 14, 3),
-        channel._BLOB.pack(3),
+        HEAD.pack(b"SKPP", PROTOCOL_VERSION, 1, 14, 3),
+        SIZE.pack(3),
         b'{"kind":"get"}',
         b"abc",
     ]
@@ -117,10 +173,20 @@ MESSAGE = b"".join(
 def received(data: bytes) -> Message:
     """What a channel makes of ``data``, after which the other end leaves."""
     here, there = socket.socketpair()
+
+    def send() -> None:
+        with contextlib.suppress(OSError):  # it need not be read to its end
+            there.sendall(data)
+            there.shutdown(socket.SHUT_WR)
+
     with here, there:
-        there.sendall(data)
-        there.shutdown(socket.SHUT_WR)
-        return Channel(TcpLike(here), SessionKeys(sending=b"s", receiving=b"r")).receive()  # type: ignore[arg-type]
+        sender = threading.Thread(target=send, daemon=True)  # a socket pair holds less than large messages
+        sender.start()
+        try:
+            return Channel(TcpLike(here), SessionKeys(sending=b"s", receiving=b"r")).receive()  # type: ignore[arg-type]
+        finally:
+            here.shutdown(socket.SHUT_RDWR)
+            sender.join()
 
 
 class TcpLike:
@@ -137,7 +203,14 @@ class TcpLike:
 
 
 def sealed(data: bytes, number: int = 0) -> bytes:
-    return data + hmac.digest(b"r", number.to_bytes(8, "big") + data, "sha256")
+    """Put a proof behind the head, behind every 256 KiB of the body, and behind its end."""
+    ends = [HEAD.size, *range(HEAD.size + PIECE, len(data), PIECE), len(data)]
+    pieces = [data[start:end] for start, end in itertools.pairwise([0, *ends]) if end > start]
+    out, end = b"", 0
+    for piece in pieces:
+        end += len(piece)
+        out += piece + hmac.digest(b"r", number.to_bytes(8, "big") + data[:end], "sha256")[:16]
+    return out
 
 
 def test_a_message_is_as_documented() -> None:
@@ -184,8 +257,20 @@ def test_messages_that_are_sent_carry_their_numbers() -> None:
             ours.send("get", {}, [b"abc"])
             assert there.recv(1000, socket.MSG_WAITALL | socket.MSG_DONTWAIT) == sealed(MESSAGE, number)
         assert ours.send_if_free("get")
-        head = channel._HEADER.pack(b"SKPP", PROTOCOL_VERSION, 0, 14, 0) + b'{"kind":"get"}'
+        head = HEAD.pack(b"SKPP", PROTOCOL_VERSION, 0, 14, 0) + b'{"kind":"get"}'
         assert there.recv(1000) == sealed(head, 3)
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE - 22, PIECE - 23, PIECE, PIECE + 1, 2 * PIECE - 22, 700_000])
+def test_a_message_of_any_size_is_as_documented(size: int) -> None:
+    blobs = [os.urandom(size), os.urandom(7), b""]
+    data = HEAD.pack(b"SKPP", PROTOCOL_VERSION, 3, 14, size + 7) + b"".join(SIZE.pack(len(blob)) for blob in blobs)
+    data += b'{"kind":"get"}' + b"".join(blobs)
+    assert [bytes(blob) for blob in received(sealed(data)).blobs] == blobs
+    sealer = Sealer(b"r")
+    assert b"".join(
+        b"".join(piece) for piece in sealer.seal(b'{"kind":"get"}', list(map(memoryview, blobs)))
+    ) == sealed(data)
 
 
 @given(st.binary(max_size=200))
@@ -199,13 +284,13 @@ def test_noise_is_no_message(noise: bytes) -> None:
 )
 def test_a_message_of_another_form_is_refused_though_it_is_authentic(text: bytes) -> None:
     with pytest.raises(ChannelError, match="a control message is"):
-        received(sealed(channel._HEADER.pack(b"SKPP", PROTOCOL_VERSION, 0, len(text), 0) + text))
+        received(sealed(HEAD.pack(b"SKPP", PROTOCOL_VERSION, 0, len(text), 0) + text))
 
 
 def test_nothing_is_unpickled_before_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "_parse", lambda *_: pytest.fail("parsed"))
     with pytest.raises(ChannelError, match="altered on its way"):
-        received(MESSAGE + bytes(32))
+        received(sealed(MESSAGE)[:-16] + bytes(16))
 
 
 def test_nobody_there() -> None:

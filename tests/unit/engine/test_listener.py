@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skippipe_plugin.engine import listener as module
+from skippipe_plugin.engine.c10d import host_store
 from skippipe_plugin.engine.channel import ChannelError, connect
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.handshake import MAGIC, PROTOCOL_VERSION
 from skippipe_plugin.engine.listener import Listener, Refusals
+from skippipe_plugin.job.network import NetworkConfig
 
 SECRET = b"the job's secret"
 HOST = "127.0.0.1"
@@ -142,6 +144,9 @@ def test_silent_ones_have_bounded_room_and_keep_nobody_out(refusals) -> None:
         strangers = [stack.enter_context(visit(listener)) for _ in range(50)]
         assert worker_comes_in(listener)
         assert all(said_goodbye(stranger) for stranger in strangers[:40])
+        deadline = time.monotonic() + 10
+        while threading.active_count() > threads + 8 and time.monotonic() < deadline:
+            time.sleep(0.01)  # those that were sent away have to run once more to notice
         assert threading.active_count() <= threads + 8
         listener.close()
     assert refusals()[0].endswith("too many others came before it had proved that it knows the secret")
@@ -173,7 +178,51 @@ def test_reasons_are_said_again_after_a_while_with_their_number(refusals, monkey
     ]
     for host in range(1000):
         book.note(f"10.1.0.{host}:1", "reason")
+    assert len(refusals()) == 31  # 30 in a minute, from as many hosts as there may be
+    for minute in range(2, 20):
+        now[0] = 61 * minute
+        for host in range(30):
+            book.note(f"10.2.{minute}.{host}:1", "reason")
     assert len(book._said) == module._MAX_REASONS
+
+
+def test_what_strangers_choose_makes_no_other_line(refusals) -> None:
+    book = Refusals()
+    for number in range(100):
+        book.note(f"10.0.0.1:{number}", f"it speaks protocol {number}, this one 3: install one version")
+        book.note(f"[2001:db8::{number:x}]:{number}", "it speaks SSH")
+    assert len(refusals()) == 2
+    book.note("[::ffff:10.0.0.7]:1", "it speaks SSH")
+    book.note("[::ffff:10.0.0.8]:1", "it speaks SSH")
+    assert len(refusals()) == 4
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["0.0.0.0", "0", "0.0", "0x0", "000.0.0.0", "::", "::0", "0:0:0:0:0:0:0:0", "::ffff:0.0.0.0", "::ffff:0:0", ""],
+)
+def test_all_addresses_are_listened_on_for_no_spelling(host: str) -> None:
+    with pytest.raises(SkipPipeError, match="means every address of this machine"):
+        Listener(host, 0, SECRET)
+    with pytest.raises(SkipPipeError, match="means every address of this machine"):
+        host_store(host)
+    with pytest.raises(ValueError, match="means every address of this machine"):
+        NetworkConfig(host=host)
+
+
+def test_a_name_of_all_addresses_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("0.0.0.0", 0))]
+    known = {"everywhere": resolved}
+    real = socket.getaddrinfo
+
+    def resolve(host: str | None, port: int, **options: int):
+        if host in known and options.get("flags", 0) & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "not a number")
+        return known[host] if host in known else real(host, port, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(SkipPipeError, match="'everywhere' means every address"):
+        Listener("everywhere", 0, SECRET)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

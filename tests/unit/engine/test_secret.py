@@ -47,6 +47,24 @@ def test_a_file_that_others_can_read_is_refused(file: Path, mode: int) -> None:
         job_secret(str(file), environment={})
 
 
+@pytest.mark.parametrize("user", [0, 12345])
+def test_a_file_of_another_user_is_refused(file: Path, user: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has written it knows what is in it, whoever can read it."""
+    monkeypatch.setattr(os, "geteuid", lambda: file.stat().st_uid + 1 + user)
+    with pytest.raises(SecretError, match=rf"belongs to another user \(uid {file.stat().st_uid}, "):
+        job_secret(str(file), environment={})
+
+
+def test_a_link_and_a_pipe_are_no_secret_files(file: Path, tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(file)
+    os.mkfifo(pipe, 0o600)
+    with pytest.raises(SecretError, match=rf"is a link; name the file itself: {file}"):
+        job_secret(str(link), environment={})
+    with pytest.raises(SecretError, match="is no ordinary file"):
+        job_secret(str(pipe), environment={})
+
+
 @pytest.mark.parametrize("content", ["", "hunter2", "ab" * 15, "äö" * 32])
 def test_what_is_no_secret_is_refused_and_not_quoted(file: Path, content: str) -> None:
     file.write_text(content)
