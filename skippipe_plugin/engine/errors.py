@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextvars
 import pickle
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_made: contextvars.ContextVar[list[SkipPipeError] | None] = contextvars.ContextVar("skippipe_refusals", default=None)
 
 
 class SkipPipeError(RuntimeError):
     """A pipeline cannot go on; the message names the rank, the stage and the way out."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        made = _made.get()
+        if made is not None and type(self) is SkipPipeError:
+            made.append(self)
 
 
 class StageLostError(SkipPipeError):
@@ -31,6 +42,24 @@ class RemoteTraceback(Exception):
 
     def __str__(self) -> str:
         return f"\n{self.text}"
+
+
+@contextmanager
+def none_swallowed() -> Iterator[None]:
+    """Raise a refusal also where user code inside has caught it: what it went on with is not one process's."""
+    made: list[SkipPipeError] = []
+    token = _made.set(made)
+    try:
+        yield
+    except Exception as error:
+        if made and not isinstance(error, SkipPipeError):
+            raise made[0] from error
+        raise
+    else:
+        if made:
+            raise made[0]
+    finally:
+        _made.reset(token)
 
 
 def pack_exception(error: BaseException) -> tuple[bytes, str]:

@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 
 from ...engine.call import Ambient
+from ...engine.errors import none_swallowed
 from .patience import Patience, StepBlocked, blocked, cpu_seconds, is_blocked
 from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
 from .switches import Changes, Snapshot, getsignal
@@ -90,7 +91,7 @@ class GreenletStep(StepThread):
         function, ambient = job
         enter_context(self)
         try:
-            with ambient.entered():
+            with ambient.entered(), none_swallowed():
                 return Returned(function())
         except BaseException as error:
             return error

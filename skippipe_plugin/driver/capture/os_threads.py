@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ...engine.call import Ambient
+from ...engine.errors import none_swallowed
 from .patience import Patience, blocked, cpu_seconds, is_blocked, stack_of
 from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
 from .switches import Changes, Snapshot
@@ -104,7 +105,7 @@ class ThreadStep(StepThread):
 
     def _run(self, function: Callable[[], Any], ambient: Ambient) -> Any:
         enter_context(self)
-        with ambient.entered():
+        with ambient.entered(), none_swallowed():
             return function()
 
 
