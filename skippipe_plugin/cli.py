@@ -10,11 +10,12 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
+from skippipe_plugin.checked import COUNT, SECONDS, Range, check, describe, shown
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.panels import panels_of
 from skippipe_plugin.schedule.advice import why_no_gain
@@ -30,6 +31,8 @@ from skippipe_plugin.schedule.validate import peak_activations, validate
 
 _LITTLE = 20_000
 """Iterations for the plan that skips nothing, with which one that does is compared."""
+
+_N = TypeVar("_N", int, float)
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # it has no public name
@@ -70,7 +73,7 @@ def _add_plan(commands: Commands) -> None:
     planner = commands.add_parser("plan", help="plan paths, orders and perhaps the placement of a case")
     planner.add_argument("case", help="the case, JSON")
     planner.add_argument("--out", required=True, help="the plan file to write")
-    planner.add_argument("--budget", type=float, default=10.0, metavar="S", help="seconds of search at most (10)")
+    planner.add_argument("--budget", type=_seconds, default=10.0, metavar="S", help="seconds of search at most (10)")
     planner.add_argument("--seed", type=int, default=0, help="equal seeds give equal plans (0)")
     planner.add_argument("--placement", choices=("given", "plan"), default="given", help="who places stages on nodes")
     _add_links(planner)
@@ -124,7 +127,7 @@ def _add_export(commands: Commands) -> None:
     export.add_argument("checkpoint", help="a Lightning checkpoint, or a folder with config.json and weights")
     export.add_argument("out", help="the file or folder to write")
     export.add_argument("--skip-stages", type=_numbers, default=(), metavar="N,N", help="stages to leave out, from 1")
-    export.add_argument("--num-stages", type=int, metavar="N", help="how many block stages the pipeline had")
+    export.add_argument("--num-stages", type=_count, metavar="N", help="how many block stages the pipeline had")
     export.add_argument("--skip-blocks", type=_numbers, default=(), metavar="N,N", help="blocks to leave out, from 0")
     export.add_argument("--blocks", metavar="NAME", help="the name of the block stack, such as model.layers")
     export.add_argument("--config", metavar="FILE", help="config.json of the transformers model inside: resize it too")
@@ -162,7 +165,7 @@ def _add_worker(commands: Commands) -> None:
         help="the job's secret, readable by you alone (default: SKIPPIPE_SECRET, or the file that SKIPPIPE_SECRET_FILE "
         "names)",
     )
-    worker.add_argument("--wait", type=float, default=60.0, metavar="S", help="seconds to wait for the driver (60)")
+    worker.add_argument("--wait", type=_seconds, default=60.0, metavar="S", help="seconds to wait for the driver (60)")
     worker.set_defaults(run=_worker)
 
 
@@ -276,6 +279,25 @@ def _worker(options: argparse.Namespace) -> str:
         raise ValueError("a worker must know its job's secret: give --secret-file FILE, or set SKIPPIPE_SECRET_FILE")
     join(host, port, secret, wait_s=options.wait)
     return f"the job at {options.join} needs this worker no more"
+
+
+def _seconds(text: str) -> float:
+    """Read a span of time."""
+    return _checked(text, float, SECONDS)
+
+
+def _count(text: str) -> int:
+    """Read how many there are."""
+    return _checked(text, int, COUNT)
+
+
+def _checked(text: str, kind: Callable[[str], _N], limits: Range) -> _N:
+    try:
+        value = kind(text)
+        check("it", value, kind, limits)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {describe(kind, limits)}") from None
+    return value
 
 
 def _numbers(text: str) -> tuple[int, ...]:

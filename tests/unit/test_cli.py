@@ -501,3 +501,20 @@ def altered(data: dict, chance: random.Random) -> object:
             at[key] = chance.choice(VALUES)  # type: ignore[index]
             return data
         at = below
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (["plan", "case.json", "--out", "x", "--budget", "nan"], "'nan' is not a finite number above 0"),
+        (["plan", "case.json", "--out", "x", "--budget", "1e308"], "'1e308' is not a finite number above 0"),
+        (["plan", "case.json", "--out", "x", "--budget", "soon"], "'soon' is not a finite number above 0"),
+        (["worker", "--join", "here:1", "--wait", "-1"], "'-1' is not a finite number above 0"),
+        (["export", "a", "b", "--num-stages", "0"], "'0' is not a whole number of at least 1"),
+        (["export", "a", "b", "--num-stages", "2.5"], "'2.5' is not a whole number of at least 1"),
+    ],
+)
+def test_options_say_what_they_may_be(command: list[str], text: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert text in capsys.readouterr().err
