@@ -283,7 +283,7 @@ def _worker(options: argparse.Namespace) -> str:
 
 def _seconds(text: str) -> float:
     """Read a span of time."""
-    return _checked(text, float, SECONDS)
+    return _checked(text, float, Range(0, SECONDS.most))
 
 
 def _count(text: str) -> int:
