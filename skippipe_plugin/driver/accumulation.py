@@ -92,6 +92,8 @@ class Accumulation:
         self._window: list[_Added | _Clipped] = []
         self._fixed = ""
         """Why what is accumulated cannot be computed again, if so."""
+        self.repeating = False
+        """Whether a batch is run once more for some: what it counts in the blocks' buffers was counted before."""
         self._lacking: set[int] = set()
         """The ranks whose stages were rebuilt, without what they had accumulated."""
 
@@ -209,7 +211,11 @@ class Accumulation:
             if isinstance(each, _Clipped):
                 self._tell(lacking, "clip", {"scale": each.scale, "value": each.value, "zero": ""})
                 continue
-            host.repeat(each.batch, keep=False)
+            self.repeating = True
+            try:
+                host.repeat(each.batch, keep=False)
+            finally:
+                self.repeating = False
             fields = {"scale": each.scale, "zero": "", "stage_scales": list(each.stage_scales), "norm_type": None}
             self._tell(lacking, "merge", fields)
         self._lacking.clear()

@@ -175,8 +175,10 @@ class GradientControl:
 
     def opening(self) -> dict[str, Any]:
         """Return what a training step's announcement says of gradients, such that it may be repeated."""
-        zero = {"zero": self._zero} if self._zero and self.keeps_stepped else {}
-        return {**zero, "loads": self.loads.base} if self.loads.base else zero
+        said: dict[str, Any] = {"zero": self._zero} if self._zero and self.keeps_stepped else {}
+        if self.accumulation.repeating:
+            said["repeats"] = True
+        return {**said, "loads": self.loads.base} if self.loads.base else said
 
     def opened(self, loads: Iterable[Mapping[str, Sequence[int]]]) -> None:
         """Note that the workers have done what :meth:`opening` said, and the visits of experts in the step, by rank."""

@@ -13,6 +13,7 @@ from ..engine.handover import allocate, unpack_blocks, unpack_tensors
 from ..engine.parcel import Part
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, decode_optimizer_state
+from .buffers import BlockBuffers
 
 if TYPE_CHECKING:
     from .holdings import Fields, Holdings
@@ -47,6 +48,7 @@ def arrange(holdings: Holdings, fields: Fields, parts: Mapping[str, Part], devic
         for block in arrived.values():
             block.compile(**fields["compile"])
     holdings.window = GradientWindow([p for stage in holdings.stages.values() for p in stage.parameters()])
+    holdings.buffers = BlockBuffers(modules[block] for _, blocks, _ in fields["stages"] for block in blocks)
     if not kept:
         holdings.forget_step()  # one of an earlier run, whose gradients are not those that come
     holdings.norms = {int(stage): norm for stage, norm in fields.get("norms", ())}

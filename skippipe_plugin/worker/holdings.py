@@ -17,6 +17,7 @@ from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_t
 from ..engine.optimizer import ParameterKey, StageOptimizer
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, decode_optimizer_state, encode_optimizer_state, tensor_key
+from .buffers import BlockBuffers
 from .experts import SpreadExperts
 
 Fields = Mapping[str, Any]  # Any: JSON
@@ -30,6 +31,7 @@ class Holdings:
         self.stages: dict[int, Stage] = {}
         self.experts = SpreadExperts()
         self.window = GradientWindow([])
+        self.buffers = BlockBuffers()
         self.norms: dict[int, float] = {}
         """By stage: the L2 norm of its gradient in the last optimizer step, before the clipping of all together."""
         self.estimates: set[int] = set()
@@ -60,6 +62,7 @@ class Holdings:
         self.stages[fields["stage"]] = Stage(fields["stage"], blocks, device)
         if fields["last"]:
             self.window = GradientWindow([p for stage in self.stages.values() for p in stage.parameters()])
+            self.buffers = BlockBuffers(self.blocks().values())
         return bool(fields["last"])
 
     def forget_step(self) -> None:
@@ -71,11 +74,17 @@ class Holdings:
         for stage in self.stages.values():
             stage.forget()
         self.window.discard()
+        self.buffers.restore()
 
     # ----------------------------------------------------------- gradients
 
-    def begin_step(self) -> None:
-        """Start a training step, with a new window for gradients if an optimizer step has used the last ones."""
+    def begin_step(self, *, may_repeat: bool = False) -> None:
+        """Start a training step, with a new window for gradients if an optimizer step has used the last ones.
+
+        With ``may_repeat`` what it changes in buffers is taken back unless its gradients are merged.
+        """
+        if may_repeat:
+            self.buffers.note()
         if self._stepped:
             self._stepped = False
             self.window.zero()
@@ -87,6 +96,7 @@ class Holdings:
 
     def merge(self, fields: Fields) -> None:
         """Add the new gradients to the accumulated ones."""
+        self.buffers.keep()
         self.zero(fields["zero"])
         for stage, scale in fields["stage_scales"]:
             if stage in self.stages:

@@ -261,6 +261,7 @@ class Worker:
             self._channels.append(self._channels[0].connect_to(host, port))
             self._reply(-1, "hello", {"rank": fields["rank"], "versions": own_versions()})
             self._start_reader(len(self._channels) - 1)
+        self._holdings.buffers.restore()  # of a step whose gradients were not merged: it is repeated
         self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._channels]
         self._calls.clear()
         self._steps.clear()
@@ -335,7 +336,7 @@ class Worker:
             stage.forget_caches(key for part in parts for key in part["forget_caches"])
         if fields["training"]:
             self._holdings.zero(fields.get("zero", ""))
-            self._holdings.begin_step()
+            self._holdings.begin_step(may_repeat=self._may_leave)
             self._routers.open(1 / max(1, len(live)))
             self._open_tallies(fields, live)
         self._holdings.experts.begin_step()
@@ -348,6 +349,8 @@ class Worker:
             self._holdings.experts.end_step(events)
             self._sum_over_replicas()
             self._holdings.window.close()
+            if fields.get("repeats"):
+                self._holdings.buffers.restore()  # its samples are counted
             self._routers.close()
         loads = self._tallies.close()
         timeline = [[str(event.action), event.start_s, event.end_s] for event in events] if fields["timeline"] else []

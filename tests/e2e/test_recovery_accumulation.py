@@ -269,3 +269,33 @@ def test_nothing_is_kept_where_nobody_recovers() -> None:
     accumulation.lack(1)
     accumulation.require()
     assert accumulation.num_batches == 0
+
+
+class _Normed(nn.Module):
+    """Counts its samples, as BatchNorm does."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.training:
+            self.seen.add_(float(len(hidden)))
+        return self.block(hidden)
+
+
+def _counting() -> nn.Module:
+    net = alike()
+    net.blocks = nn.ModuleList(_Normed(block) for block in net.blocks)
+    return net
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_backward"])
+def test_buffers_of_blocks_count_each_sample_once(hook: str) -> None:
+    """In the batch that is interrupted and in those that are repeated, on survivors as on the rebuilt stage."""
+    found, recovery = disturbed(2, 3, hook, net=_counting)
+    assert recovery.events[0].batches_repeated >= 2
+    seen = {name: float(tensor) for name, tensor in found.weights.items() if name.endswith("seen")}
+    assert seen == dict.fromkeys(seen, float(WINDOW * BATCH))
