@@ -51,7 +51,9 @@ def work(host: str, port: int, secret: str) -> None:
     """
     # Ctrl-C in a terminal reaches the whole process group; it is for the driver, which then ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _serve(_begin(connect(host, port, bytes.fromhex(secret)), "", signal.SIGTERM))
+    worker = _begin(connect(host, port, bytes.fromhex(secret)), "", signal.SIGTERM)
+    worker.ends_with_driver = True
+    _serve(worker)
 
 
 def join(host: str, port: int, secret: str, *, wait_s: float) -> None:

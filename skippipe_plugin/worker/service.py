@@ -68,6 +68,8 @@ class Worker:
     def __init__(self, channel: Channel, *, outlives: bool = False) -> None:
         self._channels = [channel]
         self._outlives = outlives
+        self.ends_with_driver = False
+        """Whether the process is the driver's own, which has nothing left to do when that one is gone."""
         self.next_driver: Mapping[str, Any] | None = None
         """Where the next driver will be found, if this one has said so: ``host``, ``port`` and ``key`` of a store."""
         self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
@@ -179,6 +181,8 @@ class Worker:
                 message = channel.receive()
             except SkipPipeError:
                 if not self._closing:
+                    if self.ends_with_driver and not self._refusal:
+                        os._exit(1)  # whatever the main thread is at, such as an import
                     if not self._outlives:
                         self._doomsday = threading.Timer(_GRACE_S, os._exit, (1,))
                         self._doomsday.daemon = True
