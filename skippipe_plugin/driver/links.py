@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from ..engine.channel import Buffer, Channel, ChannelClosed, Message
 from ..engine.errors import ConnectionsBroken, SkipPipeError, StageLostError, unpack_exception
+from ..engine.wire import is_norm_answer
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Link:
         self._channel = channel
         self._board: Links | None = None
         self._answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._norms: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        """Gradients' norms, which are asked for ahead: other answers are waited for, and come, before they are read."""
         self._answering = threading.Lock()
         self._last_sent = self._given_up = -1
         """The numbers of the last message that was sent, and of the last one whose answer nobody waits for any more."""
@@ -100,9 +103,12 @@ class Link:
         """
         while True:
             self._checked()
-            message = self._answers.get()
+            message = self._queue_of(kind).get()
             if message is not None and self._fits(message, kind, to):
                 return message
+
+    def _queue_of(self, kind: str) -> queue.SimpleQueue[Message | None]:
+        return self._norms if is_norm_answer(kind) else self._tapped if kind == "tapped" else self._answers
 
     def ask(self, kind: str, fields: Mapping[str, Any], answer: str, blobs: Sequence[Buffer] = ()) -> Message:
         """Send a message and wait for its ``answer``, as :meth:`send` and :meth:`expect` do."""
@@ -125,7 +131,7 @@ class Link:
         while not self.gone:
             if self._board.failed and not self._board.lost:
                 self._checked()
-            message = self._answers.get()
+            message = self._queue_of(kind).get()
             if message is not None and self._fits(message, kind, to):
                 return message
         return None
@@ -157,8 +163,8 @@ class Link:
 
     def wake(self) -> None:
         """Make a waiting :meth:`expect` look at the board."""
-        self._answers.put(None)
-        self._tapped.put(None)
+        for each in (self._answers, self._norms, self._tapped):
+            each.put(None)
 
     def forget_answers(self) -> None:
         """Drop answers to what was given up: those that are here, and those that are still to come."""
@@ -166,10 +172,11 @@ class Link:
             self._tapped.get()
         with self._answering:
             self._given_up = self._last_sent
-            while not self._answers.empty():
-                message = self._answers.get()
-                if message is not None:
-                    self._note_late(message)
+            for each in (self._answers, self._norms):
+                while not each.empty():
+                    message = each.get()
+                    if message is not None:
+                        self._note_late(message)
 
     def tell(self, kind: str, fields: Mapping[str, Any], blobs: Sequence[Buffer] = ()) -> int:
         """Send a message to a worker that may be gone, and return its number; -1 when it is."""
@@ -251,7 +258,7 @@ class Link:
                 self._note_late(message)
                 return
             if message.kind != "error":
-                (self._tapped if message.kind == "tapped" else self._answers).put(message)
+                self._queue_of(message.kind).put(message)
                 return
         assert board is not None
         board.report_error(self, message)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..engine.channel import Buffer
-from ..engine.classes import fingerprints
+from ..engine.classes import Prints, fingerprints
 from ..engine.handover import pack_blocks, unpack_blocks
 from .layout import Layout
 from .links import Link, Links
@@ -46,6 +46,8 @@ class StageSender:
         self._seed = seed
         self._structures: dict[tuple[int, ...], Packed] = {}
         """By the blocks of the first layout's stages."""
+        self._classes: dict[tuple[int, ...], Prints] = {}
+        """The same: what their classes were when they were sent."""
         self._keep = keep_structures
         self._shards = shards
 
@@ -58,6 +60,7 @@ class StageSender:
             blocks = {block: self._blocks[block] for block in self.layout.blocks(stage)}
             if self._keep:
                 self._structures[tuple(blocks)] = pack_blocks(blocks, values=False)
+                self._classes[tuple(blocks)] = fingerprints(blocks.values())
             packed: dict[int, Packed] = {}
             for rank in remote:
                 position = self.layout.position(rank)
@@ -73,6 +76,15 @@ class StageSender:
         known = [packed for stage, packed in self._structures.items() if not set(stage).isdisjoint(wanted)]
         found = {index: block for packed in known for index, block in unpack_blocks(*packed).items()}
         return pack_blocks({index: found[index] for index in wanted})
+
+    def classes(self, blocks: Iterable[int]) -> Prints:
+        """Return what a worker that takes some blocks over compares with its own classes."""
+        wanted, found = set(blocks), Prints()
+        for stage, prints in self._classes.items():
+            if not wanted.isdisjoint(stage):
+                for owner, entries in prints.items():
+                    found.setdefault(owner, {}).update(entries)
+        return found
 
     def sample(self) -> Packed:
         """Return the structure of some stage, for who wants to import its classes in advance."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import sys
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -59,6 +60,8 @@ def check_fingerprints(sent: Mapping[str, Mapping[str, str]]) -> None:
     for owner, prints in sent.items():
         if owner == _READ:
             continue
+        if owner != _ATTENTION:
+            importlib.import_module(owner.partition(":")[0])  # what is compared may be more than came along
         if owner == _ATTENTION:
             here = _prints({name: value for name in prints if (value := _attention(name)) is not None})
         elif not owner.partition(":")[2]:

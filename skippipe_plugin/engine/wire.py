@@ -29,6 +29,11 @@ def norm_answer(number: int) -> str:
     return f"norm{number}"
 
 
+def is_norm_answer(kind: str) -> bool:
+    """Whether this is what :func:`norm_answer` returns."""
+    return kind.startswith("norm")
+
+
 @dataclass(frozen=True, slots=True)
 class NumberedCall:
     """A call as it travels: its spec by number and its side inputs by digest."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..engine.classes import check_fingerprints
 from ..engine.gradients import GradientWindow
 from ..engine.handover import allocate, unpack_blocks, unpack_tensors
 from ..engine.parcel import Part
@@ -28,11 +29,12 @@ def arrange(holdings: Holdings, fields: Fields, parts: Mapping[str, Part], devic
     Args:
         holdings: What is held so far.
         fields: ``stages`` (each: number, blocks, spread experts), ``keep`` (blocks), ``compile``, ``overlap``, and of
-            what comes: ``norms`` (by stage), ``estimates`` (blocks).
+            what comes: ``classes``, ``norms`` (by stage), ``estimates`` (blocks).
         parts: What comes: ``structure``, ``weights``, ``gradients``, ``optimizer`` (its state), ``plan`` (to build it).
         device: Where the blocks live.
     """
     arrived = unpack_blocks(*parts["structure"])
+    check_fingerprints(fields.get("classes", {}))
     for block in arrived.values():
         allocate(block, device)
     kept = set(fields["keep"])

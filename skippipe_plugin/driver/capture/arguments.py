@@ -32,6 +32,7 @@ from ...engine.arguments import (
 from ...engine.errors import SkipPipeError
 from ...engine.unavailable import Unavailable
 from .caches import CacheLedger, is_cache
+from .remote import is_remote
 from .token import HiddenToken, named_parts
 
 _IN_PLACE: Final = (
@@ -164,10 +165,11 @@ class ArgumentTaker:
             raise self._earlier_output(value)
         if self._grad and value.requires_grad:
             raise self._second_gradient(value)
-        if value.is_meta:
+        if value.is_meta or is_remote(value):
             raise SkipPipeError(
-                f"argument {self._argument} of {self._name} has no values (it is on the meta device, like a weight of "
-                "a block that is on a worker); pass a tensor of the driver's, or let the block use a weight of its own"
+                f"argument {self._argument} of {self._name} has no values here (it is on the meta device, or a weight "
+                "of a block that is on a worker); pass a tensor of the driver's (weight.detach().clone(), made before "
+                "the blocks are called), or let the block use a weight of its own"
             )
         if value.layout is not torch.strided or value.is_quantized:
             raise SkipPipeError(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
+from skippipe_plugin.engine.classes import fingerprints
+from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.handover import pack_blocks
 from skippipe_plugin.engine.optimizer import OptimizerPlan, settings_of
 from skippipe_plugin.engine.parcel import pack_parts, unpack_parts
@@ -153,3 +155,16 @@ def test_moved_blocks_train_on_as_if_they_had_stayed(name: str, times: int, used
             assert int(block.steps) == 9
         own = holdings.optimizer_state()
         torch.testing.assert_close(own, {key: reference.optimizer_state()[key] for key in own}, rtol=0, atol=0)
+
+
+def test_blocks_that_come_later_are_of_the_drivers_classes() -> None:
+    """As at the first load: a worker that takes over may have imported another class."""
+    blocks = {0: nn.Linear(3, 3)}
+    structure = pack_blocks(blocks, values=False)
+    parts = {"structure": structure, "weights": ([], []), "gradients": ([], [])}
+    fields = {"keep": [], "overlap": 1, "stages": [[1, [0], []]], "compile": None}
+    arrange(Holdings(), {**fields, "classes": fingerprints(blocks.values())}, parts, CPU)
+    patched = {owner: dict(entries) for owner, entries in fingerprints(blocks.values()).items()}
+    patched["torch.nn.modules.linear:Linear"]["forward"] = "another"
+    with pytest.raises(SkipPipeError, match=r"Linear\.forward was patched"):
+        arrange(Holdings(), {**fields, "classes": patched}, parts, CPU)

@@ -1,0 +1,86 @@
+"""Gradients and weights that hooks read or write between backward and step, in runs that clip by the norm."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import grad_norm
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from tests.e2e.modules import loader, points
+from tests.e2e.support import Run, assert_same_run, train
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.tanh(self.linear(h))
+
+
+class Looking(LightningModule):
+    def __init__(self, hook: str, look: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.hook, self.look = hook, look
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        h = self.embed(batch["x"])
+        for block in self.blocks:
+            h = block(h)
+        return F.cross_entropy(self.head(h), batch["y"])
+
+    def on_after_backward(self) -> None:
+        if self.hook == "on_after_backward":
+            self.look(self)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.hook == "on_before_optimizer_step":
+            self.look(self)
+
+    def configure_optimizers(self) -> SGD:
+        return SGD(self.parameters(), lr=0.1)
+
+
+def read(module: Looking) -> None:
+    module.seen.append(float(grad_norm(module, 2)["grad_2.0_norm_total"]))
+
+
+def write(module: Looking) -> None:
+    for parameter in module.parameters():
+        assert parameter.grad is not None
+        torch.nan_to_num(parameter.grad, out=parameter.grad)
+
+
+def scale(module: Looking) -> None:
+    for parameter in module.blocks[1].parameters():
+        assert parameter.grad is not None
+        parameter.grad.mul_(3.0)
+
+
+def weights(module: Looking) -> None:
+    module.seen.append(float(module.blocks[2].linear.weight.detach().norm()))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("settings", [{}, {"driver_stage": True}], ids=str)
+@pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize("look", [read, write, scale, weights])
+def test_clipping_by_the_norm(look: Callable[[Any], None], hook: str, settings: dict[str, Any]) -> None:
+    def fit(devices: int) -> Run:
+        strategy = {"num_microbatches": 4, "verbose": False, **settings} if devices > 1 else None
+        data = loader(points(24))
+        return train(partial(Looking, hook, look), data, devices, strategy, max_steps=4, gradient_clip_val=0.1)
+
+    piped, plain = fit(3), fit(1)
+    assert_same_run(piped, plain)
+    assert piped.module.seen == pytest.approx(plain.module.seen, rel=1e-5)
