@@ -26,7 +26,6 @@ from .capture.proxies import BlockProxies, StackCall
 from .capture.randomness import private_random_state
 from .capture.side_inputs import PreparedCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
-from .capture.switches import profiler_is_on
 from .capture.writer import CallWriter
 from .tapped import TapExchange
 
@@ -41,11 +40,6 @@ _LOSS: Final = _EMBED + 1
 _SOME_WITHOUT_LOSS: Final = (
     "the training step returned a loss for some microbatches and None for others; return None for the whole batch, or "
     "a zero loss"
-)
-_PROFILER: Final = (
-    "the training step starts torch's profiler before the blocks and stops it after them, but a process has one, and "
-    "several microbatches wait for the blocks at a time. Start it around whole steps (a callback, or the Trainer's "
-    "profiler='pytorch'), or run the step once, on the whole batch, with microbatches='stack' or num_microbatches=1"
 )
 CALLED_TWICE: Final = (
     "the training step calls the blocks more than once for one batch; a pipeline can run them once per "
@@ -153,7 +147,6 @@ class StepRun:
         self._most_ahead = 0
         self._ahead: dict[int, tuple[Call, Tensor]] = {}
         """By microbatch: what was embedded ahead and has not entered the blocks yet."""
-        self._profiled = profiler_is_on()
         self.step = -1
         self.losses: dict[int, Tensor | None] = {}
         proxies.begin_step()
@@ -379,8 +372,6 @@ class StepRun:
                 self.losses[index] = None
             elif self._task.training:
                 raise SkipPipeError(not_called(self._proxies))
-        elif not self._profiled and profiler_is_on() and len(self._task.functions) > 1:
-            raise SkipPipeError(_PROFILER)
         self._outcomes[index] = outcome
 
     def _resume(self, index: int, hidden: Tensor) -> Outcome:

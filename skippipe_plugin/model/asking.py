@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from ..driver.capture.rewind import metric_states, set_metric_states
 from ..driver.capture.suspend import Suspended, new_step_thread
-from ..driver.capture.switches import profiler_is_on
 from ..engine.call import Ambient, device_types
 from ..engine.errors import SkipPipeError
 from .batch_statistics import BatchStatistics
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
 from .fakes import Fakes, Incomparable, Neutral
-from .interleaving import PROFILES, by_turns, effect
+from .interleaving import by_turns, effect
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
 from .spread import SpreadModel
 from .traceless import untouched
@@ -104,8 +103,6 @@ class Asking:
         self._quiet = quiet
         self._answers: dict[Hashable, Answer] = {}
         self._statistics: BatchStatistics | None = None
-        self._profiled = False
-        """Whether a step has started torch's profiler around the blocks."""
 
     def about(self, question: Question) -> Answer:
         """Return what is known about a step, asking first where that is not enough."""
@@ -256,8 +253,6 @@ class Asking:
             drawn: By microbatch: what random functions gave it.
             restore: Brings everything back.
         """
-        if self._profiled:
-            return PROFILES
         fakes = Fakes(question.view.sizes, draw)
         replies = [functools.partial(fakes.of_piece, index) for index in range(len(question.pieces))]
         modes = [Neutral([each]) for each in drawn]
@@ -293,7 +288,7 @@ class Asking:
     def _run_in_own_context(
         self, function: Callable[[], Results], reply: Callable[[Any], Tensor], mode: Neutral
     ) -> Results:
-        thread, was_profiled = new_step_thread(), profiler_is_on()
+        thread = new_step_thread()
 
         def under_mode() -> Results:
             with mode:
@@ -302,7 +297,6 @@ class Asking:
         try:
             outcome = thread.start(under_mode, Ambient.current(device_types(self._device)))
             while isinstance(outcome, Suspended):
-                self._profiled |= profiler_is_on() and not was_profiled
                 with outcome.request.ambient.entered():
                     answer = reply(outcome.request)
                 outcome = thread.resume(answer)

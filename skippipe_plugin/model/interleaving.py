@@ -24,9 +24,6 @@ from .reductions import same
 
 Results = dict[tuple[Any, ...], Any]
 _TEXT: Final = "what one leaves in an attribute, a global name or a random state, the others find there: {effect}"
-PROFILES: Final = (
-    "torch's profiler is started before the blocks and still on in them: a process has one, which they cannot share"
-)
 
 
 def by_turns(

@@ -21,7 +21,7 @@ from ...engine.call import Ambient
 from ...engine.errors import none_swallowed
 from .patience import Patience, StepBlocked, blocked, cpu_seconds, is_blocked
 from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
-from .switches import Changes, Snapshot, getsignal
+from .switches import Changes, Snapshot, getsignal, profiler_is_on
 
 try:
     import greenlet
@@ -43,7 +43,7 @@ class GreenletStep(StepThread):
         self._changes: Changes = ()
 
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
-        self._context = contextvars.copy_context()
+        self._context, self.profiled = contextvars.copy_context(), profiler_is_on()
         self._child = greenlet.greenlet(self._run)
         self._child.gr_context = self._context
         return self._hand_over((function, ambient))

@@ -63,6 +63,8 @@ class StepThread(ABC):
 
     def __init__(self, label: int = 0, others_wait: Callable[[], bool] = lambda: False) -> None:
         self.suspended = False
+        self.profiled = False
+        """Whether torch's profiler was on when the function was started."""
         self.label = label
         self.others_wait = others_wait
 

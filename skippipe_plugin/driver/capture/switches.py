@@ -237,6 +237,13 @@ def profiler_is_on() -> bool:
     return bool(torch._C._autograd._profiler_enabled())
 
 
+_PROFILER: Final = (
+    "the training step starts torch's profiler before the blocks and stops it after them, but a process has one, which "
+    "would see the code of other steps in between, and nothing of the blocks. Start it around whole steps (a callback, "
+    "or the Trainer's profiler='pytorch'), or inside of the block"
+)
+
+
 def check_modes(blocks: str) -> None:
     """Raise when something is switched on that would act on every operation of the blocks, were they here.
 
@@ -245,9 +252,12 @@ def check_modes(blocks: str) -> None:
     Args:
         blocks: The name of the first one.
     """
+    thread = current_thread()
+    if profiler_is_on() and thread is not None and not thread.profiled:
+        raise SkipPipeError(_PROFILER)
     if not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack() and _top_hooks() is None:
         return
-    if current_thread() is None:
+    if thread is None:
         return
     modes = [*_function_modes(), *dispatch._get_current_dispatch_mode_stack()]
     modes = [mode for mode in modes if not getattr(mode, "is_for_the_driver", False)]
