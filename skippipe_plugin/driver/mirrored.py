@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.errors import SkipPipeError
-from ..engine.handover import pack_tensors, unpack_tensors
+from ..engine.handover import find_again, let_go, pack_tensors, unpack_tensors
 from ..engine.wire import block_tensors, tensor_key
 from .accumulation import Accumulation
 from .capture.remote import Slot, detach, reattach
@@ -83,6 +83,8 @@ class Mirror:
         self._structure: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = []  # Any: tensors, modules, None
         self.weights = WeightCopies(self, self._slots)
         self.gradients = GradientCopies(self)
+        self._blocks: tuple[nn.Module, ...] = ()
+        """The blocks whose values are elsewhere."""
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +95,7 @@ class Mirror:
 
     def own(self, blocks: Mapping[int, nn.Module], names: Sequence[str]) -> None:
         """Take the values of blocks away from the driver's model; the workers have them."""
+        self._blocks = (*self._blocks, *blocks.values())
         for name, tensor in block_tensors(blocks).items():
             block, local = tensor_key(name)
             detach(tensor, self, block, local, f"{names[block]}.{local}")
@@ -108,13 +111,15 @@ class Mirror:
     def give_back(self, weights: Mapping[str, Tensor]) -> list[int]:
         """Put values into the driver's model again, NaN where there are none; return the blocks that lack some."""
         lost: list[int] = []
-        copies = self.weights.take()
+        copies, recurrent = self.weights.take(), [module for block in self._blocks for module in let_go(block)]
         for name, tensor in self._tensors.items():
             value = copies.get(name, weights.get(name))
             if value is None or value.shape != tensor.shape:
                 value = torch.full(tensor.shape, float("nan")).to(tensor.dtype)
                 lost.append(tensor_key(name)[0])
             reattach(tensor, value)
+        find_again(recurrent)
+        self._blocks = ()
         self._tensors.clear()
         self._slots.clear()
         self._structure = []

@@ -31,7 +31,7 @@ Key = tuple[int, str]
 """An attribute of a block: the number of its module in the order of ``modules()``, and its name."""
 Portrait = Any  # Any: nested tuples that compare by value
 
-_BOOKKEEPING: Final = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_hf_initialized"}
+_BOOKKEEPING: Final = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_hf_initialized", "_flat_weight_refs"}
 _PLAIN: Final = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size, range)
 _WHOLE: Final = (
     nn.Module,

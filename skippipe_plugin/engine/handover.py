@@ -9,7 +9,7 @@ import io
 import os
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -167,6 +167,7 @@ def materialize(block: nn.Module, device: torch.device) -> None:
     Raises:
         SkipPipeError: A module with meta tensors has no ``reset_parameters``.
     """
+    recurrent = let_go(block)
     for name, module in block.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         meta = [tensor for tensor in own if tensor.is_meta]
@@ -182,14 +183,34 @@ def materialize(block: nn.Module, device: torch.device) -> None:
             )
         reset()
     block.to(device)
+    find_again(recurrent)
 
 
 def allocate(block: nn.Module, device: torch.device) -> None:
     """Give memory without values to what is on the meta device; the rest moves to ``device``."""
+    recurrent = let_go(block)
     for tensor in dict.fromkeys((*block.parameters(), *block.buffers())):
         if tensor.is_meta:
             swap_memory(tensor, torch.empty_like(tensor, device=device))
     block.to(device)
+    find_again(recurrent)
+
+
+def let_go(block: nn.Module) -> list[nn.RNNBase]:
+    """Drop the weak references of recurrent modules to their weights, which cannot get other memory with any left.
+
+    Returns the modules; :func:`find_again` gives them theirs when the weights have their memory.
+    """
+    recurrent = [module for module in block.modules() if isinstance(module, nn.RNNBase)]
+    for module in recurrent:
+        module._flat_weight_refs.clear()  # in place: whoever has the module's attributes, too, has the same list
+    return recurrent
+
+
+def find_again(recurrent: Iterable[nn.RNNBase]) -> None:
+    """Let recurrent modules refer to their weights as they are now."""
+    for module in recurrent:
+        module._init_flat_weights()
 
 
 def swap_memory(tensor: Tensor, replacement: Tensor) -> None:
