@@ -8,6 +8,7 @@ a placeholder at once; the last one hands the whole call over and returns the re
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,13 @@ from .token import HiddenToken
 
 _BARE: Final = Template((None,), {}, 0)
 """A block's hidden states and nothing else."""
+
+log = logging.getLogger(__name__)
+
+_FROM_BEFORE: Final = (
+    "the blocks' forwards have written attributes, on workers (%s). They do not come back: in the model they are "
+    "again what they were before the run"
+)
 
 
 @dataclass(slots=True)
@@ -109,6 +117,8 @@ class BlockProxies:
         self._classes = ClassWatch(blocks)
         self._switches: ProcessSwitches | None = None
         self._poison = Poison()
+        self._closed: list[str] = []
+        """The names of the attributes that the blocks' forwards write."""
         self._is_in_step = False
         self._fresh = False
         """Whether the blocks' flags were read in this step."""
@@ -135,6 +145,9 @@ class BlockProxies:
     def remove(self) -> None:
         """Turn the proxies into ordinary blocks again."""
         self._poison.lift()
+        if self._closed:
+            names, self._closed = self._closed, []
+            log.warning(_FROM_BEFORE, ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else ""))
         for block in self.blocks:
             if "_skippipe_call" in block.__dict__:
                 del block.__dict__["_skippipe_call"]
@@ -184,6 +197,7 @@ class BlockProxies:
         """
         attributes = self._attributes[block]
         for key in attributes.leave_to_worker(keys):
+            self._closed.append(attributes.full_name(key))
             self._poison.close(attributes.module(key), key[1], written_elsewhere(attributes.full_name(key)))
 
     # --------------------------------------------------------------- calls

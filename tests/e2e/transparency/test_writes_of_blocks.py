@@ -150,12 +150,14 @@ def test_what_user_code_sets_and_forward_writes_is_refused_in_the_first_step() -
 
 
 @pytest.mark.parametrize("driver_stage", [False, True])
-def test_who_never_asks_gets_the_run_of_one_process(driver_stage: bool) -> None:
+def test_who_never_asks_gets_the_run_of_one_process(driver_stage: bool, caplog: pytest.LogCaptureFixture) -> None:
     plain, piped = fit(Model, 1), fit(Model, driver_stage=driver_stage)
     assert_same_run(piped, plain)
     block = piped.module.blocks[1]
     assert type(block) is Block
     assert type(block.core) is Core
+    assert caplog.text.count("the blocks' forwards have written attributes, on workers (blocks.") == 1
+    assert block.history == []  # from before the run
     block(torch.zeros(2, 8))  # everything is open again
     assert block.core.calls > 0
 
