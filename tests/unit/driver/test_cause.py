@@ -23,6 +23,10 @@ class Peer:
     def send(self, *_: object) -> None:
         """Take a farewell."""
 
+    def send_if_free(self, *_: object) -> bool:
+        """Take a sign of life."""
+        return True
+
     def close(self) -> None:
         self.broken.set()
 
