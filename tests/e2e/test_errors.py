@@ -233,7 +233,7 @@ def test_a_port_in_use() -> None:
 
 
 def test_an_address_that_nobody_can_reach() -> None:
-    with pytest.raises(ValueError, match=r"host='0.0.0.0' is no address that workers could reach"):
+    with pytest.raises(ValueError, match=r"host='0.0.0.0' means every address of this machine"):
         NetworkConfig(host="0.0.0.0")
 
 

@@ -177,10 +177,10 @@ class Traffic(Callback):
     def _count_messages(self) -> None:
         send = Channel.send
 
-        def counting(channel: Channel, kind: str, fields: Any = None, blobs: Any = ()) -> None:
+        def counting(channel: Channel, kind: str, fields: Any = None, blobs: Any = (), **options: Any) -> int:
             size = sum(memoryview(blob).nbytes for blob in blobs)
             self.messages.setdefault(kind, []).append((size, len(json.dumps(fields))))
-            send(channel, kind, fields, blobs)
+            return send(channel, kind, fields, blobs, **options)
 
         self._monkeypatch.setattr(Channel, "send", counting)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Final
 
 from ...engine.errors import SkipPipeError
@@ -14,17 +13,29 @@ _ON_MICROBATCHES: Final = (
 )
 
 
-@contextmanager
-def noted(sizes: Sequence[int], microbatch: int | None = None) -> Iterator[None]:
+class Noted:
+    """Frames code that runs on a part of the batch: see :func:`noted`."""
+
+    __slots__ = ("_microbatch", "_sizes")
+
+    def __init__(self, sizes: Sequence[int], microbatch: int | None) -> None:
+        self._sizes = sizes
+        self._microbatch = microbatch
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Add the note."""
+        if not isinstance(error, Exception) or isinstance(error, SkipPipeError):
+            return
+        if len(self._sizes) > 1 and not any(_ON_MICROBATCHES in note for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{_where(self._sizes, self._microbatch)} {_ON_MICROBATCHES}")
+
+
+def noted(sizes: Sequence[int], microbatch: int | None = None) -> Noted:
     """Say on an exception that the step runs on microbatches of ``sizes``, and on which of them it was raised."""
-    try:
-        yield
-    except SkipPipeError:
-        raise
-    except Exception as error:
-        if len(sizes) > 1 and not any(_ON_MICROBATCHES in note for note in getattr(error, "__notes__", ())):
-            error.add_note(f"{_where(sizes, microbatch)} {_ON_MICROBATCHES}")
-        raise
+    return Noted(sizes, microbatch)  # no generator: entered several times for each microbatch
 
 
 def _where(sizes: Sequence[int], microbatch: int | None) -> str:
