@@ -17,6 +17,7 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ...engine.arguments import versions
 from ...engine.errors import SkipPipeError
 from ...engine.taps import HookList, TapEvent, is_librarys, own_hooks
 from .suspend import current_thread
@@ -37,6 +38,11 @@ class Running:
     hook: Any  # Any: whatever was registered
     pre: bool
     takes_kwargs: bool
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one form hold the same, NaN included."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 class BlockHooks:
@@ -97,12 +103,13 @@ class BlockHooks:
         running, module = hooks[event.module, event.hook], self._modules[event.module]
         hook = running.hook
         inputs = (event.args, event.kwargs) if running.takes_kwargs else (event.args,)
-        versions = [tensor._version for tensor in tensors]
+        counts, uncounted = versions(tensors), [(each, each.clone()) for each in tensors if each.is_inference()]
         given = event.args if running.pre else event.output
         result = hook(module, *inputs) if running.pre else hook(module, *inputs, event.output)
         if result is given:
             result = None  # what it was given, as torch's profiler does: nothing changes
-        if result is not None or [tensor._version for tensor in tensors] != versions:
+        written = versions(tensors) != counts or not all(same_values(now, before) for now, before in uncounted)
+        if result is not None or written:
             raise SkipPipeError(
                 f"the forward hook {_called(hook)} on {self._full_name(event.module)} "
                 f"{'returns a value' if result is not None else 'writes into a tensor'}, but hooks that keep something "

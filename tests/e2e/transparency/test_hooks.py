@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.modules import loader
-from tests.e2e.support import assert_same_run, train
+from tests.e2e.support import assert_same_run, train, trainer_for
 
 DATA = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 
@@ -163,6 +163,38 @@ def all_blocks(model: Any) -> Any:
 )
 def test_hooks_on_every_block(devices: int, strategy: dict[str, Any]) -> None:
     assert_exact(lambda: Model(all_blocks, loss_of=squares), devices, **strategy)
+
+
+class Predicting(Model):
+    def predict_step(self, batch: Tensor, index: int) -> Tensor:
+        return self(batch)
+
+
+@pytest.mark.parametrize("watch", [output_of_a_block, output_of_a_part, input_of_a_part])
+def test_predictions_are_watched_too(watch: Callable[[Any], Any]) -> None:
+    """Under inference mode, where torch does not count what is written."""
+    found = []
+    for devices in (1, 3):
+        trained = fit(lambda: Predicting(watch), devices)
+        trained.module.seen.clear()
+        outputs = torch.cat(trained.trainer.predict(trained.module, loader(DATA)))
+        found.append((outputs, torch.cat([value.detach() for value in trained.module.seen])))
+    torch.testing.assert_close(*found)
+
+
+def test_who_writes_in_predictions_is_refused() -> None:
+    def watch(model: Any) -> Any:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+            model.seen.append(1)
+            if not model.training and torch.is_inference_mode_enabled():
+                out.mul_(2)
+
+        return model.blocks[1].linear.register_forward_hook(hook)
+
+    trained = fit(lambda: Predicting(watch), 1)
+    trainer = trainer_for(3, {"num_microbatches": 4, "verbose": False})
+    with pytest.raises(SkipPipeError, match=r"on blocks\.1\.linear writes into a tensor"):
+        trainer.predict(trained.module, loader(DATA))
 
 
 class Removing(Model):
