@@ -195,7 +195,7 @@ def is_every_address(host: str) -> bool:
         found = socket.getaddrinfo(
             host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE
         )
-    except OSError:  # a name, which is not asked about here
+    except (OSError, ValueError):  # a name, which is not asked about here, or what can be none
         return False
     return any(_is_unspecified(str(address[0])) for _, _, _, _, address in found)
 
@@ -219,9 +219,10 @@ def listen(host: str, port: int) -> socket.socket:
         if _is_unspecified(str(address[0])):  # a name for it
             raise SkipPipeError(every_address(host))
         return socket.create_server(address, family=family, backlog=128)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter: letters that no host's name has
+        reason = getattr(error, "strerror", None) or error
         raise SkipPipeError(
-            f"cannot listen on {host}:{port} ({error.strerror}); the host must be an address of this machine; choose "
+            f"cannot listen on {host}:{port} ({reason}); the host must be an address of this machine; choose "
             "another port, or 0 for any free one"
         ) from error
 

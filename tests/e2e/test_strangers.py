@@ -10,6 +10,7 @@ import psutil
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from skippipe_plugin.engine.handshake import PROTOCOL_VERSION
 from skippipe_plugin.job import job
 
 from .models import tokens
@@ -20,7 +21,7 @@ GREETINGS = (
     b"",
     b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
     bytes.fromhex("16030100c8010000c40303") + bytes(193),
-    b"SKPP\x00\x02" + bytes(64),
+    b"SKPP" + PROTOCOL_VERSION.to_bytes(2, "big") + bytes(64),
     os.urandom(10_000),
     bytes(1_000_000),
 )

@@ -251,7 +251,7 @@ LACKING: dict[str, tuple[Callable[[], LightningModule], Callable[[], Any], str]]
     "batch_norm_in_a_block": (
         NormedBlocks,
         lambda: DataLoader(Samples(4), batch_size=4, collate_fn=list),
-        "Expected more than 1 value per channel",
+        "on which a BatchNorm inside of the blocks",
     ),
 }
 

@@ -243,6 +243,12 @@ def test_it_listens_where_it_was_told_to_and_nowhere_else(listener: Listener) ->
         Listener("192.0.2.1", 0, SECRET)
 
 
+@pytest.mark.parametrize("host", ["\x80", "a\0b", "." * 300])
+def test_what_can_be_no_name_is_an_error_of_ours(host: str) -> None:
+    with pytest.raises(SkipPipeError, match="must be an address of this machine"):
+        Listener(host, 0, SECRET)
+
+
 def test_a_port_in_use_names_the_way_out(listener: Listener) -> None:
     with pytest.raises(SkipPipeError, match=f"cannot listen on 127.0.0.1:{listener.port}.*0 for any free one"):
         Listener(HOST, listener.port, SECRET)
