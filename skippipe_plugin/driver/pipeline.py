@@ -32,7 +32,7 @@ from .accumulation import Batch
 from .backward import GradientControl, mergeable
 from .capture.asking import CutBook
 from .capture.graphs import AroundTheBlocks
-from .capture.notes import noted
+from .capture.notes import Noted
 from .capture.proxies import BlockProxies, StackCall
 from .capture.remote import is_remote
 from .capture.suspend import StepThreads, current_thread, suspend_here
@@ -403,7 +403,7 @@ class Pipeline:
         self.mirror.settle()
         self.gradients.begin_step()
         rewind = task.rewinder()
-        with noted(task.sizes):
+        with Noted(task.sizes):
             result = self.surviving(lambda: self._train(task, choose), rewind=rewind, whole=False)
         if self.keeper is not None:
             ran = Batch(task, rewind, self.schedules[TRAINING], self._ambient(), self.generation)
@@ -421,7 +421,7 @@ class Pipeline:
 
     def repeat(self, batch: Batch, *, keep: bool) -> None:
         """Run a training step once more for its gradients alone; ``keep`` them here and everywhere, to be merged."""
-        with repeating(self, batch), noted(batch.task.sizes):
+        with repeating(self, batch), Noted(batch.task.sizes):
             self._forth_and_back(self._step_run(batch.task, batch.ambient), batch.task, _keep)
         if not keep:
             self.gradients.window.drop_new()
@@ -456,7 +456,7 @@ class Pipeline:
         ``choose`` is called as by :meth:`train`.
         """
         self.mirror.settle()
-        with noted(task.sizes):
+        with Noted(task.sizes):
             return self.surviving(lambda: self._evaluate(task, choose), rewind=task.rewinder())
 
     def _evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None]) -> list[Any]:

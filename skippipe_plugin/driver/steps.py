@@ -21,7 +21,7 @@ from ..engine.stage import back_propagate, inner
 from ..schedule import Path
 from .capture import own_gradients
 from .capture.graphs import AroundTheBlocks
-from .capture.notes import noted
+from .capture.notes import Noted
 from .capture.proxies import BlockProxies, StackCall
 from .capture.randomness import private_random_state
 from .capture.side_inputs import PreparedCall
@@ -362,7 +362,7 @@ class StepRun:
             seed = block_seed(self._task.seed, self._first + index)
             seed_everything(block_seed(seed, _EMBED), self._device)
         start_s = time.monotonic()
-        with noted(self._task.sizes, index):
+        with Noted(self._task.sizes, index):
             outcome = self._threads[index].start(self._task.functions[index], self._ambient)
         self._took_s.append(time.monotonic() - start_s)
         self._started(index)
@@ -375,7 +375,7 @@ class StepRun:
         self._outcomes[index] = outcome
 
     def _resume(self, index: int, hidden: Tensor) -> Outcome:
-        with noted(self._task.sizes, index):
+        with Noted(self._task.sizes, index):
             outcome = self._threads[index].resume(hidden)
         if isinstance(outcome, Returned):
             self._proxies.check_complete(self._threads[index])

@@ -212,11 +212,11 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         SkipPipeError: That is not possible, or the host means all addresses of this machine.
     """
-    if is_every_address(host):
-        raise SkipPipeError(every_address(host))
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        if _is_unspecified(str(address[0])):  # a name for it
+        family, _, _, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        if _is_unspecified(str(address[0])):
             raise SkipPipeError(every_address(host))
         return socket.create_server(address, family=family, backlog=128)
     except (OSError, ValueError) as error:  # the latter: letters that no host's name has

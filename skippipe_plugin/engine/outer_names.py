@@ -104,7 +104,7 @@ def _asked_by(function: types.FunctionType, depth: int, seen: set[int]) -> Itera
     if id(function) in seen or depth > _DEEPEST:
         return
     seen.add(id(function))
-    yield from _asked(function.__code__)
+    yield from (name for name in _asked(function.__code__) if name != function.__doc__)
     if _is_torchs_or_pythons(function.__module__):
         return
     for names in _names(function.__code__):

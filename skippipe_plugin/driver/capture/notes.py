@@ -14,11 +14,14 @@ _ON_MICROBATCHES: Final = (
 
 
 class Noted:
-    """Frames code that runs on a part of the batch: see :func:`noted`."""
+    """Says on an exception that the step runs on microbatches of ``sizes``, and on which of them it was raised.
+
+    No generator: it is entered several times for each microbatch.
+    """
 
     __slots__ = ("_microbatch", "_sizes")
 
-    def __init__(self, sizes: Sequence[int], microbatch: int | None) -> None:
+    def __init__(self, sizes: Sequence[int], microbatch: int | None = None) -> None:
         self._sizes = sizes
         self._microbatch = microbatch
 
@@ -31,11 +34,6 @@ class Noted:
             return
         if len(self._sizes) > 1 and not any(_ON_MICROBATCHES in note for note in getattr(error, "__notes__", ())):
             error.add_note(f"{_where(self._sizes, self._microbatch)} {_ON_MICROBATCHES}")
-
-
-def noted(sizes: Sequence[int], microbatch: int | None = None) -> Noted:
-    """Say on an exception that the step runs on microbatches of ``sizes``, and on which of them it was raised."""
-    return Noted(sizes, microbatch)  # no generator: entered several times for each microbatch
 
 
 def _where(sizes: Sequence[int], microbatch: int | None) -> str:
