@@ -34,6 +34,7 @@ _JOINED_BYTES: Final = 16 << 10
 """Smaller messages are copied into one buffer: that is cheaper than to gather them."""
 _MIN_RTT_AT = 148
 """Where Linux keeps tcpi_min_rtt, in microseconds, in struct tcp_info."""
+_AS_JSON: Final = json.JSONEncoder(separators=(",", ":")).encode
 _SIGNS_OF_LIFE: Final = {
     "TCP_KEEPIDLE": 10,  # seconds of silence before the other host is asked
     "TCP_KEEPINTVL": 5,  # and between two questions
@@ -244,7 +245,7 @@ def host_and_port(address: tuple[Any, ...]) -> str:  # Any: IPv6 addresses have 
 
 def _text(kind: str, fields: Mapping[str, Any], answers: int) -> bytes:
     said = {"kind": kind, "answers": answers} if answers >= 0 else {"kind": kind}
-    return json.dumps({**fields, **said}, separators=(",", ":")).encode()
+    return _AS_JSON({**fields, **said}).encode()
 
 
 def _parse(text: bytearray, blobs: Sequence[Buffer], number: int) -> Message:

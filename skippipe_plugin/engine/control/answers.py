@@ -1,0 +1,123 @@
+"""What a worker answers.
+
+Answers to what changes the pipeline go to every driver, so that all know the same; answers to questions go to who has
+asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..channel import Buffer
+from .codec import Control
+from .values import Loads, TensorEntry, Write
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Control):
+    """What was commanded is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed(Control):
+    """An idle worker has imported what it will need."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkCosts(Control):
+    """What was measured: first and second rank, latency and bandwidth."""
+
+    costs: Sequence[tuple[int, int, float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class ClockReads(Control):
+    """What the worker's clock reads."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped(Control):
+    """What the driver's hooks are to see of a stage's forward."""
+
+    step: int
+    microbatch: int
+    stage: int
+    tensors: Sequence[TensorEntry]
+    requires_grad: Sequence[bool]
+    events: Buffer
+    blobs: Sequence[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Control):
+    """A step is done: its gradients are complete."""
+
+    step: int
+    timeline: Sequence[tuple[str, float, float]]
+    """Action, start and end, of a step that is recorded."""
+    writes: Sequence[Write]
+    loads: Loads
+
+
+@dataclass(frozen=True, slots=True)
+class NormPowers(Control):
+    """The answer to :class:`AskNorm`."""
+
+    number: int
+    power: float
+    experts: float
+    """The part of it from experts that only this worker holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class State(Control):
+    """What belongs to blocks; of the optimizer the first blob is what is no tensor."""
+
+    tensors: Sequence[TensorEntry]
+    norms: Sequence[tuple[int, float]]
+    estimates: Sequence[int]
+    stages: Sequence[tuple[int, Sequence[int]]]
+    blobs: Sequence[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class Probed(Control):
+    """What a block did, or the exception that it raised, with its traceback."""
+
+    traceback: str | None
+    result: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class PartsCompared(Control):
+    """The answer to :class:`CompareParts`."""
+
+    alike: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RouterNews(Control):
+    """What routers did, if it was to be taken, and the biases that no model saves."""
+
+    statistics: Mapping[str, tuple[Sequence[int], int, int, float, Sequence[float] | None]]
+    """By router: loads, tokens, empty slots, entropy, quantiles."""
+    biases: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNews(Control):
+    """What experts took: block, name, rows, seconds, bytes of a row and of an expert."""
+
+    measured: Sequence[tuple[int, str, int, float, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Control):
+    """An exception; of an aborted generation it is only the echo of somebody else's."""
+
+    aborted: bool
+    traceback: str
+    exception: Buffer

@@ -1,0 +1,99 @@
+"""Every message between a driver and a worker, and who may say it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .answers import (
+    ClockReads,
+    Done,
+    ExpertNews,
+    Failed,
+    LinkCosts,
+    NormPowers,
+    PartsCompared,
+    Probed,
+    Ready,
+    RouterNews,
+    State,
+    Tapped,
+    Warmed,
+)
+from .codec import Vocabulary
+from .commands import (
+    Abort,
+    Arrange,
+    AskClock,
+    AskNorm,
+    AskRouters,
+    BuildOptimizer,
+    Calls,
+    Clip,
+    CompareParts,
+    Configure,
+    Get,
+    Load,
+    MeasureLinks,
+    Merge,
+    MoveExperts,
+    Overwrite,
+    Pass,
+    Probe,
+    Pulled,
+    PutOptimizerState,
+    Step,
+    StepOptimizer,
+    SwitchOptimizer,
+    UseSchedule,
+    Warm,
+)
+from .keeping import (
+    AskRecord,
+    AskRecords,
+    AskSummary,
+    Drop,
+    FinishStep,
+    GetRetained,
+    Kept,
+    LetGo,
+    NoteEstimates,
+    OneRecord,
+    Prepare,
+    Records,
+    Retain,
+    Settle,
+    Store,
+    Stored,
+    Summary,
+)
+from .presence import (
+    Beat,
+    Exit,
+    Hello,
+    Leave,
+    Outlive,
+    Refuse,
+    Release,
+)
+
+TO_WORKER: Final = Vocabulary(
+    "worker",
+    [
+        *(Configure, UseSchedule, MeasureLinks, Abort, AskClock),
+        *(Load, Warm, Arrange, Get, Overwrite, Probe, CompareParts),
+        *(Step, Calls, Pulled, Merge, AskNorm, Clip, Pass),
+        *(BuildOptimizer, PutOptimizerState, StepOptimizer, SwitchOptimizer, AskRouters, MoveExperts),
+        *(Prepare, Store, Settle, AskRecords, LetGo, NoteEstimates, Drop),
+        *(AskSummary, AskRecord, GetRetained, FinishStep, Retain, Outlive),
+        *(Release, Exit, Refuse, Beat),
+    ],
+)
+"""What a driver sends."""
+TO_DRIVER: Final = Vocabulary(
+    "driver",
+    [
+        *(Hello, Leave, Ready, Warmed, LinkCosts, ClockReads, Tapped, Done, NormPowers, State, Probed, PartsCompared),
+        *(RouterNews, ExpertNews, Kept, Stored, Records, Summary, OneRecord, Failed, Beat),
+    ],
+)
+"""What a worker sends."""

@@ -1,0 +1,59 @@
+"""How a worker comes and goes, and how both ends see that the other one lives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..channel import Buffer
+from .codec import Control
+
+
+@dataclass(frozen=True, slots=True)
+class Outlive(Control):
+    """Wait for the next driver, whose address will be in a store, when this one is lost."""
+
+    host: str
+    port: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release(Control):
+    """The driver's call is over: return from yours."""
+
+    results: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Exit(Control):
+    """End."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse(Control):
+    """The driver does not take you (any more); the channel ends."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat(Control):
+    """A question for a sign of life, and the sign."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Control):
+    """The first message."""
+
+    versions: Mapping[str, str]
+    pid: int | None = None
+    rank: int = -1
+    """What a launcher calls it, or what the first driver does."""
+    name: str = ""
+    """What one that joined by hand calls itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave(Control):
+    """It wants to be relieved of its stages."""

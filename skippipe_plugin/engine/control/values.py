@@ -1,0 +1,105 @@
+"""What several messages have in common, and the parts of those that have many fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+TensorEntry = tuple[str, Sequence[int], str]
+"""Name, shape and dtype of a tensor, whose bytes are a blob."""
+PartEntry = tuple[str, Any, int]  # Any: JSON that only the part's reader knows
+"""Name, fields and number of blobs of a packed part."""
+PackedBlocks = tuple[Sequence[TensorEntry], Sequence[TensorEntry]]
+"""The tensors of blocks that travel, and those that are on the meta device; the structure is the first blob."""
+ExpertShare = tuple[int, str, Sequence[int], Sequence[str], int]
+"""Which experts of a block are here: block, name, placement, tensors, position."""
+Prints = Mapping[str, Mapping[str, str]]
+"""What the classes of blocks are where they come from."""
+Loads = Mapping[str, Sequence[int]]
+"""By router: the visits of each expert."""
+Zero = Literal["", "drop", "fill"]
+"""How accumulated gradients are zeroed first, if they are."""
+What = Literal["weights", "gradients", "last_gradients", "optimizer", "standing"]
+"""What of the blocks is asked for or sent."""
+Write = tuple[int, tuple[int, str]]
+"""A block, and the attribute of a module of it that its forward has written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a step is, beside its calls."""
+
+    program: str
+    live: Sequence[int]
+    """The microbatches of this driver that are not empty."""
+    training: bool
+    timeline: bool
+    forget_caches: Sequence[int]
+    zero: Zero = ""
+    repeats: bool = False
+    """Whether the batch runs once more for some of its gradients: what it counts in buffers is counted."""
+    loads: Loads = field(default_factory=dict)
+    """The visits of earlier batches of the same optimizer step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """What the reader of calls lacks, and what it may forget."""
+
+    caching: Sequence[int]
+    """The microbatches whose use of caches comes as a blob."""
+    specs: Sequence[int]
+    """The numbers of the specs that come as blobs."""
+    dropped_specs: Sequence[int]
+    side_inputs: Sequence[TensorEntry]
+    """Those that come as blobs, by digest."""
+    dropped: Sequence[str]
+    """The digests of side inputs that are not needed any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallNews:
+    """Calls of a step, by numbers and digests; the lists go together."""
+
+    step: int
+    microbatches: Sequence[int]
+    specs: Sequence[int]
+    """The numbers of their specs."""
+    seeds: Sequence[int]
+    digests: Sequence[Sequence[str]]
+    """Of their side inputs."""
+    lacking: Lacking | None
+    """None when the reader has all that it needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOrder:
+    """How an optimizer steps."""
+
+    scale: float | None
+    """What the gradients are multiplied with first."""
+    value: float | None
+    """What their elements are clipped to first."""
+    zero: Zero
+    keep: bool
+    """Whether the gradients stay as they are until they are zeroed."""
+    keep_norms: bool
+    lr_factors: Sequence[tuple[int, float]]
+    """By stage, where it is not 1."""
+    step: int = -1
+    """The number of the optimizer step, where they are numbered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A part of what the driver itself holds, as a worker keeps it."""
+
+    name: str
+    fit: int
+    step: int
+    lasting: bool
+    """Whether it is kept beyond the fit."""
+    entries: Sequence[TensorEntry]
+    optimizer_step: StepOrder | None = None
+    """The optimizer step that follows as soon as this is stored."""
