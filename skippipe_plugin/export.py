@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from .engine import phases
 from .omit import (
     NamedStack,
     check_places,
@@ -102,6 +103,7 @@ def export(
         raise ValueError(f"{target}: there is no folder {target.absolute().parent}")
     if not source.exists():
         raise FileNotFoundError(2, "No such file or folder", str(source))
+    phases.reach(phases.Phase.EXPORTING)
     if source.is_dir():
         return _export_folder(source, target, omission, trust)
     smaller = None if config is None else _model_config(config)

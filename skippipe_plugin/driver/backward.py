@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..engine import gradients
+from ..engine import gradients, phases
 from ..engine.errors import SkipPipeError
 from ..engine.gradients import GradientWindow
 from ..engine.stage import Stage
@@ -188,6 +188,7 @@ class GradientControl:
 
     def merge(self, scale: float) -> None:
         """Add the last step's gradients, times ``scale``, to the accumulated ones, here and on the workers."""
+        phases.reach(phases.Phase.MERGING)
         self._accumulates = True
         self.accumulation.renew()
         if self.pending_clip != (None, None):
@@ -275,6 +276,7 @@ class GradientControl:
                 "optimizer.step() was called twice for the same gradients, which the workers have dropped after the "
                 "first; override optimizer_step in the LightningModule, and they keep them until zero_grad"
             )
+        phases.reach(phases.Phase.STEPPING)
         self.accumulation.require()
         self._flush()
         self._norm_under_way = False

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..engine import phases
 from ..engine.errors import SkipPipeError
 from ..engine.handover import find_again, let_go, pack_tensors, unpack_tensors
 from ..engine.wire import block_tensors, tensor_key
@@ -226,6 +227,7 @@ class Mirror:
         return self._ask(what, blocks) if self._host.in_step else self._host.surviving(ask)
 
     def _ask(self, what: str, blocks: Collection[int]) -> dict[str, Tensor]:
+        phases.reach(phases.Phase.SAVING)
         host, parts = self._host, dict[int, dict[str, Tensor]]()
         for stage in sorted({host.layout.stage_of_block(block) for block in blocks}):
             own = [block for block in host.layout.blocks(stage) if block in blocks]

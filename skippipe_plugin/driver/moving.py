@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..engine import phases
 from ..engine.parcel import Part
 from ..schedule import Schedule
 from .layout import Layout
@@ -163,6 +164,7 @@ class Mover:
         return [link for link in self._candidates.joined() if link.warm]
 
     def _move(self, shape: Shape) -> None:
+        phases.reach(phases.Phase.MOVING)
         started_s = time.monotonic()
         pipeline, layout, before = self._pipeline, shape.layout, self._num_stages
         pipeline.heal()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..engine import gradients
+from ..engine import gradients, phases
 from ..engine.apart import check_steps_apart, check_steps_rows_apart, counts_without_gradients
 from ..engine.errors import SkipPipeError
 from ..engine.optimizer import OptimizerPlan, ParameterKey, Settings, settings_of
@@ -169,6 +169,7 @@ class RemoteOptimizer:
 
     def _fetch_once(self) -> dict[ParameterKey, dict[str, Any]]:
         parts: dict[int, dict[ParameterKey, dict[str, Any]]] = {}
+        phases.reach(phases.Phase.SAVING)
         self._pipeline.heal()
         for link in self._pipeline.remote.first_holders():
             message = link.ask("get", {"what": "optimizer"}, "state")

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..engine import phases
 from ..engine.channel import Buffer
 from ..engine.handover import pack_tensors, unpack_tensors
 from ..engine.optimizer import ParameterKey
@@ -131,6 +132,7 @@ def order(
 
 def carry_out(pipeline: Pipeline, orders: Mapping[int, Order]) -> None:
     """Let workers carry their orders out, by rank, in the generation that has been formed."""
+    phases.reach(phases.Phase.TAKING_OVER)
     links = [pipeline.links[rank] for rank in orders]
     sent = [link.send("arrange", each.fields, each.blobs) for link, each in zip(links, orders.values(), strict=True)]
     for link, number in zip(links, sent, strict=True):

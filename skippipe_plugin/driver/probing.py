@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..engine import phases
 from ..engine.call import Call, CallSpec
 from ..engine.errors import unpack_exception
 from ..engine.stage import Probe
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def probe(pipeline: Pipeline, block: int, spec: CallSpec, side_inputs: Sequence[Tensor], enters: TensorSpec) -> Probe:
     """Ask what a block does to its input; raise what it raises, of which no rank takes harm."""
+    phases.reach(phases.Phase.PROBING)
     stage, call = pipeline.layout.stage_of_block(block), Call(spec, tuple(side_inputs), 0)
     hosted = pipeline.hosted_stage(stage)
     if hosted is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..engine import phases
 from ..engine.channel import Buffer
 from ..engine.classes import Prints, fingerprints
 from ..engine.handover import pack_blocks, unpack_blocks
@@ -91,6 +92,7 @@ class StageSender:
         return next(iter(self._structures.values()))
 
     def _send(self, link: Link, stage: int, packed: Packed) -> None:
+        phases.reach(phases.Phase.HANDING_OVER)
         entries, blobs = packed
         fields = {
             "compile": self.compile_with,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from ..engine import phases
 from ..engine.errors import SkipPipeError
 from ..engine.handover import unpack_tensors
 from ..engine.wire import tensor_key
@@ -54,6 +55,8 @@ class RemoteWeights:
 
     def last(self, host: Host) -> dict[str, Tensor]:
         """Fetch everything, or what can be had after a loss."""
+
+        phases.reach(phases.Phase.ENDING)
 
         def fetch() -> dict[str, Tensor]:
             host.heal()

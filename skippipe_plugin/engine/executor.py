@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import DRIVER_STAGE, Event, Op
+from . import phases
 from .absent import absent, is_absent
 from .call import Call
 from .errors import GenerationAborted, SkipPipeError
@@ -193,6 +194,8 @@ class Executor:
             self._execute_stage(instruction, taken)
 
     def _execute_driver(self, instruction: Instruction, taken: Tensor | None) -> None:
+        if phases.watchers:
+            phases.act(instruction.action)
         assert self._driver is not None, f"{instruction.text} is not an action of a worker"
         microbatch, op = instruction.microbatch, instruction.action.op
         if op is Op.F:

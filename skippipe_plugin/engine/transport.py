@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from . import phases
 from .c10d import Gloo, ProcessGroupGloo, Store, Work
 from .errors import GenerationAborted
 from .rendezvous import AbortableStore
@@ -114,6 +115,7 @@ class Transport:
         Raises:
             GenerationAborted: :meth:`poison` was called meanwhile, or a member could not be reached.
         """
+        phases.reach(phases.Phase.FORMING)
         self._connect(_ALL, self.members)
 
     def connect(self, links: Collection[tuple[int, int]]) -> None:

@@ -198,6 +198,10 @@ class DriverJob:
         """Return how many workers are being started."""
         return self._processes.num_starting(self.pool.joined)
 
+    def starting(self) -> set[int]:
+        """Return the process ids of the workers that were started and have not joined yet."""
+        return set(self._processes.running()) - self.pool.joined
+
     def lend(self, links: Sequence[Link]) -> None:
         """Let these idle workers be used, and no others."""
         self.pool.take(links)
@@ -350,6 +354,11 @@ def driver_job(network: NetworkConfig, num_drivers: int, launcher: Launcher | No
     job = _registry[key]
     assert isinstance(job, DriverJob)
     return job
+
+
+def driver_jobs() -> list[DriverJob]:
+    """Return the jobs that this process drives."""
+    return [job for job in _registry.values() if isinstance(job, DriverJob)]
 
 
 def worker_job(launcher: Launcher, network: NetworkConfig | None = None) -> WorkerJob:

@@ -25,6 +25,7 @@ from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
 from ..driver.shards import Site
 from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
+from ..engine import phases
 from ..engine.call import device_types
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob
@@ -186,6 +187,7 @@ class SpreadModel:
             if self.attached is not None:
                 self.attached.detach()
                 self.attached = None
+            phases.reach(phases.Phase.BETWEEN)
 
     def _cut(self, model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[range, ...]:
         share = driver_share(model, blocks, self._num_stages) if self.settings.driver_stage else 1.0
@@ -193,6 +195,7 @@ class SpreadModel:
 
     def _make_pipeline(self, layout: Layout) -> Pipeline:
         schedules = self.settings.shape.schedules(len(layout.stage_blocks))
+        phases.reach(phases.Phase.MEETING)
         for rank, link in zip(layout.workers, self._job.acquire(len(layout.workers)), strict=True):
             self.links.add(rank, layout.stages_of(rank), link)
         return Pipeline(
@@ -258,10 +261,12 @@ class SpreadModel:
             self._choose_paths(step)
             self._order_losses(last=task.losses_come_last)
 
+        phases.reach(phases.Phase.TRAINING, step)
         return self.pipeline.train(task, choose)
 
     def evaluate(self, task: StepTask | WholeTask) -> list[Any]:
         """Run functions without gradients; see :meth:`Pipeline.evaluate`."""
+        phases.reach(phases.Phase.VALIDATING)
         return self.pipeline.evaluate(task, self._choose_evaluation_paths)
 
     @property
@@ -298,6 +303,7 @@ class SpreadModel:
     def _choose_paths(self, step: int) -> None:
         """At the start of a training step: take up what became known, and the paths that the skip ratio asks for."""
         planner, pipeline = self.planner, self.pipeline
+        phases.reach(phases.Phase.PLANNING)
         if planner is None:
             return
         if planner.has_measured and not pipeline.measure_next:

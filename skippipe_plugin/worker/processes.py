@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NoReturn
 
+from ..engine import phases
 from ..engine.errors import SkipPipeError
 from ..engine.handover import import_paths
 from ..engine.secret import SECRET_VARIABLE
@@ -166,6 +167,7 @@ def _popen(
         SkipPipeError: The system refuses.
     """
     try:
+        phases.reach(phases.Phase.STARTING)
         return subprocess.Popen(command, env=environment, cwd=folder, stdin=stdin)
     except (OSError, MemoryError) as error:
         raise SkipPipeError(
