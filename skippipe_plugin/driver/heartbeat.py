@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -13,6 +14,8 @@ log = logging.getLogger(__name__)
 
 _QUESTIONS: Final = 5
 """How often it is looked whether a worker has answered, within the time in which it must."""
+_ALL_SILENT_S: Final = 30.0
+"""How much longer is waited where nobody at all answers: then it is rather this driver's own link that is away."""
 
 
 class Heartbeat:
@@ -45,9 +48,15 @@ class Heartbeat:
         self._thread.join()
 
     def _ask(self) -> None:
+        told = False
         while not self._over.wait(self._limit_s / _QUESTIONS):
-            for link in list(self._links):
-                link.beat(_QUESTIONS)
+            links = list(self._links)
+            all_silent = len(links) > 1 and all(link.is_silent for link in links)
+            if all_silent and not told:
+                log.warning("no worker answers: waiting for %g s for the driver's own link", _ALL_SILENT_S)
+            told = all_silent
+            for link in links:
+                link.beat(_QUESTIONS + all_silent * math.ceil(_ALL_SILENT_S / self._limit_s * _QUESTIONS))
             for link in self._idle():
                 if link.beat(_QUESTIONS):
                     log.warning("an idle worker is lost: %s", link.how_lost)

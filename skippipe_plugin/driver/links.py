@@ -203,6 +203,11 @@ class Link:
         """Whether the worker has given a sign of life since it was asked by :meth:`rouse`."""
         return not self.gone and (not self._roused_s or self._channel.heard_s >= self._roused_s)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether the last questions of :meth:`beat` were not answered."""
+        return self._unanswered > 0 and not self.gone
+
     def beat(self, patience: int) -> bool:
         """Ask for a sign of life; give the worker up when ``patience`` calls in a row found no answer.
 

@@ -21,8 +21,14 @@ from . import phases
 from .c10d import Gloo, ProcessGroupGloo, Store, Work
 from .errors import GenerationAborted
 from .rendezvous import AbortableStore
+from .silence import silence_ends_after
 
 _FORMING = timedelta(seconds=30)
+_SILENT_S = 15.0
+"""For how long the other end of a connection may take nothing of what was sent: its host is gone, or a cable is cut.
+
+The control channels may tell that both ends live: then the pair, with all others, is connected anew.
+"""
 _LOOK_S = 0.02
 """How often a rank that forms groups looks whether it still should."""
 # Failures are found by the control channels, never by this time-out: it only has to be longer than any step.
@@ -248,6 +254,7 @@ def form_gloo(store: Store, rank: int, size: int, host: str) -> Gloo:
     options = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = _FORMING
-    group = ProcessGroupGloo(store, rank, size, options)
+    with silence_ends_after(_SILENT_S):
+        group = ProcessGroupGloo(store, rank, size, options)
     group._set_default_timeout(FOREVER)
     return group

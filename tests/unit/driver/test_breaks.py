@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from skippipe_plugin.driver import heartbeat as heartbeat_module
 from skippipe_plugin.driver import pool as pool_module
 from skippipe_plugin.driver.heartbeat import Heartbeat
 from skippipe_plugin.driver.links import Link, Links
@@ -90,6 +91,23 @@ def test_an_idle_worker_that_is_silent_is_given_up(pool: WorkerPool, join: Calla
     while len(pool.resting()) > 1 and time.monotonic() < deadline:
         time.sleep(0.01)  # the reader sees that its connection is closed
     assert len(pool.resting()) == 1
+
+
+def test_everybody_at_once_is_not_everybody_dead(
+    pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's own link is away; after a while longer it is everybody after all."""
+    monkeypatch.setattr(heartbeat_module, "_ALL_SILENT_S", 1.0)
+    board = Links()
+    for _ in range(2):
+        join(False)
+    for rank, link in enumerate(pool.resting()):
+        board.add(rank, [rank + 1], link)
+    heartbeat, begun_s = Heartbeat(board, 0.5), time.monotonic()
+    while not board.lost and time.monotonic() - begun_s < 10:
+        time.sleep(0.05)
+    heartbeat.close()
+    assert 1.4 < time.monotonic() - begun_s < 9
 
 
 def test_a_break_between_the_living_is_found_at_once(pool: WorkerPool, join: Callable[[bool], Channel]) -> None:

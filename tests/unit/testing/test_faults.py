@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from skippipe_plugin.engine import phases
+from skippipe_plugin.engine.silence import silence_ends_after
 from skippipe_plugin.testing import (
     At,
     Delay,
@@ -33,8 +34,11 @@ while data := link.recv(100):
 class Echo:
     """A process that sends back what it is sent."""
 
+    def __init__(self, silence_s: float = 60.0) -> None:
+        self.silence_s = silence_s
+
     def __enter__(self) -> "Echo":
-        with socket.create_server(("127.0.0.1", 0)) as server:
+        with silence_ends_after(self.silence_s), socket.create_server(("127.0.0.1", 0)) as server:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", CHILD, str(server.getsockname()[1])], stderr=subprocess.DEVNULL
             )
@@ -65,6 +69,17 @@ def test_a_connection_that_is_silenced_brings_what_was_sent_when_it_is_repaired(
             end.close()
         echo.link.settimeout(10)
         assert echo.link.recv(100) == b"hello"
+
+
+def test_a_connection_that_stays_silent_breaks() -> None:
+    with Echo(silence_s=0.5) as echo:
+        ((ours, theirs),) = echo.ends()
+        for end in (ours, theirs):
+            sockets.silence(end)
+            end.close()
+        echo.link.sendall(b"hello")
+        with pytest.raises(TimeoutError, match="Connection timed out"):
+            echo.link.recv(100)
 
 
 @pytest.mark.parametrize("index", [0, 1])
