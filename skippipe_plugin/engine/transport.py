@@ -129,19 +129,19 @@ class Transport:
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send ``tensor``; it is kept alive until :meth:`flush`."""
-        data = tensor.detach().to("cpu").contiguous()
+        ready = tensor.is_cpu and tensor.is_contiguous()
+        data = tensor.detach() if ready else tensor.detach().to("cpu").contiguous()
         if data.numel():
-            self._sends.append(
-                (self._start(lambda: self._groups[_ALL].send([data], self._index[destination], tag)), data)
-            )
+            group, member = self._groups[_ALL], self._index[destination]
+            self._sends.append((self._start(lambda: group.send([data], member, tag)), data))
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Post a receive for a tensor of exactly ``spec``."""
         buffer = torch.empty(spec.shape, dtype=spec.dtype)
-        work = (
-            self._start(lambda: self._groups[_ALL].recv([buffer], self._index[source], tag)) if buffer.numel() else None
-        )
-        return PendingTensor(work, buffer, device)
+        if not buffer.numel():
+            return PendingTensor(None, buffer, device)
+        group, member = self._groups[_ALL], self._index[source]
+        return PendingTensor(self._start(lambda: group.recv([buffer], member, tag)), buffer, device)
 
     def send_aside(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send a small host tensor that is none of the schedule's, whatever carries those."""

@@ -48,7 +48,7 @@ class ShapeBook:
         With ``ask`` each mode is asked about, without it only what is known in none.
         """
         last = self._last[block]
-        if last is not None and last[0] == mode and last[1] == enters:
+        if last is not None and last[0] == mode and (last[1] is enters or last[1] == enters):
             return last[2]
         kind = self._kinds[block]
         other: Mode = (not mode[0], mode[1])
