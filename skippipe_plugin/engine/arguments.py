@@ -86,6 +86,8 @@ class Template:
     """The arguments that a block could change (a dict, a list, an object), tensors and caches aside."""
     repeats: bool = field(init=False, repr=False)
     """Whether the hidden states stand in it once more."""
+    is_bare: bool = field(init=False, repr=False)
+    """Whether there is nothing but the hidden states."""
     _key: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +102,7 @@ class Template:
         object.__setattr__(self, "_key", (self.hidden, parts))
         object.__setattr__(self, "mutable", tuple(mutable))
         object.__setattr__(self, "repeats", repeats)
+        object.__setattr__(self, "is_bare", self.hidden == 0 and len(self.args) == 1 and not self.kwargs)
 
     def __reduce__(self) -> tuple[type[Template], tuple[Any, ...]]:
         """Leave out what is derived."""

@@ -17,7 +17,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 from .arguments import ArgumentGuard, ArrayInput, CacheRef, HiddenAgain, Packed, SideInput, array_of
 from .attributes import BlockWatch, Key, apply_changes, attributes_kept
-from .call import Ambient, BlockMode, Call, Hop, block_seed, seed_everything
+from .call import Ambient, BlockMode, Call, CallSpec, Hop, block_seed, seed_everything
 from .errors import SkipPipeError
 from .independence import Parts, is_independent
 from .kvcache import CacheShelf
@@ -94,6 +94,33 @@ class Witness(Protocol):
         """Begin the backward, or a half of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Notes:
+    """What all microbatches of one spec have in common for a stage, found once."""
+
+    spec: CallSpec
+    tapping: bool
+    """Whether hooks on the driver see what goes on in one of the blocks."""
+    plain: bool
+    """Whether the first block neither writes into its input nor hands it on, nor shows it to a hook."""
+    bare: frozenset[int]
+    """The blocks that get the hidden states and nothing else."""
+    lasting: bool
+    """Whether a block that has been set to its mode stays as the mode says."""
+
+    @classmethod
+    def of(cls, spec: CallSpec, blocks: Sequence[int]) -> _Notes:
+        """Look at what concerns ``blocks``."""
+        modes, first = [spec.modes[block] for block in blocks], blocks[0]
+        return cls(
+            spec,
+            any(mode.hooks for mode in modes),
+            bool(spec.careful) and not spec.careful[first] and not modes[0].hooks,
+            frozenset(block for block in blocks if spec.templates[spec.block_template[block]].is_bare),
+            not any(mode.tensors for mode in modes),
+        )
+
+
 _Filled = dict[int, tuple[list[Any], dict[str, Any], ArgumentGuard | None]]
 """By template: the arguments of one visit, and what watches them."""
 
@@ -118,7 +145,10 @@ class Stage:
         self._guest = guest
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._halves: dict[int, Tensor | list[dict[str, Any]] | tuple[()] | None] = {}  # Any: torch's parameter groups
+        self._notes: _Notes | None = None
         self._modes: dict[int, BlockMode] = {}
+        self._settled: CallSpec | None = None
+        """The spec whose modes all blocks have."""
         self._watches: dict[int, BlockWatch] = {}
         self._writes: dict[int, set[Key]] = {}
         self._unreported: list[tuple[int, Key]] = []
@@ -143,13 +173,15 @@ class Stage:
             self._set_switches(ambient.switches)
         # A training step keeps the user's random state as a whole; fetching and setting it takes long.
         fork = self._guest and not ambient.grad
-        tapping = any(call.spec.modes[block].hooks for block in self.blocks)
+        notes = self._notes
+        if notes is None or notes.spec is not call.spec:
+            notes = self._notes = _Notes.of(call.spec, list(self.blocks))
         if self.witness is not None:
             self.witness.begin(microbatch)
         with ambient.entered(), _fork_rng(self.device) if fork else nullcontext():
             inputs = hidden.detach().requires_grad_(enters.requires_grad) if ambient.grad else hidden
-            with self._shown(microbatch, grad=ambient.grad) if tapping else nullcontext():
-                output = self._run_blocks(call, inputs)
+            with self._shown(microbatch, grad=ambient.grad) if notes.tapping else nullcontext():
+                output = self._run_blocks(call, notes, inputs)
         _check_output(self.index, output, leaves)
         if self.witness is not None:
             self.witness.end(microbatch)
@@ -166,11 +198,14 @@ class Stage:
         inputs, output = self._saved.pop(microbatch)
         if gradient is None and self.company is not None and output.requires_grad:
             gradient = torch.zeros_like(output)  # the others wait for this rank's part in what goes back
+        if microbatch not in self._tapped:
+            if gradient is not None and output.requires_grad:
+                back_propagate(output, gradient)
+            return inputs.grad
         roots = [(output, gradient)] if gradient is not None and output.requires_grad else []
-        if microbatch in self._tapped:
-            assert self.driver_hooks is not None, "somebody was shown what hooks see"
-            tapped, gradients = self._tapped.pop(microbatch), self.driver_hooks.gradients(self.index, microbatch)
-            roots += [(tapped[index], each.to(self.device)) for index, each in gradients.items()]
+        assert self.driver_hooks is not None, "somebody was shown what hooks see"
+        tapped, gradients = self._tapped.pop(microbatch), self.driver_hooks.gradients(self.index, microbatch)
+        roots += [(tapped[index], each.to(self.device)) for index, each in gradients.items()]
         if roots:
             back_propagate_all(*zip(*roots, strict=True))
         return inputs.grad
@@ -267,17 +302,14 @@ class Stage:
         writes, self._unreported = self._unreported, []
         return writes
 
-    def _run_blocks(self, call: Call, hidden: Tensor) -> Tensor:
-        filled: _Filled = {}
+    def _run_blocks(self, call: Call, notes: _Notes, hidden: Tensor) -> Tensor:
         self._shelf.apply(call.caches.ops)
-        careful, first = call.spec.careful, next(iter(self.blocks))
-        if not self._careful and careful and not careful[first] and not call.spec.modes[first].hooks:
+        if notes.plain and not self._careful:
             try:
-                return self._run_each(call, hidden, filled)
+                return self._run_each(call, notes, hidden)
             except RuntimeError as error:
-                self._expect_changes(first, error)
-                filled.clear()
-        return self._run_each(call, inner(hidden), filled)
+                self._expect_changes(next(iter(self.blocks)), error)
+        return self._run_each(call, notes, inner(hidden))
 
     def _expect_changes(self, block: int, error: RuntimeError) -> None:
         """Be careful from now on, and let the caller repeat what failed since ``block`` changes its input in place.
@@ -295,15 +327,24 @@ class Stage:
             ) from error
         self._careful = True
 
-    def _run_each(self, call: Call, hidden: Tensor, filled: _Filled) -> Tensor:
-        for block in self.blocks:
-            self._set_mode(block, call)
+    def _run_each(self, call: Call, notes: _Notes, hidden: Tensor) -> Tensor:
+        filled: _Filled = {}
+        settled, self._settled = self._settled is call.spec, None
+        for block, module in self.blocks.items():
+            if not settled:
+                self._set_mode(block, call)
             seed_everything(block_seed(call.seed, block), self.device)
             if block not in self._watches:
-                self._watches[block] = BlockWatch(self.blocks[block])
-            hidden = _hidden_of(self._call_block(block, call, hidden, filled, with_cache=True))
+                self._watches[block] = BlockWatch(module)
+            if block in notes.bare:
+                output = module(hidden)
+            else:
+                output = self._call_block(block, call, hidden, filled, with_cache=True)
+            hidden = output if type(output) is Tensor else _hidden_of(output)
             if not self._watches[block].unchanged():
                 self._learn_writes(block)
+        if notes.lasting:
+            self._settled = call.spec
         return hidden
 
     @contextmanager
@@ -378,6 +419,7 @@ class Stage:
         return leaf
 
     def _set_mode(self, block: int, call: Call) -> None:
+        self._settled = None
         mode, known = call.spec.modes[block], self._modes.get(block)
         if (known is mode or known == mode) and not mode.tensors:
             return
