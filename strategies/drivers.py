@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..engine.c10d import PrefixStore, Store
-from ..job.job import Launcher
+from ..job.launcher import Launcher
 
 
 class DriversStrategy(SingleDeviceStrategy):

@@ -22,7 +22,8 @@ from ..checked import checked
 from ..driver.moving import MoveEvent
 from ..driver.recovery import RecoveryEvent
 from ..engine.errors import SkipPipeError
-from ..job.job import DriverJob, Launcher
+from ..job.job import DriverJob
+from ..job.launcher import Launcher
 from ..model.loop import LoopModel, open_job
 from ..model.loop_config import SkipPipeConfig
 from ..model.spread import SpreadModel

@@ -38,6 +38,8 @@ class Link:
         """The worker's process id, when it is on this host."""
         self.order = -1
         """The rank a launcher gave the worker; workers of a driver's own have none."""
+        self.ticket = ""
+        """What the worker's source calls it; of this host's own workers the process id."""
         self.name = ""
         """What a worker that joined by hand calls itself; the others have no name."""
         self.gone = False
@@ -219,8 +221,7 @@ class Link:
         unanswered = self._asked_s is not None and self._channel.heard_s < self._asked_s
         self._unanswered = self._unanswered + 1 if unanswered else 0
         if self._unanswered >= patience:
-            self.how_lost = "it gave no sign of life"
-            self._channel.hang_up("refuse", {"reason": f"{self.how_lost} for too long and was given up; join anew"})
+            self.give_up("it gave no sign of life", " for too long")
             return True
         now_s = time.monotonic()  # before the question, since the answer may be here before this thread runs again
         with contextlib.suppress(ChannelClosed):  # the reader sees that too
@@ -228,6 +229,11 @@ class Link:
             if self._channel.send_if_free("beat") and not unanswered:
                 self._asked_s = now_s
         return False
+
+    def give_up(self, how_lost: str, detail: str = "") -> None:
+        """Count the worker as lost, and tell it so if it can still hear that."""
+        self.how_lost = how_lost
+        self._channel.hang_up("refuse", {"reason": f"{how_lost}{detail} and was given up; join anew"})
 
     def close(self) -> None:
         """Say goodbye, close, and join the reader."""

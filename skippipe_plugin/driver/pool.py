@@ -70,8 +70,8 @@ class WorkerPool:
         self._join_timeout_s = join_timeout_s
         self._doorkeeper = door
         self.generations = itertools.count()
-        self.joined: set[int] = set()
-        """The process ids of the workers on this host that ever joined."""
+        self.joined: set[str] = set()
+        """The tickets of the workers that ever joined; of this host's own ones the process ids."""
         self.links: list[Link] = []
         """Every worker that has joined and is there."""
         self._idle: list[Link] = []
@@ -90,12 +90,12 @@ class WorkerPool:
         """How many workers are here and unused."""
         return len(self.idle())
 
-    def acquire(self, count: int, ended: Callable[[], Mapping[int, int]] = dict) -> list[Link]:
+    def acquire(self, count: int, ended: Callable[[], Mapping[str, str]] = dict) -> list[Link]:
         """Return ``count`` workers, waiting for those that are still to join.
 
         Args:
             count: How many.
-            ended: Returns pid and exit status of worker processes that ended, to notice those that never join.
+            ended: Returns the worker processes that ended, by ticket, and how, to notice those that never join.
 
         Raises:
             EndedEarly: A worker process ended before it joined.
@@ -106,7 +106,8 @@ class WorkerPool:
             with self._changed:
                 came = self._changed.wait(_LOOK_S)
             if not came and (dead := ended()):
-                raise EndedEarly(f"worker processes ended before they joined (pid: exit status): {dict(dead)}")
+                how = "; ".join(f"{ticket} ({each})" for ticket, each in dead.items())
+                raise EndedEarly(f"worker processes ended before they joined: {how}")
             if time.monotonic() > deadline:
                 host, port = self.address
                 raise SkipPipeError(
@@ -199,11 +200,12 @@ class WorkerPool:
             return
         link = Link(channel, greeting.fields.get("pid") if channel.is_local else None)
         link.order, link.name = greeting.fields.get("rank", -1), greeting.fields.get("name", "")
+        link.ticket = greeting.fields.get("ticket") or str(link.pid or "")
         if self._doorkeeper is not None:
             self._doorkeeper.greet(link)
         with self._changed:
-            if link.pid is not None:
-                self.joined.add(link.pid)
+            if link.ticket:
+                self.joined.add(link.ticket)
             self.links.append(link)
             self._idle.append(link)
             self._idle.sort(key=lambda link: (link.name != "", link.order))  # first those that belong to the driver

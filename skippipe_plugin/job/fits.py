@@ -73,5 +73,5 @@ def _await(pool: WorkerPool, processes: SupervisedProcesses, roll: RollCall) -> 
         log.warning("%d workers that had joined by hand do not come back", len(absent))
     if missing:
         log.warning("workers with the process ids %s are there but do not join; they are ended", sorted(missing))
-    for pid in missing:
-        processes.kill(pid)
+    for ticket in missing:
+        processes.kill(ticket)

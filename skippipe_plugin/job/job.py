@@ -16,12 +16,9 @@ import json
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Final
 
 import cloudpickle
@@ -29,60 +26,29 @@ import cloudpickle
 from ..driver.links import Link
 from ..driver.pool import EndedEarly, WorkerPool
 from ..driver.rendezvous import Rendezvous
-from ..engine.c10d import TCPStore, host_store
+from ..engine.c10d import TCPStore
 from ..engine.channel import connect
 from ..engine.errors import SkipPipeError
 from ..engine.handout import find_secret, fingerprint, leave_secret
 from ..engine.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, job_secret, secret_file
 from ..engine.versions import own_versions
 from ..job.network import NetworkConfig
+from ..sources import Door, WorkerSource, make_source
+from ..sources.local import HERE, LocalSource
 from ..supervisor import SupervisedProcesses, supervised
-from ..worker import DriverProcesses, Worker, WorkerProcesses
+from ..worker import DriverProcesses, Worker
+from .crew import Crew, SourceCrew, SourceWatch
 from .fits import Fits
+from .launcher import MEET, Launcher, chosen_workers
 from .roll import RollCall, drop
 
 log = logging.getLogger(__name__)
 
-_HERE: Final = "127.0.0.1"
-_MEET: Final = timedelta(minutes=30)
-"""How long ranks of a launcher wait for each other; as long as torch's process groups do."""
 _SAY_S: Final = 5.0
 """After how many seconds a wait says what it waits for."""
 _LOOK_S: Final = 0.05
 _GENERATIONS: Final = 1 << 32
 """More than one driver ever forms."""
-
-
-@dataclass(frozen=True, slots=True)
-class Launcher:
-    """What a launcher (torchrun, SLURM, ...) says about this process."""
-
-    rank: int
-    address: str
-    """Where the launcher's store is, or where rank 0 is to host it."""
-    port: int
-    hosts_store: bool
-    """Whether the launcher itself hosts the store."""
-    num_nodes: int = 1
-    """On how many machines the processes run."""
-
-    def store(self) -> TCPStore:
-        """Connect to the store that all ranks share."""
-        if self.rank == 0 and not self.hosts_store:
-            return host_store(self.own_address(), self.port, _MEET)
-        return TCPStore(self.address, self.port, is_master=False, timeout=_MEET)
-
-    def own_address(self) -> str:
-        """The address of this process as the others can reach it."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((self.address, self.port))
-            host = str(probe.getsockname()[0])
-        if self.num_nodes > 1 and ipaddress.ip_address(host).is_loopback:
-            raise SkipPipeError(
-                f"rank {self.rank} would be at {host}, where the other {self.num_nodes - 1} nodes cannot reach it: the "
-                f"launcher's main address {self.address!r} must be one that all nodes know"
-            )
-        return host
 
 
 class DriverJob:
@@ -99,24 +65,27 @@ class DriverJob:
                 "skippipe run can start a driver again that was started by hand and is the only one; this run has "
                 f"drivers={num_drivers}{other}: start it without skippipe run"
             )
-        self._processes: WorkerProcesses | SupervisedProcesses = WorkerProcesses()
+        workers = chosen_workers(network.workers, launcher, num_drivers)
+        self._starts_none = workers == "launched"
+        self._crew: Crew
         self._drivers = DriverProcesses()
         given = self._given_secret()
         limit_s = network.join_timeout_s
-        host = network.host or _HERE
         if launcher is None and supervised():
-            self._processes = SupervisedProcesses(_supervised_key(host, network.port))
-            self._store_host, store = self._processes.store()
-            roll = RollCall(self._processes.store()[1], self._store_host, self._processes.key)
+            host = network.host or HERE
+            self._crew = SupervisedProcesses(_supervised_key(host, network.port))
+            self._store_host, store = self._crew.store()
+            roll = RollCall(self._crew.store()[1], self._store_host, self._crew.key)
             self.pool = WorkerPool(
-                host, network.port, secret=self._processes.secret, store=store, join_timeout_s=limit_s, door=roll
+                host, network.port, secret=self._crew.secret, store=store, join_timeout_s=limit_s, door=roll
             )
             # The store outlives this driver: its generations are others than those of the drivers before.
-            self.pool.generations = itertools.count(self._processes.attempt * _GENERATIONS)
+            self.pool.generations = itertools.count(self._crew.attempt * _GENERATIONS)
         elif launcher is None:
-            self.pool = WorkerPool(host, network.port, secret=given, join_timeout_s=limit_s)
-            self._store_host = host
+            self._crew, self.pool = _staffed(make_source(workers), network, given)
+            self._store_host = self.pool.address[0]
         else:
+            self._crew = SourceCrew(make_source("launched"))
             store = launcher.store()
             secret = given if self.rank == 0 else _secret_of(_get(store, _driver_key(0)), network)
             own = network.host if self.rank == 0 else None  # it can be that of one machine only
@@ -130,19 +99,19 @@ class DriverJob:
             log.warning("workers may join this job by hand: %s", self._how_to_join())
         self.fits: Fits | None = None
         """Under a supervisor: what the drivers before this one have left."""
-        if isinstance(self._processes, SupervisedProcesses):
-            self.fits = Fits(self.pool, self._processes, roll)
+        if isinstance(self._crew, SupervisedProcesses):
+            self.fits = Fits(self.pool, self._crew, roll)
 
     def prepare(self, num_workers: int) -> None:
         """Start what is missing to have ``num_workers`` idle workers soon; returns at once."""
         if self._launcher is not None:
             return
-        missing = self._num_missing(num_workers)
+        missing = 0 if self._starts_none else self._num_missing(num_workers)
         if self._network.local_workers is not None:
-            missing = min(missing, self._network.local_workers - len(self._processes.running()))
+            missing = min(missing, self._network.local_workers - len(self._crew.running()))
         if missing > 0:
             host, port = self.pool.address
-            self._processes.start(missing, host=host, port=port, secret=self.pool.secret)
+            self._crew.start(missing, Door(host, port, self.pool.secret))
         if self.num_drivers > 1:
             ranks, count = range(1, self.num_drivers), self.num_drivers + num_workers
             self._drivers.start(ranks, count, self._store_host, self.pool.store.port, self.pool.secret)
@@ -162,8 +131,8 @@ class DriverJob:
                     "once more, and says above why it ended"
                 )
             waited_s = time.monotonic() - begun_s
-            if waited_s > _MEET.total_seconds():
-                raise SkipPipeError(f"further drivers did not come to fit within {_MEET}; look at what they print")
+            if waited_s > MEET.total_seconds():
+                raise SkipPipeError(f"further drivers did not come to fit within {MEET}; look at what they print")
             if waited_s > _SAY_S and not told:
                 log.warning("waiting for %d further drivers, which run this script up to here", len(keys))
                 told = True
@@ -171,7 +140,7 @@ class DriverJob:
 
     def acquire(self, num_workers: int) -> list[Link]:
         """Return ``num_workers`` workers, waiting for them to join."""
-        self._processes.reap()
+        self._crew.reap()
         self.pool.rouse(num_workers)
         if self.rank == 0:
             self.prepare(num_workers)
@@ -180,7 +149,7 @@ class DriverJob:
                     "waiting up to %g s for %d more of %d workers, which join by hand: %s",
                     *(self._network.join_timeout_s, awaited, num_workers, self._how_to_join()),
                 )
-        return self.pool.acquire(num_workers, lambda: self._processes.ended_early(self.pool.joined))
+        return self.pool.acquire(num_workers, lambda: self._crew.ended_early(self.pool.joined))
 
     def idle(self) -> list[Link]:
         """Return the workers that are ready and unused."""
@@ -196,11 +165,11 @@ class DriverJob:
 
     def num_coming(self) -> int:
         """Return how many workers are being started."""
-        return self._processes.num_starting(self.pool.joined)
+        return self._crew.num_starting(self.pool.joined)
 
     def starting(self) -> set[int]:
-        """Return the process ids of the workers that were started and have not joined yet."""
-        return set(self._processes.running()) - self.pool.joined
+        """Return the process ids of the workers of this host that were started and have not joined yet."""
+        return {int(ticket) for ticket in {*self._crew.running()} - self.pool.joined if ticket.isdecimal()}
 
     def lend(self, links: Sequence[Link]) -> None:
         """Let these idle workers be used, and no others."""
@@ -222,8 +191,8 @@ class DriverJob:
 
     def fence(self, link: Link) -> None:
         """End the process of a lost worker, if this driver has started it and it is there still."""
-        if link.pid is not None:
-            self._processes.kill(link.pid)
+        if link.ticket:
+            self._crew.kill(link.ticket)
 
     def rendezvous(self) -> Rendezvous:
         """Return what workers need to find everybody."""
@@ -243,7 +212,7 @@ class DriverJob:
         self._take_back()
         self._drivers.wait()
         self.pool.close()
-        self._processes.stop()
+        self._crew.stop()
 
     def _take_back(self) -> None:
         """Remove the secret that was left for the other ranks."""
@@ -253,7 +222,7 @@ class DriverJob:
 
     def _num_missing(self, num_workers: int) -> int:
         """How many of ``num_workers`` are neither here and idle nor on their way."""
-        return num_workers - self.pool.num_idle - self._processes.num_starting(self.pool.joined)
+        return num_workers - self.pool.num_idle - self._crew.num_starting(self.pool.joined)
 
     def _how_to_join(self) -> str:
         host, port = self.pool.address
@@ -270,9 +239,11 @@ class DriverJob:
             raise ValueError(f"under skippipe run set {SECRET_FILE_VARIABLE} instead of secret_file=...")
         is_set = not supervised() or SECRET_FILE_VARIABLE in os.environ  # the supervisor sets the other one by itself
         secret = job_secret(network.secret_file, create=True) if self.rank == 0 and is_set else None
-        if secret is None and self.rank == 0 and network.local_workers is not None:
+        by_hand = self._starts_none and self._launcher is None
+        if secret is None and self.rank == 0 and (network.local_workers is not None or by_hand):
+            what = f"workers={network.workers!r}" if by_hand else f"local_workers={network.local_workers}"
             raise ValueError(
-                f"local_workers={network.local_workers} leaves workers to join by hand, who must know a secret: "
+                f"{what} leaves workers to join by hand, who must know a secret: "
                 f"set secret_file=..., {SECRET_FILE_VARIABLE} or {SECRET_VARIABLE}"
             )
         return secret
@@ -281,8 +252,25 @@ class DriverJob:
         host, port = self.pool.address
         entry = {"host": host, "port": port, "fingerprint": fingerprint(self.pool.secret)}
         self.pool.store.set(_driver_key(self.rank), json.dumps(entry))
-        if isinstance(self._processes, SupervisedProcesses):
-            self.pool.store.set(self._processes.key, json.dumps(entry))
+        if isinstance(self._crew, SupervisedProcesses):
+            self.pool.store.set(self._crew.key, json.dumps(entry))
+
+
+def _staffed(source: WorkerSource, network: NetworkConfig, secret: str | None) -> tuple[SourceCrew, WorkerPool]:
+    """Open a source, and the door for its workers."""
+    host, port = source.open()
+    try:
+        pool = WorkerPool(
+            network.host or host,
+            network.port or port,
+            secret=secret,
+            join_timeout_s=network.join_timeout_s,
+            door=None if isinstance(source, LocalSource) else SourceWatch(source),
+        )
+    except BaseException:
+        source.close()
+        raise
+    return SourceCrew(source), pool
 
 
 class WorkerJob:
@@ -406,6 +394,6 @@ def _secret_of(driver: Mapping[str, Any], network: NetworkConfig) -> str:
 
 
 def _get(store: TCPStore, key: str) -> dict[str, Any]:
-    store.wait([key], _MEET)
+    store.wait([key], MEET)
     entry: dict[str, Any] = json.loads(store.get(key))
     return entry

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ..engine.errors import SkipPipeError
-from .job import Launcher
+from .launcher import Launcher
 
 RANK_VARIABLES: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 """By which other libraries find the launcher."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..checked import NUM_SPARES, SECONDS, Range, checked
 from ..engine.listener import every_address, is_every_address
 from ..engine.pairs import LinkBackend
+from ..sources import Workers
 
 
 @checked(port=Range(0, 65535), local_workers=NUM_SPARES, join_timeout_s=SECONDS)
@@ -22,6 +23,11 @@ class NetworkConfig:
     secret_file: str | None = None
     """The file with the job's secret, of mode 0600; written with a new one when it is not there. When None, the
     environment has the secret (``SKIPPIPE_SECRET``) or its file (``SKIPPIPE_SECRET_FILE``), or nobody joins by hand."""
+    workers: Workers | None = None
+    """Where workers come from. ``"local"``: processes of the driver's own host. ``"launched"``: the ranks of a
+    launcher, or workers that join by hand. A function that
+    returns a :class:`~skippipe_plugin.sources.WorkerSource`: that one's. None: what the variable ``SKIPPIPE_WORKERS``
+    names, else the launcher's ranks where there is one, else local ones."""
     local_workers: int | None = None
     """How many workers the driver starts on its own host at most; others join by hand. None: all that are needed."""
     join_timeout_s: float = 180.0
@@ -34,3 +40,8 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.host is not None and is_every_address(self.host):
             raise ValueError(every_address(self.host))
+        if self.local_workers is not None and self.workers not in (None, "local"):
+            raise ValueError(
+                f"local_workers={self.local_workers} limits the workers of this host, and workers={self.workers!r} "
+                "takes none of this host's; give one of them"
+            )

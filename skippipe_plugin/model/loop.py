@@ -18,7 +18,8 @@ from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer
 from ..driver.recovery import RecoveryEvent
 from ..engine.errors import SkipPipeError
-from ..job.job import DriverJob, Launcher, driver_job
+from ..job.job import DriverJob, driver_job
+from ..job.launcher import Launcher
 from ..partition import check_no_shared_parameters, find_blocks
 from .backwards import Backwards
 from .calls import ModelCalls

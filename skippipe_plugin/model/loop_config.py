@@ -24,7 +24,7 @@ _OURS: Final = ("ATTEMPT", "PARENT", "SUPERVISOR")
 """Variables by which our own processes tell each other who they are."""
 FILE_VARIABLE: Final = f"{PREFIX}CONFIG_FILE"
 """Names the YAML file."""
-_OTHER_VARIABLES: Final = (FILE_VARIABLE, *(PREFIX + name for name in ("SECRET", "SECRET_FILE", *_OURS)))
+_OTHER_VARIABLES: Final = (FILE_VARIABLE, *(PREFIX + name for name in ("SECRET", "SECRET_FILE", "WORKERS", *_OURS)))
 _NESTED: Final[Mapping[str, type]] = {
     "paths": PathConfig,
     "network": NetworkConfig,

@@ -18,8 +18,9 @@ from ..checked import checked
 from ..driver.moving import MoveEvent
 from ..driver.recovery import RecoveryEvent
 from ..engine.errors import SkipPipeError
-from ..job.job import Launcher, worker_job
+from ..job.job import worker_job
 from ..job.launched import read_launcher
+from ..job.launcher import Launcher
 from ..worker import end_with_parent
 from .loop import LoopModel, open_job
 from .loop_config import SkipPipeConfig

@@ -16,6 +16,7 @@ from ..engine.c10d import TCPStore
 from ..engine.channel import ChannelError, Message, connect
 from ..engine.errors import SkipPipeError
 from ..engine.handshake import Purpose
+from ..sources import Door
 from ..worker.processes import worker_environment
 from .supervisor import ADDRESS_VARIABLE, ATTEMPT_VARIABLE
 
@@ -33,7 +34,7 @@ def supervised() -> bool:
 
 
 class SupervisedProcesses:
-    """Worker processes of the supervisor's, with the interface of ``WorkerProcesses``; they outlive this process.
+    """Worker processes of the supervisor's, by their tickets; they outlive this process.
 
     Args:
         key: Where in the store the workers find the driver's address.
@@ -58,27 +59,27 @@ class SupervisedProcesses:
         where = self._ask("store")
         return where["host"], TCPStore(where["host"], where["port"], is_master=False)
 
-    def start(self, count: int, *, host: str, port: int, secret: str) -> None:
+    def start(self, count: int, door: Door) -> None:
         """Start ``count`` workers; they look the driver's address up."""
-        environment, folder = worker_environment(secret), os.getcwd()  # noqa: PTH109 - it travels as text
+        environment, folder = worker_environment(door.secret), os.getcwd()  # noqa: PTH109 - it travels as text
         self._ask("start", count=count, arguments=[self.key], environment=environment, folder=folder)
 
-    def running(self) -> list[int]:
-        """Return the process ids of those that are alive."""
-        running: list[int] = self._ask("status")["running"]
-        return running
+    def running(self) -> list[str]:
+        """Return the tickets, which are process ids, of those that are alive."""
+        return [str(pid) for pid in self._ask("status")["running"]]
 
-    def num_starting(self, joined: Collection[int]) -> int:
-        """Return how many are alive and not among the pids that ``joined``."""
-        return sum(pid not in joined for pid in self.running())
+    def num_starting(self, joined: Collection[str]) -> int:
+        """Return how many are alive and not among the tickets that ``joined``."""
+        return sum(ticket not in joined for ticket in self.running())
 
-    def ended_early(self, joined: Collection[int]) -> dict[int, int]:
-        """Return pid and exit status of those that ended without having joined."""
-        return {pid: status for pid, status in self._ask("status")["ended"] if pid not in joined}
+    def ended_early(self, joined: Collection[str]) -> dict[str, str]:
+        """Return the exit status of those that ended without having joined."""
+        ended = {str(pid): f"exit status {status}" for pid, status in self._ask("status")["ended"]}
+        return {ticket: how for ticket, how in ended.items() if ticket not in joined}
 
-    def kill(self, pid: int) -> None:
+    def kill(self, ticket: str) -> None:
         """End one of them at once."""
-        self._ask("kill", pid=pid)
+        self._ask("kill", pid=int(ticket))
 
     def reap(self) -> None:
         """Forget those that ended."""

@@ -42,8 +42,8 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def work(host: str, port: int, secret: str) -> None:
-    """Join the driver that has started this process, and serve until it says so.
+def work(host: str, port: int, secret: str, ticket: str = "") -> None:
+    """Join the driver that has this process started, and serve until it says so.
 
     Raises:
         DriverGone: It ended without a farewell.
@@ -51,7 +51,7 @@ def work(host: str, port: int, secret: str) -> None:
     """
     # Ctrl-C in a terminal reaches the whole process group; it is for the driver, which then ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    worker = _begin(connect(host, port, bytes.fromhex(secret)), "", signal.SIGTERM)
+    worker = _begin(connect(host, port, bytes.fromhex(secret)), "", signal.SIGTERM, ticket=ticket)
     worker.ends_with_driver = True
     _serve(worker)
 
@@ -132,14 +132,14 @@ def _dial_next(where: Mapping[str, Any], secret: bytes, name: str) -> Channel:
     return dial(store, where["key"], secret, name)
 
 
-def _greet(channel: Channel, name: str) -> Channel:
-    channel.send("hello", {"pid": os.getpid(), "name": name, "versions": own_versions()})
+def _greet(channel: Channel, name: str, ticket: str = "") -> Channel:
+    channel.send("hello", {"pid": os.getpid(), "name": name, "ticket": ticket, "versions": own_versions()})
     return channel
 
 
-def _begin(channel: Channel, name: str, *polite: signal.Signals) -> Worker:
+def _begin(channel: Channel, name: str, *polite: signal.Signals, ticket: str = "") -> Worker:
     """Join; leave politely at the first of the ``polite`` signals, at once where nobody minds."""
-    worker = Worker(_greet(channel, name))
+    worker = Worker(_greet(channel, name, ticket))
 
     def leave(number: int, frame: FrameType | None) -> None:
         if not worker.leave():

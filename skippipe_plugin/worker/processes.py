@@ -60,6 +60,14 @@ class WorkerProcesses:
         """Return the process ids of those that are alive."""
         return [process.pid for process in self._processes if process.poll() is None]
 
+    def known(self) -> list[int]:
+        """Return the process ids of those that are alive, or have ended and are not forgotten."""
+        return [process.pid for process in self._processes]
+
+    def forget(self, pid: int) -> None:
+        """Know nothing more of one that has ended."""
+        self._processes = [process for process in self._processes if process.pid != pid]
+
     def reap(self) -> None:
         """Forget those that served and ended, and those that never came."""
         self._processes = [process for process in self._processes if process.poll() is None]

@@ -20,6 +20,7 @@ NETWORK = {
     "host": "10.0.0.1",
     "port": 29_501,
     "secret_file": "job.secret",
+    "workers": "local",
     "local_workers": 2,
     "join_timeout_s": 600.0,
     "backend": "gloo-pairs",

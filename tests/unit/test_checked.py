@@ -59,6 +59,7 @@ SETTINGS: dict[type, dict[str, tuple[type, ...]]] = {
         "host": (str, NONE),
         "port": (int,),
         "secret_file": (str, NONE),
+        "workers": (str, FunctionType, NONE),
         "local_workers": (int, NONE),
         "join_timeout_s": (int, float),
         "backend": (str,),

@@ -8,7 +8,7 @@ import skippipe_plugin
 ROOT = Path(skippipe_plugin.__file__).parent
 LAYERS = {
     **{"schedule": 0, "moe": 1, "recovery": 1, "engine": 1, "worker": 2, "driver": 3, "job": 4, "supervisor": 4},
-    **{"model": 5, "strategies": 6, "accelerate": 6, "callbacks": 7, "testing": 7},
+    **{"sources": 3, "model": 5, "strategies": 6, "accelerate": 6, "callbacks": 7, "testing": 7},
 }
 APART = {("engine", "moe"), ("engine", "recovery"), ("moe", "engine"), ("recovery", "engine"), ("recovery", "moe")}
 """Those that stand beside each other and import none of the other."""

@@ -52,6 +52,8 @@ class Hello(Control):
     """What a launcher calls it, or what the first driver does."""
     name: str = ""
     """What one that joined by hand calls itself."""
+    ticket: str = ""
+    """What its source calls it, where another source than the driver's own host has given it."""
 
 
 @dataclass(frozen=True, slots=True)
