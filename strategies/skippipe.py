@@ -51,7 +51,7 @@ from ..moe.precision import kept_biases, widen_biases
 from ..partition import check_no_shared_parameters, find_blocks
 from ..schedule import CostModel, Schedule, Timeline
 from ..supervisor import supervised
-from ..worker import end_with_parent
+from ..worker import end_with_driver
 from .checks import check_fit
 from .clipping import clip_everywhere, clip_locally
 from .compiled import uncompile
@@ -302,7 +302,7 @@ class SkipPipeStrategy(DriversStrategy):
             self.cluster_environment.validate_settings(len(self.process_devices or ()), self.process_nodes)
             if launcher.rank >= self.drivers:
                 return apply_results(worker_job(launcher, self.settings.network).serve(), trainer)
-        end_with_parent()
+        end_with_driver()
         fits = self._join().fits if supervised() and not self.is_probe else None
         if fits is not None and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._continuation = Continuation(fits, trainer)

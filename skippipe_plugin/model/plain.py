@@ -21,7 +21,7 @@ from ..engine.errors import SkipPipeError
 from ..job.job import worker_job
 from ..job.launched import read_launcher
 from ..job.launcher import Launcher
-from ..worker import end_with_parent
+from ..worker import end_with_driver
 from .loop import LoopModel, open_job
 from .loop_config import SkipPipeConfig
 from .spread import SpreadModel
@@ -96,7 +96,7 @@ class TorchPipeline:
         if launcher is not None and launcher.rank > 0:
             worker_job(launcher, self.config.network).serve_until_exit()
             raise SystemExit(0)
-        end_with_parent()
+        end_with_driver()
         device = _device_of(self._model)
         job, num_stages = open_job(self.config, device, launcher, num_processes)
         loop = LoopModel(self._model, self.config, job=job, num_stages=num_stages, device=device, events=self.events)

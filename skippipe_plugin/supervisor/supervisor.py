@@ -97,10 +97,11 @@ class Supervisor:
     def close(self) -> None:
         """End what is left of the job."""
         self._closing.set()
+        # The driver has told its workers to leave; those of a driver that died wait for the next one. They end with
+        # the thread that has started them.
+        self._workers.stop(patience_s=0.0 if self._stopping else _LOOK_S)
         self._desk.join()
         self._listener.close()
-        # The driver has told its workers to leave; those of a driver that died wait for the next one.
-        self._workers.stop(patience_s=0.0 if self._stopping else _LOOK_S)
 
     def _what_now(self, left: int) -> str:
         if left == 0:

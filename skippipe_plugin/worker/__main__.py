@@ -5,6 +5,11 @@ The job's secret comes from the environment variable ``SKIPPIPE_SECRET``. By han
 
 from __future__ import annotations
 
+from .parent import end_with_parent
+
+if __name__ == "__main__":
+    end_with_parent()  # before torch is imported, below
+
 import logging
 import sys
 

@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NoReturn
@@ -16,10 +15,9 @@ from ..engine import phases
 from ..engine.errors import SkipPipeError
 from ..engine.handover import import_paths
 from ..engine.secret import SECRET_VARIABLE
+from .parent import end_with_stdin, is_child, of_this_process
 
 _POLITE_S: Final = 5.0
-PARENT_VARIABLE: Final = "SKIPPIPE_PARENT"
-"""Set for a driver that another driver started: that one's process id."""
 
 
 class WorkerProcesses:
@@ -31,12 +29,16 @@ class WorkerProcesses:
     def start(self, count: int, *, host: str, port: int, secret: str) -> None:
         """Start ``count`` workers that join ``host:port``."""
         command = [sys.executable, "-m", "skippipe_plugin.worker", f"{host}:{port}"]
-        environment = worker_environment(secret)
+        environment = worker_environment(secret) | of_this_process()
         for _ in range(count):
             self._processes.append(_popen(command, environment, None, subprocess.DEVNULL))
 
     def start_bound(self, count: int, command: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
-        """Start ``count`` processes in ``folder`` whose stdin ends with this process; see :func:`end_with_stdin`."""
+        """Start ``count`` processes in ``folder`` whose stdin ends with this process; see :func:`end_with_stdin`.
+
+        The calling thread must live until :meth:`stop`, or until this process ends.
+        """
+        environment = {**environment, **of_this_process(thread_stays=True)}
         for _ in range(count):
             self._processes.append(_popen(command, environment, folder, subprocess.PIPE))
 
@@ -104,8 +106,8 @@ class DriverProcesses:
                 SECRET_VARIABLE: secret,
                 "TORCHELASTIC_RUN_ID": "skippipe",
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
-                PARENT_VARIABLE: str(os.getpid()),
             }
+            environment |= of_this_process()
             self._processes.append(_popen(_script(), environment, None, subprocess.PIPE))
 
     def ended(self) -> dict[int, int]:
@@ -126,15 +128,10 @@ def worker_environment(secret: str) -> dict[str, str]:
     return os.environ | {SECRET_VARIABLE: secret, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
-def end_with_parent() -> None:
+def end_with_driver() -> None:
     """In a driver that another driver started: end when that one is gone, however it went."""
-    if os.environ.get(PARENT_VARIABLE) == str(os.getppid()):
+    if is_child():
         end_with_stdin()
-
-
-def end_with_stdin() -> None:
-    """End this process some seconds after the other end of stdin was closed."""
-    threading.Thread(target=_await_parent, name="parent watch", daemon=True).start()
 
 
 def end_now(status: int) -> NoReturn:
@@ -158,12 +155,6 @@ def _await(process: subprocess.Popen[bytes], patience_s: float = _POLITE_S) -> N
         process.wait()
     if process.stdin is not None:
         process.stdin.close()
-
-
-def _await_parent() -> None:
-    os.read(0, 1)  # the parent holds the other end of stdin and never writes
-    time.sleep(_POLITE_S)
-    os._exit(1)
 
 
 def _popen(

@@ -6,6 +6,12 @@ it holds and waits for the next one, as long as the supervisor lives.
 
 from __future__ import annotations
 
+from .parent import end_with_parent, end_with_stdin
+
+if __name__ == "__main__":
+    end_with_parent()  # before torch is imported, below
+    end_with_stdin()
+
 import logging
 import os
 import signal
@@ -15,7 +21,7 @@ from ..engine.c10d import TCPStore
 from ..engine.channel import ChannelError
 from ..engine.errors import SkipPipeError
 from .joining import dial
-from .processes import end_now, end_with_stdin
+from .processes import end_now
 from .service import DriverGone, Worker
 
 log = logging.getLogger("skippipe_plugin.worker")
@@ -24,7 +30,6 @@ log = logging.getLogger("skippipe_plugin.worker")
 def main(arguments: list[str]) -> int:
     """Serve one driver after the other, return the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in python -m skippipe_plugin.worker
-    end_with_stdin()
     (host, port), key = arguments[0].rsplit(":", 1), arguments[1]
     secret = bytes.fromhex(os.environ["SKIPPIPE_SECRET"])
     store = TCPStore(host, int(port), is_master=False)

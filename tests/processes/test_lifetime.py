@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import time
 
 import psutil
 import pytest
@@ -31,7 +33,58 @@ def gone(processes: list[psutil.Process]) -> bool:
 def test_workers_end_when_the_driver_is_killed(training) -> None:
     driver, workers = training
     driver.kill()
-    assert wait_until(lambda: gone(workers), timeout_s=20)
+    assert wait_until(lambda: gone(workers), timeout_s=5)
+
+
+def test_a_paused_worker_ends_with_its_driver_too(training) -> None:
+    driver, workers = training
+    workers[0].suspend()
+    driver.kill()
+    assert wait_until(lambda: gone(workers), timeout_s=5)
+
+
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from skippipe_plugin.engine.listener import Listener
+from skippipe_plugin.worker import WorkerProcesses
+listener = Listener("127.0.0.1", 0, bytes(32))
+if sys.argv[1] == "forks":
+    if os.fork() == 0:  # as a DataLoader's worker it has all that the driver has open
+        os.close(1)
+        time.sleep(30)
+started = WorkerProcesses()
+begin = lambda: started.start(1, host="127.0.0.1", port=listener.port, secret="00" * 32)
+if sys.argv[1] == "thread":
+    import threading
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+else:
+    begin()
+joined = listener.accept(timeout_s=60) if sys.argv[1] != "early" else None
+print(started.running()[0], flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("way", ["early", "forks", "thread"])
+def test_workers_end_within_seconds_of_a_parent_that_is_killed(way: str) -> None:
+    """While they still import torch; while a fork holds the connection; when another thread has started them."""
+    parent = start([sys.executable, "-c", PARENT, way])
+    try:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        if way == "thread":
+            assert worker.is_running(), "it ended with the thread"
+    finally:
+        children = psutil.Process(parent.pid).children()
+        parent.kill()
+    left = time.monotonic()
+    assert wait_until(lambda: gone([worker]), timeout_s=5), f"{way}: there after {time.monotonic() - left:.1f} s"
+    for child in children:
+        child.kill()
+    parent.communicate(timeout=10)
 
 
 def test_a_killed_worker_is_an_error_that_names_its_stage(training) -> None:
