@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Final
 
 TOKEN: Final = "SOAK_TOKEN"
-RUNS_PER_PROCESS: Final = 6
+RUNS_PER_PROCESS: Final = 10
 LIMIT_S: Final = 180.0
 """How long a run may take, on a busy machine; longer is a hang."""
 GRACE_S: Final = 5.0
@@ -205,7 +205,8 @@ def processes(token: str) -> list[int]:
 
 def command(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:120]
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return f"{state}, {Path(f'/proc/{pid}/cmdline').read_text()[:120]}".replace("\0", " ")
     except OSError:
         return "ended just now"
 

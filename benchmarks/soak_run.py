@@ -95,6 +95,8 @@ class Setting:
     accumulate: int
     skip: float
     experts: bool
+    coupled: bool
+    """Whether the experts are spread over the replicas, two sets of which there are then."""
     driver_stage: bool
     while_missing: str
     spares: int
@@ -111,7 +113,7 @@ class Setting:
         words = [self.door, f"{self.stages}x{self.replicas}", self.schedule, f"acc{self.accumulate}"]
         words += (
             [f"skip{self.skip:g}"] * bool(self.skip)
-            + ["moe"] * self.experts
+            + ["coupled" if self.coupled else "moe"] * self.experts
             + [f"drivers{self.drivers}"] * (self.drivers > 1)
         )
         flags = {"driver-stage": self.driver_stage, "around": self.while_missing == "skip", "outside": self.outside}
@@ -121,17 +123,19 @@ class Setting:
 def draw_setting(seed: int, drivers: int) -> Setting:
     rng = random.Random(f"setting {seed}")
     experts = rng.random() < 0.15
+    coupled = experts and rng.random() < 0.5
     skip = 0.0 if experts or drivers > 1 else rng.choice([0.0, 0.0, 0.0, 0.25])
-    stages = 4 if skip else rng.choice([2, 2, 3, 3, 4])
+    stages = 1 if coupled else 4 if skip else rng.choice([2, 2, 3, 3, 4])
     door = "lightning" if drivers > 1 else rng.choice(["lightning"] * 3 + ["accelerate", "plain"])
     return Setting(
         door=door,
         stages=stages,
-        replicas=2 if experts else 1 if skip or stages == 4 else rng.choice([1, 2]),
+        replicas=4 if coupled else 1 if skip or stages == 4 else rng.choice([1, 2]),
         schedule=rng.choice(["auto", "gpipe", "1f1b"]),
         accumulate=rng.choice([1, 1, 1, 2, 4]),
         skip=skip,
         experts=experts,
+        coupled=coupled,
         driver_stage=not experts and not skip and stages > 2 and rng.random() < 0.2,
         while_missing=rng.choice(["wait", "wait", "skip"]),
         spares=rng.choice([1, 1, 2]),
@@ -257,7 +261,7 @@ def options(setting: Setting) -> dict[str, Any]:
         "driver_stage": setting.driver_stage,
         "paths": PathConfig(costs="uniform"),
         "network": NetworkConfig(backend=setting.backend),
-        "moe": MoEConfig(expert_parallel=2) if setting.experts else None,
+        "moe": MoEConfig(expert_parallel=2) if setting.coupled else None,
         "blocks": "net.blocks" if setting.door == "lightning" else "blocks",
         "verbose": False,
     }

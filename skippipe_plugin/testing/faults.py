@@ -161,4 +161,4 @@ def _draw(rng: random.Random, step: int, num_workers: int, kinds: Sequence[Kind]
     ends = min(first, second), max(first, second)
     if kind == "reset":
         return Reset(at, ends)
-    return Cut(at, ends, rng.choice([None, rng.uniform(0.2, 3.0)]), "data")
+    return Cut(at, ends, None if rng.random() < 0.1 else rng.uniform(0.1, 2.0), "data")

@@ -1,9 +1,7 @@
 """Faults beside a worker that dies: a full disk, a worker that sleeps and wakes up."""
 
-import resource
 import signal
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -12,28 +10,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from skippipe_plugin.callbacks import StageRecovery
+from skippipe_plugin.testing import At as Moment
+from skippipe_plugin.testing import FillDisk, Injector, Phase
 from skippipe_plugin.worker import WorkerProcesses
 
 from .support import Run, assert_same_losses, assert_same_weights
 from .test_recovery import STEPS, At, assert_counted, kill, run
-
-_SMALL_BYTES = 1024
-
-
-class DiskFull(Callback):
-    """Lets no file grow while the ``number``-th checkpoint is written."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.calls = number, 0
-        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
-        self.calls += 1
-        if self.calls == self.number:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (_SMALL_BYTES, self.limits[1]))
-
-    def on_exception(self, *_: Any) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
 
 
 def test_a_full_disk_ends_the_run_as_ever_and_the_checkpoint_before_is_whole(tmp_path: Path) -> None:
@@ -43,8 +25,8 @@ def test_a_full_disk_ends_the_run_as_ever_and_the_checkpoint_before_is_whole(tmp
         return run(saver, *happenings, recovery=recovery, enable_checkpointing=True, ckpt_path=ckpt_path)[0]
 
     save("undisturbed")
-    with pytest.raises(OSError, match="File too large"):
-        save("full", DiskFull(2))
+    with pytest.raises(OSError, match="File too large"), Injector(FillDisk(Moment(Phase.STEPPING, nth=3))):
+        save("full")
     expected, found = (tmp_path / folder / "step=2.ckpt" for folder in ("undisturbed", "full"))
     states = [torch.load(path, weights_only=False)["state_dict"] for path in (found, expected)]
     assert_same_weights(*states)

@@ -30,8 +30,11 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-def test_workers_end_when_the_driver_is_killed(training) -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_workers_end_when_the_driver_is_killed(training, stopped: bool) -> None:
     driver, workers = training
+    if stopped:  # the kernel ends it, which nobody else could
+        workers[0].suspend()
     driver.kill()
     assert wait_until(lambda: gone(workers), timeout_s=5)
 
