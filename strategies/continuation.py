@@ -27,6 +27,7 @@ from ..driver.neighbours import Source
 from ..driver.optimizer import RemoteOptimizer
 from ..driver.recall import Recalled, rebuilt
 from ..driver.recovery import RecoveryEvent
+from ..engine.control.keeping import NoteEstimates
 from ..engine.errors import SkipPipeError, StageLostError
 from ..job.fits import Fits
 from ..model.spread import Recovery, SpreadModel
@@ -271,7 +272,7 @@ class Continuation:
             assert self._recovery is not None, "nobody wants lost blocks rebuilt"
             policy, report = self._recovery
             gradients.lr_factors_of_blocks |= dict.fromkeys(blocks, policy.lr_factor)
-            self._spread.links.tell_survivors("keep", {"do": "estimate", "quiet": True, "blocks": list(blocks)})
+            self._spread.links.tell_survivors(NoteEstimates(list(blocks)))
             stages = tuple(sorted(set(map(layout.stage_of_block, blocks))))
             how_lost, seconds = "it died together with the driver", time.monotonic() - self._began_s
             report(RecoveryEvent(layout.placement[stages[0]][0], stages, how_lost, source, seconds, 0))

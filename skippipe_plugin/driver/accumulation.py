@@ -15,9 +15,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from ..engine.call import Ambient
+from ..engine.control.codec import Control
+from ..engine.control.commands import Clip, Merge
 from ..engine.errors import SkipPipeError
 from ..schedule import Schedule
 from .links import Links
@@ -206,21 +208,20 @@ class Accumulation:
             ", ".join(map(str, lacking)),
             self.num_batches,
         )
-        self._tell(lacking, "clip", {"scale": None, "value": None, "zero": "drop"})  # a repetition may be repeated
+        self._tell(lacking, Clip(None, None, "drop"))  # a repetition may be repeated
         for each in self._window:
             if isinstance(each, _Clipped):
-                self._tell(lacking, "clip", {"scale": each.scale, "value": each.value, "zero": ""})
+                self._tell(lacking, Clip(each.scale, each.value, ""))
                 continue
             self.repeating = True
             try:
                 host.repeat(each.batch, keep=False)
             finally:
                 self.repeating = False
-            fields = {"scale": each.scale, "zero": "", "stage_scales": list(each.stage_scales), "norm_type": None}
-            self._tell(lacking, "merge", fields)
+            self._tell(lacking, Merge(each.scale, "", each.stage_scales, None))
         self._lacking.clear()
 
-    def _tell(self, ranks: Sequence[int], kind: str, fields: dict[str, Any]) -> None:
+    def _tell(self, ranks: Sequence[int], command: Control) -> None:
         assert self.host is not None
         for rank in ranks:
-            self.host.links[rank].send(kind, fields)
+            self.host.links[rank].send(command)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..engine import gradients, phases
+from ..engine.control.answers import NormPowers
+from ..engine.control.codec import Control
+from ..engine.control.commands import AskNorm, Clip, Merge, Pass, StepOptimizer
+from ..engine.control.values import Opening, StepOrder, Zero
 from ..engine.errors import SkipPipeError
 from ..engine.gradients import GradientWindow
 from ..engine.stage import Stage
-from ..engine.wire import norm_answer
 from ..schedule import Schedule
 from .accumulation import Accumulation
 from .capture.suspend import current_thread
@@ -42,8 +46,8 @@ class GradientControl:
         """The gradients of the parameters that live on this driver."""
         self.visit_counts: dict[int, int] = {}
         """By block stage: how many microbatches of all drivers visited it in the last training step."""
-        self.send_step: Callable[[dict[str, Any], bytes], None] = functools.partial(_send_step, links)
-        """Sends the workers the command to step, its fields and settings."""
+        self.send_step: Callable[[StepOrder, bytes], None] = functools.partial(_send_step, links)
+        """Sends the workers the command to step, and the settings for it."""
         self.copies = copies
         """What user code sees of the workers' gradients."""
         self.pending_clip: tuple[float | None, float | None] = (None, None)
@@ -64,7 +68,7 @@ class GradientControl:
         """Called on this driver with every merge."""
         self.accumulation = Accumulation()
         """What the accumulated gradients were computed from."""
-        self._zero = ""
+        self._zero: Zero = ""
         """How the workers are to zero their gradients before anything else: ``"drop"``, ``"fill"``, or not at all."""
         self._is_stepped = False
         """Whether the accumulated gradients were stepped with, and nothing has become of them since."""
@@ -132,9 +136,10 @@ class GradientControl:
         self._is_stepped = self._accumulates = False
         self.copies.outdate(present=self._zero == "fill" and self.copies.present and not self._is_one_of_many)
 
-    def take_zero(self) -> str:
+    def take_zero(self) -> Zero:
         """Return how the workers are to zero first, which the caller then has them do."""
-        zero, self._zero = self._zero, ""
+        zero: Zero = self._zero
+        self._zero = ""
         return zero
 
     def begin_step(self) -> None:
@@ -146,10 +151,10 @@ class GradientControl:
     def before_reading(self) -> None:
         """Let the workers zero and clip what is zeroed and clipped on this driver already."""
         (scale, value), self.pending_clip = self.pending_clip, (None, None)
-        zero = "" if self._is_one_of_many else self.take_zero()
+        zero: Zero = "" if self._is_one_of_many else self.take_zero()
         if zero or scale is not None or value is not None:
             self.accumulation.clipped(scale, value)
-            self._command("clip", {"scale": scale, "value": value, "zero": zero})
+            self._command(Clip(scale, value, zero))
 
     def clip_later(self, *, scale: float | None = None, value: float | None = None) -> None:
         """Have the workers clip when they step; at once where other drivers may read before."""
@@ -166,19 +171,14 @@ class GradientControl:
     def _is_one_of_many(self) -> bool:
         return self.layout.num_drivers > 1
 
-    def _command(self, kind: str, fields: Mapping[str, Any]) -> None:
+    def _command(self, command: Control) -> None:
         """Command the workers as the first driver; as another one, let them go on with what that one commands."""
-        if self._leads:
-            self._links.broadcast(kind, fields)
-        else:
-            self._links.broadcast("pass")
+        self._links.broadcast(command if self._leads else Pass())
 
-    def opening(self) -> dict[str, Any]:
-        """Return what a training step's announcement says of gradients, such that it may be repeated."""
-        said: dict[str, Any] = {"zero": self._zero} if self._zero and self.keeps_stepped else {}
-        if self.accumulation.repeating:
-            said["repeats"] = True
-        return {**said, "loads": self.loads.base} if self.loads.base else said
+    def opening(self, opening: Opening) -> Opening:
+        """Return a training step's announcement with what is to be said of gradients, such that it may be repeated."""
+        zero: Zero = self._zero if self.keeps_stepped else ""
+        return replace(opening, zero=zero, repeats=self.accumulation.repeating, loads=self.loads.base)
 
     def opened(self, loads: Iterable[Mapping[str, Sequence[int]]]) -> None:
         """Note that the workers have done what :meth:`opening` said, and the visits of experts in the step, by rank."""
@@ -205,9 +205,8 @@ class GradientControl:
         self.accumulation.added(scale, list(self._stage_scales.items()))
         self.loads.merge()
         self.on_merge()
-        fields = {"scale": scale, "zero": zero, "stage_scales": list(self._stage_scales.items())}
-        request = self._norm_request(self._expected_norm)
-        self._command("merge", fields | request)
+        norm = None if self._expected_norm is None else self._norm_request(self._expected_norm)
+        self._command(Merge(scale, zero, list(self._stage_scales.items()), norm))
         self._norm_under_way = self._expected_norm is not None
         self.copies.outdate(present=True)
 
@@ -253,16 +252,16 @@ class GradientControl:
         if self._flush():
             self._norm_under_way = False
         if not self._norm_under_way or self._expected_norm != kind:
-            request = self._norm_request(kind)
-            self._command("norm", request)
-        answers = self._links.gather(norm_answer(self._num_norms))
+            self._command(self._norm_request(kind))
+        number = self._num_norms
+        answers = self._links.gather(NormPowers, lambda powers: powers.number == number)
         self._norm_under_way = False
         # A run that clips once clips always: from now on workers measure as soon as they have merged.
         self._expected_norm = kind
         sets = [self.layout.whole_set(stage, answers) for stage in range(1, len(self.layout.placement))]
         firsts = {ranks[0] for ranks in sets if ranks}
-        powers = [answers[rank].fields["power"] for rank in firsts]
-        powers += [answers[rank].fields["experts"] for ranks in sets for rank in ranks[1:]]
+        powers = [answers[rank].power for rank in firsts]
+        powers += [answers[rank].experts for ranks in sets for rank in ranks[1:]]
         return gradients.total_norm([gradients.norm_power(local, norm_type), *powers], norm_type)
 
     def forget_norm(self) -> None:
@@ -291,32 +290,24 @@ class GradientControl:
             powers = {stage: gradients.norm_power(held.parameters(), 2.0) for stage, held in self._hosted.items()}
             self.hosted_norms = {stage: power**0.5 / (scale or 1.0) for stage, power in powers.items()}
         if self._leads:
-            fields = {
-                "scale": scale,
-                "value": value,
-                "zero": zero,
-                "keep": self.keeps_stepped,
-                "keep_norms": self.keep_norms,
-                "lr_factors": list(self.lr_factors.items()),
-            }
-            self.send_step(fields, settings)
+            factors = list(self.lr_factors.items())
+            self.send_step(StepOrder(scale, value, zero, self.keeps_stepped, self.keep_norms, factors), settings)
         else:
-            self._links.broadcast("pass")
+            self._links.broadcast(Pass())
         self.copies.outdate(present=self.copies.present)
 
-    def _norm_request(self, kind: tuple[float, bool] | None) -> dict[str, Any]:
+    def _norm_request(self, kind: tuple[float, bool]) -> AskNorm:
         """Number a request: the answers of steps that were not clipped must not be taken for that of a later one."""
         self._num_norms += 1
-        norm_type, stepped = kind or (None, False)
-        return {"norm_type": norm_type, "stepped": stepped, "norm": self._num_norms}
+        return AskNorm(self._num_norms, *kind)
 
 
 def _nothing() -> None:
     """Nothing else to merge."""
 
 
-def _send_step(links: Links, fields: Mapping[str, Any], settings: bytes) -> None:
-    links.broadcast("optimizer_step", fields, [settings])
+def _send_step(links: Links, order: StepOrder, settings: bytes) -> None:
+    links.broadcast(StepOptimizer(order, settings))
 
 
 class MergeOnBackward(torch.autograd.Function):

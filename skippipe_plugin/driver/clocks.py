@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from ..engine.control.answers import ClockReads
+from ..engine.control.commands import AskClock
 from .links import Link, Links
 
 _ROUNDS: Final = 5
@@ -72,4 +74,4 @@ class WorkerClocks:
 
 
 def _ask(link: Link) -> float:
-    return float(link.ask("clock", {}, "clock").fields["now"])
+    return link.ask(AskClock(), ClockReads).now

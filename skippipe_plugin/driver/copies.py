@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from ..engine.control.values import Written
 from ..engine.errors import SkipPipeError
 from ..engine.handover import tensor_blob
 from ..engine.wire import tensor_key, tensor_name
@@ -36,7 +37,7 @@ class Workers(Protocol):
     def fetch(self, what: str, blocks: Collection[int]) -> Mapping[str, Tensor]:
         """Return ``"weights"`` or ``"gradients"`` of some blocks, by ``"<block>\\t<name>"``."""
 
-    def put(self, what: str, tensors: Mapping[str, Tensor], *, absent: Collection[str] = ()) -> None:
+    def put(self, what: Written, tensors: Mapping[str, Tensor], *, absent: Collection[str] = ()) -> None:
         """Overwrite some of them, and drop the gradients named ``absent``; nobody answers."""
 
 

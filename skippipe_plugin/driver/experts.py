@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
+from ..engine.control.answers import ExpertNews
+from ..engine.control.commands import MoveExperts
 from ..moe.migration import ExpertCosts, Move, plan_move
 from ..moe.parallel import Placement
 from ..schedule import NetworkCost
@@ -50,7 +52,7 @@ class ExpertMover:
     def move(self, placements: Mapping[Site, Placement]) -> None:
         """Move experts, with the state of their optimizers; losses stay what they would have been."""
         if placements:
-            self._ask([[block, path, placement] for (block, path), placement in placements.items()])
+            self._ask([(block, path, placement) for (block, path), placement in placements.items()])
             self._pipeline.shards.placements |= placements
 
     def imbalance(self, loads: Mapping[Site, Sequence[float]]) -> float:
@@ -62,7 +64,7 @@ class ExpertMover:
     def _measured(self) -> dict[Site, ExpertCosts]:
         """Ask what experts took since the last time; a layer's rows and seconds are summed over its ranks."""
         sums: dict[Site, list[float]] = {}
-        for block, path, *values in (entry for answer in self._ask([]) for entry in answer["measured"]):
+        for block, path, *values in (entry for answer in self._ask([]) for entry in answer.measured):
             rows, seconds, row_bytes, expert_bytes = values
             known = sums.setdefault((block, path), [0, 0.0, row_bytes, expert_bytes])
             known[0] += rows
@@ -73,10 +75,10 @@ class ExpertMover:
             if rows
         }
 
-    def _ask(self, moves: list[Any]) -> list[Mapping[str, Any]]:
+    def _ask(self, moves: Sequence[tuple[int, str, Sequence[int]]]) -> list[ExpertNews]:
         if self._pipeline.leads:
-            self._pipeline.links.broadcast("experts", {"moves": moves})
-        return [message.fields for message in self._pipeline.links.expect_all("experts").values()]
+            self._pipeline.links.broadcast(MoveExperts(moves))
+        return list(self._pipeline.links.expect_all(ExpertNews).values())
 
     def _seconds_per_byte(self, block: int) -> np.ndarray:
         """Return the links within the first set of ranks that share the experts of ``block``."""

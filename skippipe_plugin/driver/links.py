@@ -14,14 +14,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final, TypeVar
 
-from ..engine.channel import Buffer, Channel, ChannelClosed, Message
-from ..engine.errors import ConnectionsBroken, SkipPipeError, StageLostError, unpack_exception
-from ..engine.wire import is_norm_answer
+from ..engine.channel import Channel, ChannelClosed, ChannelError
+from ..engine.control.answers import Failed, NormPowers, Tapped, Warmed
+from ..engine.control.codec import Control, Received
+from ..engine.control.line import to_worker
+from ..engine.control.presence import Beat, Exit, Leave, Refuse
+from ..engine.errors import ConnectionsBroken, StageLostError, unpack_exception
 
 log = logging.getLogger(__name__)
 
+_A = TypeVar("_A", bound=Control)
 _LOOK_S: Final = 0.05
 _SALVAGE_S: Final = 60.0
 _CAUSE_S: Final = 10.0
@@ -52,16 +56,17 @@ class Link:
         self._asked_s: float | None = None
         self._unanswered = 0
         self._channel = channel
+        self._line = to_worker(channel)
         self._board: Links | None = None
-        self._answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._norms: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
+        self._norms: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
         """Gradients' norms, which are asked for ahead: other answers are waited for, and come, before they are read."""
         self._answering = threading.Lock()
         self._last_sent = self._given_up = -1
         """The numbers of the last message that was sent, and of the last one whose answer nobody waits for any more."""
         self.num_late = 0
         """How many answers came when nobody waited for them any more."""
-        self._tapped: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._tapped: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
         self._closing = False
         self._reader = threading.Thread(target=self._read, name="worker", daemon=True)
         self._reader.start()
@@ -87,81 +92,91 @@ class Link:
         """The shortest round trip to the worker; 0 where that is not known."""
         return self._channel.round_trip_s
 
-    def send(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> int:
+    def send(self, body: Control) -> int:
         """Send a message, and return its number; raise the first failure when the worker is gone."""
         if self.gone:  # the kernel takes what nobody will read
             self._checked()
-        number = self.tell(kind, fields or {}, blobs)
+        number = self.tell(body)
         if number < 0:
             self._checked()
         return number
 
-    def expect(self, kind: str, to: int | None = None) -> Message:
-        """Wait for the answer ``kind``; raise the first failure of any worker instead of waiting in vain.
+    def expect(self, kind: type[_A], to: int | None = None, is_meant: Callable[[_A], bool] | None = None) -> _A:
+        """Wait for an answer of a kind; raise the first failure of any worker instead of waiting in vain.
 
         Args:
             kind: What it is.
             to: The number of the message that it answers; others' are late, and dropped. None: whatever comes next.
+            is_meant: Tells it from others of its kind; these are dropped too.
         """
         while True:
             self._checked()
-            message = self._queue_of(kind).get()
-            if message is not None and self._fits(message, kind, to):
-                return message
+            answer = self._fitting(self._queue_of(kind).get(), kind, to, is_meant)
+            if answer is not None:
+                return answer
 
-    def _queue_of(self, kind: str) -> queue.SimpleQueue[Message | None]:
-        return self._norms if is_norm_answer(kind) else self._tapped if kind == "tapped" else self._answers
+    def _queue_of(self, kind: type[Control]) -> queue.SimpleQueue[Received | None]:
+        return self._norms if kind is NormPowers else self._tapped if kind is Tapped else self._answers
 
-    def ask(self, kind: str, fields: Mapping[str, Any], answer: str, blobs: Sequence[Buffer] = ()) -> Message:
+    def ask(self, question: Control, answer: type[_A]) -> _A:
         """Send a message and wait for its ``answer``, as :meth:`send` and :meth:`expect` do."""
-        return self.expect(answer, self.send(kind, fields, blobs))
+        return self.expect(answer, self.send(question))
 
-    def _fits(self, message: Message, kind: str, to: int | None) -> bool:
-        """Whether this is the answer that is waited for; count it otherwise."""
-        if message.kind == kind and (to is None or message.answers in (to, -1)):
-            return True
-        self._note_late(message)
-        return False
+    def _fitting(
+        self, received: Received | None, kind: type[_A], to: int | None, is_meant: Callable[[_A], bool] | None = None
+    ) -> _A | None:
+        """Return the answer if it is what is waited for; count it otherwise."""
+        if received is None:
+            return None
+        body = received.body
+        is_to_that = to is None or received.answers in (to, -1)
+        if is_to_that and isinstance(body, kind) and (is_meant is None or is_meant(body)):
+            return body
+        self._note_late(received)
+        return None
 
-    def _note_late(self, message: Message) -> None:
+    def _note_late(self, received: Received) -> None:
         self.num_late += 1
-        log.debug("%s: %r, the answer to message %d, came too late", self, message.kind, message.answers)
+        kind = type(received.body).__name__
+        log.debug("%s: %r, the answer to message %d, came too late", self, kind, received.answers)
 
-    def expect_or_lose(self, kind: str, to: int | None = None) -> Message | None:
+    def expect_or_lose(
+        self, kind: type[_A], to: int | None = None, is_meant: Callable[[_A], bool] | None = None
+    ) -> _A | None:
         """Do as :meth:`expect`, but return None when the worker is gone. Failures other than losses are raised."""
         assert self._board is not None, "a link that no pipeline uses"
         while not self.gone:
             if self._board.failed and not self._board.lost:
                 self._checked()
-            message = self._queue_of(kind).get()
-            if message is not None and self._fits(message, kind, to):
-                return message
+            answer = self._fitting(self._queue_of(kind).get(), kind, to, is_meant)
+            if answer is not None:
+                return answer
         return None
 
-    def salvage(self, kind: str, fields: Mapping[str, Any], answer: str) -> Message | None:
+    def salvage(self, question: Control, kind: type[_A]) -> _A | None:
         """Ask a survivor of a failed generation; None when it is gone or does not answer."""
-        number = self.tell(kind, fields)
+        number = self.tell(question)
         deadline = time.monotonic() + _SALVAGE_S
         with contextlib.suppress(queue.Empty):
             while not self.gone and (left := deadline - time.monotonic()) > 0:
-                message = self._answers.get(timeout=min(left, 0.5))
-                if message is not None and self._fits(message, answer, number):
-                    return message
+                answer = self._fitting(self._answers.get(timeout=min(left, 0.5)), kind, number)
+                if answer is not None:
+                    return answer
         return None
 
-    def expect_tapped(self, step: int, microbatch: int, stage: int) -> tuple[Mapping[str, Any], Sequence[Buffer]]:
+    def expect_tapped(self, step: int, microbatch: int, stage: int) -> Tapped:
         """Wait for what hooks are to see of a stage's forward of a microbatch; others' are kept."""
-        others: list[Message] = []
+        others: list[Received] = []
         while True:
             self._checked()
-            message = self._tapped.get()
-            if message is None or message.fields["step"] != step:
+            received = self._tapped.get()
+            if received is None or not isinstance(received.body, Tapped) or received.body.step != step:
                 continue
-            if (message.fields["microbatch"], message.fields["stage"]) == (microbatch, stage):
+            if (received.body.microbatch, received.body.stage) == (microbatch, stage):
                 for other in others:
                     self._tapped.put(other)
-                return message.fields, message.blobs
-            others.append(message)
+                return received.body
+            others.append(received)
 
     def wake(self) -> None:
         """Make a waiting :meth:`expect` look at the board."""
@@ -180,10 +195,10 @@ class Link:
                     if message is not None:
                         self._note_late(message)
 
-    def tell(self, kind: str, fields: Mapping[str, Any], blobs: Sequence[Buffer] = ()) -> int:
+    def tell(self, body: Control) -> int:
         """Send a message to a worker that may be gone, and return its number; -1 when it is."""
         try:
-            number = self._channel.send(kind, fields, blobs)
+            number = self._line.send(body)
         except ChannelClosed:
             self._lost()
             return -1
@@ -198,7 +213,7 @@ class Link:
     def prod(self) -> None:
         """Ask once more: a worker that is sending something else drops a question."""
         with contextlib.suppress(ChannelClosed):  # the reader sees that too
-            self._channel.send_if_free("beat")
+            self._line.send_if_free(Beat())
 
     @property
     def is_awake(self) -> bool:
@@ -226,53 +241,55 @@ class Link:
         now_s = time.monotonic()  # before the question, since the answer may be here before this thread runs again
         with contextlib.suppress(ChannelClosed):  # the reader sees that too
             # Asked again each time: a worker that is sending something else drops a question.
-            if self._channel.send_if_free("beat") and not unanswered:
+            if self._line.send_if_free(Beat()) and not unanswered:
                 self._asked_s = now_s
         return False
 
     def give_up(self, how_lost: str, detail: str = "") -> None:
         """Count the worker as lost, and tell it so if it can still hear that."""
         self.how_lost = how_lost
-        self._channel.hang_up("refuse", {"reason": f"{how_lost}{detail} and was given up; join anew"})
+        self._line.hang_up(Refuse(f"{how_lost}{detail} and was given up; join anew"))
 
     def close(self) -> None:
         """Say goodbye, close, and join the reader."""
         self._closing = True
         with contextlib.suppress(ChannelClosed):
-            self._channel.send("exit")
+            self._line.send(Exit())
         self._channel.close()
         self._reader.join(timeout=10)
 
     def _read(self) -> None:
         while True:
             try:
-                message = self._channel.receive()
-            except SkipPipeError:
+                received = self._line.receive()
+            except ChannelError as error:
+                if not isinstance(error, ChannelClosed):
+                    self.how_lost = f"what it sent is no message: {error}"
                 self._lost()
                 return
-            if message.kind == "beat":
-                continue
-            if message.kind == "leave":
-                self.leaving = True
-                continue
-            if message.kind == "warmed":
-                self.warm = True
-                continue
-            self._take(message)
+            match received.body:
+                case Beat():
+                    pass
+                case Leave():
+                    self.leaving = True
+                case Warmed():
+                    self.warm = True
+                case _:
+                    self._take(received)
 
-    def _take(self, message: Message) -> None:
+    def _take(self, received: Received) -> None:
         """Take what a worker answers, unless it is an answer to what was given up."""
         with self._answering:
             board = self._board
-            late = board is None or message.fields["generation"] < board.generation
-            if late or 0 <= message.answers <= self._given_up:
-                self._note_late(message)
+            late = board is None or received.generation < board.generation
+            if late or 0 <= received.answers <= self._given_up:
+                self._note_late(received)
                 return
-            if message.kind != "error":
-                self._queue_of(message.kind).put(message)
+            if not isinstance(received.body, Failed):
+                self._queue_of(type(received.body)).put(received)
                 return
         assert board is not None
-        board.report_error(self, message)
+        board.report_error(self, received.body)
 
     def _lost(self) -> None:
         self.gone = True
@@ -319,24 +336,24 @@ class Links:
         if link.gone:
             self.report_lost(link)
 
-    def broadcast(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[Buffer] = ()) -> None:
+    def broadcast(self, body: Control) -> None:
         """Send the same message to every worker."""
         for link in self._links.values():
             if self.recovering:
-                link.tell(kind, fields or {}, blobs)
+                link.tell(body)
             else:
-                link.send(kind, fields, blobs)
+                link.send(body)
 
-    def expect_all(self, kind: str) -> dict[int, Message]:
+    def expect_all(self, kind: type[_A], is_meant: Callable[[_A], bool] | None = None) -> dict[int, _A]:
         """Wait for one answer from every worker, by rank."""
-        return {rank: link.expect(kind) for rank, link in self._links.items()}
+        return {rank: link.expect(kind, None, is_meant) for rank, link in self._links.items()}
 
-    def gather(self, kind: str) -> dict[int, Message]:
+    def gather(self, kind: type[_A], is_meant: Callable[[_A], bool] | None = None) -> dict[int, _A]:
         """Wait for one answer from every worker; where lost ones are replaced, from every one that is left."""
         if not self.recovering:
-            return self.expect_all(kind)
-        answers = {rank: link.expect_or_lose(kind) for rank, link in self._links.items()}
-        return {rank: message for rank, message in answers.items() if message is not None}
+            return self.expect_all(kind, is_meant)
+        answers = {rank: link.expect_or_lose(kind, None, is_meant) for rank, link in self._links.items()}
+        return {rank: answer for rank, answer in answers.items() if answer is not None}
 
     def drop_lost(self) -> list[Link]:
         """Forget the workers that are gone, and return them."""
@@ -428,19 +445,19 @@ class Links:
             )
         )
 
-    def report_error(self, link: Link, message: Message) -> None:
+    def report_error(self, link: Link, failed: Failed) -> None:
         """Note a worker's exception; an aborted generation is only the echo of somebody else's failure."""
-        if message.fields["aborted"]:
+        if failed.aborted:
             with self._lock:
                 self._saw_break.append(str(link))
             self._fail(None)
         else:
-            self._fail(unpack_exception(bytes(message.blobs[0]), message.fields["traceback"], str(link)))
+            self._fail(unpack_exception(bytes(failed.exception), failed.traceback, str(link)))
 
-    def tell_survivors(self, kind: str, fields: Mapping[str, Any]) -> None:
+    def tell_survivors(self, body: Control) -> None:
         """Send a message to every worker that is still there."""
         for link in self._links.values():
-            link.tell(kind, fields)
+            link.tell(body)
 
     def start_generation(self, generation: int) -> None:
         """Forget the failure of the generation before, and its answers; a lost worker stays lost."""

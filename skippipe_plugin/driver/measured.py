@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
+from ..engine.control.answers import LinkCosts
 from ..engine.ping import LinkCost, measure_links
 from ..engine.transport import Transport
 from ..schedule import Action, Event, NetworkCost, Schedule, Timeline, find_transfers
@@ -26,20 +26,27 @@ def network_cost(costs: Iterable[LinkCost], size: int) -> NetworkCost:
 def measured_network(transport: Transport, links: Links, num_bytes: int, size: int) -> NetworkCost:
     """Measure this rank's links with messages of ``num_bytes``, and put them together with what the workers did."""
     costs = measure_links(transport, num_bytes)
-    for message in links.expect_all("links").values():
-        costs += [LinkCost(*entry) for entry in message.fields["costs"]]
+    for answer in links.expect_all(LinkCosts).values():
+        costs += [LinkCost(*entry) for entry in answer.costs]
     return network_cost(costs, size)
 
 
+Entry = tuple[str, float, float]
+"""Action, start and end in seconds of a worker's clock."""
+
+
 def measured_timeline(
-    schedule: Schedule, events: Sequence[Event], remote: Mapping[int, Sequence[Any]], clocks: WorkerClocks
+    schedule: Schedule,
+    events: Sequence[Event],
+    remote: Mapping[int, Sequence[Entry]],
+    clocks: WorkerClocks,
 ) -> Timeline:
     """Join the driver's events and those of the workers, as the driver's clock saw them; the first begins at 0.
 
     Args:
         schedule: What ran.
         events: The driver's own.
-        remote: By rank: action, start and end in seconds of that worker's clock.
+        remote: By rank: what that worker did.
         clocks: How far the workers' clocks are ahead.
     """
     joined = list(events)

@@ -9,16 +9,21 @@ committed in three rounds: every worker says that its gradients are complete; th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from dataclasses import replace
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.channel import Buffer
+from ..engine.control.codec import Control
+from ..engine.control.commands import StepOptimizer
+from ..engine.control.keeping import Kept, Prepare, Settle, Store, Stored
+from ..engine.control.values import Record, StepOrder
 from ..engine.handover import pack_object
 from .capture.remote import is_remote
 from .links import Link, Links
 
+_A = TypeVar("_A", bound=Control)
 _SAMPLES: Final = 1024
 
 
@@ -128,48 +133,56 @@ class DriverMirror:
         self._store("tensors", {**self.state.trained(), "outcome": pending})
         noted = self._step if pending is None else self._step - 1
         self._store("progress", {"changed": {}, **progress}, step=noted)
-        self._ask_all({"do": "settle", "step": self._step})
+        self._ask_all(Settle(self._step))
 
     def note(self, progress: Mapping[str, Any]) -> None:
         """Store what the next driver has to know at the end of a batch; it survives when :meth:`commit` returns."""
         self._store("progress", {"changed": self.state.changed(), **progress}, quiet=True)
 
-    def commit(self, fields: dict[str, Any], hyperparameters: bytes) -> None:
+    def commit(self, order: StepOrder, hyperparameters: bytes) -> None:
         """Let every worker step its optimizer, such that all or none of them do, also when this driver dies."""
         self._step += 1
-        fields = {**fields, "step": self._step}
-        self._ask_all({"do": "prepare"})
+        order = replace(order, step=self._step)
+        self._ask_all(Prepare())
         record = {**self.state.trained(), "outcome": self._outcome(), "hyperparameters": hyperparameters}
-        self._store("tensors", record, optimizer_step=fields)
-        self._links.broadcast("optimizer_step", fields, [hyperparameters])
+        self._store("tensors", record, order=order)
+        self._links.broadcast(StepOptimizer(order, hyperparameters))
 
     def finish(self, result: Any) -> None:
         """Store what the fit ends with, on one worker, for as long as that one lives."""
         holders = self._links.ends()
         self._store(f"result{self._fit}", result, holders=holders[self._fit % len(holders) :][:1], lasting=True)
 
-    def _store(self, name: str, record: Any, *, holders: list[Link] | None = None, **fields: Any) -> None:
-        entries, blobs = pack_object(record)
-        message = {"do": "store", "name": name, "fit": self._fit, "step": self._step, "entries": entries}
-        message |= {"lasting": False, **fields}
+    def _store(
+        self,
+        name: str,
+        value: Any,  # Any: whatever can be pickled
+        *,
+        holders: list[Link] | None = None,
+        step: int | None = None,
+        lasting: bool = False,
+        quiet: bool = False,
+        order: StepOrder | None = None,
+    ) -> None:
+        entries, blobs = pack_object(value)
+        record = Record(name, self._fit, self._step if step is None else step, lasting, entries, order)
         holders = self._links.ends() if holders is None else holders
-        sent = [(link, self._send(link, message, blobs)) for link in holders]
-        if fields.get("quiet"):
+        sent = [(link, self._send(link, Store(record, quiet, blobs))) for link in holders]
+        if quiet:
             return
-        lacking = [link for link, to in sent if "base" not in self._answer(link, to).get("records", ("base",))]
+        answers = [(link, self._answer(link, Stored, to)) for link, to in sent]
+        lacking = [link for link, stored in answers if stored is not None and "base" not in stored.records]
         # Workers that took over lack it; changes still count from the start for them, as for the others.
         if lacking and name == "tensors":
             self._store("base", {"others": self.state.others(), **self._base}, holders=lacking)
 
-    def _ask_all(self, fields: Mapping[str, Any]) -> None:
-        for link, number in [(link, self._send(link, fields)) for link in self._links]:
-            self._answer(link, number)
+    def _ask_all(self, question: Control) -> None:
+        for link, number in [(link, self._send(link, question)) for link in self._links]:
+            self._answer(link, Kept, number)
 
-    def _send(self, link: Link, fields: Mapping[str, Any], blobs: list[Buffer] | None = None) -> int:
+    def _send(self, link: Link, body: Control) -> int:
         """Send a message, and return its number."""
-        send = link.tell if self._links.recovering else link.send
-        return send("keep", fields, blobs or [])
+        return link.tell(body) if self._links.recovering else link.send(body)
 
-    def _answer(self, link: Link, to: int) -> Mapping[str, Any]:
-        message = link.expect_or_lose("kept", to) if self._links.recovering else link.expect("kept", to)
-        return {} if message is None else message.fields
+    def _answer(self, link: Link, kind: type[_A], to: int) -> _A | None:
+        return link.expect_or_lose(kind, to) if self._links.recovering else link.expect(kind, to)

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import phases
+from ..engine.control.answers import State
+from ..engine.control.commands import Get, Overwrite
+from ..engine.control.values import Written, Zero
 from ..engine.errors import SkipPipeError
 from ..engine.handover import find_again, let_go, pack_tensors, unpack_tensors
 from ..engine.wire import block_tensors, tensor_key
@@ -34,7 +37,7 @@ class Gradients(Protocol):
     def before_reading(self) -> None:
         """Let the workers' gradients be what this driver takes them to be."""
 
-    def take_zero(self) -> str:
+    def take_zero(self) -> Zero:
         """Return how they are to be zeroed first, which the caller then has them do."""
 
 
@@ -232,14 +235,14 @@ class Mirror:
         for stage in sorted({host.layout.stage_of_block(block) for block in blocks}):
             own = [block for block in host.layout.blocks(stage) if block in blocks]
             for rank in host.layout.whole_set(stage, host.links):
-                fields = {"what": what if what == "weights" else "last_gradients", "blocks": own}
-                message = host.links[rank].ask("get", fields, "state")
-                parts.setdefault(rank, {}).update(unpack_tensors(message.fields["tensors"], message.blobs))
+                question = Get("weights" if what == "weights" else "last_gradients", own)
+                state = host.links[rank].ask(question, State)
+                parts.setdefault(rank, {}).update(unpack_tensors(state.tensors, state.blobs))
         return host.shards.join(parts)
 
-    def put(self, what: str, tensors: Mapping[str, Tensor], *, absent: Collection[str] = ()) -> None:
+    def put(self, what: Written, tensors: Mapping[str, Tensor], *, absent: Collection[str] = ()) -> None:
         host = self._host
-        zero = host.gradients.take_zero() if what == "gradients" else ""
+        zero: Zero = host.gradients.take_zero() if what == "gradients" else ""
         if not host.leads:
             return  # the first driver has the same, and sends it
         if not host.in_step:
@@ -254,8 +257,8 @@ class Mirror:
             gone = [name for name in absent if tensor_key(name)[0] in blocks]
             if own or gone or zero:
                 entries, blobs = pack_tensors(own)
-                fields = {"what": what, "tensors": entries, "absent": gone, "zero": zero, "quiet": True}
-                (link.tell if host.links.recovering else link.send)("put", fields, blobs)
+                command = Overwrite(what, entries, gone, zero, blobs)
+                (link.tell if host.links.recovering else link.send)(command)
 
 
 def check_hooks(blocks: Mapping[int, nn.Module], names: Sequence[str]) -> None:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..engine import phases
+from ..engine.control.commands import Arrange
 from ..engine.parcel import Part
 from ..schedule import Schedule
 from .layout import Layout
 from .links import Link
-from .orders import Order, carry_out, fetch, fetch_records, order
+from .orders import carry_out, fetch, fetch_records, num_bytes, order
 from .pipeline import Pipeline
 from .resizing import Workforce, arrivals, num_stages_for, seats
 
@@ -109,7 +110,7 @@ class Mover:
         self._spares = spares
         self._adopted = adopted
         self._report = report
-        self._orders: dict[int, Order] = {}
+        self._orders: dict[int, Arrange] = {}
         """By rank: what has not been carried out for sure."""
         self._parting: list[Link] = []
         """Who has no stages in the new layout, and gives nothing up before the others have theirs."""
@@ -191,11 +192,11 @@ class Mover:
             for rank, (blocks, _) in places.items()
         }
         self._adopted()
-        num_bytes = sum(each.num_bytes for each in self._orders.values())
+        travels = sum(map(num_bytes, self._orders.values()))
         num_blocks = sum(map(len, moving.values()))
         pipeline.form()
         self.finish()
-        self._report(MoveEvent(before, self._num_stages, num_blocks, num_bytes, time.monotonic() - started_s))
+        self._report(MoveEvent(before, self._num_stages, num_blocks, travels, time.monotonic() - started_s))
 
     def _sources(self, blocks: Collection[int]) -> dict[Link, list[int]]:
         """Choose for each block the first worker that holds it."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from torch import Tensor
 
+from ..engine.control.answers import State
+from ..engine.control.commands import Get
 from ..engine.errors import SkipPipeError
 from ..engine.handover import unpack_tensors
 from ..engine.wire import block_tensors, tensor_key, tensor_name
@@ -130,9 +132,9 @@ def _standing(pipeline: Pipeline, stage: int, missing: Collection[int]) -> _Stan
     for rank in pipeline.layout.placement[stage]:
         if rank in pipeline.links and rank not in missing:
             link = pipeline.links[rank]
-            fields = link.ask("get", {"what": "standing"}, "state").fields
-            is_estimate = bool(set(fields["estimates"]).intersection(pipeline.layout.blocks(stage)))
-            return _Standing(stage, link, dict(fields["norms"]).get(stage, 0.0), is_estimate)
+            state = link.ask(Get("standing"), State)
+            is_estimate = bool(set(state.estimates).intersection(pipeline.layout.blocks(stage)))
+            return _Standing(stage, link, dict(state.norms).get(stage, 0.0), is_estimate)
     return None
 
 
@@ -142,8 +144,8 @@ def _neighbour(pipeline: Pipeline, standing: _Standing) -> Neighbour:
         hosted = pipeline.hosted_stage(standing.stage)
         assert hosted is not None, "the driver held it a moment ago"
         return neighbour_of(blocks, block_tensors(hosted.blocks), standing.norm)
-    message = standing.link.ask("get", {"what": "weights", "blocks": list(blocks)}, "state")
-    return neighbour_of(blocks, unpack_tensors(message.fields["tensors"], message.blobs), standing.norm)
+    state = standing.link.ask(Get("weights", list(blocks)), State)
+    return neighbour_of(blocks, unpack_tensors(state.tensors, state.blobs), standing.norm)
 
 
 def neighbour_of(blocks: Sequence[int], tensors: Mapping[str, Tensor], norm: float) -> Neighbour:

@@ -6,7 +6,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import cloudpickle
 import torch
@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from ..engine import gradients, phases
 from ..engine.apart import check_steps_apart, check_steps_rows_apart, counts_without_gradients
+from ..engine.control.answers import Ready, State
+from ..engine.control.commands import BuildOptimizer, Get, Pass, PutOptimizerState, SwitchOptimizer
 from ..engine.errors import SkipPipeError
 from ..engine.optimizer import OptimizerPlan, ParameterKey, Settings, settings_of
 from ..engine.wire import decode_optimizer_state, encode_optimizer_state
@@ -23,7 +25,8 @@ from .optimizer_attributes import check_attributes, check_step_is_of_class, own_
 from .optimizer_state import WatchedState
 from .pipeline import Pipeline
 
-_MODES: Final = ("train", "eval")
+_Mode = Literal["train", "eval"]
+_MODES: Final[tuple[_Mode, ...]] = ("train", "eval")
 """Methods of optimizers that have two sets of weights, as schedule-free ones do."""
 
 
@@ -160,9 +163,9 @@ class RemoteOptimizer:
             for link in self._pipeline.links:
                 blocks = set(self._pipeline.layout.hosted(link.rank))
                 own = {key: dict(state) for key, state in remote.items() if key[0] in blocks}
-                fields, blobs = encode_optimizer_state(self._pipeline.shards.part_of_state(own, link.rank))
-                link.send("put", {"what": "optimizer", **fields}, blobs)
-        self._pipeline.links.expect_all("ready")
+                part = self._pipeline.shards.part_of_state(own, link.rank)
+                link.send(PutOptimizerState(*encode_optimizer_state(part)))
+        self._pipeline.links.expect_all(Ready)
 
     def _fetch(self) -> dict[ParameterKey, dict[str, Any]]:
         return self._pipeline.surviving(self._fetch_once)
@@ -172,8 +175,8 @@ class RemoteOptimizer:
         phases.reach(phases.Phase.SAVING)
         self._pipeline.heal()
         for link in self._pipeline.remote.first_holders():
-            message = link.ask("get", {"what": "optimizer"}, "state")
-            parts[link.rank] = decode_optimizer_state(message.fields, message.blobs)
+            state = link.ask(Get("optimizer"), State)
+            parts[link.rank] = decode_optimizer_state(state.tensors, state.blobs)
         return self._pipeline.shards.join_states(parts)
 
     def numbers(self) -> dict[ParameterKey, int]:
@@ -244,7 +247,7 @@ class RemoteOptimizer:
         plan = self._plan()
         if self._pipeline.leads:
             self._pipeline.optimizer_plan = cloudpickle.dumps(plan)
-            self._pipeline.links.broadcast("optimizer", {}, [self._pipeline.optimizer_plan])
+            self._pipeline.links.broadcast(BuildOptimizer(self._pipeline.optimizer_plan))
 
     def _membership(self) -> list[list[int]]:
         return [[id(parameter) for parameter in group["params"]] for group in self._optimizer.param_groups]
@@ -302,16 +305,16 @@ class RemoteOptimizer:
         self._describe()
         self._put(remote)
 
-    def _switch(self, method: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _switch(self, method: _Mode, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``train`` or ``eval`` of the optimizer here and of its parts on the workers."""
         settings = settings_of(self._optimizer, self._attributes)
         self._pipeline.mirror.settle()
         with self._state.opened():
             result = original(*args, **kwargs)
         if self._pipeline.leads:
-            self._pipeline.links.broadcast("optimizer_mode", {"method": method}, [settings.dumps()])
+            self._pipeline.links.broadcast(SwitchOptimizer(method, settings.dumps()))
         else:
-            self._pipeline.links.broadcast("pass")
+            self._pipeline.links.broadcast(Pass())
         self._pipeline.mirror.weights.outdate()
         return result
 

@@ -14,7 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from ..engine import phases
-from ..engine.channel import Buffer
+from ..engine.control.answers import Ready, State
+from ..engine.control.commands import Arrange, Get
+from ..engine.control.keeping import AskRecords, LetGo, Records
+from ..engine.control.values import What
 from ..engine.handover import pack_tensors, unpack_tensors
 from ..engine.optimizer import ParameterKey
 from ..engine.parcel import Part, pack_parts, unpack_parts
@@ -48,45 +51,33 @@ class Cargo:
         return parts | {"optimizer": encode_optimizer_state(state)}
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """An ``arrange`` message."""
-
-    fields: dict[str, Any]  # Any: JSON
-    blobs: list[Buffer]
-
-    @property
-    def num_bytes(self) -> int:
-        """How much travels."""
-        return sum(memoryview(blob).nbytes for blob in self.blobs)
+def num_bytes(order: Arrange) -> int:
+    """Return how much travels with an order."""
+    return sum(memoryview(blob).nbytes for blob in order.blobs)
 
 
 def fetch(sources: Mapping[Link, Collection[int]]) -> Cargo:
     """Ask each worker for everything that belongs to some of its blocks."""
     cargo = Cargo()
-    kinds = ("weights", "gradients", "optimizer")
-    asked = {
-        (link, what): link.send("get", {"what": what, "blocks": sorted(blocks)})
-        for link, blocks in sources.items()
-        for what in kinds
-    }
+    kinds: tuple[What, ...] = ("weights", "gradients", "optimizer")
+    asked = {(link, what): link.send(Get(what, sorted(blocks))) for link, blocks in sources.items() for what in kinds}
     for link, blocks in sources.items():
         for what in kinds:
-            message = link.expect("state", asked[link, what])
+            state = link.expect(State, asked[link, what])
             if what == "optimizer":
-                cargo.optimizer.update(decode_optimizer_state(message.fields, message.blobs))
+                cargo.optimizer.update(decode_optimizer_state(state.tensors, state.blobs))
             else:
-                tensors = unpack_tensors(message.fields["tensors"], message.blobs)
-                cargo.norms.update(message.fields["norms"])
-                cargo.estimates.update(set(message.fields["estimates"]) & set(blocks))
+                tensors = unpack_tensors(state.tensors, state.blobs)
+                cargo.norms.update(state.norms)
+                cargo.estimates.update(set(state.estimates) & set(blocks))
                 (cargo.weights if what == "weights" else cargo.gradients).update(tensors)
     return cargo
 
 
 def fetch_records(link: Link) -> dict[str, Part]:
     """Return what a worker keeps of the driver's own state, by name; nothing without a supervisor."""
-    message = link.ask("keep", {"do": "records"}, "kept")
-    return unpack_parts(message.fields["records"], message.blobs)
+    kept = link.ask(AskRecords(), Records)
+    return unpack_parts(kept.records, kept.blobs)
 
 
 def order(
@@ -97,7 +88,7 @@ def order(
     held: Collection[int] = (),
     records: Mapping[str, Part] | None = None,
     moves: bool = False,
-) -> Order:
+) -> Arrange:
     """Say what the worker at ``rank`` holds, and give it what it lacks.
 
     Args:
@@ -114,29 +105,29 @@ def order(
     parts = cargo.parts(lacking)
     parts |= {"structure": pipeline.sender.structure(lacking), "records": pack_parts(records or {})}
     if pipeline.optimizer_plan is not None:
-        parts["plan"] = ({}, [pipeline.optimizer_plan])
+        parts["plan"] = (None, [pipeline.optimizer_plan])
     entries, blobs = pack_parts(parts)
     stages = layout.stages_of(rank)
-    fields = {
-        "stages": [[stage, list(layout.blocks(stage)), pipeline.shards.described(stage, rank)] for stage in stages],
-        "keep": [block for block in wanted if block in held],
-        "classes": pipeline.sender.classes(lacking),
-        "compile": pipeline.sender.compile_with,
-        "overlap": pipeline.shards.overlap,
-        "norms": [] if moves else [(stage, cargo.norms[stage]) for stage in stages if stage in cargo.norms],
-        "estimates": sorted(cargo.estimates.intersection(lacking)),
-        "parts": entries,
-    }
-    return Order(fields, blobs)
+    return Arrange(
+        stages=[(stage, list(layout.blocks(stage)), pipeline.shards.described(stage, rank)) for stage in stages],
+        keep=[block for block in wanted if block in held],
+        classes=pipeline.sender.classes(lacking),
+        compile=pipeline.sender.compile_with,
+        overlap=pipeline.shards.overlap,
+        norms=[] if moves else [(stage, cargo.norms[stage]) for stage in stages if stage in cargo.norms],
+        estimates=sorted(cargo.estimates.intersection(lacking)),
+        parts=entries,
+        blobs=blobs,
+    )
 
 
-def carry_out(pipeline: Pipeline, orders: Mapping[int, Order]) -> None:
+def carry_out(pipeline: Pipeline, orders: Mapping[int, Arrange]) -> None:
     """Let workers carry their orders out, by rank, in the generation that has been formed."""
     phases.reach(phases.Phase.TAKING_OVER)
     links = [pipeline.links[rank] for rank in orders]
-    sent = [link.send("arrange", each.fields, each.blobs) for link, each in zip(links, orders.values(), strict=True)]
+    sent = [link.send(each) for link, each in zip(links, orders.values(), strict=True)]
     for link, number in zip(links, sent, strict=True):
-        link.expect("ready", number)
+        link.expect(Ready, number)
     for link in links:
-        link.tell("keep", {"do": "part", "quiet": True})
+        link.tell(LetGo())
     pipeline.routers.resend()

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from ..engine.c10d import Store
 from ..engine.call import Ambient, device_types
+from ..engine.control.answers import Done, Ready
+from ..engine.control.commands import Abort, Configure, MeasureLinks, UseSchedule
+from ..engine.control.values import Opening
 from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
@@ -178,7 +181,7 @@ class Pipeline:
         self.links.check()  # a failure from now on finds this transport and wakes it
         if self.leads:
             for link in self.links:
-                link.send("configure", self._configuration(link.rank))
+                link.send(self._configuration(link.rank))
         try:
             self._transport.form()
             if self.layout.num_drivers > 1:
@@ -187,7 +190,7 @@ class Pipeline:
         except GenerationAborted:
             self.links.raise_cause()
             raise
-        self.links.expect_all("ready")
+        self.links.expect_all(Ready)
         self._writer = CallWriter(self.links, self.layout)
         self.mirror.weights.forget_read()
 
@@ -203,7 +206,7 @@ class Pipeline:
             stage.forget()
         transport, self._transport = self._transport, None
         if transport is not None:
-            self.links.tell_survivors("abort", {"generation": transport.generation})
+            self.links.tell_survivors(Abort(transport.generation))
             transport.poison()
 
     def close(self) -> None:
@@ -214,30 +217,29 @@ class Pipeline:
         self.links.on_failure = lambda: None
         self._transport = None
 
-    def _configuration(self, rank: int) -> dict[str, Any]:
+    def _configuration(self, rank: int) -> Configure:
         rendezvous = self._rendezvous
-        return {
-            "generation": self.generation,
-            "rank": rank,
-            "members": self._members(),
-            "store_host": rendezvous.store_host,
-            "store_port": rendezvous.store_port,
-            "other_drivers": list(rendezvous.other_drivers),
-            "may_leave": self.keeper is not None,
-            "sys_path": import_paths(),
-            "num_threads": 1,
-            "device": self._worker_devices.get(rank, "cpu"),
-            "backend": rendezvous.backend,
-            "replica_groups": self._replica_groups(),
-            "expert_sets": [
+        return Configure(
+            generation=self.generation,
+            rank=rank,
+            members=self._members(),
+            store_host=rendezvous.store_host,
+            store_port=rendezvous.store_port,
+            other_drivers=list(rendezvous.other_drivers),
+            may_leave=self.keeper is not None,
+            sys_path=import_paths(),
+            num_threads=1,
+            device=self._worker_devices.get(rank, "cpu"),
+            backend=rendezvous.backend,
+            replica_groups=self._replica_groups(),
+            expert_sets=[
                 (stage, sets)
                 for stage, sets in self.layout.expert_sets
                 if all(each in self.links for ranks in sets for each in ranks)
             ],
-            "schedules": {name: schedule.to_json() for name, schedule in self.schedules.items()},
-            "num_drivers": self.layout.num_drivers,
-            "step": self._step,
-        }
+            schedules={name: schedule.to_json() for name, schedule in self.schedules.items()},
+            step=self._step,
+        )
 
     def _members(self) -> list[int]:
         """The ranks that are there: all drivers, and the workers that are linked."""
@@ -330,7 +332,7 @@ class Pipeline:
         self.heal()
         if self.leads:
             self.sender.send_all(self.links)
-        self.links.expect_all("ready")
+        self.links.expect_all(Ready)
 
     def unload(self) -> list[str]:
         """Bring the weights back into the driver's model and remove the proxies.
@@ -353,7 +355,7 @@ class Pipeline:
         assert schedule.placement == self.layout.placement, "blocks do not move with a schedule"
         self._programs.use(name, schedule)
         if self.leads and self._transport is not None:
-            self.links.broadcast("schedule", {"name": name, "text": self.schedules[name].to_json()})
+            self.links.broadcast(UseSchedule(name, self.schedules[name].to_json()))
         if self._transport is not None:
             self._transport.connect(directed_links(self.schedules[name]))
 
@@ -365,7 +367,7 @@ class Pipeline:
         self.heal()
         assert self._transport is not None
         if self.leads:
-            self.links.broadcast("ping", {"num_bytes": num_bytes})
+            self.links.broadcast(MeasureLinks(num_bytes))
         return measured_network(self._transport, self.links, num_bytes, self.layout.size)
 
     @property
@@ -509,14 +511,9 @@ class Pipeline:
         if timeline and self.leads:
             self._clocks.read()
         proxies = self.proxies
-        opening = {
-            "program": name,
-            "live": list(live),
-            "training": schedule.backward,
-            "timeline": timeline,
-            "forget_caches": proxies.ledger.take_freed(),
-            **(self.gradients.opening() if name == TRAINING else {}),
-        }
+        opening = Opening(name, list(live), schedule.backward, timeline, proxies.ledger.take_freed())
+        if name == TRAINING:
+            opening = self.gradients.opening(opening)
         # As many ahead of their turns as have had them: twice the hidden states on the driver, not all of them. What is
         # measured shows each embedding in its place, and what it takes.
         in_turn = timeline or proxies.is_watched
@@ -531,16 +528,16 @@ class Pipeline:
             self.routers.count(transport, schedule, live, self._hosted, self.gradients.loads.base)
         with proxies.in_step():
             events = executor.run(self._programs.compiled[name], set(live), NoFeed())
-            done = self.links.expect_all("done")
-        for writes in (*(s.take_writes() for s in self._hosted.values()), *(m.fields["writes"] for m in done.values())):
+            done = self.links.expect_all(Done)
+        for writes in (*(s.take_writes() for s in self._hosted.values()), *(each.writes for each in done.values())):
             proxies.note_all_writes(writes)
         if name == TRAINING:
             here = self.routers.tallies.close()
-            self.gradients.opened([here, *(message.fields["loads"] for message in done.values())])
+            self.gradients.opened([here, *(each.loads for each in done.values())])
         self.is_announced = False
         self.mirror.weights.outdate(buffers_only=True)
         if timeline and self.leads:
-            remote = {rank: message.fields["timeline"] for rank, message in done.items()}
+            remote = {rank: each.timeline for rank, each in done.items()}
             self.timeline = measured_timeline(schedule, events, remote, self._clocks)
         if timeline:
             self.measure_next = False

@@ -15,7 +15,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Protocol
 
 from ..engine.c10d import TCPStore, host_store
-from ..engine.channel import Channel, Message
+from ..engine.channel import Channel, ChannelError, Message
+from ..engine.control.line import to_worker
+from ..engine.control.messages import TO_DRIVER
+from ..engine.control.presence import Hello, Refuse
 from ..engine.errors import SkipPipeError
 from ..engine.listener import Listener
 from ..engine.versions import mismatch
@@ -192,15 +195,30 @@ class WorkerPool:
         for link in going:
             link.close()
 
+    def _understood(self, channel: Channel, greeting: Message) -> Hello | None:
+        """Return what a worker says of itself; None, and refuse it, where that cannot be."""
+        try:
+            hello = TO_DRIVER.decode(greeting).body
+        except ChannelError as error:
+            reason = str(error)
+        else:
+            if isinstance(hello, Hello):
+                reason = mismatch(hello.versions)
+                if not reason:
+                    return hello
+            else:
+                reason = f"its first message is {type(hello).__name__!r} and not 'Hello'"
+        log.warning("refused a worker from %s: %s", channel.peer, reason)
+        to_worker(channel).hang_up(Refuse(f"{reason}; install the driver's versions"))
+        return None
+
     def _welcome(self, channel: Channel, greeting: Message) -> None:
-        reason = mismatch(greeting.fields.get("versions", {}))
-        if reason:
-            log.warning("refused a worker from %s: %s", channel.peer, reason)
-            channel.hang_up("refuse", {"reason": f"{reason}; install the driver's versions"})
+        hello = self._understood(channel, greeting)
+        if hello is None:
             return
-        link = Link(channel, greeting.fields.get("pid") if channel.is_local else None)
-        link.order, link.name = greeting.fields.get("rank", -1), greeting.fields.get("name", "")
-        link.ticket = greeting.fields.get("ticket") or str(link.pid or "")
+        link = Link(channel, hello.pid if channel.is_local else None)
+        link.order, link.name = hello.rank, hello.name
+        link.ticket = hello.ticket or str(link.pid or "")
         if self._doorkeeper is not None:
             self._doorkeeper.greet(link)
         with self._changed:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..engine import phases
 from ..engine.call import Call, CallSpec
+from ..engine.control.answers import PartsCompared, Probed
+from ..engine.control.commands import CompareParts
+from ..engine.control.commands import Probe as Question
 from ..engine.errors import unpack_exception
 from ..engine.stage import Probe
 from ..engine.transport import TensorSpec
@@ -29,10 +32,10 @@ def probe(pipeline: Pipeline, block: int, spec: CallSpec, side_inputs: Sequence[
     if hosted is not None:
         return hosted.probe(block, call, enters)
     link = pipeline.links[pipeline.layout.placement[stage][0]]
-    answer = link.ask("probe", {}, "probe", [dump_probe(block, call, enters)])
-    if "traceback" in answer.fields:
-        raise unpack_exception(bytes(answer.blobs[0]), answer.fields["traceback"], str(link))
-    return pickle.loads(answer.blobs[0])  # type: ignore[no-any-return]
+    probed = link.ask(Question(dump_probe(block, call, enters)), Probed)
+    if probed.traceback is not None:
+        raise unpack_exception(bytes(probed.result), probed.traceback, str(link))
+    return pickle.loads(probed.result)  # type: ignore[no-any-return]
 
 
 def computes_parts_alike(pipeline: Pipeline, call: StackCall, cut: Cut, num_samples: int) -> bool:
@@ -47,7 +50,7 @@ def computes_parts_alike(pipeline: Pipeline, call: StackCall, cut: Cut, num_samp
             alike = hosted.computes_parts_alike(block, whole, enters, parts)
         else:
             link = pipeline.links[pipeline.layout.placement[stage][0]]
-            alike = link.ask("parts", {}, "parts", [dump_probe(block, whole, enters, parts)]).fields["alike"]
+            alike = link.ask(CompareParts(dump_probe(block, whole, enters, parts)), PartsCompared).alike
         if not alike:
             return False
     return True

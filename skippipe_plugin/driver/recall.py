@@ -9,7 +9,9 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
-from ..engine.channel import Buffer, Message
+from ..engine.control.answers import State
+from ..engine.control.keeping import AskRecord, AskSummary, FinishStep, GetRetained, Kept, OneRecord, Retain, Summary
+from ..engine.control.values import StepOrder
 from ..engine.errors import SkipPipeError, StageLostError
 from ..engine.handover import unpack_object, unpack_tensors
 from ..engine.optimizer import ParameterKey
@@ -55,15 +57,15 @@ def recall(links: Sequence[Link]) -> Recalled | None:
 
 
 def _recall(links: Sequence[Link]) -> Recalled | None:
-    summaries = {rank: _ask(link, "summary").fields for rank, link in enumerate(links)}
+    summaries = {rank: link.ask(AskSummary(), Summary) for rank, link in enumerate(links)}
     stands = [(stand, rank) for rank, summary in summaries.items() for stand in _stands(summary)]
     if not stands:
         return None
     (fit, step, noted), holder = max(stands)
-    tensors, fields = _record(links[holder], "tensors")
-    if step > noted and "optimizer_step" in fields:
-        for rank in summaries:
-            _ask(links[rank], "finish", optimizer_step=fields["optimizer_step"], blobs=[tensors["hyperparameters"]])
+    tensors, order = _record(links[holder], "tensors")
+    if step > noted and order is not None:
+        for link in links:
+            link.ask(FinishStep(order, tensors["hyperparameters"]), Kept)
     base, progress = _record(links[holder], "base")[0], _record(links[holder], "progress")[0]
     weights: dict[str, Tensor] = {}
     optimizer: dict[ParameterKey, Mapping[str, Any]] = {}
@@ -71,18 +73,18 @@ def _recall(links: Sequence[Link]) -> Recalled | None:
     living: list[tuple[Sequence[int], float]] = []
     estimates: set[int] = set()
     for rank, summary in summaries.items():
-        for part, held in enumerate(summary["blocks"]):
+        for part, held in enumerate(summary.blocks):
             blocks = sorted(set(held) - found)
             found |= set(blocks)
             if blocks:
-                message = _ask(links[rank], "state", what="weights", part=part, blocks=blocks)
-                weights |= unpack_tensors(message.fields["tensors"], message.blobs)
-                living += _living(message.fields, blocks)
-                estimates |= set(message.fields.get("estimates", ())).intersection(blocks)
-                message = _ask(links[rank], "state", what="optimizer", part=part, blocks=blocks)
-                optimizer |= decode_optimizer_state(message.fields, message.blobs)
-    for rank in summaries:
-        _ask(links[rank], "retain")
+                state = links[rank].ask(GetRetained(part, "weights", blocks), State)
+                weights |= unpack_tensors(state.tensors, state.blobs)
+                living += _living(state, blocks)
+                estimates |= set(state.estimates).intersection(blocks)
+                state = links[rank].ask(GetRetained(part, "optimizer", blocks), State)
+                optimizer |= decode_optimizer_state(state.tensors, state.blobs)
+    for link in links:
+        link.ask(Retain(), Kept)
     return Recalled(
         fit=fit,
         step=step,
@@ -149,10 +151,10 @@ def _neighbour(recalled: Recalled, run: range, step: int) -> Neighbour | None:
     return neighbour_of(blocks, recalled.weights, norm)
 
 
-def _living(fields: Mapping[str, Any], blocks: Sequence[int]) -> list[tuple[Sequence[int], float]]:
+def _living(state: State, blocks: Sequence[int]) -> list[tuple[Sequence[int], float]]:
     """Return blocks and gradient norm of each stage that a worker has handed out, or the part of it that it has."""
-    norms = dict(fields["norms"])
-    parts = [([block for block in own if block in blocks], norms.get(stage, 0.0)) for stage, own in fields["stages"]]
+    norms = dict(state.norms)
+    parts = [([block for block in own if block in blocks], norms.get(stage, 0.0)) for stage, own in state.stages]
     return [(own, norm) for own, norm in parts if own]
 
 
@@ -161,7 +163,7 @@ def recall_result(links: Sequence[Link], fit: int) -> Any | None:  # Any: what t
 
     def find(links: Sequence[Link]) -> Any | None:
         for link in links:
-            if fit in _ask(link, "summary").fields["results"]:
+            if fit in link.ask(AskSummary(), Summary).results:
                 return _record(link, f"result{fit}")[0]
         return None
 
@@ -181,19 +183,15 @@ def _surviving(links: Sequence[Link], ask: Callable[[Sequence[Link]], _T]) -> _T
             log.warning("a worker was lost while what the last driver has left was gathered; looking at the others")
 
 
-def _stands(summary: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+def _stands(summary: Summary) -> list[tuple[int, int, int]]:
     """Return fit, optimizer step, and the step that the progress was noted after, if there are all records of a fit."""
-    records = summary["records"]
+    records = summary.records
     if set(_RECORDS) - set(records) or len({records[name][0] for name in _RECORDS}) > 1:
         return []
     return [(records["base"][0], records["tensors"][1], records["progress"][1])]
 
 
-def _record(link: Link, name: str) -> tuple[Any, Mapping[str, Any]]:
-    message = _ask(link, "record", name=name)
-    fields = message.fields["record"]
-    return unpack_object(fields["entries"], message.blobs), fields
-
-
-def _ask(link: Link, do: str, *, blobs: Sequence[Buffer] = (), **fields: Any) -> Message:
-    return link.ask("keep", {"do": do, **fields}, "kept", blobs)
+def _record(link: Link, name: str) -> tuple[Any, StepOrder | None]:  # Any: what was stored
+    """Return what was stored under a name, and the optimizer step that was to follow."""
+    kept = link.ask(AskRecord(name), OneRecord)
+    return unpack_object(kept.record.entries, kept.blobs), kept.record.optimizer_step

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, TypeVar
 
 from ..checked import NUM_SPARES, SECONDS, Range, checked
+from ..engine.control.commands import Arrange, Warm
 from ..engine.errors import ConnectionsBroken, SkipPipeError, StageLostError
 from ..engine.handover import import_paths
 from ..recovery import RebuildRule
@@ -25,7 +26,7 @@ from .heartbeat import Heartbeat
 from .links import Link
 from .moving import Mover
 from .neighbours import EXPLAINED, Origin, Source, rebuilt_stage
-from .orders import Cargo, Order, carry_out, fetch, fetch_records, order
+from .orders import Cargo, carry_out, fetch, fetch_records, order
 from .pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class _Missing:
     steps_around: int = 0
     leaver: Link | None = None
     """Who has left the rank politely, and keeps what it holds until another worker has it."""
-    order: Order | None = None
+    order: Arrange | None = None
     """What gives another worker all that the leaver held."""
 
 
@@ -412,11 +413,11 @@ class StageKeeper:
 
     def _warm_spares(self) -> None:
         """Let spares import what they will need."""
-        fields, blobs = self._pipeline.sender.sample()
+        blocks, blobs = self._pipeline.sender.sample()
         for link in self._replacements.idle():
             if id(link) not in self._warmed:
                 self._warmed.add(id(link))
-                link.tell("warm", {"sys_path": import_paths(), "blocks": fields}, blobs)
+                link.tell(Warm(import_paths(), blocks, blobs))
 
     # --------------------------------------------------------------- state
 

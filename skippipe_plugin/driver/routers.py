@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
+from ..engine.control.answers import RouterNews
+from ..engine.control.commands import AskRouters
 from ..engine.stage import Stage
 from ..engine.transport import Transport
 from ..moe.attach import RouterStatistics
 from ..moe.board import RouterBoard, add_statistics
 from ..schedule import Schedule
+from ..worker.routers import obey
 from ..worker.tallies import StageTallies
 from .links import Links
 
@@ -47,7 +49,7 @@ class RouterControl:
 
     def take(self) -> dict[str, RouterStatistics]:
         """Return by router what happened since the last call, over all microbatches, replicas and paths."""
-        return add_statistics(self._ask({"take": True}))
+        return add_statistics(news.statistics for news in self._ask(AskRouters(take=True)))
 
     def update_biases(self, loads: Mapping[str, Sequence[int]], rule: str, rate: float) -> dict[str, list[float]]:
         """Apply a rule of :data:`~skippipe_plugin.moe.BIAS_RULES` wherever the routers are.
@@ -56,22 +58,21 @@ class RouterControl:
             The biases of routers whose model has none of its own and so does not save them.
         """
         counts = {name: list(each) for name, each in loads.items()}
-        answers = self._ask({"biases": self._biases, "rule": rule, "rate": rate, "loads": counts})
-        self._biases |= {name: bias for answer in answers for name, bias in answer["biases"].items()}
+        answers = self._ask(AskRouters(biases=self._biases, rule=rule, rate=rate, loads=counts))
+        self._biases |= {name: list(bias) for answer in answers for name, bias in answer.biases.items()}
         return dict(self._biases)
 
     def set_biases(self, biases: Mapping[str, Sequence[float]]) -> None:
         """Set the biases that :meth:`update_biases` returned, as when a run is resumed."""
         self._biases = {name: list(bias) for name, bias in biases.items()}
-        self._ask({"biases": self._biases})
+        self._ask(AskRouters(biases=self._biases))
 
     def resend(self) -> None:
         """Give the biases that no model saves to workers that are new, before they run a step."""
         if self._biases:
-            self._ask({"biases": self._biases})
+            self._ask(AskRouters(biases=self._biases))
 
-    def _ask(self, order: dict[str, Any]) -> list[Mapping[str, Any]]:
+    def _ask(self, order: AskRouters) -> list[RouterNews]:
         if self._leads:
-            self._links.broadcast("routers", order)
-        own = self.board.obey(order)
-        return [own, *(message.fields for message in self._links.gather("routers").values())]
+            self._links.broadcast(order)
+        return [obey(self.board, order), *self._links.gather(RouterNews).values()]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..engine.control.values import ExpertShare
 from ..engine.optimizer import ParameterKey
 from ..engine.wire import tensor_key
 from ..moe.parallel import Placement
@@ -54,11 +55,11 @@ class ExpertShards:
                     self.placements[block, site.path] = even_placement(site.num_experts, size)
                     self._site_of |= dict.fromkeys(((block, name) for name in site.tensors), (block, site.path))
 
-    def described(self, stage: int, rank: int) -> list[Any]:
-        """Tell a worker which experts of a stage it holds, as JSON: block, name, placement, tensors, position."""
+    def described(self, stage: int, rank: int) -> list[ExpertShare]:
+        """Tell a worker which experts of a stage it holds."""
         blocks, position = self.layout.blocks(stage), self.layout.position(rank)
         return [
-            [block, path, placement, self.sites[block, path].tensors, position]
+            (block, path, placement, self.sites[block, path].tensors, position)
             for (block, path), placement in self.placements.items()
             if block in blocks
         ]

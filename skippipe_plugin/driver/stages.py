@@ -10,13 +10,15 @@ from torch import nn
 from ..engine import phases
 from ..engine.channel import Buffer
 from ..engine.classes import Prints, fingerprints
+from ..engine.control.commands import Load
+from ..engine.control.values import PackedBlocks
 from ..engine.handover import pack_blocks, unpack_blocks
 from .layout import Layout
 from .links import Link, Links
 from .shards import ExpertShards
 
-Packed = tuple[list[Any], list[Buffer]]
-"""Packed blocks: JSON entries and blobs."""
+Packed = tuple[PackedBlocks, list[Buffer]]
+"""Packed blocks: entries and blobs."""
 
 
 class StageSender:
@@ -94,15 +96,16 @@ class StageSender:
     def _send(self, link: Link, stage: int, packed: Packed) -> None:
         phases.reach(phases.Phase.HANDING_OVER)
         entries, blobs = packed
-        fields = {
-            "compile": self.compile_with,
-            "stage": stage,
-            "blocks": entries,
-            "classes": fingerprints(self._blocks[block] for block in self.layout.blocks(stage)),
-            "seed": self._seed + stage,
-            "first": stage == link.stages[0],
-            "last": stage == link.stages[-1],
-            "overlap": self._shards.overlap,
-            "experts": self._shards.described(stage, link.rank),
-        }
-        link.send("load", fields, blobs)
+        load = Load(
+            stage=stage,
+            seed=self._seed + stage,
+            first=stage == link.stages[0],
+            last=stage == link.stages[-1],
+            compile=self.compile_with,
+            overlap=self._shards.overlap,
+            blocks=entries,
+            classes=fingerprints(self._blocks[block] for block in self.layout.blocks(stage)),
+            experts=self._shards.described(stage, link.rank),
+            blobs=blobs,
+        )
+        link.send(load)

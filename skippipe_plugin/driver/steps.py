@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..engine.call import Ambient, Call, block_seed, seed_everything
+from ..engine.control.values import Opening
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, inner
 from ..schedule import Path
@@ -141,7 +142,7 @@ class StepRun:
         self._leaves: dict[int, Tensor] = {}
         self._held_back: list[PreparedCall] = []
         self._announced_s = self._first_s = self._held_since_s = 0.0
-        self._opening: Mapping[str, object] | None = None
+        self._opening: Opening | None = None
         self._coming: Sequence[int] = ()
         self._taps: TapExchange | None = None
         self._most_ahead = 0
@@ -168,7 +169,7 @@ class StepRun:
         self,
         step: int,
         paths: Sequence[Path],
-        opening: Mapping[str, object],
+        opening: Opening,
         coming: Sequence[int] = (),
         most_ahead: int = 0,
         taps: TapExchange | None = None,

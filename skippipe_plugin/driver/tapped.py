@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..engine.call import BlockMode
+from ..engine.control.commands import Pulled
 from ..engine.handover import pack_tensors, unpack_tensors
 from ..engine.stage import Stage
 from ..engine.taps import TapEvent, Tapped, gradients_of, unpack_events
@@ -82,14 +83,13 @@ class TapExchange:
             gradients = gradients_of(shown.leaves[visit.stage])
             if visit.rank in self._links:
                 entries, blobs = pack_tensors({str(index): gradient for index, gradient in gradients.items()})
-                fields = {"step": self._step, "microbatch": microbatch, "stage": visit.stage, "tensors": entries}
-                self._links[visit.rank].send("pulled", fields, blobs)
+                self._links[visit.rank].send(Pulled(self._step, microbatch, visit.stage, entries, blobs))
             else:
                 self._back[microbatch, visit.stage] = gradients
 
     def _fetch(self, rank: int, stage: int, microbatch: int) -> Tapped:
         if rank not in self._links:
             return self._here.pop((microbatch, stage))
-        fields, blobs = self._links[rank].expect_tapped(self._step, microbatch, stage)
-        tensors = unpack_tensors(fields["tensors"], blobs[1:])
-        return Tapped(bytes(blobs[0]), tuple(tensors.values()), tuple(fields["requires_grad"]))
+        seen = self._links[rank].expect_tapped(self._step, microbatch, stage)
+        tensors = unpack_tensors(seen.tensors, seen.blobs)
+        return Tapped(bytes(seen.events), tuple(tensors.values()), tuple(seen.requires_grad))

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from ..engine import phases
+from ..engine.control.answers import State
+from ..engine.control.commands import Get
 from ..engine.errors import SkipPipeError
 from ..engine.handover import unpack_tensors
 from ..engine.wire import tensor_key
@@ -74,17 +76,17 @@ class RemoteWeights:
         """Fetch everything, each stage from the first worker that holds it."""
         parts: dict[int, dict[str, Tensor]] = {}
         for link in self.first_holders():
-            message = link.ask("get", {"what": "weights"}, "state")
-            parts[link.rank] = unpack_tensors(message.fields["tensors"], message.blobs)
+            state = link.ask(Get("weights"), State)
+            parts[link.rank] = unpack_tensors(state.tensors, state.blobs)
         return self._shards.join(parts)
 
     def salvage(self) -> dict[str, Tensor]:
         """Fetch what the survivors of a lost worker hold."""
         parts: dict[int, dict[str, Tensor]] = {}
         for link in self._links:
-            message = link.salvage("get", {"what": "weights"}, "state")
-            if message is not None:
-                parts[link.rank] = unpack_tensors(message.fields["tensors"], message.blobs)
+            state = link.salvage(Get("weights"), State)
+            if state is not None:
+                parts[link.rank] = unpack_tensors(state.tensors, state.blobs)
         return self._shards.join(parts)
 
     def first_holders(self) -> Iterator[Link]:

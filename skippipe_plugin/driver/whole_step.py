@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine.call import Ambient, Call, block_seed
+from ..engine.control.values import Opening
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, inner
 from ..schedule import Path
@@ -129,7 +130,7 @@ class WholeRun:
         self._prepared: dict[int, Call] = {}
         self._results: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor | None] = {}
-        self._opening: Mapping[str, object] | None = None
+        self._opening: Opening | None = None
         self._paths: Sequence[Path] = ()
         self._loss: Tensor | None = None
         self._taps: TapExchange | None = None
@@ -170,7 +171,7 @@ class WholeRun:
         self,
         step: int,
         paths: Sequence[Path],
-        opening: Mapping[str, object],
+        opening: Opening,
         coming: Sequence[int] = (),
         most_ahead: int = 0,
         taps: TapExchange | None = None,

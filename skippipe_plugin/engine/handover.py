@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils import swap_tensors
 
 from .channel import Buffer
+from .control.values import PackedBlocks, TensorEntry
 from .errors import SkipPipeError
 from .transport import TensorSpec, as_bytes, from_bytes
 
@@ -29,13 +30,16 @@ def import_paths() -> list[str]:
     return [path or os.getcwd() for path in sys.path]  # noqa: PTH109 - sys.path holds strings
 
 
-def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[list[Any], list[Buffer]]:
-    """Return JSON entries (name, shape, dtype) and one blob for each tensor."""
-    entries = [[name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()]
-    return entries, [tensor_blob(tensor) for tensor in tensors.values()]
+def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[list[TensorEntry], list[Buffer]]:
+    """Return entries (name, shape, dtype) and one blob for each tensor."""
+    return [_entry(name, tensor) for name, tensor in tensors.items()], [*map(tensor_blob, tensors.values())]
 
 
-def unpack_tensors(entries: Sequence[Any], blobs: Sequence[Buffer]) -> dict[str, Tensor]:
+def _entry(name: str, tensor: Tensor) -> TensorEntry:
+    return name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+
+
+def unpack_tensors(entries: Sequence[TensorEntry], blobs: Sequence[Buffer]) -> dict[str, Tensor]:
     """Invert :func:`pack_tensors`; the tensors own their memory."""
     return {
         name: tensor_from_blob(TensorSpec(tuple(shape), getattr(torch, dtype)), blob)
@@ -58,8 +62,8 @@ def tensor_from_blob(spec: TensorSpec, blob: Buffer) -> Tensor:
 
 def pack_blocks(
     blocks: Mapping[int, nn.Module], *, values: bool = True, instead: Mapping[int, Tensor] = MappingProxyType({})
-) -> tuple[list[Any], list[Buffer]]:
-    """Return the JSON entries of the blocks' tensors, and the blobs: the pickled structure first.
+) -> tuple[PackedBlocks, list[Buffer]]:
+    """Return the entries of the blocks' tensors, and the blobs: the pickled structure first.
 
     Without ``values`` parameters and buffers travel as on the meta device. ``instead`` maps the ``id`` of a tensor to
     what travels in its place.
@@ -81,15 +85,13 @@ def pack_blocks(
         if not tensor.is_meta and id(tensor) not in left_out
     }
     entries, blobs = pack_tensors(real)
-    meta = [
-        [name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items() if name not in real
-    ]
-    return [entries, meta], [buffer.getvalue(), *blobs]
+    meta = [_entry(name, tensor) for name, tensor in tensors.items() if name not in real]
+    return (entries, meta), [buffer.getvalue(), *blobs]
 
 
-def unpack_blocks(fields: Sequence[Any], blobs: Sequence[Buffer]) -> dict[int, nn.Module]:
+def unpack_blocks(packed: PackedBlocks, blobs: Sequence[Buffer]) -> dict[int, nn.Module]:
     """Invert :func:`pack_blocks`; blocks that were built on the meta device still are."""
-    entries, meta = fields
+    entries, meta = packed
     tensors = unpack_tensors(entries, blobs[1:])
     for name, shape, dtype in meta:
         tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -97,8 +99,8 @@ def unpack_blocks(fields: Sequence[Any], blobs: Sequence[Buffer]) -> dict[int, n
     return blocks
 
 
-def pack_object(value: object) -> tuple[list[Any], list[Buffer]]:
-    """Return the JSON entries of the tensors in a picklable object, and the blobs: the pickled structure first."""
+def pack_object(value: object) -> tuple[list[TensorEntry], list[Buffer]]:
+    """Return the entries of the tensors in a picklable object, and the blobs: the pickled structure first."""
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
     pickler.dump(value)
@@ -106,7 +108,7 @@ def pack_object(value: object) -> tuple[list[Any], list[Buffer]]:
     return entries, [buffer.getvalue(), *blobs]
 
 
-def unpack_object(entries: Sequence[Any], blobs: Sequence[Buffer]) -> Any:  # Any: whatever was packed
+def unpack_object(entries: Sequence[TensorEntry], blobs: Sequence[Buffer]) -> Any:  # Any: whatever was packed
     """Invert :func:`pack_object`."""
     return _Unpickler(io.BytesIO(blobs[0]), unpack_tensors(entries, blobs[1:])).load()
 

@@ -1,11 +1,4 @@
-"""How calls and states look on the control channel; both ends import this module and nothing else of each other.
-
-Kinds from a driver: ``configure load warm arrange schedule ping step calls merge norm optimizer optimizer_step
-optimizer_mode get put keep outlive clip pass probe parts abort release exit``. Kinds from a worker: ``hello warmed
-ready links done norm1 norm2... state kept probe parts leave error``. Commands come from the first driver; ``step``
-(with the first calls in it), ``calls``, ``probe`` and ``parts`` from each; answers go to every driver, so that all
-know the same.
-"""
+"""How calls and states travel in control messages; both ends import this module and nothing else of each other."""
 
 from __future__ import annotations
 
@@ -19,19 +12,11 @@ import torch
 from torch import Tensor
 
 from .call import NO_CACHES, CacheUse, Call, CallSpec
-from .channel import Buffer, Message
+from .channel import Buffer
+from .control.values import CallNews, Lacking, TensorEntry
+from .errors import SkipPipeError
 from .handover import pack_tensors, unpack_tensors
 from .optimizer import ParameterKey
-
-
-def norm_answer(number: int) -> str:
-    """Name the answer to a numbered request for a gradient norm."""
-    return f"norm{number}"
-
-
-def is_norm_answer(kind: str) -> bool:
-    """Whether this is what :func:`norm_answer` returns."""
-    return kind.startswith("norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,54 +37,72 @@ def encode_calls(
     side_inputs: Mapping[str, Tensor],
     dropped: Sequence[str],
     dropped_specs: Sequence[int] = (),
-) -> tuple[dict[str, Any], list[Buffer]]:
-    """Return the fields and blobs of a ``calls`` message with the specs and side inputs its reader lacks."""
-    entries, blobs = pack_tensors(side_inputs)
+) -> tuple[CallNews, list[Buffer]]:
+    """Return calls as they travel, and the blobs of the specs and side inputs that their reader lacks."""
     caching = {call.microbatch: call.caches for call in calls if call.caches.keys}
-    fields = {
-        "step": step,
-        "calls": [[call.microbatch, call.spec, call.seed, call.side_inputs] for call in calls],
-        "caching": list(caching),
-        "specs": list(specs),
-        "dropped_specs": list(dropped_specs),
-        "side_inputs": entries,
-        "dropped": list(dropped),
-    }
-    return fields, [*map(cloudpickle.dumps, (*specs.values(), *caching.values())), *blobs]
+    lacking, blobs = None, list[Buffer]()
+    if specs or side_inputs or dropped or dropped_specs or caching:
+        entries, tensors = pack_tensors(side_inputs)
+        lacking = Lacking([*caching], [*specs], dropped_specs, entries, dropped)
+        blobs = [*map(cloudpickle.dumps, (*specs.values(), *caching.values())), *tensors]
+    news = CallNews(
+        step,
+        [call.microbatch for call in calls],
+        [call.spec for call in calls],
+        [call.seed for call in calls],
+        [call.side_inputs for call in calls],
+        lacking,
+    )
+    return news, blobs
 
 
 class CallDecoder:
-    """Turns the ``calls`` messages of one driver back into calls; remembers specs and side inputs."""
+    """Turns the calls that one driver sends back into calls; remembers specs and side inputs."""
 
     def __init__(self, to_device: Callable[[Tensor], Tensor]) -> None:
         self._to_device = to_device
         self._specs: dict[int, CallSpec] = {}
         self._side_inputs: dict[str, Tensor] = {}
 
-    def decode(self, message: Message) -> list[tuple[int, Call]]:
-        """Return (microbatch, call) pairs."""
-        fields, blobs = message.fields, message.blobs
-        for digest in fields["dropped"]:
+    def decode(self, news: CallNews, blobs: Sequence[Buffer]) -> list[tuple[int, Call]]:
+        """Return (microbatch, call) pairs.
+
+        Raises:
+            SkipPipeError: They refer to what has not been sent.
+        """
+        caches = self._learn(news.lacking, blobs) if news.lacking is not None else {}
+        try:
+            return [
+                (microbatch, Call(self._specs[spec], self._inputs(digests), seed, caches.get(microbatch, NO_CACHES)))
+                for microbatch, spec, seed, digests in zip(
+                    news.microbatches, news.specs, news.seeds, news.digests, strict=True
+                )
+            ]
+        except KeyError as error:
+            raise SkipPipeError(f"a call of step {news.step} names {error}, which was never sent") from None
+
+    def _learn(self, lacking: Lacking, blobs: Sequence[Buffer]) -> dict[int, CacheUse]:
+        """Take in what comes with calls, forget what is not needed any more; return what uses caches."""
+        for digest in lacking.dropped:
             self._side_inputs.pop(digest, None)
-        for number in fields["dropped_specs"]:
+        for number in lacking.dropped_specs:
             self._specs.pop(number, None)
         rest = iter(blobs)
-        for number in fields["specs"]:
+        for number in lacking.specs:
             self._specs[number] = pickle.loads(next(rest))
-        caches = {microbatch: pickle.loads(next(rest)) for microbatch in fields["caching"]}
-        for digest, tensor in unpack_tensors(fields["side_inputs"], list(rest)).items():
+        caches = {microbatch: pickle.loads(next(rest)) for microbatch in lacking.caching}
+        for digest, tensor in unpack_tensors(lacking.side_inputs, list(rest)).items():
             self._side_inputs[digest] = self._to_device(tensor)
-        return [
-            (microbatch, Call(self._specs[spec], self._inputs(digests), seed, caches.get(microbatch, NO_CACHES)))
-            for microbatch, spec, seed, digests in fields["calls"]
-        ]
+        return caches
 
     def _inputs(self, digests: Iterable[str]) -> tuple[Tensor, ...]:
         return tuple(self._side_inputs[digest] for digest in digests)
 
 
-def encode_optimizer_state(state: Mapping[ParameterKey, Mapping[str, Any]]) -> tuple[dict[str, Any], list[Buffer]]:
-    """Return the fields and blobs of an optimizer state: tensors raw, the rest pickled."""
+def encode_optimizer_state(
+    state: Mapping[ParameterKey, Mapping[str, Any]],
+) -> tuple[list[TensorEntry], list[Buffer]]:
+    """Return the entries and blobs of an optimizer state: tensors raw, the rest pickled in the first blob."""
     tensors: dict[str, Tensor] = {}
     rest: dict[ParameterKey, dict[str, Any]] = {}
     for key, values in state.items():
@@ -109,14 +112,16 @@ def encode_optimizer_state(state: Mapping[ParameterKey, Mapping[str, Any]]) -> t
             else:
                 rest.setdefault(key, {})[name] = value
     entries, blobs = pack_tensors(tensors)
-    return {"tensors": entries}, [cloudpickle.dumps((list(state), rest)), *blobs]
+    return entries, [cloudpickle.dumps((list(state), rest)), *blobs]
 
 
-def decode_optimizer_state(fields: Mapping[str, Any], blobs: Sequence[Buffer]) -> dict[ParameterKey, dict[str, Any]]:
+def decode_optimizer_state(
+    entries: Sequence[TensorEntry], blobs: Sequence[Buffer]
+) -> dict[ParameterKey, dict[str, Any]]:
     """Invert :func:`encode_optimizer_state`."""
     keys, rest = pickle.loads(blobs[0])
     state: dict[ParameterKey, dict[str, Any]] = {key: dict(rest.get(key, {})) for key in keys}
-    for name, tensor in unpack_tensors(fields["tensors"], blobs[1:]).items():
+    for name, tensor in unpack_tensors(entries, blobs[1:]).items():
         block, parameter, entry = name.split("\t")
         state[int(block), parameter][entry] = tensor
     return state

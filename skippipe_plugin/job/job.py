@@ -28,6 +28,8 @@ from ..driver.pool import EndedEarly, WorkerPool
 from ..driver.rendezvous import Rendezvous
 from ..engine.c10d import TCPStore
 from ..engine.channel import connect
+from ..engine.control.line import to_driver
+from ..engine.control.presence import Hello, Release
 from ..engine.errors import SkipPipeError
 from ..engine.handout import find_secret, fingerprint, leave_secret
 from ..engine.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, job_secret, secret_file
@@ -205,7 +207,7 @@ class DriverJob:
         """Let the launcher's worker ranks return from their Trainer call with the driver's ``results``."""
         if self._launcher is not None and self.rank == 0:
             for link in self.pool.links:
-                link.tell("release", {}, [cloudpickle.dumps(results)])
+                link.tell(Release(cloudpickle.dumps(results)))
 
     def close(self) -> None:
         """End all workers, and wait for the other drivers that were started here."""
@@ -279,7 +281,7 @@ class WorkerJob:
     def __init__(self, launcher: Launcher, network: NetworkConfig) -> None:
         first = _get(launcher.store(), _driver_key(0))
         channel = connect(first["host"], first["port"], bytes.fromhex(_secret_of(first, network)))
-        channel.send("hello", {"rank": launcher.rank, "pid": os.getpid(), "versions": own_versions()})
+        to_driver(channel).send(Hello(own_versions(), os.getpid(), launcher.rank))
         self._worker = Worker(channel)
 
     def serve(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from ..driver.links import Link
 from ..engine.c10d import TCPStore
+from ..engine.control.keeping import Drop
+from ..engine.control.presence import Outlive
 
 
 class RollCall:
@@ -24,7 +26,7 @@ class RollCall:
 
     def __init__(self, store: TCPStore, host: str, key: str) -> None:
         self._store = store
-        self._where = {"host": host, "port": store.port, "key": key}
+        self._where = Outlive(host, store.port, key)
         self._list = f"{key}/by hand"
         self._noted: list[str] = json.loads(store.get(self._list)) if store.check([self._list]) else []
         self.awaited = tuple(self._noted)
@@ -35,7 +37,7 @@ class RollCall:
     def greet(self, link: Link) -> None:
         """Tell a worker that has joined how it finds the next driver."""
         if link.name:
-            link.tell("outlive", self._where)
+            link.tell(self._where)
         if self.is_over:
             drop(link)
 
@@ -49,4 +51,4 @@ class RollCall:
 
 def drop(link: Link) -> None:
     """Let a worker forget what it holds: others hold it, further on in training."""
-    link.tell("keep", {"do": "drop", "quiet": True})
+    link.tell(Drop())

@@ -1,15 +1,17 @@
-"""All routers of one process: what they did in the steps that count, and orders for them, as plain JSON values."""
+"""All routers of one process: what they did in the steps that count, and their biases, as plain JSON values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from skippipe_plugin.moe.attach import RouterHook, RouterStatistics
 from skippipe_plugin.moe.balance import BIAS_RULES
+
+PackedStatistics = tuple[Sequence[int], int, int, float, Sequence[float] | None]
+"""Loads, tokens, empty slots, entropy and quantiles."""
 
 
 class RouterBoard:
@@ -44,28 +46,28 @@ class RouterBoard:
         for name, taken in new.items():
             self._totals[name] = self._totals[name] + taken if name in self._totals else taken
 
-    def obey(self, order: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON
-        """Carry an order out and answer.
+    def take(self) -> dict[str, PackedStatistics]:
+        """Return what happened since the last call, by router."""
+        totals, self._totals = self._totals, {}
+        return {name: pack_statistics(total) for name, total in totals.items()}
 
-        ``{"take": true}`` returns the statistics since the last such order; ``{"biases"}`` sets selection biases, and
-        ``{"rule", "rate", "loads"}`` then updates them by the loads of all replicas. The answer to each has the biases
-        that the model itself does not save.
-        """
-        answer: dict[str, Any] = {}
-        if order.get("take"):
-            totals, self._totals = self._totals, {}
-            answer["statistics"] = {name: pack_statistics(total) for name, total in totals.items()}
-        for name, bias in order.get("biases", {}).items():
+    def set_biases(self, biases: Mapping[str, Sequence[float]]) -> None:
+        """Set the selection biases of those routers that are here."""
+        for name, bias in biases.items():
             if name in self._routers:
                 router, hook = self._routers[name]
                 hook.set_bias(router, torch.tensor(bias))
-        for name, loads in order.get("loads", {}).items():
+
+    def update_biases(self, loads: Mapping[str, Sequence[int]], rule: str, rate: float) -> None:
+        """Update the selection biases by the loads of all replicas."""
+        for name, counts in loads.items():
             if name in self._routers:
-                self._update(name, order["rule"], order["rate"], torch.tensor(loads))
-        answer["biases"] = {
-            name: hook.given_bias.tolist() for name, (_, hook) in self._routers.items() if hook.given_bias is not None
-        }
-        return answer
+                self._update(name, rule, rate, torch.tensor(counts))
+
+    def given_biases(self) -> dict[str, list[float]]:
+        """Return the biases that the models themselves do not save."""
+        hooks = {name: hook for name, (_, hook) in self._routers.items()}
+        return {name: hook.given_bias.tolist() for name, hook in hooks.items() if hook.given_bias is not None}
 
     def _update(self, name: str, rule: str, rate: float, loads: torch.Tensor) -> None:
         router, hook = self._routers[name]
@@ -86,17 +88,17 @@ def _is_elsewhere(parameter: torch.Tensor) -> bool:
     return parameter.is_meta or hasattr(parameter, "is_remote")
 
 
-def pack_statistics(statistics: RouterStatistics) -> list[Any]:
+def pack_statistics(statistics: RouterStatistics) -> PackedStatistics:
     """Return the statistics as JSON values."""
     quantiles = None if statistics.quantiles is None else statistics.quantiles.tolist()
-    return [statistics.loads.tolist(), statistics.num_tokens, statistics.num_empty, statistics.entropy, quantiles]
+    return statistics.loads.tolist(), statistics.num_tokens, statistics.num_empty, statistics.entropy, quantiles
 
 
-def add_statistics(answers: Iterable[Mapping[str, Any]]) -> dict[str, RouterStatistics]:
+def add_statistics(parts: Iterable[Mapping[str, PackedStatistics]]) -> dict[str, RouterStatistics]:
     """Sum the packed statistics of several processes by router; replicas of a stage add up."""
     totals: dict[str, RouterStatistics] = {}
-    for answer in answers:
-        for name, (loads, num_tokens, num_empty, entropy, quantiles) in answer["statistics"].items():
+    for part in parts:
+        for name, (loads, num_tokens, num_empty, entropy, quantiles) in part.items():
             measured = None if quantiles is None else torch.tensor(quantiles)
             statistics = RouterStatistics(torch.tensor(loads), num_tokens, num_empty, entropy, measured)
             totals[name] = totals[name] + statistics if name in totals else statistics

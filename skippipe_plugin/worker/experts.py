@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.control.values import ExpertCost
 from ..engine.exchange import GroupExchange
 from ..engine.gradients import sum_over_holders
 from ..engine.handover import swap_memory
@@ -125,9 +126,9 @@ class SpreadExperts:
                 if len(tensor) == len(placement):
                     swap_memory(tensor, take_shard(tensor, tuple(placement), position))
 
-    def measured(self, stages: Mapping[int, Stage], optimizer: StageOptimizer | None) -> list[list[Any]]:
-        """Return what the experts here took since the last time: block, name, rows, seconds, and bytes that move."""
-        result: list[list[Any]] = []
+    def measured(self, stages: Mapping[int, Stage], optimizer: StageOptimizer | None) -> list[ExpertCost]:
+        """Return what the experts here took since the last time."""
+        result: list[ExpertCost] = []
         for stage, company in self._companies.items():
             for number, (block, path) in enumerate(self._placements[stage]):
                 tensors = self._moving((block, path), stages[stage], optimizer)
@@ -136,7 +137,7 @@ class SpreadExperts:
                 weights = weights_of(module)
                 row_bytes = hidden_size(weights) * weights.up.element_size()
                 expert_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
-                result.append([block, path, rows, seconds, row_bytes, expert_bytes])
+                result.append((block, path, rows, seconds, row_bytes, expert_bytes))
         return result
 
     def move(

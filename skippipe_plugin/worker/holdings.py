@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from ..engine import gradients
 from ..engine.channel import Buffer
 from ..engine.classes import check_fingerprints
+from ..engine.control.answers import State
+from ..engine.control.commands import Clip, Load, Merge, Overwrite
+from ..engine.control.values import ExpertCost, StepOrder, What
 from ..engine.gradients import GradientWindow
 from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
 from ..engine.optimizer import ParameterKey, StageOptimizer
 from ..engine.stage import Stage
-from ..engine.wire import block_tensors, decode_optimizer_state, encode_optimizer_state, tensor_key
+from ..engine.wire import block_tensors, encode_optimizer_state, tensor_key
 from .buffers import BlockBuffers
 from .experts import SpreadExperts
-
-Fields = Mapping[str, Any]  # Any: JSON
-State = tuple[dict[str, Any], list[Buffer]]
 
 
 class Holdings:
@@ -42,28 +42,27 @@ class Holdings:
         self._stepped = False
         """Whether the gradients have been used by an optimizer step: they can be read until the next step begins."""
 
-    def load(self, fields: Fields, blobs: Sequence[Buffer], device: torch.device) -> bool:
-        """Take over a stage; return whether that was the last one of this worker."""
-        torch.manual_seed(fields["seed"])
-        blocks = unpack_blocks(fields["blocks"], blobs)
-        check_fingerprints(fields.get("classes", {}))
+    def load(self, sent: Load, device: torch.device) -> None:
+        """Take over a stage."""
+        torch.manual_seed(sent.seed)
+        blocks = unpack_blocks(sent.blocks, sent.blobs)
+        check_fingerprints(sent.classes)
         for block in blocks.values():
             materialize(block, device)
-        if fields["first"]:
-            self.experts.forget(fields["overlap"])
-        self.experts.cut(fields["stage"], blocks, fields["experts"])
-        if fields["compile"] is not None:
+        if sent.first:
+            self.experts.forget(sent.overlap)
+        self.experts.cut(sent.stage, blocks, sent.experts)
+        if sent.compile is not None:
             for block in blocks.values():
-                block.compile(**fields["compile"])
-        if fields["first"]:
+                block.compile(**sent.compile)
+        if sent.first:
             self.stages, self.norms, self.step, self._optimizer = {}, {}, -1, None
             self.estimates = set()
             self._stepped = False
-        self.stages[fields["stage"]] = Stage(fields["stage"], blocks, device)
-        if fields["last"]:
+        self.stages[sent.stage] = Stage(sent.stage, blocks, device)
+        if sent.last:
             self.window = GradientWindow([p for stage in self.stages.values() for p in stage.parameters()])
             self.buffers = BlockBuffers(self.blocks().values())
-        return bool(fields["last"])
 
     def forget_step(self) -> None:
         """Hold gradients that no optimizer step has used."""
@@ -90,25 +89,25 @@ class Holdings:
             self.window.zero()
         self.window.open()
 
-    def clip(self, fields: Fields) -> None:
+    def clip(self, how: Clip | StepOrder) -> None:
         """Clip what is accumulated."""
-        gradients.clip(self.window.parameters, scale=fields["scale"], value=fields["value"])
+        gradients.clip(self.window.parameters, scale=how.scale, value=how.value)
 
-    def merge(self, fields: Fields) -> None:
+    def merge(self, command: Merge) -> None:
         """Add the new gradients to the accumulated ones."""
         self.buffers.keep()
-        self.zero(fields["zero"])
-        for stage, scale in fields["stage_scales"]:
+        self.zero(command.zero)
+        for stage, scale in command.stage_scales:
             if stage in self.stages:
                 gradients.scale_gradients(self.window.new_of(self.stages[stage].parameters()), scale)
-        self.window.merge(fields["scale"])
+        self.window.merge(command.scale)
 
     def zero(self, how: str) -> None:
         """Drop the accumulated gradients (``"drop"``), fill them with zeros (``"fill"``), or leave them (``""``)."""
         if how:
             self.window.zero(fill=how == "fill")
 
-    def norm_powers(self, norm_type: float, *, stepped: bool) -> dict[str, float]:
+    def norm_powers(self, norm_type: float, *, stepped: bool) -> tuple[float, float]:
         """Return this worker's part of the gradients' norm, and the part of that from experts only it holds.
 
         With ``stepped``, of the parameters that its optimizer steps; otherwise of all.
@@ -117,10 +116,7 @@ class Holdings:
         if stepped and self._optimizer is not None:
             known = {id(parameter) for parameter in self._optimizer.parameters()}
             members, spread = ([p for p in each if id(p) in known] for each in (members, spread))
-        return {
-            "power": gradients.norm_power(members, norm_type),
-            "experts": gradients.norm_power(spread, norm_type),
-        }
+        return gradients.norm_power(members, norm_type), gradients.norm_power(spread, norm_type)
 
     def build_optimizer(self, plan: Buffer) -> None:
         """Build the optimizer that the driver describes; its state starts empty."""
@@ -135,19 +131,19 @@ class Holdings:
         if self._optimizer is not None:
             self._optimizer.load_state(state)
 
-    def step_optimizer(self, fields: Fields, settings: Buffer) -> None:
+    def step_optimizer(self, order: StepOrder, settings: Buffer) -> None:
         """Clip, step, and drop the gradients unless they are to be kept."""
-        self.zero(fields["zero"])
-        if fields["keep_norms"]:
+        self.zero(order.zero)
+        if order.keep_norms:
             powers = {number: gradients.norm_power(stage.parameters(), 2.0) for number, stage in self.stages.items()}
             self.norms = {number: power**0.5 for number, power in powers.items()}
-        self.clip(fields)
+        self.clip(order)
         assert self._optimizer is not None, "an optimizer step before the optimizer"
-        factors = [factor for stage, factor in fields["lr_factors"] if stage in self.stages]
+        factors = [factor for stage, factor in order.lr_factors if stage in self.stages]
         self._optimizer.step(pickle.loads(settings), lr_factor=max(factors, default=1.0))
         self.estimates = set()
-        self.step = fields.get("step", -1)
-        if not fields["keep"]:
+        self.step = order.step
+        if not order.keep:
             self._stepped = True  # what follows is a new accumulation window
 
     def switch_optimizer(self, method: str, settings: Buffer) -> None:
@@ -155,46 +151,46 @@ class Holdings:
         assert self._optimizer is not None, "a mode before the optimizer"
         self._optimizer.switch(method, pickle.loads(settings))
 
-    def obey_experts(self, moves: Sequence[Any]) -> dict[str, Any]:
+    def move_experts(self, moves: Sequence[tuple[int, str, Sequence[int]]]) -> list[ExpertCost]:
         """Move experts as ordered (block, name, placement); return what those here took since the last time."""
         self.experts.move(moves, self.stages, self._optimizer)
-        return {"measured": self.experts.measured(self.stages, self._optimizer)}
+        return self.experts.measured(self.stages, self._optimizer)
 
     # --------------------------------------------------------------- state
 
-    def state(self, what: str, only: Collection[int] | None = None) -> State:
+    def state(self, what: What, only: Collection[int] | None = None) -> State:
         """Return ``"weights"``, the ``"optimizer"``'s state, or accumulated ``"gradients"``, perhaps of some blocks.
 
         ``"last_gradients"`` are also those that an optimizer step has used; ``"standing"`` is no tensor at all.
         """
         if what == "optimizer":
             state = self.optimizer_state()
-            return encode_optimizer_state({key: state[key] for key in state if only is None or key[0] in only})
+            own = {key: state[key] for key in state if only is None or key[0] in only}
+            return State(*self._standing(), *encode_optimizer_state(own))
         named = self._named(what)
         if only is not None:
             named = {name: tensor for name, tensor in named.items() if tensor_key(name)[0] in only}
-        entries, blobs = pack_tensors(named)
-        stages = [(number, list(stage.blocks)) for number, stage in self.stages.items()]
-        norms, estimates = list(self.norms.items()), sorted(self.estimates)
-        return {"tensors": entries, "norms": norms, "estimates": estimates, "stages": stages}, blobs
+        return State(*self._standing(), *pack_tensors(named))
 
-    def _named(self, what: str) -> dict[str, Tensor]:
+    def _standing(self) -> tuple[list[tuple[int, float]], list[int], list[tuple[int, list[int]]]]:
+        """Return the norms of the last gradients, the estimates, and the blocks of stages."""
+        stages = [(number, list(stage.blocks)) for number, stage in self.stages.items()]
+        return list(self.norms.items()), sorted(self.estimates), stages
+
+    def _named(self, what: What) -> dict[str, Tensor]:
         if what == "standing":
             return {}
         return self._tensors() if what == "weights" else self._gradients(used=what == "last_gradients")
 
-    def put(self, what: str, fields: Fields, blobs: Sequence[Buffer]) -> None:
-        """Overwrite what :meth:`state` returns."""
-        if what == "optimizer":
-            self.load_optimizer_state(decode_optimizer_state(fields, blobs))
-            return
+    def overwrite(self, sent: Overwrite) -> None:
+        """Overwrite weights or gradients."""
         own = self._tensors()
-        self.zero(fields.get("zero", ""))
-        for name in fields.get("absent", ()):
+        self.zero(sent.zero)
+        for name in sent.absent:
             own[name].grad = None
         with torch.no_grad():
-            for name, tensor in unpack_tensors(fields["tensors"], blobs).items():
-                if what == "weights":
+            for name, tensor in unpack_tensors(sent.tensors, sent.blobs).items():
+                if sent.what == "weights":
                     own[name].copy_(tensor)
                 else:
                     own[name].grad = tensor.to(own[name].device)

@@ -9,13 +9,14 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Mapping
 from datetime import timedelta
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 from ..engine.c10d import TCPStore
 from ..engine.channel import Channel, ChannelError, NobodyThere, connect
+from ..engine.control.line import to_driver
+from ..engine.control.presence import Hello, Outlive
 from ..engine.errors import SkipPipeError
 from ..engine.versions import own_versions
 from .service import DriverGone, Refused, Worker
@@ -127,13 +128,13 @@ def dial(store: TCPStore, key: str, secret: bytes, name: str = "") -> Channel:
         time.sleep(_LOOK_S)
 
 
-def _dial_next(where: Mapping[str, Any], secret: bytes, name: str) -> Channel:
-    store = TCPStore(where["host"], where["port"], is_master=False, timeout=_STORE_ANSWERS)
-    return dial(store, where["key"], secret, name)
+def _dial_next(where: Outlive, secret: bytes, name: str) -> Channel:
+    store = TCPStore(where.host, where.port, is_master=False, timeout=_STORE_ANSWERS)
+    return dial(store, where.key, secret, name)
 
 
 def _greet(channel: Channel, name: str, ticket: str = "") -> Channel:
-    channel.send("hello", {"pid": os.getpid(), "name": name, "ticket": ticket, "versions": own_versions()})
+    to_driver(channel).send(Hello(own_versions(), os.getpid(), name=name, ticket=ticket))
     return channel
 
 

@@ -14,15 +14,42 @@ from dataclasses import dataclass, field
 import torch
 
 from ..engine.channel import Buffer
+from ..engine.control.answers import State
+from ..engine.control.codec import Control, from_values, to_values
+from ..engine.control.commands import Arrange
+from ..engine.control.keeping import (
+    AskRecord,
+    AskRecords,
+    AskSummary,
+    Drop,
+    FinishStep,
+    GetRetained,
+    Kept,
+    LetGo,
+    NoteEstimates,
+    OneRecord,
+    Prepare,
+    Records,
+    Retain,
+    Settle,
+    Store,
+    Stored,
+    Summary,
+)
+from ..engine.control.values import Record
+from ..engine.errors import SkipPipeError
 from ..engine.parcel import pack_parts, unpack_parts
 from .arrange import arrange
-from .holdings import Fields, Holdings, State
+from .handlers import Handlers
+from .holdings import Holdings
+
+KeptRecord = tuple[Record, Sequence[Buffer]]
 
 
 @dataclass(slots=True)
 class _Kept:
     holdings: Holdings = field(default_factory=Holdings)
-    records: dict[str, tuple[Fields, Sequence[Buffer]]] = field(default_factory=dict)
+    records: dict[str, KeptRecord] = field(default_factory=dict)
 
 
 class Keep:
@@ -33,7 +60,7 @@ class Keep:
         self._parting: _Kept | None = None
         """What was held before an order that others may not have carried out."""
         self._retained: Sequence[_Kept] = ()
-        self._results: dict[str, tuple[Fields, Sequence[Buffer]]] = {}
+        self._results: dict[str, KeptRecord] = {}
 
     @property
     def holdings(self) -> Holdings:
@@ -45,45 +72,57 @@ class Keep:
         self._now.records.clear()
         self._parting = None
 
-    def arrange(self, fields: Fields, blobs: Sequence[Buffer], device: torch.device) -> None:
+    def arrange(self, order: Arrange, device: torch.device) -> None:
         """Hold from now on what the driver says; see :func:`skippipe_plugin.worker.arrange.arrange`."""
-        parts = unpack_parts(fields["parts"], blobs)
+        parts = unpack_parts(order.parts, order.blobs)
         self._parting = self._parting or _Kept(copy.copy(self.holdings), self._now.records)
-        arrange(self.holdings, fields, parts, device)
-        self._now.records = unpack_parts(*parts["records"])
+        arrange(self.holdings, order, parts, device)
+        records = unpack_parts(*parts["records"])
+        self._now.records = {name: (from_values(Record, said), blobs) for name, (said, blobs) in records.items()}
 
-    def obey(self, fields: Fields, blobs: Sequence[Buffer]) -> State:
-        """Do what ``fields["do"]`` says; return the answer."""
-        answer: State | None = getattr(self, f"_{fields['do']}")(fields, blobs)
-        return answer or ({}, [])
+    def add_to(self, handlers: Handlers) -> None:
+        """Obey all messages of :mod:`skippipe_plugin.engine.control.keeping`."""
+        handlers.on(Prepare, lambda _: Kept())  # all that came before is done
+        handlers.on(Store, self.store)
+        handlers.on(Settle, self.settle)
+        handlers.on(AskRecords, self.records)
+        handlers.on(LetGo, self.let_go)
+        handlers.on(NoteEstimates, self.note_estimates)
+        handlers.on(Drop, self.drop)
+        handlers.on(AskSummary, self.summary)
+        handlers.on(AskRecord, self.record)
+        handlers.on(GetRetained, self.retained)
+        handlers.on(FinishStep, self.finish_step)
+        handlers.on(Retain, self.retain)
 
     # ------------------------------------------------- while a driver trains
 
-    def _prepare(self, fields: Fields, blobs: Sequence[Buffer]) -> None:
-        """All that came before is done."""
+    def store(self, command: Store) -> Control | None:
+        """Keep a record."""
+        records = self._results if command.record.lasting else self._now.records
+        records[command.record.name] = command.record, command.blobs
+        return None if command.quiet else Stored(list(records))
 
-    def _store(self, fields: Fields, blobs: Sequence[Buffer]) -> State:
-        records = self._results if fields["lasting"] else self._now.records
-        records[fields["name"]] = fields, blobs
-        return {"records": list(records)}, []
-
-    def _settle(self, fields: Fields, blobs: Sequence[Buffer]) -> None:
+    def settle(self, command: Settle) -> Kept:
+        """Forget what the last driver has left."""
         self._retained, self._parting = (), None
-        self.holdings.step = fields["step"]
+        self.holdings.step = command.step
+        return Kept()
 
-    def _records(self, fields: Fields, blobs: Sequence[Buffer]) -> State:
-        records, data = pack_parts(self._now.records)
-        return {"records": records}, data
+    def records(self, _: AskRecords) -> Records:
+        """Return all records."""
+        packed = {name: (to_values(record), blobs) for name, (record, blobs) in self._now.records.items()}
+        return Records(*pack_parts(packed))
 
-    def _part(self, fields: Fields, blobs: Sequence[Buffer]) -> None:
+    def let_go(self, _: LetGo) -> None:
         """Everybody holds what the driver has ordered."""
         self._parting = None
 
-    def _estimate(self, fields: Fields, blobs: Sequence[Buffer]) -> None:
+    def note_estimates(self, command: NoteEstimates) -> None:
         """Some blocks were rebuilt by the driver."""
-        self.holdings.estimates |= set(fields["blocks"]) & self.holdings.blocks().keys()
+        self.holdings.estimates |= set(command.blocks) & self.holdings.blocks().keys()
 
-    def _drop(self, fields: Fields, blobs: Sequence[Buffer]) -> None:
+    def drop(self, _: Drop) -> None:
         """Others hold everything."""
         self._now, self._parting, self._retained = _Kept(), None, ()
 
@@ -94,27 +133,36 @@ class Keep:
         """What the last driver has left, in one or two parts that may have blocks in common."""
         return self._retained or [self._now, *([] if self._parting is None else [self._parting])]
 
-    def _summary(self, fields: Fields, blobs: Sequence[Buffer]) -> State:
+    def summary(self, _: AskSummary) -> Summary:
+        """Return what is left of the last driver."""
         records = {name: record for kept in self._last for name, (record, _) in kept.records.items()}
-        return {
-            "blocks": [list(kept.holdings.blocks()) for kept in self._last],
-            "records": {name: (record["fit"], record["step"]) for name, record in records.items()},
-            "results": [record["fit"] for record, _ in self._results.values()],
-        }, []
+        return Summary(
+            blocks=[list(kept.holdings.blocks()) for kept in self._last],
+            records={name: (record.fit, record.step) for name, record in records.items()},
+            results=[record.fit for record, _ in self._results.values()],
+        )
 
-    def _record(self, fields: Fields, blobs: Sequence[Buffer]) -> State:
-        records = [self._results, *(kept.records for kept in self._last)]
-        record, data = next(each[fields["name"]] for each in reversed(records) if fields["name"] in each)
-        return {"record": record}, list(data)
+    def record(self, question: AskRecord) -> OneRecord:
+        """Return one record of the last driver."""
+        for records in (*(kept.records for kept in reversed(self._last)), self._results):
+            if question.name in records:
+                return OneRecord(*records[question.name])
+        raise SkipPipeError(f"no record {question.name!r} is kept here")
 
-    def _state(self, fields: Fields, blobs: Sequence[Buffer]) -> State:
-        return self._last[fields["part"]].holdings.state(fields["what"], fields["blocks"])
+    def retained(self, question: GetRetained) -> State:
+        """Return what belongs to blocks of the last driver."""
+        if not 0 <= question.part < len(self._last):
+            raise SkipPipeError(f"part {question.part} of what the last driver has left is not here")
+        return self._last[question.part].holdings.state(question.what, question.blocks)
 
-    def _finish(self, fields: Fields, blobs: Sequence[Buffer]) -> None:
+    def finish_step(self, command: FinishStep) -> Kept:
         """Do the optimizer step that the last driver was about to command."""
         holdings = self._last[0].holdings
-        if holdings.stages and holdings.step < fields["optimizer_step"]["step"]:
-            holdings.step_optimizer(fields["optimizer_step"], blobs[0])
+        if holdings.stages and holdings.step < command.order.step:
+            holdings.step_optimizer(command.order, command.settings)
+        return Kept()
 
-    def _retain(self, fields: Fields, blobs: Sequence[Buffer]) -> None:
+    def retain(self, _: Retain) -> Kept:
+        """Keep what the last driver has left until all is settled."""
         self._retained, self._now, self._parting = self._last, _Kept(), None
+        return Kept()

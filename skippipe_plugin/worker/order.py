@@ -11,11 +11,23 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection
 from typing import Final
 
-from ..engine.channel import Message
+from ..engine.control.codec import Received
+from ..engine.control.commands import (
+    Abort,
+    AskNorm,
+    Clip,
+    Configure,
+    Get,
+    Merge,
+    Pass,
+    StepOptimizer,
+    SwitchOptimizer,
+)
+from ..engine.control.presence import Exit, Release
 
-_COMMANDS: Final = frozenset({"merge", "norm", "clip", "optimizer_step", "optimizer_mode"})
+_COMMANDS: Final = (Merge, AskNorm, Clip, StepOptimizer, SwitchOptimizer)
 """What every driver comes to, and what changes or measures what the others can ask for."""
-_AT_ONCE: Final = frozenset({"configure", "release", "exit", "abort"})
+_AT_ONCE: Final = (Configure, Release, Exit, Abort)
 
 
 class DriversOrder:
@@ -28,8 +40,8 @@ class DriversOrder:
     def __init__(self, announced: Callable[[], Collection[int]]) -> None:
         self.num_drivers = 1
         self._announced = announced
-        self._held: deque[Message] = deque()
-        self._early: deque[tuple[int, Message]] = deque()
+        self._held: deque[Received] = deque()
+        self._early: deque[tuple[int, Received]] = deque()
         self._passes: Counter[int] = Counter()
         self._num_done = 0
 
@@ -45,21 +57,21 @@ class DriversOrder:
         self._passes.clear()
         self._num_done = 0
 
-    def admit(self, source: int, message: Message) -> bool:
+    def admit(self, source: int, message: Received) -> bool:
         """Whether ``message`` is to be obeyed now; otherwise it is held back, or has been."""
-        if message.kind == "pass":
+        if isinstance(message.body, Pass):
             self._passes[source] += 1
             return False
-        if source == 0 and message.kind not in _AT_ONCE and (self._held or self._must_wait(message)):
+        if source == 0 and not isinstance(message.body, _AT_ONCE) and (self._held or self._must_wait(message)):
             self._held.append(message)
             return False
-        if source > 0 and message.kind == "get" and self._is_early(source):
+        if source > 0 and isinstance(message.body, Get) and self._is_early(source):
             self._early.append((source, message))
             return False
         self._note(source, message)
         return True
 
-    def ready(self) -> tuple[int, Message] | None:
+    def ready(self) -> tuple[int, Received] | None:
         """Return a message that has been held back for long enough, and who sent it."""
         if self._early and not self._is_early(self._early[0][0]):
             return self._early.popleft()
@@ -74,15 +86,15 @@ class DriversOrder:
         """Whether a message of the first driver has been held back for long enough."""
         return bool(self._held) and not self._must_wait(self._held[0])
 
-    def _note(self, source: int, message: Message) -> None:
-        if source == 0 and message.kind in _COMMANDS:
+    def _note(self, source: int, message: Received) -> None:
+        if source == 0 and isinstance(message.body, _COMMANDS):
             self._num_done += 1
 
     def _is_early(self, source: int) -> bool:
         return self._passes[source] > self._num_done and 0 not in self._announced()
 
-    def _must_wait(self, message: Message) -> bool:
-        if self.num_drivers == 1 or message.kind not in _COMMANDS:
+    def _must_wait(self, message: Received) -> bool:
+        if self.num_drivers == 1 or not isinstance(message.body, _COMMANDS):
             return False
         announced = self._announced()
         return any(self._passes[d] <= self._num_done and d not in announced for d in range(1, self.num_drivers))

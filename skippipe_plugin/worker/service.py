@@ -16,7 +16,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
@@ -24,7 +24,13 @@ from torch import Tensor
 
 from ..engine.c10d import TCPStore
 from ..engine.call import Call
-from ..engine.channel import Channel, ChannelClosed, Message
+from ..engine.channel import Channel, ChannelClosed
+from ..engine.control import answers, commands
+from ..engine.control.codec import Control, Received
+from ..engine.control.keeping import Drop, Settle
+from ..engine.control.line import to_driver
+from ..engine.control.presence import Beat, Exit, Hello, Leave, Outlive, Refuse, Release
+from ..engine.control.values import Opening
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
 from ..engine.executor import Executor
 from ..engine.handover import pack_tensors, unpack_blocks, unpack_tensors
@@ -35,12 +41,14 @@ from ..engine.program import Instruction, compile_program, directed_links
 from ..engine.taps import Tapped
 from ..engine.transport import Transport
 from ..engine.versions import own_versions
-from ..engine.wire import CallDecoder, norm_answer
+from ..engine.wire import CallDecoder, decode_optimizer_state
 from ..moe.board import RouterBoard
 from ..schedule import Schedule
+from .handlers import Handlers
 from .holdings import Holdings
 from .keep import Keep
 from .order import DriversOrder
+from .routers import obey
 from .tallies import StageTallies
 
 log = logging.getLogger(__name__)
@@ -66,13 +74,13 @@ class Worker:
     """
 
     def __init__(self, channel: Channel, *, outlives: bool = False) -> None:
-        self._channels = [channel]
+        self._lines = [to_driver(channel)]
         self._outlives = outlives
         self.ends_with_driver = False
         """Whether the process is the driver's own, which has nothing left to do when that one is gone."""
-        self.next_driver: Mapping[str, Any] | None = None
-        """Where the next driver will be found, if this one has said so: ``host``, ``port`` and ``key`` of a store."""
-        self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
+        self.next_driver: Outlive | None = None
+        """Where the next driver will be found, if this one has said so."""
+        self._inbox: queue.SimpleQueue[tuple[int, Received | None]] = queue.SimpleQueue()
         self._readers: list[threading.Thread] = []
         self._transport: Transport | None = None
         self._keep = Keep()
@@ -86,21 +94,51 @@ class Worker:
         self._calls: dict[int, list[tuple[int, Call]]] = {}
         self._sources: dict[int, int] = {}
         """By microbatch: which driver leads it."""
-        self._pulled: dict[tuple[int, int], Message] = {}
+        self._pulled: dict[tuple[int, int], commands.Pulled] = {}
         self._generation = self._rank = -1
         self._asked: tuple[int, int] = (0, -1)
         """Who sent the command under way, and its number on that one's channel."""
         self._given_up = -1
         """The last generation that the driver has given up."""
         self._step = -1
-        self._steps: dict[int, Any] = {}  # Any: JSON
+        self._steps: dict[int, commands.Step] = {}
         self._order = DriversOrder(lambda: self._steps)
-        self._later: list[Message] = []
+        self._later: list[commands.Overwrite] = []
         """What the first driver has written and the others, which have written the same, may not have yet."""
         self._closing = False
         self._may_leave = self._wants_to_leave = False
         self._refusal = ""
         self._doomsday: threading.Timer | None = None
+        self._handlers = self._table()
+
+    def _table(self) -> Handlers:
+        handlers = Handlers()
+        handlers.on(commands.Configure, self._configure)
+        handlers.on(commands.Abort, lambda _: None)  # the reader has done it, and the step it was for is over
+        handlers.on(commands.Load, self._load)
+        handlers.on(commands.Warm, self._warm)
+        handlers.on(commands.Arrange, self._arrange)
+        handlers.on(commands.Step, self._begin_step)
+        handlers.on(commands.Pulled, lambda _: None)  # of a step that was given up
+        handlers.on(commands.AskRouters, self._ask_routers)
+        handlers.on(commands.MoveExperts, self._move_experts)
+        handlers.on(commands.MeasureLinks, self._measure_links)
+        handlers.on(commands.Merge, self._merge)
+        handlers.on(commands.AskNorm, self._measure_norm)
+        handlers.on(commands.UseSchedule, self._use_schedule)
+        handlers.on(commands.BuildOptimizer, lambda command: self._holdings.build_optimizer(command.plan))
+        handlers.on(commands.PutOptimizerState, self._put_optimizer_state)
+        handlers.on(commands.StepOptimizer, self._step_optimizer)
+        handlers.on(commands.SwitchOptimizer, self._switch_optimizer)
+        handlers.on(commands.Get, self._get)
+        handlers.on(commands.Overwrite, self._overwrite)
+        handlers.on(commands.Clip, self._clip)
+        handlers.on(Outlive, self._outlive)
+        handlers.on(commands.AskClock, lambda _: answers.ClockReads(time.perf_counter()))
+        handlers.on(commands.Probe, self._probe)
+        handlers.on(commands.CompareParts, self._compare_parts)
+        self._keep.add_to(handlers)
+        return handlers
 
     @property
     def _holdings(self) -> Holdings:
@@ -118,17 +156,22 @@ class Worker:
             self._start_reader(0)
         try:
             while True:
-                source, message = self._next()
-                if message.kind in ("release", "exit"):
-                    return self._farewell(message)
-                self._obey(source, message)
+                source, received = self._next()
+                match received.body:
+                    case Exit():
+                        self.close()
+                        return None
+                    case Release(results):
+                        farewell: dict[str, Any] = pickle.loads(results)
+                        return farewell
+                self._obey(source, received)
         except DriverGone:
             self.close()
             raise
 
     def rejoin(self, channel: Channel) -> None:
         """Go on with another driver after the end of the last one; what is held stays."""
-        self._channels, self._readers, self._inbox = [channel], [], queue.SimpleQueue()
+        self._lines, self._readers, self._inbox = [to_driver(channel)], [], queue.SimpleQueue()
         self._closing = False
         self._holdings.give_up_step()
 
@@ -138,8 +181,8 @@ class Worker:
         if self._transport is not None:
             self._transport.poison()
             self._transport = None
-        for channel in self._channels:
-            channel.close()
+        for line in self._lines:
+            line.channel.close()
         for reader in self._readers:
             reader.join(timeout=_GRACE_S)
         if self._doomsday is not None:
@@ -155,19 +198,12 @@ class Worker:
 
     def _ask_to_leave(self) -> None:
         with contextlib.suppress(ChannelClosed):
-            self._channels[0].send("leave", answers=-1)
+            self._lines[0].send(Leave(), answers=-1)
 
     def _gone(self, source: int) -> DriverGone:
         if self._refusal:
             return Refused(f"the driver does not take this worker: {self._refusal}")
         return DriverGone(f"driver {source} is gone")
-
-    def _farewell(self, message: Message) -> dict[str, Any] | None:
-        if message.kind == "exit":
-            self.close()
-            return None
-        results: dict[str, Any] = pickle.loads(message.blobs[0])
-        return results
 
     def _start_reader(self, source: int) -> None:
         reader = threading.Thread(target=self._read, args=(source,), name=f"driver {source}", daemon=True)
@@ -175,35 +211,41 @@ class Worker:
         reader.start()
 
     def _read(self, source: int) -> None:
-        channel = self._channels[source]
+        line = self._lines[source]
         while True:
             try:
-                message = channel.receive()
-            except SkipPipeError:
+                received = line.receive()
+            except SkipPipeError as error:
                 if not self._closing:
-                    if self.ends_with_driver and not self._refusal:
-                        os._exit(1)  # whatever the main thread is at, such as an import
-                    if not self._outlives:
-                        self._doomsday = threading.Timer(_GRACE_S, os._exit, (1,))
-                        self._doomsday.daemon = True
-                        self._doomsday.start()
-                    self._abort()
-                    self._inbox.put((source, None))
+                    if not isinstance(error, ChannelClosed):
+                        log.error("the link to driver %d ends: %s", source, error)
+                    self._lose_driver(source)
                 return
-            if message.kind == "beat":
-                with contextlib.suppress(ChannelClosed):
-                    channel.send_if_free("beat")
-                continue
-            if message.kind == "refuse":
-                self._refusal = message.fields["reason"]
-                continue  # the end of the channel follows
-            if message.kind == "abort":
-                self._abort(message.fields["generation"])
-            if message.kind == "exit" and source > 0:
-                return  # a further driver ends before the first: nothing to do for it any more
-            if message.kind == "exit":
-                self._closing = True
-            self._inbox.put((source, message))
+            match received.body:
+                case Beat():
+                    with contextlib.suppress(ChannelClosed):
+                        line.send_if_free(received.body)
+                    continue
+                case Refuse(reason):
+                    self._refusal = reason
+                    continue  # the end of the channel follows
+                case commands.Abort(generation):
+                    self._abort(generation)
+                case Exit() if source > 0:
+                    return  # a further driver ends before the first: nothing to do for it any more
+                case Exit():
+                    self._closing = True
+            self._inbox.put((source, received))
+
+    def _lose_driver(self, source: int) -> None:
+        if self.ends_with_driver and not self._refusal:
+            os._exit(1)  # whatever the main thread is at, such as an import
+        if not self._outlives:
+            self._doomsday = threading.Timer(_GRACE_S, os._exit, (1,))
+            self._doomsday.daemon = True
+            self._doomsday.start()
+        self._abort()
+        self._inbox.put((source, None))
 
     def _abort(self, generation: int | None = None) -> None:
         """Wake the main thread out of any operation of the given (or of whatever) generation."""
@@ -215,16 +257,17 @@ class Worker:
 
     # ------------------------------------------------------------ commands
 
-    def _obey(self, source: int, message: Message) -> None:
-        if message.kind == "calls":
-            self._keep_calls(source, message)
+    def _obey(self, source: int, received: Received) -> None:
+        if isinstance(received.body, commands.Calls):
+            self._keep_calls(source, received.body)
             return
-        if message.kind == "abort":
-            return  # the reader has done it, and the step it was for is over
-        command: Callable[[int, Message], None] = getattr(self, f"_on_{message.kind}")
-        outer, self._asked = self._asked, (source, message.number)
+        outer, self._asked = self._asked, (source, received.number)
         try:
-            command(source, message)
+            answer = self._handlers.obey(received.body)
+            if answer is not None:
+                self._reply(source, answer)
+            if self._wants_to_leave and isinstance(received.body, (Settle, Drop)):
+                self._ask_to_leave()  # the driver that was asked first may be gone
         except DriverGone:
             raise
         except ChannelClosed:
@@ -240,136 +283,141 @@ class Worker:
         self._holdings.give_up_step()
         self._tallies.close()
         packed, text = pack_exception(error)
-        fields = {"aborted": aborted, "traceback": text, "stages": list(self._holdings.stages)}
         with contextlib.suppress(ChannelClosed):  # the reader of that channel reports it
-            self._answer("error", fields, [packed])
+            self._answer(answers.Failed(aborted, text, packed))
 
-    def _answer(self, kind: str, fields: dict[str, Any], blobs: Sequence[Any] = ()) -> None:
-        for source in range(len(self._channels)):
-            self._reply(source, kind, fields, blobs)
+    def _answer(self, body: Control) -> None:
+        """Answer the command under way such that all drivers know."""
+        for source in range(len(self._lines)):
+            self._reply(source, body)
 
-    def _reply(self, source: int, kind: str, fields: dict[str, Any], blobs: Sequence[Any] = ()) -> None:
+    def _reply(self, source: int, body: Control) -> None:
         """Answer the command under way; to another driver than the one that sent it, it is news."""
         by, number = self._asked
-        answers = number if source % len(self._channels) == by else -1
-        self._channels[source].send(kind, {"generation": self._generation, **fields}, blobs, answers=answers)
+        answers = number if source % len(self._lines) == by else -1
+        self._lines[source].send(body, answers=answers, generation=self._generation)
 
-    def _on_configure(self, source: int, message: Message) -> None:
-        fields = message.fields
-        self._generation, self._rank = fields["generation"], fields["rank"]
-        _extend_path(fields["sys_path"])
-        self._may_leave = fields["may_leave"]
-        torch.set_num_threads(fields["num_threads"])
-        self._device = torch.device(fields["device"])
-        for host, port in fields["other_drivers"][len(self._channels) - 1 :]:
-            self._channels.append(self._channels[0].connect_to(host, port))
-            self._reply(-1, "hello", {"rank": fields["rank"], "versions": own_versions()})
-            self._start_reader(len(self._channels) - 1)
+    def _configure(self, command: commands.Configure) -> None:
+        self._generation, self._rank = command.generation, command.rank
+        _extend_path(command.sys_path)
+        self._may_leave = command.may_leave
+        torch.set_num_threads(command.num_threads)
+        self._device = torch.device(command.device)
+        for host, port in command.other_drivers[len(self._lines) - 1 :]:
+            self._lines.append(to_driver(self._lines[0].channel.connect_to(host, port)))
+            self._reply(-1, Hello(own_versions(), rank=command.rank))
+            self._start_reader(len(self._lines) - 1)
         self._holdings.buffers.restore()  # of a step whose gradients were not merged: it is repeated
-        self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._channels]
+        self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._lines]
         self._calls.clear()
         self._steps.clear()
-        self._order.restart(len(self._channels))
-        self._form(fields)
-        self._answer("ready", {})
+        self._order.restart(len(self._lines))
+        self._form(command)
+        self._answer(answers.Ready())
 
-    def _form(self, fields: Any) -> None:  # Any: JSON
-        store = TCPStore(fields["store_host"], fields["store_port"], is_master=False)
+    def _form(self, command: commands.Configure) -> None:
+        store = TCPStore(command.store_host, command.store_port, is_master=False)
         self._transport = transport_for(
-            fields["backend"],
+            command.backend,
             store,
-            rank=fields["rank"],
-            members=fields["members"],
-            generation=fields["generation"],
-            host=self._channels[0].local_host,
-            device=fields["device"],
+            rank=command.rank,
+            members=command.members,
+            generation=command.generation,
+            host=self._lines[0].channel.local_host,
+            device=command.device,
         )
         if self._given_up >= self._transport.generation:  # the reader was faster, and found nothing to wake
             self._transport.poison()
         self._transport.form()
         self._replica_groups = {}
-        for stage, ranks in fields["replica_groups"]:
-            if fields["rank"] in ranks:
+        for stage, ranks in command.replica_groups:
+            if command.rank in ranks:
                 self._replica_groups[stage] = f"stage{stage}"
                 self._transport.form_subgroup(f"stage{stage}", ranks)
-        self._holdings.experts.form(self._transport, fields["expert_sets"])
+        self._holdings.experts.form(self._transport, command.expert_sets)
         self._holdings.experts.bind(self._transport, self._holdings.stages)
-        schedules = {name: Schedule.from_json(text) for name, text in fields["schedules"].items()}
+        schedules = {name: Schedule.from_json(text) for name, text in command.schedules.items()}
         self._transport.connect(directed_links(*schedules.values()))
         self._programs = {name: compile_program(schedule, self._rank) for name, schedule in schedules.items()}
         self._schedules = schedules
-        self._step = fields["step"]
+        self._step = command.step
 
-    def _on_load(self, source: int, message: Message) -> None:
-        if message.fields["first"]:
+    def _load(self, command: commands.Load) -> None:
+        if command.first:
             self._keep.forget()
-        if self._holdings.load(message.fields, message.blobs, self._device):
-            self._holdings.experts.bind(self._transport, self._holdings.stages)
-            self._routers = RouterBoard(self._holdings.blocks().values())
-            self._answer("ready", {})
+        self._holdings.load(command, self._device)
+        if command.last:
+            self._settle_in()
 
-    def _on_warm(self, source: int, message: Message) -> None:
+    def _warm(self, command: commands.Warm) -> answers.Warmed:
         """Import what a stage will need: the blocks' classes, and what torch loads with the first optimizer."""
-        _extend_path(message.fields["sys_path"])
-        unpack_blocks(message.fields["blocks"], message.blobs)
+        _extend_path(command.sys_path)
+        unpack_blocks(command.blocks, command.blobs)
         torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
-        self._reply(source, "warmed", {})
+        return answers.Warmed()
 
-    def _on_arrange(self, source: int, message: Message) -> None:
-        self._keep.arrange(message.fields, message.blobs, self._device)
+    def _arrange(self, command: commands.Arrange) -> None:
+        self._keep.arrange(command, self._device)
+        self._settle_in()
+
+    def _settle_in(self) -> None:
+        """Everything has come."""
         self._holdings.experts.bind(self._transport, self._holdings.stages)
         self._routers = RouterBoard(self._holdings.blocks().values())
-        self._answer("ready", {})
+        self._answer(answers.Ready())
 
-    def _on_step(self, source: int, message: Message) -> None:
+    def _begin_step(self, command: commands.Step) -> None:
         """Note a driver's part of a step; run it when every driver has announced its own."""
-        self._keep_calls(source, message)
-        self._steps[source] = message.fields
-        if len(self._steps) < len(self._channels):
+        source, _ = self._asked
+        self._keep_calls(source, command)
+        self._steps[source] = command
+        if len(self._steps) < len(self._lines):
             return
         parts, self._steps = list(self._steps.values()), {}
-        self._run_step(parts[0], {microbatch for part in parts for microbatch in part["live"]}, parts)
+        openings = [part.opening for part in parts]
+        live = {microbatch for opening in openings for microbatch in opening.live}
+        self._run_step(parts[0].news.step, openings, live)
 
-    def _run_step(self, fields: Any, live: set[int], parts: list[Any]) -> None:  # Any: JSON
+    def _run_step(self, number: int, openings: list[Opening], live: set[int]) -> None:
         assert self._transport is not None, "a step before the groups are formed"
-        self._step = fields["step"]
+        self._step, first = number, openings[0]
         self._order.start_step()
         self._put_later()
         self._calls = {step: calls for step, calls in self._calls.items() if step >= self._step}
         for stage in self._holdings.stages.values():
-            stage.forget_caches(key for part in parts for key in part["forget_caches"])
-        if fields["training"]:
-            self._holdings.zero(fields.get("zero", ""))
+            stage.forget_caches(key for opening in openings for key in opening.forget_caches)
+        if first.training:
+            self._holdings.zero(first.zero)
             self._holdings.begin_step(may_repeat=self._may_leave)
             self._routers.open(1 / max(1, len(live)))
-            self._open_tallies(fields, live)
+            self._open_tallies(first, live)
         self._holdings.experts.begin_step()
         self._pulled.clear()
         for stage in self._holdings.stages.values():
             stage.driver_hooks = self
         executor = Executor(self._transport, self._holdings.stages, self._device)
-        events = executor.run(self._programs[fields["program"]], live, _Feed(self))
-        if fields["training"]:
+        events = executor.run(self._programs[first.program], live, _Feed(self))
+        if first.training:
             self._holdings.experts.end_step(events)
             self._sum_over_replicas()
             self._holdings.window.close()
-            if fields.get("repeats"):
+            if first.repeats:
                 self._holdings.buffers.restore()  # its samples are counted
             self._routers.close()
         loads = self._tallies.close()
-        timeline = [[str(event.action), event.start_s, event.end_s] for event in events] if fields["timeline"] else []
+        timeline = [(str(event.action), event.start_s, event.end_s) for event in events] if first.timeline else []
         writes = [each for stage in self._holdings.stages.values() for each in stage.take_writes()]
-        self._answer("done", {"step": self._step, "timeline": timeline, "writes": writes, "loads": loads})
+        self._answer(answers.Done(self._step, timeline, writes, loads))
 
-    def _open_tallies(self, fields: Any, live: set[int]) -> None:  # Any: JSON
+    def _open_tallies(self, opening: Opening, live: set[int]) -> None:
         if self._routers.balances:
             assert self._transport is not None
             self._tallies.open(
-                self._schedules[fields["program"]],
+                self._schedules[opening.program],
                 live,
                 self._holdings.stages,
                 rank=self._rank,
-                base=fields.get("loads", {}),
+                base=opening.loads,
                 post=self._transport,
             )
 
@@ -383,101 +431,84 @@ class Worker:
     def show(self, stage: int, microbatch: int, tapped: Tapped) -> None:
         """Send what the driver's hooks are to see of a stage's forward."""
         entries, blobs = pack_tensors({str(index): tensor for index, tensor in enumerate(tapped.tensors)})
-        fields = {"step": self._step, "microbatch": microbatch, "stage": stage, "tensors": entries}
-        fields["requires_grad"] = list(tapped.requires_grad)
-        self._reply(self._sources[microbatch], "tapped", fields, [tapped.events, *blobs])
+        flags = list(tapped.requires_grad)
+        seen = answers.Tapped(self._step, microbatch, stage, entries, flags, tapped.events, blobs)
+        self._reply(self._sources[microbatch], seen)
 
     def gradients(self, stage: int, microbatch: int) -> dict[int, Tensor]:
         """Wait for the gradients of what the driver's hooks have seen."""
         while (microbatch, stage) not in self._pulled:
             self._take_in()
-        message = self._pulled.pop((microbatch, stage))
-        return {int(name): each for name, each in unpack_tensors(message.fields["tensors"], message.blobs).items()}
+        pulled = self._pulled.pop((microbatch, stage))
+        return {int(name): each for name, each in unpack_tensors(pulled.tensors, pulled.blobs).items()}
 
-    def _on_pulled(self, source: int, message: Message) -> None:
-        """Of a step that was given up."""
+    def _ask_routers(self, command: commands.AskRouters) -> None:
+        self._answer(obey(self._routers, command))
 
-    def _on_routers(self, source: int, message: Message) -> None:
-        self._answer("routers", self._routers.obey(message.fields))
+    def _move_experts(self, command: commands.MoveExperts) -> None:
+        self._answer(answers.ExpertNews(self._holdings.move_experts(command.moves)))
 
-    def _on_experts(self, source: int, message: Message) -> None:
-        self._answer("experts", self._holdings.obey_experts(message.fields["moves"]))
-
-    def _on_ping(self, source: int, message: Message) -> None:
+    def _measure_links(self, command: commands.MeasureLinks) -> None:
         assert self._transport is not None, "links are measured in a generation"
-        costs = measure_links(self._transport, message.fields["num_bytes"])
-        self._answer("links", {"costs": [dataclasses.astuple(cost) for cost in costs]})
+        costs = measure_links(self._transport, command.num_bytes)
+        self._answer(answers.LinkCosts([(c.first, c.second, c.latency_s, c.bandwidth_Bps) for c in costs]))
 
-    def _on_merge(self, source: int, message: Message) -> None:
+    def _merge(self, command: commands.Merge) -> None:
         self._put_later()
         self._routers.commit()
-        self._holdings.merge(message.fields)
-        if message.fields["norm_type"] is not None:
-            self._on_norm(source, message)
+        self._holdings.merge(command)
+        if command.norm is not None:
+            self._measure_norm(command.norm)
 
-    def _on_norm(self, source: int, message: Message) -> None:
+    def _measure_norm(self, command: commands.AskNorm) -> None:
         self._put_later()
-        fields = message.fields
-        powers = self._holdings.norm_powers(float(fields["norm_type"]), stepped=fields["stepped"])
-        self._answer(norm_answer(message.fields["norm"]), dict(powers))
+        powers = self._holdings.norm_powers(float(command.norm_type), stepped=command.stepped)
+        self._answer(answers.NormPowers(command.number, *powers))
 
-    def _on_schedule(self, source: int, message: Message) -> None:
+    def _use_schedule(self, command: commands.UseSchedule) -> None:
         assert self._transport is not None, "schedules come within a generation"
-        schedule = Schedule.from_json(message.fields["text"])
+        schedule = Schedule.from_json(command.text)
         self._transport.connect(directed_links(schedule))
-        self._programs[message.fields["name"]] = compile_program(schedule, self._rank)
-        self._schedules[message.fields["name"]] = schedule
+        self._programs[command.name] = compile_program(schedule, self._rank)
+        self._schedules[command.name] = schedule
 
-    def _on_optimizer(self, source: int, message: Message) -> None:
-        self._holdings.build_optimizer(message.blobs[0])
+    def _put_optimizer_state(self, command: commands.PutOptimizerState) -> None:
+        self._holdings.load_optimizer_state(decode_optimizer_state(command.tensors, command.blobs))
+        self._answer(answers.Ready())
 
-    def _on_optimizer_step(self, source: int, message: Message) -> None:
+    def _step_optimizer(self, command: commands.StepOptimizer) -> None:
         self._put_later()
-        self._holdings.step_optimizer(message.fields, message.blobs[0])
+        self._holdings.step_optimizer(command.order, command.settings)
 
-    def _on_optimizer_mode(self, source: int, message: Message) -> None:
+    def _switch_optimizer(self, command: commands.SwitchOptimizer) -> None:
         self._put_later()
-        self._holdings.switch_optimizer(message.fields["method"], message.blobs[0])
+        self._holdings.switch_optimizer(command.method, command.settings)
 
-    def _on_get(self, source: int, message: Message) -> None:
-        self._reply(source, "state", *self._holdings.state(message.fields["what"], message.fields.get("blocks")))
+    def _get(self, question: commands.Get) -> answers.State:
+        return self._holdings.state(question.what, question.blocks)
 
-    def _on_put(self, source: int, message: Message) -> None:
-        if message.fields.get("quiet"):
-            self._later.append(message)
-            if len(self._channels) == 1:
-                self._put_later()
-            return
-        self._holdings.put(message.fields["what"], message.fields, message.blobs)
-        self._answer("ready", {})
+    def _overwrite(self, command: commands.Overwrite) -> None:
+        self._later.append(command)
+        if len(self._lines) == 1:
+            self._put_later()
 
     def _put_later(self) -> None:
         later, self._later = self._later, []
-        for message in later:
-            self._holdings.put(message.fields["what"], message.fields, message.blobs)
+        for command in later:
+            self._holdings.overwrite(command)
 
-    def _on_clip(self, source: int, message: Message) -> None:
+    def _clip(self, command: commands.Clip) -> None:
         self._put_later()
-        self._holdings.zero(message.fields["zero"])
-        self._holdings.clip(message.fields)
+        self._holdings.zero(command.zero)
+        self._holdings.clip(command)
 
-    def _on_outlive(self, source: int, message: Message) -> None:
+    def _outlive(self, command: Outlive) -> None:
         """Whoever joined by hand belongs to a supervised job, and waits for the next driver when this one is lost."""
-        self.next_driver, self._outlives = message.fields, True
+        self.next_driver, self._outlives = command, True
 
-    def _on_keep(self, source: int, message: Message) -> None:
-        answer = self._keep.obey(message.fields, message.blobs)
-        if not message.fields.get("quiet"):
-            self._reply(source, "kept", *answer)
-        if self._wants_to_leave and message.fields["do"] in ("settle", "drop"):
-            self._ask_to_leave()  # the driver that was asked first may be gone
-
-    def _on_clock(self, source: int, message: Message) -> None:
-        self._reply(source, "clock", {"now": time.perf_counter()})
-
-    def _on_probe(self, source: int, message: Message) -> None:
+    def _probe(self, command: commands.Probe) -> answers.Probed:
         call: Call
-        block, call, enters = pickle.loads(message.blobs[0])
+        block, call, enters = pickle.loads(command.question)
         stage = next(stage for stage in self._holdings.stages.values() if block in stage.blocks)
         try:
             probe = stage.probe(block, self._here(call), enters)
@@ -485,15 +516,15 @@ class Worker:
             if stage.company is not None:
                 raise  # others wait in the middle of it
             packed, text = pack_exception(error)  # nothing has changed: an answer like another
-            self._reply(source, "probe", {"traceback": text}, [packed])
-        else:
-            self._reply(source, "probe", {}, [pickle.dumps(probe)])
+            return answers.Probed(text, packed)
+        return answers.Probed(None, pickle.dumps(probe))
 
-    def _on_parts(self, source: int, message: Message) -> None:
-        block, call, enters, parts = pickle.loads(message.blobs[0])
+    def _compare_parts(self, command: commands.CompareParts) -> answers.PartsCompared:
+        block, call, enters, parts = pickle.loads(command.question)
         stage = next(stage for stage in self._holdings.stages.values() if block in stage.blocks)
-        alike = stage.computes_parts_alike(block, self._here(call), enters, self._parts_here(parts))
-        self._reply(source, "parts", {"alike": alike})
+        return answers.PartsCompared(
+            stage.computes_parts_alike(block, self._here(call), enters, self._parts_here(parts))
+        )
 
     # -------------------------------------------------------------- pieces
 
@@ -509,34 +540,35 @@ class Worker:
             self._take_in()
         return self._calls.pop(self._step, [])
 
-    def _next(self) -> tuple[int, Message]:
+    def _next(self) -> tuple[int, Received]:
         """Return the next message to obey, and who sent it."""
         while True:
             held = self._order.ready()
             if held is not None:
                 return held
-            source, message = self._inbox.get()
-            if message is None:
+            source, received = self._inbox.get()
+            if received is None:
                 raise self._gone(source)
-            if self._order.admit(source, message):
-                return source, message
+            if self._order.admit(source, received):
+                return source, received
 
     def _take_in(self) -> None:
         """Wait for a message in the middle of a step."""
-        source, message = self._next()
-        if message.kind == "calls":
-            self._keep_calls(source, message)
-        elif message.kind == "pulled":
-            self._pulled[message.fields["microbatch"], message.fields["stage"]] = message
-        elif message.kind == "probe":
-            self._obey(source, message)
-        else:
-            raise GenerationAborted(f"{message.kind!r} came in the middle of a step")
+        source, received = self._next()
+        match received.body:
+            case commands.Calls():
+                self._keep_calls(source, received.body)
+            case commands.Pulled(_, microbatch, stage):
+                self._pulled[microbatch, stage] = received.body
+            case commands.Probe():
+                self._obey(source, received)
+            case other:
+                raise GenerationAborted(f"{type(other).__name__!r} came in the middle of a step")
 
-    def _keep_calls(self, source: int, message: Message) -> None:
-        pairs = self._decoders[source].decode(message)
-        # Another driver may be a step ahead of the first one's "step" message; aborted steps are never asked for.
-        self._calls.setdefault(message.fields["step"], []).extend(pairs)
+    def _keep_calls(self, source: int, command: commands.Calls | commands.Step) -> None:
+        pairs = self._decoders[source].decode(command.news, command.blobs)
+        # Another driver may be a step ahead of the first one's step; aborted steps are never asked for.
+        self._calls.setdefault(command.news.step, []).extend(pairs)
         self._sources.update((microbatch, source) for microbatch, _ in pairs)
 
 

@@ -193,7 +193,7 @@ def test_caches_neither_travel_nor_pile_up_in_training(name: str, monkeypatch: p
     train(lambda: Pretrained(net()), loader(zoo.language(BATCH * 10)), 3, {"num_microbatches": 4}, callbacks=[traffic])
     assert net().config.use_cache
     assert len(set(traffic.specs)) == 1
-    calls = traffic.messages.get("calls", ())  # quick embeddings are all announced together with their step
+    calls = traffic.messages.get("Calls", ())  # quick embeddings are all announced together with their step
     assert all(blobs == 0 and size < 1000 for blobs, size in calls)
 
 

@@ -7,6 +7,10 @@ import pytest
 
 from skippipe_plugin.engine.c10d import TCPStore
 from skippipe_plugin.engine.channel import connect
+from skippipe_plugin.engine.control.answers import Failed
+from skippipe_plugin.engine.control.commands import Abort, Configure
+from skippipe_plugin.engine.control.line import to_worker
+from skippipe_plugin.engine.control.presence import Exit
 from skippipe_plugin.engine.listener import Listener
 from skippipe_plugin.worker import Worker, service
 
@@ -28,39 +32,37 @@ def test_an_abort_that_overtakes_its_generation_is_not_lost(monkeypatch: pytest.
     accepting = threading.Thread(target=lambda: arrived.append(listener.accept(timeout_s=10)))
     accepting.start()
     channel = connect(HOST, listener.port, SECRET)
-    channel.send("hello", {})
+    channel.send("Hello")
     accepting.join()
-    ((driver, _),) = arrived
+    driver = to_worker(arrived[0][0])
     worker = Worker(channel)
     serving = threading.Thread(target=worker.serve, daemon=True)
     serving.start()
     driver.send(
-        "configure",
-        {
-            "generation": 4,
-            "rank": 1,
-            "members": [0, 1],
-            "store_host": HOST,
-            "store_port": store.port,
-            "secret": SECRET.hex(),
-            "other_drivers": [],
-            "may_leave": False,
-            "sys_path": [],
-            "num_threads": 1,
-            "device": "cpu",
-            "backend": "gloo",
-            "replica_groups": [],
-            "schedules": {},
-            "num_drivers": 1,
-            "step": 0,
-        },
+        Configure(
+            generation=4,
+            rank=1,
+            members=[0, 1],
+            store_host=HOST,
+            store_port=store.port,
+            other_drivers=[],
+            may_leave=False,
+            sys_path=[],
+            num_threads=1,
+            device="cpu",
+            backend="gloo",
+            replica_groups=[],
+            expert_sets=[],
+            schedules={},
+            step=0,
+        )
     )
-    driver.send("abort", {"generation": 4})
-    answer = driver.receive()
-    assert answer.kind == "error"
-    assert answer.fields["aborted"]
-    driver.send("exit")
+    driver.send(Abort(4))
+    answer = driver.receive().body
+    assert isinstance(answer, Failed)
+    assert answer.aborted
+    driver.send(Exit())
     serving.join(10)
     assert not serving.is_alive()
-    driver.close()
+    driver.channel.close()
     listener.close()

@@ -11,6 +11,8 @@ import pytest
 from skippipe_plugin.cli import main
 from skippipe_plugin.driver.pool import WorkerPool
 from skippipe_plugin.engine.channel import connect
+from skippipe_plugin.engine.control.line import to_driver
+from skippipe_plugin.engine.control.presence import Hello, Refuse
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.versions import mismatch, own_versions
 from skippipe_plugin.worker import Worker
@@ -30,7 +32,7 @@ def pool():
 
 def join(pool: WorkerPool, versions: dict[str, str]):
     channel = connect(*pool.address, bytes.fromhex(pool.secret))
-    channel.send("hello", {"pid": 1, "versions": versions})
+    to_driver(channel).send(Hello(versions, 1))
     return channel
 
 
@@ -52,9 +54,9 @@ def test_workers_join_whenever_they_come(pool: WorkerPool) -> None:
 
 def test_another_version_is_told_why_it_is_refused(pool: WorkerPool) -> None:
     other = own_versions() | {"torch": "1.0"}
-    refusal = join(pool, other).receive()
-    assert refusal.kind == "refuse"
-    assert refusal.fields["reason"] == (
+    refusal = to_driver(join(pool, other)).receive().body
+    assert isinstance(refusal, Refuse)
+    assert refusal.reason == (
         f"it has torch 1.0, and the driver has {own_versions()['torch']}; install the driver's versions"
     )
     assert pool.num_idle == 0

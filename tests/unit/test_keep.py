@@ -8,26 +8,41 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from skippipe_plugin.engine.control.codec import to_values
+from skippipe_plugin.engine.control.commands import Arrange, Load
+from skippipe_plugin.engine.control.keeping import (
+    AskRecord,
+    AskSummary,
+    Drop,
+    FinishStep,
+    GetRetained,
+    LetGo,
+    Retain,
+    Settle,
+    Store,
+    Summary,
+)
+from skippipe_plugin.engine.control.values import Record, StepOrder
 from skippipe_plugin.engine.handover import pack_blocks, pack_object, pack_tensors, unpack_object, unpack_tensors
 from skippipe_plugin.engine.optimizer import OptimizerPlan, settings_of
 from skippipe_plugin.engine.parcel import pack_parts
+from skippipe_plugin.engine.wire import encode_optimizer_state
 from skippipe_plugin.worker.keep import Keep
 
 SETTINGS = settings_of(SGD([nn.Parameter(torch.zeros(1))], lr=0.5))
 
 
-def stored(name: str, fit: int, step: int, **fields: Any) -> dict[str, Any]:
-    return {"do": "store", "name": name, "fit": fit, "step": step, "lasting": False, **fields}
+def stored(name: str, fit: int, step: int, data: bytes, *, lasting: bool = False) -> Store:
+    return Store(Record(name, fit, step, lasting, []), False, [data])
 
 
 def holding(value: float) -> Keep:
     """A worker with one parameter, whose gradient is 1 and whose learning rate will be 0.5."""
     keep, block = Keep(), nn.Linear(1, 1, bias=False)
     nn.init.constant_(block.weight, value)
-    fields, blobs = pack_blocks({0: block})
-    load = {"seed": 0, "compile": None, "first": True, "last": True, "stage": 1}
-    load |= {"overlap": 1, "experts": []}
-    keep.holdings.load({**load, "blocks": fields}, blobs, torch.device("cpu"))
+    packed, blobs = pack_blocks({0: block})
+    load = Load(1, 0, True, True, None, 1, packed, {}, [], blobs)
+    keep.holdings.load(load, torch.device("cpu"))
     plan = OptimizerPlan(SGD, {"lr": 0.5}, (((0, "weight"),),), SETTINGS)
     keep.holdings.build_optimizer(cloudpickle.dumps(plan))
     weight(keep).grad = torch.ones(1, 1)
@@ -38,53 +53,56 @@ def weight(keep: Keep) -> nn.Parameter:
     return next(iter(keep.holdings.blocks()[0].parameters()))
 
 
-def finish(step: int) -> tuple[dict[str, Any], list[bytes]]:
-    command = {"step": step, "zero": "", "keep": False, "keep_norms": False, "scale": None, "value": None}
-    command |= {"lr_factors": []}
-    return {"do": "finish", "optimizer_step": command}, [SETTINGS.dumps()]
+def finish(step: int) -> FinishStep:
+    return FinishStep(StepOrder(None, None, "", False, False, [], step), SETTINGS.dumps())
 
 
 def test_a_step_that_was_commanded_twice_is_taken_once() -> None:
     keep = holding(2.0)
-    keep.obey(*finish(7))
+    keep.finish_step(finish(7))
     weight(keep).grad = torch.ones(1, 1)
-    keep.obey(*finish(7))
+    keep.finish_step(finish(7))
     assert float(weight(keep).detach()) == 1.5
-    keep.obey(*finish(8))
+    keep.finish_step(finish(8))
     assert float(weight(keep).detach()) == 1.0
 
 
 def test_what_is_retained_stays_until_all_is_settled() -> None:
     keep = holding(2.0)
     for name in ("base", "tensors", "progress"):
-        keep.obey(stored(name, fit=1, step=3), [b"data"])
-    keep.obey({"do": "retain"}, [])
+        keep.store(stored(name, fit=1, step=3, data=b"data"))
+    keep.retain(Retain())
     assert not keep.holdings.stages
-    keep.obey({"do": "retain"}, [])  # a second driver that is lost on the way changes nothing
-    keep.obey(stored("base", fit=1, step=3), [b"newer"])
-    summary, _ = keep.obey({"do": "summary"}, [])
-    assert summary["blocks"] == [[0]]
-    assert set(summary["records"]) == {"base", "tensors", "progress"}
-    assert keep.obey({"do": "record", "name": "base"}, [])[1] == [b"data"]
-    keep.obey({"do": "settle", "step": 3}, [])
-    assert keep.obey({"do": "summary"}, [])[0]["blocks"] == [[]]
+    keep.retain(Retain())  # a second driver that is lost on the way changes nothing
+    keep.store(stored("base", fit=1, step=3, data=b"newer"))
+    summary = keep.summary(AskSummary())
+    assert summary.blocks == [[0]]
+    assert set(summary.records) == {"base", "tensors", "progress"}
+    assert keep.record(AskRecord("base")).blobs == [b"data"]
+    keep.settle(Settle(3))
+    assert keep.summary(AskSummary()).blocks == [[]]
 
 
-def order(stages: list[Any], arriving: dict[int, float], records: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+def order(stages: list[Any], arriving: dict[int, float], records: dict[str, Any]) -> Arrange:
     """Hold these stages: some blocks come, with one weight each; nothing is kept."""
     weights = pack_tensors({f"{block}\tweight": torch.full((1, 1), value) for block, value in arriving.items()})
     structure = {block: nn.Linear(1, 1, bias=False) for block in arriving}
-    parts = {"structure": pack_blocks(structure, values=False), "weights": weights, "gradients": pack_tensors({})}
+    parts: dict[str, Any] = {
+        "structure": pack_blocks(structure, values=False),
+        "weights": weights,
+        "gradients": pack_tensors({}),
+    }
+    parts["optimizer"] = encode_optimizer_state({})
     entries, blobs = pack_parts({**parts, "records": pack_parts(records)})
-    return {"stages": stages, "keep": [], "compile": None, "overlap": 1, "parts": entries}, blobs
+    return Arrange(stages, [], {}, None, 1, [], [], entries, blobs)
 
 
 def found(keep: Keep) -> dict[int, float]:
     """What a driver that comes anew gathers: each block, from whichever part of what is left."""
     blocks: dict[int, float] = {}
-    for part, held in enumerate(keep.obey({"do": "summary"}, [])[0]["blocks"]):
-        fields, blobs = keep.obey({"do": "state", "what": "weights", "part": part, "blocks": held}, [])
-        blocks |= {int(name[0]): float(tensor) for name, tensor in unpack_tensors(fields["tensors"], blobs).items()}
+    for part, held in enumerate(keep.summary(AskSummary()).blocks):
+        state = keep.retained(GetRetained(part, "weights", held))
+        blocks |= {int(name[0]): float(tensor) for name, tensor in unpack_tensors(state.tensors, state.blobs).items()}
     return blocks
 
 
@@ -93,40 +111,40 @@ def test_blocks_that_go_elsewhere_are_kept_until_all_orders_are_carried_out(time
     """Whichever of them the driver dies at."""
     keep = holding(2.0)
     for name in ("base", "tensors", "progress"):
-        keep.obey(stored(name, fit=1, step=3), [b"data"])
+        keep.store(stored(name, fit=1, step=3, data=b"data"))
     for _ in range(times):
-        keep.arrange(*order([[1, [1], []]], {1: 5.0}, {}), torch.device("cpu"))
+        keep.arrange(order([[1, [1], []]], {1: 5.0}, {}), torch.device("cpu"))
     assert list(keep.holdings.blocks()) == [1]
     assert found(keep) == {0: 2.0, 1: 5.0}
-    assert set(keep.obey({"do": "summary"}, [])[0]["records"]) == {"base", "tensors", "progress"}
-    keep.obey({"do": "retain"}, [])
-    keep.obey({"do": "retain"}, [])
+    assert set(keep.summary(AskSummary()).records) == {"base", "tensors", "progress"}
+    keep.retain(Retain())
+    keep.retain(Retain())
     assert found(keep) == {0: 2.0, 1: 5.0}
-    assert keep.obey({"do": "record", "name": "base"}, [])[1] == [b"data"]
+    assert keep.record(AskRecord("base")).blobs == [b"data"]
 
 
 def test_then_they_are_gone_and_the_records_are_those_that_came() -> None:
     keep = holding(2.0)
-    keep.obey(stored("base", fit=1, step=3), [b"old"])
-    record = stored("progress", fit=1, step=3), [b"new"]
-    keep.arrange(*order([[1, [1], []]], {1: 5.0}, {"progress": record}), torch.device("cpu"))
-    keep.obey({"do": "part"}, [])
+    keep.store(stored("base", fit=1, step=3, data=b"old"))
+    record = to_values(stored("progress", 1, 3, b"").record), [b"new"]
+    keep.arrange(order([[1, [1], []]], {1: 5.0}, {"progress": record}), torch.device("cpu"))
+    keep.let_go(LetGo())
     assert found(keep) == {1: 5.0}
-    assert keep.obey({"do": "summary"}, [])[0]["records"] == {"progress": (1, 3)}
-    assert keep.obey({"do": "record", "name": "progress"}, [])[1] == [b"new"]
-    keep.obey({"do": "drop"}, [])
+    assert keep.summary(AskSummary()).records == {"progress": (1, 3)}
+    assert keep.record(AskRecord("progress")).blobs == [b"new"]
+    keep.drop(Drop())
     assert found(keep) == {}
     assert not keep.holdings.stages
 
 
 def test_results_outlast_other_stages() -> None:
     keep = holding(2.0)
-    keep.obey({**stored("result1", fit=1, step=3), "lasting": True}, [b"end"])
-    keep.obey(stored("base", fit=2, step=0), [b""])
+    keep.store(stored("result1", 1, 3, b"end", lasting=True))
+    keep.store(stored("base", fit=2, step=0, data=b""))
     keep.forget()
-    keep.obey({"do": "retain"}, [])
-    assert keep.obey({"do": "summary"}, [])[0] == {"blocks": [[0]], "records": {}, "results": [1]}
-    assert keep.obey({"do": "record", "name": "result1"}, [])[1] == [b"end"]
+    keep.retain(Retain())
+    assert keep.summary(AskSummary()) == Summary([[0]], {}, [1])
+    assert keep.record(AskRecord("result1")).blobs == [b"end"]
 
 
 def test_objects_travel_with_their_tensors_apart() -> None:

@@ -14,6 +14,8 @@ import cloudpickle
 from torch import Tensor
 
 from ...engine.call import Call, CallSpec
+from ...engine.channel import Buffer
+from ...engine.control.values import CallNews
 from ...engine.errors import SkipPipeError
 from ...engine.transport import as_bytes
 from ...engine.wire import NumberedCall, encode_calls
@@ -86,8 +88,8 @@ class Outbox:
         self._specs: OrderedDict[int, None] = OrderedDict()
         self._kept: OrderedDict[str, int] = OrderedDict()
 
-    def encode(self, step: int, calls: Sequence[PreparedCall]) -> tuple[dict[str, object], list[object]]:
-        """Return a ``calls`` message for this worker."""
+    def encode(self, step: int, calls: Sequence[PreparedCall]) -> tuple[CallNews, list[Buffer]]:
+        """Return calls as they travel to this worker."""
         specs = {call.number: call.call.spec for call in calls if call.number not in self._specs}
         for call in calls:
             self._specs[call.number] = None
@@ -103,8 +105,7 @@ class Outbox:
                     fresh[digest] = tensor
                     self._kept[digest] = tensor.numel() * tensor.element_size()
         numbered = [NumberedCall(p.microbatch, p.number, p.call.seed, p.digests, p.call.caches) for p in calls]
-        fields, blobs = encode_calls(step, numbered, specs, fresh, self._evict(used), self._forget_specs(len(calls)))
-        return fields, list(blobs)
+        return encode_calls(step, numbered, specs, fresh, self._evict(used), self._forget_specs(len(calls)))
 
     def _forget_specs(self, in_use: int) -> list[int]:
         """Forget the specs that were not needed for longest, but none of this message."""

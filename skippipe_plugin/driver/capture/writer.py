@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...engine.call import BlockMode, Call, Hop
+from ...engine.control.commands import Calls, Step
+from ...engine.control.values import Opening
 from ...engine.errors import SkipPipeError
 from ...engine.transport import TensorSpec
 from ...schedule import Path
@@ -53,16 +55,13 @@ class CallWriter:
         whole = Call(spec, tuple(call.side_inputs), seed, proxies.cache_use(call))
         return PreparedCall(microbatch, whole, self._numbers.number(spec), digests)
 
-    def send(
-        self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path], opening: Mapping[str, object] | None
-    ) -> None:
+    def send(self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path], opening: Opening | None) -> None:
         """Announce calls to the workers on their paths, and the step itself to all if ``opening`` describes it."""
         for link in self._links:
             visiting = [call for call in calls if any(v.rank == link.rank for v in paths[call.microbatch].visits)]
             if visiting or opening is not None:
-                fields, blobs = self._outboxes[link.rank].encode(step, visiting)
-                kind = "calls" if opening is None else "step"
-                link.send(kind, fields | dict(opening or {}), blobs)  # type: ignore[arg-type]
+                news, blobs = self._outboxes[link.rank].encode(step, visiting)
+                link.send(Calls(news, blobs) if opening is None else Step(opening, news, blobs))
 
     def _hops(self, microbatch: int, path: Path, call: StackCall) -> tuple[Hop, ...]:
         """Return what crosses between the ranks on ``path``; mostly what it was in the step before."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..channel import Buffer
 from .codec import Control
-from .values import Loads, TensorEntry, Write
+from .values import ExpertCost, Loads, TensorEntry, Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,13 @@ class NormPowers(Control):
 class State(Control):
     """What belongs to blocks; of the optimizer the first blob is what is no tensor."""
 
-    tensors: Sequence[TensorEntry]
     norms: Sequence[tuple[int, float]]
+    """By stage: the norm of its last gradient."""
     estimates: Sequence[int]
+    """The blocks that were rebuilt from others and have not taken an optimizer step since."""
     stages: Sequence[tuple[int, Sequence[int]]]
+    """Each with its blocks."""
+    tensors: Sequence[TensorEntry]
     blobs: Sequence[Buffer]
 
 
@@ -109,9 +112,9 @@ class RouterNews(Control):
 
 @dataclass(frozen=True, slots=True)
 class ExpertNews(Control):
-    """What experts took: block, name, rows, seconds, bytes of a row and of an expert."""
+    """What experts took since the last time."""
 
-    measured: Sequence[tuple[int, str, int, float, int, int]]
+    measured: Sequence[ExpertCost]
 
 
 @dataclass(frozen=True, slots=True)

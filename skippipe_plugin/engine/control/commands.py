@@ -23,6 +23,7 @@ from .values import (
     StepOrder,
     TensorEntry,
     What,
+    Written,
     Zero,
 )
 
@@ -42,7 +43,7 @@ class Configure(Control):
     sys_path: Sequence[str]
     num_threads: int
     device: str
-    backend: str
+    backend: Literal["gloo", "gloo-pairs", "nccl"]
     replica_groups: Sequence[tuple[int, Sequence[int]]]
     """Stages that several ranks hold, with these."""
     expert_sets: Sequence[tuple[int, Sequence[Sequence[int]]]]
@@ -137,7 +138,7 @@ class Get(Control):
 class Overwrite(Control):
     """Overwrite weights or gradients before the next command: the other drivers have written the same."""
 
-    what: Literal["weights", "gradients"]
+    what: Written
     tensors: Sequence[TensorEntry]
     absent: Sequence[str]
     """The parameters that have no gradient any more."""

@@ -22,6 +22,10 @@ Zero = Literal["", "drop", "fill"]
 """How accumulated gradients are zeroed first, if they are."""
 What = Literal["weights", "gradients", "last_gradients", "optimizer", "standing"]
 """What of the blocks is asked for or sent."""
+ExpertCost = tuple[int, str, int, float, int, int]
+"""What experts took: block, name, rows, seconds, bytes of a row and of an expert."""
+Written = Literal["weights", "gradients"]
+"""What user code may write."""
 Write = tuple[int, tuple[int, str]]
 """A block, and the attribute of a module of it that its forward has written."""
 

@@ -8,6 +8,7 @@ import pytest
 
 from skippipe_plugin.driver.links import Link
 from skippipe_plugin.engine.channel import ChannelClosed, Message
+from skippipe_plugin.engine.control.commands import Get
 
 PATIENCE = 5
 
@@ -21,8 +22,8 @@ class Peer:
         self.heard_s = 0.0
         self.closed = threading.Event()
 
-    def send_if_free(self, kind: str) -> bool:
-        assert kind == "beat"
+    def send_if_free(self, kind: str, fields: object) -> bool:
+        assert kind == "Beat"
         if not self.free:
             return False
         self.asked += 1
@@ -38,10 +39,10 @@ class Peer:
         self.closed.set()
 
     def hang_up(self, kind: str, fields: object) -> None:
-        assert kind == "refuse"
+        assert kind == "Refuse"
         self.close()
 
-    def send(self, *_: object) -> None:
+    def send(self, *_: object, **__: object) -> None:
         raise ChannelClosed("closed")
 
 
@@ -75,7 +76,7 @@ def test_who_is_gone_already_keeps_its_cause() -> None:
     peer = Peer(lambda number: False)
     link = Link(peer)
     peer.close()
-    link.tell("anything", {})
+    link.tell(Get("weights"))
     cause = link.how_lost
     for _ in range(2 * PATIENCE):
         link.beat(PATIENCE)

@@ -13,6 +13,9 @@ from skippipe_plugin.driver.links import Link, Links
 from skippipe_plugin.driver.pool import WorkerPool
 from skippipe_plugin.driver.recovery import _MAX_LOSSES, _Losses
 from skippipe_plugin.engine.channel import Channel, ChannelError, connect
+from skippipe_plugin.engine.control.answers import Failed
+from skippipe_plugin.engine.control.line import to_driver
+from skippipe_plugin.engine.control.presence import Beat, Hello
 from skippipe_plugin.engine.errors import ConnectionsBroken, SkipPipeError, StageLostError
 from skippipe_plugin.engine.versions import own_versions
 
@@ -30,11 +33,11 @@ def join(pool: WorkerPool) -> Iterator[Callable[[bool], Channel]]:
     channels: list[Channel] = []
 
     def serve(channel: Channel, awake: bool) -> None:
+        line = to_driver(channel)
         try:
             while True:
-                message = channel.receive()
-                if awake and message.kind == "beat":
-                    channel.send_if_free("beat")
+                if isinstance(line.receive().body, Beat) and awake:
+                    line.send_if_free(Beat())
         except ChannelError:
             pass
 
@@ -42,7 +45,7 @@ def join(pool: WorkerPool) -> Iterator[Callable[[bool], Channel]]:
         before = len(pool.links)
         channel = connect(*pool.address, bytes.fromhex(pool.secret))
         channels.append(channel)
-        channel.send("hello", {"versions": own_versions()})
+        to_driver(channel).send(Hello(own_versions()))
         deadline = time.monotonic() + 5
         while len(pool.links) == before and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -117,7 +120,7 @@ def test_a_break_between_the_living_is_found_at_once(pool: WorkerPool, join: Cal
     for rank, link in enumerate(pool.acquire(3)):
         board.add(rank, [rank + 1], link)
     for channel in channels[:2]:
-        channel.send("error", {"generation": 0, "aborted": True, "traceback": ""}, answers=-1)
+        to_driver(channel).send(Failed(True, "", b""), answers=-1, generation=0)
     begun_s = time.monotonic()
     with pytest.raises(ConnectionsBroken, match=r"worker rank \d .* and worker rank \d .* broke, but no worker ended"):
         board.raise_cause()
@@ -130,7 +133,7 @@ def test_a_break_is_a_death_where_somebody_died(pool: WorkerPool, join: Callable
     board.recovering = True
     for rank, link in enumerate(pool.resting()):
         board.add(rank, [rank + 1], link)
-    channels[0].send("error", {"generation": 0, "aborted": True, "traceback": ""}, answers=-1)
+    to_driver(channels[0]).send(Failed(True, "", b""), answers=-1, generation=0)
     threading.Timer(0.4, channels[1].close).start()
     with pytest.raises(StageLostError, match="is gone"):
         board.raise_cause()

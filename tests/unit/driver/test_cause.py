@@ -20,7 +20,7 @@ class Peer:
         self.broken.wait()
         raise ChannelClosed("closed")
 
-    def send(self, *_: object) -> None:
+    def send(self, *_: object, **__: object) -> None:
         """Take a farewell."""
 
     def send_if_free(self, *_: object) -> bool:

@@ -9,6 +9,11 @@ import pytest
 
 from skippipe_plugin.driver.links import Link, Links
 from skippipe_plugin.engine.channel import Channel, ChannelError, Message, connect
+from skippipe_plugin.engine.control.answers import Failed, State
+from skippipe_plugin.engine.control.codec import Received
+from skippipe_plugin.engine.control.commands import Get
+from skippipe_plugin.engine.control.line import Line, to_driver
+from skippipe_plugin.engine.control.presence import Exit
 from skippipe_plugin.engine.errors import SkipPipeError, StageLostError
 from skippipe_plugin.engine.handshake import Purpose
 from skippipe_plugin.engine.listener import Listener
@@ -18,28 +23,29 @@ from skippipe_plugin.supervisor.supervisor import _answered
 
 SECRET = bytes(32)
 Behaviour = Callable[[Channel, Message], None]
+WorkerBehaviour = Callable[[Line, Received], None]
 
 
 @pytest.fixture
-def meet() -> Iterator[Callable[[Behaviour], Link]]:
+def meet() -> Iterator[Callable[[WorkerBehaviour], Link]]:
     """Gives a link to a worker that does something with each message but the last."""
     door, channels, links = Listener("127.0.0.1", 0, SECRET), list[Channel](), list[Link]()
 
-    def serve(channel: Channel, behave: Behaviour) -> None:
+    def serve(line: Line, behave: WorkerBehaviour) -> None:
         try:
             while True:
-                behave(channel, channel.receive())
+                behave(line, line.receive())
         except ChannelError:
             pass
 
-    def start(behave: Behaviour) -> Link:
+    def start(behave: WorkerBehaviour) -> Link:
         channel = connect("127.0.0.1", door.port, SECRET)
         channels.append(channel)
-        channel.send("hello")
+        channel.send("Hello")
         arrived = door.accept(5)
         assert arrived is not None
         links.append(Link(arrived[0]))
-        threading.Thread(target=serve, args=(channel, behave), daemon=True).start()
+        threading.Thread(target=serve, args=(to_driver(channel), behave), daemon=True).start()
         return links[-1]
 
     yield start
@@ -50,95 +56,119 @@ def meet() -> Iterator[Callable[[Behaviour], Link]]:
     door.close()
 
 
-def slowly(seconds: float) -> Behaviour:
+def state(of: object) -> State:
+    """What answers the question for blocks."""
+    assert isinstance(of, Get)
+    return State([], list(of.blocks or ()), [], [], [])
+
+
+def question(number: int) -> Get:
+    return Get("weights", [number])
+
+
+def slowly(seconds: float) -> WorkerBehaviour:
     """Answer what was asked, some time later."""
 
-    def answer(channel: Channel, message: Message) -> None:
+    def answer(line: Line, received: Received) -> None:
         time.sleep(seconds)
-        if message.kind != "exit":
-            channel.send("state", {"generation": message.fields.get("generation", -1), "of": message.fields["what"]})
+        if not isinstance(received.body, Exit):
+            line.send(state(received.body))
 
     return answer
 
 
-def test_a_late_answer_is_not_that_to_the_next_question(meet: Callable[[Behaviour], Link]) -> None:
+def test_a_late_answer_is_not_that_to_the_next_question(meet: Callable[[WorkerBehaviour], Link]) -> None:
     board, link = Links(), meet(slowly(0.1))
     board.add(0, (), link)
-    link.send("get", {"what": "first"})
+    link.send(question(1))
     link.forget_answers()
-    assert link.ask("get", {"what": "second"}, "state").fields["of"] == "second"
+    assert link.ask(question(2), State).estimates == [2]
     assert link.num_late == 1
 
 
-def test_neither_is_one_that_is_here_already(meet: Callable[[Behaviour], Link]) -> None:
+def test_neither_is_one_that_is_here_already(meet: Callable[[WorkerBehaviour], Link]) -> None:
     board, link = Links(), meet(slowly(0.0))
     board.add(0, (), link)
-    link.send("get", {"what": "first"})
+    link.send(question(1))
     time.sleep(0.2)
-    assert link.ask("get", {"what": "second"}, "state").fields["of"] == "second"
+    assert link.ask(question(2), State).estimates == [2]
     assert link.num_late == 1
 
 
-def test_several_questions_are_under_way(meet: Callable[[Behaviour], Link]) -> None:
+def test_several_questions_are_under_way(meet: Callable[[WorkerBehaviour], Link]) -> None:
     board, link = Links(), meet(slowly(0.02))
     board.add(0, (), link)
-    numbers = {what: link.send("get", {"what": what}) for what in "abcdef"}
-    assert link.expect("state", numbers["c"]).fields["of"] == "c"
+    numbers = {which: link.send(question(which)) for which in range(6)}
+    assert link.expect(State, numbers[2]).estimates == [2]
     assert link.num_late == 2
-    assert [link.expect("state", numbers[what]).fields["of"] for what in "def"] == list("def")
+    assert [link.expect(State, numbers[which]).estimates for which in (3, 4, 5)] == [[3], [4], [5]]
 
 
-def test_a_new_generation_takes_no_answer_of_the_last(meet: Callable[[Behaviour], Link]) -> None:
+def test_a_new_generation_takes_no_answer_of_the_last(meet: Callable[[WorkerBehaviour], Link]) -> None:
     """Though what answers knows nothing of generations."""
 
-    def answer(channel: Channel, message: Message) -> None:
+    def answer(line: Line, received: Received) -> None:
         time.sleep(0.1)
-        channel.send("state", {"generation": 9, "of": message.fields.get("what")})
+        if not isinstance(received.body, Exit):
+            line.send(state(received.body), generation=9)
 
     board, link = Links(), meet(answer)
     board.add(0, (), link)
-    link.send("get", {"what": "first"})
+    link.send(question(1))
     board.start_generation(1)
-    link.send("get", {"what": "second"})
-    assert link.expect("state").fields["of"] == "second"
+    link.send(question(2))
+    assert link.expect(State).estimates == [2]
 
 
-def test_a_late_error_does_not_end_what_comes_after_it(meet: Callable[[Behaviour], Link]) -> None:
-    def answer(channel: Channel, message: Message) -> None:
+def test_a_late_error_does_not_end_what_comes_after_it(meet: Callable[[WorkerBehaviour], Link]) -> None:
+    def answer(line: Line, received: Received) -> None:
         time.sleep(0.1)
-        if message.fields.get("what") == "first":
-            channel.send("error", {"generation": -1, "aborted": True, "traceback": ""})
-        elif message.kind != "exit":
-            channel.send("state", {"generation": -1, "of": message.fields["what"]})
+        if received.body == question(1):
+            line.send(Failed(True, "", b""))
+        elif not isinstance(received.body, Exit):
+            line.send(state(received.body))
 
     board, link = Links(), meet(answer)
     board.add(0, (), link)
-    link.send("get", {"what": "first"})
+    link.send(question(1))
     link.forget_answers()
-    assert link.ask("get", {"what": "second"}, "state").fields["of"] == "second"
+    assert link.ask(question(2), State).estimates == [2]
     assert not board.failed
 
 
-def test_a_survivor_is_slow_and_others_die(meet: Callable[[Behaviour], Link]) -> None:
+def test_a_survivor_is_slow_and_others_die(meet: Callable[[WorkerBehaviour], Link]) -> None:
     """What was asked of all is asked anew of those that are left."""
 
-    def dies(channel: Channel, message: Message) -> None:
+    def dies(line: Line, _: Received) -> None:
         time.sleep(0.05)
-        channel.close()
+        line.channel.close()
 
     links = [meet(slowly(0.2)), meet(dies), meet(slowly(0.0))]
     board = Links()
     for rank, link in enumerate(links):
         board.add(rank, (), link)
     for link in links:
-        link.send("get", {"what": "first"})
+        link.send(question(1))
     with pytest.raises(StageLostError):
-        board.expect_all("state")
+        board.expect_all(State)
     left = Links()
     for rank, link in enumerate([links[0], links[2]]):
         link.forget_answers()
         left.add(rank, (), link)
-    assert [link.ask("get", {"what": "second"}, "state").fields["of"] for link in left] == ["second"] * 2
+    assert [link.ask(question(2), State).estimates for link in left] == [[2]] * 2
+
+
+def test_what_is_no_message_is_a_loss_that_says_so(meet: Callable[[WorkerBehaviour], Link]) -> None:
+    """A field that is not what it should be never reaches who waits for it."""
+
+    def nonsense(line: Line, _: Received) -> None:
+        line.channel.send("State", {"values": [[], [], [], [["weight", "large", "float32"]]]}, [b""])
+
+    board, link = Links(), meet(nonsense)
+    board.add(0, (), link)
+    told = r"is gone: what it sent is no message: the message 'State' has 'tensors' that is no Sequence.*'large'"
+    with pytest.raises(StageLostError, match=told):
+        link.ask(question(1), State)
 
 
 @pytest.fixture
@@ -187,7 +217,7 @@ def test_a_question_to_the_supervisor_that_was_given_up(supervised: Callable[[Be
     with pytest.raises(KeyboardInterrupt):
         processes._ask("kill", pid=5)
     processes._answers = real
-    assert processes.running() == [0]
+    assert processes.running() == ["0"]
 
 
 def test_a_supervisor_that_cannot_says_why(supervised: Callable[[Behaviour], SupervisedProcesses]) -> None:
@@ -200,7 +230,7 @@ def test_a_supervisor_that_cannot_says_why(supervised: Callable[[Behaviour], Sup
     processes = supervised(lambda channel, message: channel.send(*_answered(desk, message)) and None)
     with pytest.raises(SkipPipeError, match=r"the supervisor could not do 'start': .*Too many open files"):
         processes._ask("start", count=1)
-    assert processes.running() == [3]
+    assert processes.running() == ["3"]
     with pytest.raises(SkipPipeError, match="could not do 'dance': KeyError"):
         processes._ask("dance")
 

@@ -1,5 +1,6 @@
 """What another driver finds: also when a worker dies as it looks, or had died together with the last driver."""
 
+import json
 import queue
 import time
 from typing import Any
@@ -11,10 +12,14 @@ from torch import nn
 from skippipe_plugin.driver.links import Link
 from skippipe_plugin.driver.recall import Recalled, rebuilt, recall
 from skippipe_plugin.engine.channel import ChannelClosed, Message
+from skippipe_plugin.engine.control.keeping import Store
+from skippipe_plugin.engine.control.messages import TO_DRIVER, TO_WORKER
+from skippipe_plugin.engine.control.values import Record
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.handover import pack_object
 from skippipe_plugin.engine.stage import Stage
 from skippipe_plugin.engine.wire import tensor_key, tensor_name
+from skippipe_plugin.worker.handlers import Handlers
 from skippipe_plugin.worker.keep import Keep
 
 STAGES = {1: [0, 1], 2: [2], 3: [3], 4: [4, 5]}
@@ -100,17 +105,21 @@ class Worker:
         records = {"base": {"blocks": {0: "0", 1: "1"}}, "tensors": {"outcome": None}, "progress": {"phase": "before"}}
         for name, record in records.items():
             entries, blobs = pack_object(record)
-            fields = {"do": "store", "name": name, "fit": 1, "step": 3, "lasting": False, "entries": entries}
-            self.keep.obey(fields, blobs)
+            self.keep.store(Store(Record(name, 1, 3, False, entries), True, blobs))
+        self.handlers = Handlers()
+        self.keep.add_to(self.handlers)
         self.answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
 
-    def send(self, kind: str, fields: Any = None, blobs: Any = ()) -> int:
-        self.asked += kind == "keep"
-        if kind != "keep" or self.asked == self.dies_at:
+    def send(self, kind: str, fields: Any = None, blobs: Any = (), **_: Any) -> int:
+        self.asked += kind != "Exit"
+        if kind == "Exit" or self.asked == self.dies_at:
             self.answers.put(None)
         else:
-            answer, data = self.keep.obey(fields, blobs)
-            self.answers.put(Message("kept", {"generation": -1, **answer}, data, answers=self.asked))
+            question = TO_WORKER.decode(Message(kind, json.loads(json.dumps(fields)), blobs)).body
+            answer = self.handlers.obey(question)
+            assert answer is not None
+            said, about, data = TO_DRIVER.encode(answer, -1)
+            self.answers.put(Message(said, json.loads(json.dumps(about)), data, answers=self.asked))
         return self.asked
 
     def receive(self) -> Message:

@@ -6,6 +6,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union
 
 import pytest
@@ -189,3 +190,8 @@ def test_parts_of_messages_travel_alone() -> None:
     for wrong in ({}, None, said[:-1] if len(said) != len(to_values(record)) else said[1:]):
         with pytest.raises(ChannelError, match="what should be a Record "):
             from_values(Record, wrong)
+
+
+def test_the_document_has_every_message() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [kind.__name__ for _, kind in EVERY if f"`{kind.__name__}`" not in text] == []

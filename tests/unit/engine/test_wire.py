@@ -12,7 +12,8 @@ from skippipe_plugin.driver.capture import side_inputs
 from skippipe_plugin.driver.capture.side_inputs import Digests, Outbox, PreparedCall
 from skippipe_plugin.engine.arguments import SideInput, Template
 from skippipe_plugin.engine.call import Ambient, Call, CallSpec
-from skippipe_plugin.engine.channel import Message
+from skippipe_plugin.engine.control.values import CallNews
+from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.wire import CallDecoder
 
 ROOM = 100
@@ -41,8 +42,8 @@ class Worker:
         return len(self._received)
 
     def tell(self, step: int, calls: list[PreparedCall]) -> list[tuple[int, Call]]:
-        fields, blobs = self.outbox.encode(step, calls)
-        return self.decoder.decode(Message("calls", fields, [bytes(blob) for blob in blobs]))
+        news, blobs = self.outbox.encode(step, calls)
+        return self.decoder.decode(news, [bytes(blob) for blob in blobs])
 
 
 def side_input(value: int) -> Tensor:
@@ -88,11 +89,13 @@ def test_specs_that_were_forgotten_travel_again(monkeypatch: pytest.MonkeyPatch)
     worker, digests = Worker(), Digests()
     sent = []
     for values in ([], [0], [0, 1], [], [0, 1]):
-        fields, blobs = worker.outbox.encode(0, [prepared(0, values, digests)])
-        sent.append((fields["specs"], fields["dropped_specs"]))
-        ((_, call),) = worker.decoder.decode(Message("calls", fields, [bytes(blob) for blob in blobs]))
+        news, blobs = worker.outbox.encode(0, [prepared(0, values, digests)])
+        lacking = news.lacking
+        sent.append(([], []) if lacking is None else (list(lacking.specs), list(lacking.dropped_specs)))
+        ((_, call),) = worker.decoder.decode(news, [bytes(blob) for blob in blobs])
         assert len(call.spec.templates[0].args) == 1 + len(values)
     assert sent == [([0], []), ([1], []), ([2], [0]), ([0], [1]), ([], [])]
-    stale = fields | {"calls": [[0, 1, 0, ["unknown"]]]}
-    with pytest.raises(KeyError, match="1"):  # the spec is gone at the other end too, before the side input is asked
-        worker.decoder.decode(Message("calls", stale, []))
+    stale = CallNews(7, [0], [1], [0], [["unknown"]], None)
+    # The spec is gone at the other end too, before the side input is asked.
+    with pytest.raises(SkipPipeError, match="a call of step 7 names 1, which was never sent"):
+        worker.decoder.decode(stale, [])

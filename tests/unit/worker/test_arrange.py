@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from skippipe_plugin.engine.classes import fingerprints
+from skippipe_plugin.engine.control.commands import Arrange, Load, Merge
+from skippipe_plugin.engine.control.values import StepOrder
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.handover import pack_blocks
 from skippipe_plugin.engine.optimizer import OptimizerPlan, settings_of
 from skippipe_plugin.engine.parcel import pack_parts, unpack_parts
+from skippipe_plugin.engine.wire import encode_optimizer_state
 from skippipe_plugin.worker.arrange import arrange
 from skippipe_plugin.worker.holdings import Holdings
 
@@ -50,9 +54,8 @@ def load(stages: dict[int, Sequence[int]], blocks: Sequence[nn.Module], plan: by
     holdings = Holdings()
     for stage, own in stages.items():
         entries, blobs = pack_blocks({index: blocks[index] for index in own})
-        fields = {"seed": 0, "compile": None, "overlap": 1, "experts": []}
-        fields |= {"blocks": entries, "stage": stage}
-        holdings.load(fields | {"first": stage == min(stages), "last": stage == max(stages)}, blobs, CPU)
+        first, last = stage == min(stages), stage == max(stages)
+        holdings.load(Load(stage, 0, first, last, None, 1, entries, {}, [], blobs), CPU)
     holdings.build_optimizer(plan)
     return holdings
 
@@ -68,21 +71,18 @@ def order(source: Holdings, target: Holdings, stages: dict[int, Sequence[int]], 
     wanted = [block for blocks in stages.values() for block in blocks]
     moving = [block for block in wanted if block not in target.blocks()]
     weights, gradients = source.state("weights", moving), source.state("gradients", moving)
+    optimizer = source.state("optimizer", moving)
     parts = {
         "structure": pack_blocks({block: copy.deepcopy(structure) for block in moving}, values=False),
-        "weights": (weights[0]["tensors"], weights[1]),
-        "gradients": (gradients[0]["tensors"], gradients[1]),
-        "optimizer": source.state("optimizer", moving),
-        "plan": ({}, [plan]),
+        "weights": (weights.tensors, weights.blobs),
+        "gradients": (gradients.tensors, gradients.blobs),
+        "optimizer": (optimizer.tensors, optimizer.blobs),
+        "records": pack_parts({}),
+        "plan": (None, [plan]),
     }
     entries, blobs = pack_parts(parts)
     keep = [block for block in wanted if block not in moving]
-    fields = {
-        "stages": [[stage, own, []] for stage, own in stages.items()],
-        "keep": keep,
-        "compile": None,
-        "overlap": 1,
-    }
+    fields = Arrange([(stage, own, []) for stage, own in stages.items()], keep, {}, None, 1, [], [], entries, [])
     return fields, unpack_parts(entries, [bytes(blob) for blob in blobs])  # as after the wire: memory of its own
 
 
@@ -97,12 +97,11 @@ def run(holders: Sequence[Holdings], optimizer: Optimizer, seed: int, *, step: b
     hidden.square().mean().backward()
     for holdings in holders:
         holdings.window.close()
-        holdings.merge({"zero": "", "stage_scales": [], "scale": 1.0})
+        holdings.merge(Merge(1.0, "", [], None))
     if step:
         values = settings_of(optimizer).dumps()
-        fields = {"zero": "", "keep": False, "keep_norms": True, "scale": None, "value": None, "lr_factors": []}
         for holdings in holders:
-            holdings.step_optimizer(fields, values)
+            holdings.step_optimizer(StepOrder(None, None, "", False, True, []), values)
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
@@ -162,9 +161,10 @@ def test_blocks_that_come_later_are_of_the_drivers_classes() -> None:
     blocks = {0: nn.Linear(3, 3)}
     structure = pack_blocks(blocks, values=False)
     parts = {"structure": structure, "weights": ([], []), "gradients": ([], [])}
-    fields = {"keep": [], "overlap": 1, "stages": [[1, [0], []]], "compile": None}
-    arrange(Holdings(), {**fields, "classes": fingerprints(blocks.values())}, parts, CPU)
+    parts |= {"optimizer": encode_optimizer_state({}), "records": pack_parts({})}
+    fields = Arrange([(1, [0], [])], [], fingerprints(blocks.values()), None, 1, [], [], [], [])
+    arrange(Holdings(), fields, parts, CPU)
     patched = {owner: dict(entries) for owner, entries in fingerprints(blocks.values()).items()}
     patched["torch.nn.modules.linear:Linear"]["forward"] = "another"
     with pytest.raises(SkipPipeError, match=r"Linear\.forward was patched"):
-        arrange(Holdings(), {**fields, "classes": patched}, parts, CPU)
+        arrange(Holdings(), replace(fields, classes=patched), parts, CPU)

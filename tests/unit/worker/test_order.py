@@ -4,8 +4,25 @@ from collections.abc import Sequence
 
 import pytest
 
-from skippipe_plugin.engine.channel import Message
+from skippipe_plugin.engine.control.codec import Control, Received
+from skippipe_plugin.engine.control.commands import AskNorm, Configure, Get, Merge, Pass, Step, StepOptimizer
+from skippipe_plugin.engine.control.values import CallNews, Opening, StepOrder
 from skippipe_plugin.worker.order import DriversOrder
+
+KINDS: dict[str, Control] = {
+    "merge": Merge(1.0, "", [], None),
+    "norm": AskNorm(1, 2.0, False),
+    "optimizer_step": StepOptimizer(StepOrder(None, None, "", False, False, []), b""),
+    "get": Get("weights"),
+    "pass": Pass(),
+    "step": Step(Opening("training", [], True, False, []), CallNews(0, [], [], [], [], None), []),
+    "configure": Configure(0, 1, [0, 1], "", 0, [], False, [], 1, "cpu", "gloo", [], [], {}, 0),
+}
+NAMES = {type(body): name for name, body in KINDS.items()}
+
+
+def message(kind: str) -> Received:
+    return Received(KINDS[kind])
 
 
 def obeyed(*sent: tuple[int, str], num_drivers: int = 2) -> list[tuple[int, str]]:
@@ -15,12 +32,13 @@ def obeyed(*sent: tuple[int, str], num_drivers: int = 2) -> list[tuple[int, str]
     order.restart(num_drivers)
     result = []
     for source, kind in sent:
-        if order.admit(source, Message(kind, {}, [])):
+        if order.admit(source, message(kind)):
             result.append((source, kind))
             announced |= {source} if kind == "step" else set()
         while (held := order.ready()) is not None:
-            result.append((held[0], held[1].kind))
-            announced |= {held[0]} if held[1].kind == "step" else set()
+            kind = NAMES[type(held[1].body)]
+            result.append((held[0], kind))
+            announced |= {held[0]} if kind == "step" else set()
     return result
 
 
@@ -50,10 +68,10 @@ def test_order(sent: Sequence[tuple[int, str]], expected: Sequence[tuple[int, st
     if (0, "configure") in sent:
         order = DriversOrder(set)
         order.restart(2)
-        assert not order.admit(0, Message("merge", {}, []))
-        assert order.admit(0, Message("configure", {}, []))
+        assert not order.admit(0, message("merge"))
+        assert order.admit(0, message("configure"))
         order.restart(2)
-        assert order.admit(0, Message("get", {}, []))
+        assert order.admit(0, message("get"))
         assert order.ready() is None
         return
     assert obeyed(*sent) == expected
