@@ -68,7 +68,7 @@ class DriverJob:
                 f"drivers={num_drivers}{other}: start it without skippipe run"
             )
         workers = chosen_workers(network.workers, launcher, num_drivers)
-        self._starts_none = workers == "launched"
+        self._starts_none = workers in ("launched", "kubernetes")
         self._crew: Crew
         self._drivers = DriverProcesses()
         given = self._given_secret()

@@ -11,13 +11,15 @@ from ..checked import check
 from ..engine.errors import SkipPipeError
 from .interface import WorkerSource
 
-SourceName = Literal["local", "launched"]
+SourceName = Literal["local", "launched", "ray", "kubernetes"]
 Workers = SourceName | Callable[[], WorkerSource]
 SOURCE_NAMES: Final = get_args(SourceName)
 WORKERS_VARIABLE: Final = "SKIPPIPE_WORKERS"
 _MAKERS: Final[Mapping[str, tuple[str, str]]] = {
     "local": ("local", "LocalSource"),
     "launched": ("launched", "LaunchedSource"),
+    "ray": ("ray", "RaySource"),
+    "kubernetes": ("kubernetes", "KubernetesSource"),
 }
 """By name: the module and the class."""
 _METHODS: Final = ("open", "give", "gone", "take_back", "close")
@@ -26,8 +28,8 @@ _METHODS: Final = ("open", "give", "gone", "take_back", "close")
 def workers_of(setting: Workers | None, environment: Mapping[str, str] = os.environ) -> Workers | None:
     """Return what was chosen: the setting, else what ``SKIPPIPE_WORKERS`` names; None when nothing was.
 
-    >>> workers_of(None, {"SKIPPIPE_WORKERS": "launched"})
-    'launched'
+    >>> workers_of(None, {"SKIPPIPE_WORKERS": "ray"})
+    'ray'
 
     Raises:
         SettingError: The variable names none.
@@ -43,12 +45,18 @@ def make_source(workers: Workers) -> WorkerSource:
     """Return a source that is not open yet.
 
     Raises:
-        SkipPipeError: A user's function returned something else.
+        SkipPipeError: A package is missing, or a user's function returned something else.
     """
     if callable(workers):
         return _checked(workers())
     module, name = _MAKERS[workers]
-    source: WorkerSource = getattr(import_module(f".{module}", __package__), name)()
+    try:
+        source: WorkerSource = getattr(import_module(f".{module}", __package__), name)()
+    except ModuleNotFoundError as error:
+        raise SkipPipeError(
+            f"workers={workers!r} needs the package {error.name}, which is not installed here; "
+            f"pip install 'skippipe-plugin[{workers}]', on every machine of the job"
+        ) from error
     return source
 
 

@@ -1,5 +1,6 @@
 """Which source a driver has, and what is said when there is none."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,14 +47,14 @@ def test_a_setting_is_a_name_or_a_function(workers: Any) -> None:
 
 @pytest.mark.parametrize("workers", ["Ray", "rays", "", 3, True, Mine(), Mine, ["ray"]])
 def test_anything_else_is_refused(workers: Any) -> None:
-    with pytest.raises(SettingError, match=r"workers=.* is .*one of 'local', 'launched'"):
+    with pytest.raises(SettingError, match=r"workers=.* is .*one of 'local', 'launched', 'ray', 'kubernetes'"):
         NetworkConfig(workers=workers)
 
 
 def test_a_setting_comes_before_the_environment() -> None:
     assert workers_of(None, {}) is None
-    assert workers_of(None, {"SKIPPIPE_WORKERS": "launched"}) == "launched"
-    assert workers_of("local", {"SKIPPIPE_WORKERS": "launched"}) == "local"
+    assert workers_of(None, {"SKIPPIPE_WORKERS": "kubernetes"}) == "kubernetes"
+    assert workers_of("ray", {"SKIPPIPE_WORKERS": "kubernetes"}) == "ray"
     with pytest.raises(SettingError, match=r"SKIPPIPE_WORKERS='pbs' is unknown; it is one of 'local'"):
         workers_of(None, {"SKIPPIPE_WORKERS": "pbs"})
 
@@ -62,6 +63,12 @@ def test_sources_by_name() -> None:
     assert isinstance(make_source("local"), LocalSource)
     assert isinstance(make_source("launched"), LaunchedSource)
     assert isinstance(make_source(Mine), Mine)
+
+
+def test_a_package_that_is_missing_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SkipPipeError, match=r"needs the package ray, .*pip install 'skippipe-plugin\[ray\]'"):
+        make_source("ray")
 
 
 @pytest.mark.parametrize(("returned", "what"), [(None, "NoneType without open"), (Mine, "a class, not an inst")])
@@ -73,11 +80,11 @@ def test_a_function_that_returns_no_source(returned: Any, what: str) -> None:
 def test_what_a_launcher_leaves() -> None:
     assert chosen_workers(None, None, 1) == "local"
     assert chosen_workers(None, FIRST, 1) == chosen_workers("launched", FIRST, 1) == "launched"
-    assert chosen_workers(a_source, SECOND, 1) == "launched"
-    with pytest.raises(SkipPipeError, match=r"workers=.*a_source.* brings workers, and a launcher has started"):
-        chosen_workers(a_source, FIRST, 1)
-    with pytest.raises(SkipPipeError, match=r"workers=.*a_source.* takes one driver, and this run has drivers=2"):
-        chosen_workers(a_source, None, 2)
+    assert chosen_workers("ray", SECOND, 1) == "launched"
+    with pytest.raises(SkipPipeError, match="workers='ray' brings workers, and a launcher has started"):
+        chosen_workers("ray", FIRST, 1)
+    with pytest.raises(SkipPipeError, match="workers='ray' takes one driver, and this run has drivers=2"):
+        chosen_workers("ray", None, 2)
     assert chosen_workers("local", None, 2) == "local"
 
 
@@ -85,14 +92,14 @@ def test_a_supervisor_keeps_the_workers_itself(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("SKIPPIPE_SUPERVISOR", "127.0.0.1:1")
     assert chosen_workers(None, None, 1) == "local"
     with pytest.raises(SkipPipeError, match="skippipe run keeps the workers itself"):
-        chosen_workers(a_source, None, 1)
+        chosen_workers("ray", None, 1)
     monkeypatch.undo()
-    assert chosen_workers(a_source, None, 1) is a_source  # what the error advises
+    assert chosen_workers("ray", None, 1) == "ray"  # what the error advises
 
 
 def test_a_limit_for_this_host_and_workers_from_elsewhere() -> None:
-    with pytest.raises(ValueError, match=r"local_workers=2 limits the workers of this host, and workers=.*a_source"):
-        NetworkConfig(workers=a_source, local_workers=2)
+    with pytest.raises(ValueError, match="local_workers=2 limits the workers of this host, and workers='ray' takes"):
+        NetworkConfig(workers="ray", local_workers=2)
     assert NetworkConfig(workers="local", local_workers=2).local_workers == 2
 
 
