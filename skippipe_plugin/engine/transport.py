@@ -20,6 +20,7 @@ from torch import Tensor
 from . import phases
 from .c10d import Gloo, ProcessGroupGloo, Store, Work
 from .errors import GenerationAborted
+from .gloo_door import open_device
 from .rendezvous import AbortableStore
 from .silence import silence_ends_after
 
@@ -251,10 +252,13 @@ def _wait(work: Work) -> None:
 
 def form_gloo(store: Store, rank: int, size: int, host: str) -> Gloo:
     """Form a gloo group, bound to ``host``."""
+    device, door = open_device(host)
     options = ProcessGroupGloo._Options()
-    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    options._devices = [device]
     options._timeout = _FORMING
     with silence_ends_after(_SILENT_S):
         group = ProcessGroupGloo(store, rank, size, options)
+    if door is not None:
+        door.shut()
     group._set_default_timeout(FOREVER)
     return group
