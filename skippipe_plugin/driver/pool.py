@@ -203,13 +203,14 @@ class WorkerPool:
             reason = str(error)
         else:
             if isinstance(hello, Hello):
-                reason = mismatch(hello.versions)
-                if not reason:
+                differs = mismatch(hello.versions)
+                if not differs:
                     return hello
+                reason = f"{differs}; install the driver's versions"
             else:
                 reason = f"its first message is {type(hello).__name__!r} and not 'Hello'"
         log.warning("refused a worker from %s: %s", channel.peer, reason)
-        to_worker(channel).hang_up(Refuse(f"{reason}; install the driver's versions"))
+        to_worker(channel).hang_up(Refuse(reason))
         return None
 
     def _welcome(self, channel: Channel, greeting: Message) -> None:
