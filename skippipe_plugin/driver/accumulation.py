@@ -67,8 +67,10 @@ class Host(Protocol):
     """The pipeline, as far as it is needed here."""
 
     links: Links
-    generation: int
-    """The number of the present one."""
+
+    @property
+    def generation(self) -> int:
+        """The number of the present one."""
 
     def repeat(self, batch: Batch, *, keep: bool) -> None:
         """Run a batch once more, in the present generation; ``keep`` its new gradients everywhere, to be added."""

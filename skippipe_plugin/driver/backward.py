@@ -22,6 +22,7 @@ from ..schedule import Schedule
 from .accumulation import Accumulation
 from .capture.suspend import current_thread
 from .copies import GradientCopies
+from .formation import HasLayout
 from .layout import Layout
 from .links import Links
 from .loads import LoadWindow
@@ -40,7 +41,7 @@ under the two.
 class GradientControl:
     """The gradients of a pipeline, seen from one driver; the first driver commands the workers'."""
 
-    def __init__(self, links: Links, layout: Layout, copies: GradientCopies, *, leads: bool) -> None:
+    def __init__(self, links: Links, formed: HasLayout, copies: GradientCopies, *, leads: bool) -> None:
         self.scale: GradientScale = "batch"
         self.window = GradientWindow([])
         """The gradients of the parameters that live on this driver."""
@@ -53,7 +54,7 @@ class GradientControl:
         self.pending_clip: tuple[float | None, float | None] = (None, None)
         """How the coming optimizer step clips: a factor, and the largest element."""
         self._links = links
-        self.layout = layout
+        self._formed = formed
         self._leads = leads
         self._hosted: Mapping[int, Stage] = {}
         self._stage_scales: dict[int, float] = {}
@@ -84,15 +85,19 @@ class GradientControl:
         """By stage: what its learning rate is multiplied with, where that is not 1."""
 
     @property
+    def _layout(self) -> Layout:
+        return self._formed.layout
+
+    @property
     def lr_factors_of_blocks(self) -> dict[int, float]:
         """The same by block, for who goes on with other stages: each then has the mean of its blocks."""
-        return {block: factor for stage, factor in self.lr_factors.items() for block in self.layout.blocks(stage)}
+        return {block: factor for stage, factor in self.lr_factors.items() for block in self._layout.blocks(stage)}
 
     @lr_factors_of_blocks.setter
     def lr_factors_of_blocks(self, factors: Mapping[int, float]) -> None:
-        single = [range(block, block + 1) for block in range(self.layout.num_blocks)]
+        single = [range(block, block + 1) for block in range(self._layout.num_blocks)]
         by_number = {block + 1: factor for block, factor in factors.items()}
-        self.lr_factors = carried_over(by_number, single, self.layout.stage_blocks)
+        self.lr_factors = carried_over(by_number, single, self._layout.stage_blocks)
 
     def own(self, parameters: Sequence[nn.Parameter], hosted: Mapping[int, Stage]) -> None:
         """Take charge of this driver's parameters, those of hosted stages among them."""
@@ -106,7 +111,7 @@ class GradientControl:
             schedule: What ran.
             weights: By microbatch of this driver: its share of the global batch.
         """
-        per_driver = schedule.num_microbatches // self.layout.num_drivers
+        per_driver = schedule.num_microbatches // self._layout.num_drivers
         counts = dict.fromkeys(range(1, schedule.num_stages + 1), 0)
         shares = dict.fromkeys(counts, 0.0)
         for microbatch, path in enumerate(schedule.paths):
@@ -169,7 +174,7 @@ class GradientControl:
 
     @property
     def _is_one_of_many(self) -> bool:
-        return self.layout.num_drivers > 1
+        return self._layout.num_drivers > 1
 
     def _command(self, command: Control) -> None:
         """Command the workers as the first driver; as another one, let them go on with what that one commands."""
@@ -258,7 +263,7 @@ class GradientControl:
         self._norm_under_way = False
         # A run that clips once clips always: from now on workers measure as soon as they have merged.
         self._expected_norm = kind
-        sets = [self.layout.whole_set(stage, answers) for stage in range(1, len(self.layout.placement))]
+        sets = [self._layout.whole_set(stage, answers) for stage in range(1, len(self._layout.placement))]
         firsts = {ranks[0] for ranks in sets if ranks}
         powers = [answers[rank].power for rank in firsts]
         powers += [answers[rank].experts for ranks in sets for rank in ranks[1:]]

@@ -45,9 +45,12 @@ class Host(Protocol):
     """The pipeline, as far as copies need it."""
 
     links: Links
-    layout: Layout
     shards: ExpertShards
     device: torch.device
+
+    @property
+    def layout(self) -> Layout:
+        """Which worker holds which block."""
 
     @property
     def leads(self) -> bool:

@@ -16,16 +16,13 @@ from torch import Tensor, nn
 from ..engine.c10d import Store
 from ..engine.call import Ambient, device_types
 from ..engine.control.answers import Done, Ready
-from ..engine.control.commands import Abort, Configure, MeasureLinks, UseSchedule
+from ..engine.control.commands import MeasureLinks
 from ..engine.control.values import Opening
 from ..engine.errors import GenerationAborted, SkipPipeError
 from ..engine.executor import Executor
 from ..engine.gradients import sum_over_holders
-from ..engine.handover import import_paths
-from ..engine.pairs import transport_for
-from ..engine.program import directed_links
 from ..engine.stage import Stage
-from ..engine.transport import TensorSpec, Transport
+from ..engine.transport import TensorSpec
 from ..schedule import (
     NetworkCost,
     Schedule,
@@ -41,13 +38,14 @@ from .capture.remote import is_remote
 from .capture.suspend import StepThreads, current_thread, suspend_here
 from .capture.writer import CallWriter
 from .clocks import WorkerClocks
+from .formation import Formation
+from .forming import Forming
 from .keeper import Keeper, settle_in
 from .layout import Layout
 from .links import Links
 from .measured import measured_network, measured_timeline
 from .mirrored import Mirror, check_hooks
 from .probing import computes_parts_alike, probe
-from .programs import Programs
 from .rendezvous import Rendezvous
 from .repeating import repeating
 from .resizing import carried_over
@@ -62,7 +60,6 @@ from .whole_step import WholeRun, WholeTask
 
 TRAINING: Final = "training"
 EVALUATION: Final = "evaluation"
-_DRIVERS: Final = "drivers"
 _T = TypeVar("_T")
 
 
@@ -98,7 +95,17 @@ class Pipeline:
         device: torch.device,
         worker_devices: Mapping[int, str],
     ) -> None:
-        self.layout = layout
+        self._forming = Forming(
+            layout,
+            schedules,
+            links=links,
+            store=store,
+            generations=generations,
+            rendezvous=rendezvous,
+            rank=rank,
+            device=device,
+            worker_devices=worker_devices,
+        )
         self.links = links
         self.device = device
         self.rank = rank
@@ -108,13 +115,6 @@ class Pipeline:
         self.measure_next = False
         """Whether the coming training step is measured though :attr:`collect_timeline` is off."""
         self._clocks = WorkerClocks(links)
-        self._store = store
-        self._generations = generations
-        self._rendezvous = rendezvous
-        self._worker_devices = dict(worker_devices)
-        self._programs = Programs(schedules, rank)
-        self._transport: Transport | None = None
-        self.generation = -1
         self._step = 0
         self._threads = StepThreads()
         self._took_s: deque[float] = deque(maxlen=16)
@@ -130,16 +130,16 @@ class Pipeline:
         """Replaces lost workers; without one a loss is the end of the run. Set it before :meth:`load`."""
         self.optimizer_plan: bytes | None = None
         """How workers build their part of the optimizer, as it travels."""
-        self.shards = ExpertShards(layout)
+        self.shards = ExpertShards(self._forming)
         """Which worker holds which experts."""
         self.mirror = Mirror(self)
         """What user code sees of the blocks on workers."""
-        self.remote = RemoteWeights(links, layout, rank, self.shards, self.mirror)
-        self.gradients = GradientControl(links, layout, self.mirror.gradients, leads=rank == 0)
+        self.remote = RemoteWeights(links, self._forming, rank, self.shards, self.mirror)
+        self.gradients = GradientControl(links, self._forming, self.mirror.gradients, leads=rank == 0)
         self.in_step = self.is_announced = False
         """Whether a step is under way, and whether the workers have begun with it."""
         self.routers = RouterControl(links, leads=rank == 0)
-        links.on_failure = self._wake
+        links.on_failure = self._forming.wake
 
     @property
     def leads(self) -> bool:
@@ -147,14 +147,29 @@ class Pipeline:
         return self.rank == 0
 
     @property
+    def formation(self) -> Formation:
+        """Who holds what, what steps run, who is there."""
+        return self._forming.formation
+
+    @property
+    def layout(self) -> Layout:
+        """Which blocks and ranks make which stage."""
+        return self._forming.layout
+
+    @property
+    def generation(self) -> int:
+        """The number of the last generation that was begun."""
+        return self._forming.formation.generation
+
+    @property
     def schedules(self) -> Mapping[str, Schedule]:
         """What steps run by name, around workers that are missing."""
-        return self._programs.schedules
+        return self._forming.formation.schedules
 
     @property
     def whole_schedules(self) -> Mapping[str, Schedule]:
         """What steps run by name when no worker is missing."""
-        return self._programs.whole
+        return self._forming.programs.whole
 
     @property
     def microbatches(self) -> range:
@@ -166,31 +181,8 @@ class Pipeline:
 
     def form(self) -> None:
         """Start a generation: form the groups anew with every worker that is there."""
-        self.generation = next(self._generations)
         self._clocks.forget()
-        self.links.start_generation(self.generation)
-        self._transport = transport_for(
-            self._rendezvous.backend,
-            self._store,
-            rank=self.rank,
-            members=self._members(),
-            generation=self.generation,
-            host=self._rendezvous.host,
-            device=str(self.device),
-        )
-        self.links.check()  # a failure from now on finds this transport and wakes it
-        if self.leads:
-            for link in self.links:
-                link.send(self._configuration(link.rank))
-        try:
-            self._transport.form()
-            if self.layout.num_drivers > 1:
-                self._transport.form_subgroup(_DRIVERS, self.layout.drivers)
-            self._transport.connect(directed_links(*self.schedules.values()))
-        except GenerationAborted:
-            self.links.raise_cause()
-            raise
-        self.links.expect_all(Ready)
+        self._forming.form(may_leave=self.keeper is not None, step=self._step)
         self._writer = CallWriter(self.links, self.layout)
         self.mirror.weights.forget_read()
 
@@ -204,10 +196,7 @@ class Pipeline:
         self.routers.tallies.close()
         for stage in self._hosted.values():
             stage.forget()
-        transport, self._transport = self._transport, None
-        if transport is not None:
-            self.links.tell_survivors(Abort(transport.generation))
-            transport.poison()
+        self._forming.give_up()
 
     def close(self) -> None:
         """End the groups and the step threads; the links stay."""
@@ -215,42 +204,7 @@ class Pipeline:
             self.keeper.close()
         self._threads.close()
         self.links.on_failure = lambda: None
-        self._transport = None
-
-    def _configuration(self, rank: int) -> Configure:
-        rendezvous = self._rendezvous
-        return Configure(
-            generation=self.generation,
-            rank=rank,
-            members=self._members(),
-            store_host=rendezvous.store_host,
-            store_port=rendezvous.store_port,
-            other_drivers=list(rendezvous.other_drivers),
-            may_leave=self.keeper is not None,
-            sys_path=import_paths(),
-            num_threads=1,
-            device=self._worker_devices.get(rank, "cpu"),
-            backend=rendezvous.backend,
-            replica_groups=self._replica_groups(),
-            expert_sets=[
-                (stage, sets)
-                for stage, sets in self.layout.expert_sets
-                if all(each in self.links for ranks in sets for each in ranks)
-            ],
-            schedules={name: schedule.to_json() for name, schedule in self.schedules.items()},
-            step=self._step,
-        )
-
-    def _members(self) -> list[int]:
-        """The ranks that are there: all drivers, and the workers that are linked."""
-        return sorted([*self.layout.drivers, *(link.rank for link in self.links)])
-
-    def _replica_groups(self) -> list[tuple[int, list[int]]]:
-        """The stages that several ranks hold, with those of them that are there."""
-        present = [
-            (stage, [rank for rank in ranks if rank in self.links]) for stage, ranks in self.layout.replica_groups
-        ]
-        return [(stage, ranks) for stage, ranks in present if len(ranks) > 1]
+        self._forming.transport = None
 
     def go_around(self, missing: Collection[int]) -> None:
         """Let the next generation's paths avoid some ranks; none: undo it.
@@ -258,7 +212,7 @@ class Pipeline:
         Raises:
             ScheduleError: A path would have no stage left.
         """
-        self._programs.go_around(missing)
+        self._forming.go_around(missing)
 
     def relayout(self, layout: Layout, schedules: Mapping[str, Schedule], came_from: Mapping[int, int]) -> None:
         """Let the next generation have other stages; who holds what is for the caller to see to.
@@ -268,11 +222,9 @@ class Pipeline:
             schedules: Its schedules, under the same names and of the same microbatches.
             came_from: By new rank: the old rank of its worker, if it had one.
         """
-        devices, gradients = self._worker_devices, self.gradients
-        self._worker_devices = devices | {rank: devices[old] for rank, old in came_from.items() if old in devices}
-        gradients.lr_factors = carried_over(gradients.lr_factors, self.layout.stage_blocks, layout.stage_blocks)
-        self.layout = self.remote.layout = gradients.layout = self.sender.layout = self.shards.layout = layout
-        self._programs = Programs(schedules, self.rank)
+        factors, before = self.gradients.lr_factors, self.layout.stage_blocks
+        self.gradients.lr_factors = carried_over(factors, before, layout.stage_blocks)
+        self._forming.relayout(layout, schedules, came_from)
         self.timeline = None
 
     def surviving(
@@ -285,11 +237,6 @@ class Pipeline:
     def beyond_help(self) -> bool:
         """Whether a worker is lost for good."""
         return self.links.lost and (self.keeper is None or self.keeper.gave_up)
-
-    def _wake(self) -> None:
-        transport = self._transport
-        if transport is not None:
-            transport.poison()
 
     # --------------------------------------------------------------- model
 
@@ -307,7 +254,7 @@ class Pipeline:
         self.shards.learn(proxies.blocks)
         check_hooks(self.remote.remote_of(proxies.blocks), proxies.names)
         self._sender = StageSender(
-            self.layout, proxies.blocks, compile_with, seed, keep_structures=keep, shards=self.shards
+            self._forming, proxies.blocks, compile_with, seed, keep_structures=keep, shards=self.shards
         )
         with proxies.without_hooks():
             settle_in(self.keeper, self._hand_out)
@@ -352,12 +299,7 @@ class Pipeline:
 
     def use_schedule(self, name: str, schedule: Schedule) -> None:
         """Run the following steps by another schedule with the same placement; every driver calls this alike."""
-        assert schedule.placement == self.layout.placement, "blocks do not move with a schedule"
-        self._programs.use(name, schedule)
-        if self.leads and self._transport is not None:
-            self.links.broadcast(UseSchedule(name, self.schedules[name].to_json()))
-        if self._transport is not None:
-            self._transport.connect(directed_links(self.schedules[name]))
+        self._forming.use_schedule(name, schedule)
 
     def measure_links(self, num_bytes: int) -> NetworkCost:
         """Measure latency and bandwidth between every two ranks with messages of ``num_bytes``; all drivers call it."""
@@ -365,10 +307,11 @@ class Pipeline:
 
     def _measure_links(self, num_bytes: int) -> NetworkCost:
         self.heal()
-        assert self._transport is not None
+        transport = self._forming.transport
+        assert transport is not None
         if self.leads:
             self.links.broadcast(MeasureLinks(num_bytes))
-        return measured_network(self._transport, self.links, num_bytes, self.layout.size)
+        return measured_network(transport, self.links, num_bytes, self.layout.size)
 
     @property
     def forms(self) -> Sequence[TensorSpec]:
@@ -377,7 +320,7 @@ class Pipeline:
 
     def heal(self) -> None:
         """After an aborted step: a new generation, so that everybody is known to be idle and answers are fresh."""
-        if self._transport is None:
+        if self._forming.transport is None:
             self.form()
 
     @property
@@ -448,7 +391,7 @@ class Pipeline:
             finally:
                 self.in_step = self.is_announced = False
             if self.layout.num_drivers > 1:
-                sum_over_holders(self.gradients.window.parameters, self._sum_over_drivers)
+                sum_over_holders(self.gradients.window.parameters, self._forming.sum_over_drivers)
             self.gradients.window.close()
             self.routers.board.close()
 
@@ -504,7 +447,7 @@ class Pipeline:
         return self.evaluate(task)[0]  # type: ignore[no-any-return]
 
     def _execute(self, name: str, run: StepRun | WholeRun, live: Sequence[int]) -> None:
-        transport, schedule = self._transport, self.schedules[name]
+        transport, programs, schedule = self._forming.transport, self._forming.programs, self.schedules[name]
         assert transport is not None
         self._step += 1
         timeline = (self.collect_timeline or self.measure_next) and name == TRAINING
@@ -517,9 +460,9 @@ class Pipeline:
         # As many ahead of their turns as have had them: twice the hidden states on the driver, not all of them. What is
         # measured shows each embedding in its place, and what it takes.
         in_turn = timeline or proxies.is_watched
-        coming = [] if in_turn else [each for each in self._programs.embedded[name] if each in live]
+        coming = [] if in_turn else [each for each in programs.embedded[name] if each in live]
         taps = TapExchange(self._step, self.links, self.layout, self._hosted)
-        run.open(self._step, schedule.paths, opening, coming, self._programs.most_in_flight[name], taps)
+        run.open(self._step, schedule.paths, opening, coming, programs.most_in_flight[name], taps)
         if not live:
             run.announce()
         self.is_announced = True
@@ -527,7 +470,7 @@ class Pipeline:
         if name == TRAINING:
             self.routers.count(transport, schedule, live, self._hosted, self.gradients.loads.base)
         with proxies.in_step():
-            events = executor.run(self._programs.compiled[name], set(live), NoFeed())
+            events = executor.run(programs.compiled[name], set(live), NoFeed())
             done = self.links.expect_all(Done)
         for writes in (*(s.take_writes() for s in self._hosted.values()), *(each.writes for each in done.values())):
             proxies.note_all_writes(writes)
@@ -588,9 +531,5 @@ class Pipeline:
         if self.layout.num_drivers == 1:
             return bool(live)
         count = torch.tensor([float(len(live))])
-        self._sum_over_drivers(count)
+        self._forming.sum_over_drivers(count)
         return bool(count)
-
-    def _sum_over_drivers(self, tensor: Tensor) -> None:
-        assert self._transport is not None
-        self._transport.all_reduce(tensor, _DRIVERS)

@@ -20,6 +20,7 @@ from ..moe.shards import (
     join_shards,
     take_shard,
 )
+from .formation import HasLayout
 from .layout import Layout
 
 Site = tuple[int, str]
@@ -31,14 +32,18 @@ State = Mapping[ParameterKey, Mapping[str, Any]]
 class ExpertShards:
     """The placements of a pipeline's experts; empty without expert parallelism."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, formed: HasLayout) -> None:
         self.placements: dict[Site, Placement] = {}
         """By layer: the position of each expert among the replicas that share them."""
         self.sites: dict[Site, ExpertSite] = {}
         self.overlap: int | str = 1
         """Into how many chunks workers cut the tokens that travel, or "auto"."""
-        self.layout = layout
+        self._formed = formed
         self._site_of: dict[ParameterKey, Site] = {}
+
+    @property
+    def _layout(self) -> Layout:
+        return self._formed.layout
 
     def learn(self, blocks: Sequence[nn.Module]) -> None:
         """Find the experts of the blocks that live on replicas.
@@ -46,9 +51,9 @@ class ExpertShards:
         Raises:
             ValueError: They cannot be spread; the message names the layer and the way out.
         """
-        size = self.layout.expert_parallel
-        for stage, _ in self.layout.expert_sets:
-            for block in self.layout.blocks(stage):
+        size = self._layout.expert_parallel
+        for stage, _ in self._layout.expert_sets:
+            for block in self._layout.blocks(stage):
                 for site in find_sites(blocks[block]):
                     check_divisible(f"{site.path} in block {block}", site.num_experts, size)
                     self.sites[block, site.path] = site
@@ -57,7 +62,7 @@ class ExpertShards:
 
     def described(self, stage: int, rank: int) -> list[ExpertShare]:
         """Tell a worker which experts of a stage it holds."""
-        blocks, position = self.layout.blocks(stage), self.layout.position(rank)
+        blocks, position = self._layout.blocks(stage), self._layout.position(rank)
         return [
             (block, path, placement, self.sites[block, path].tensors, position)
             for (block, path), placement in self.placements.items()
@@ -76,7 +81,7 @@ class ExpertShards:
     def part(self, key: ParameterKey, tensor: Tensor, rank: int) -> Tensor:
         """Return what ``rank`` holds of a whole tensor."""
         site = self._site_of.get(key)
-        return tensor if site is None else take_shard(tensor, self.placements[site], self.layout.position(rank))
+        return tensor if site is None else take_shard(tensor, self.placements[site], self._layout.position(rank))
 
     def part_of_state(self, state: State, rank: int) -> dict[ParameterKey, dict[str, Any]]:
         """Return what belongs to the rows of ``rank`` of an optimizer's state of whole parameters."""
@@ -97,11 +102,11 @@ class ExpertShards:
         for rank, tensors in parts.items():
             for name, tensor in tensors.items():
                 if tensor_key(name) in self._site_of:
-                    pieces.setdefault(name, {}).setdefault(self.layout.position(rank), tensor)
+                    pieces.setdefault(name, {}).setdefault(self._layout.position(rank), tensor)
                 else:
                     result.setdefault(name, tensor)
         for name, shards in pieces.items():
-            if len(shards) == self.layout.expert_parallel:
+            if len(shards) == self._layout.expert_parallel:
                 result[name] = join_shards(shards, self.placements[self._site_of[tensor_key(name)]])
         return result
 
@@ -113,8 +118,8 @@ class ExpertShards:
             for key, entries in state.items():
                 for name, value in entries.items():
                     result.setdefault(key, {}).setdefault(name, value)
-                    if key in self._site_of and has_rows(value, self._num_experts(key) // self.layout.expert_parallel):
-                        pieces.setdefault((key, name), {})[self.layout.position(rank)] = value
+                    if key in self._site_of and has_rows(value, self._num_experts(key) // self._layout.expert_parallel):
+                        pieces.setdefault((key, name), {})[self._layout.position(rank)] = value
         for (key, name), shards in pieces.items():
             result[key][name] = join_shards(shards, self.placements[self._site_of[key]])
         return result

@@ -13,6 +13,7 @@ from ..engine.classes import Prints, fingerprints
 from ..engine.control.commands import Load
 from ..engine.control.values import PackedBlocks
 from ..engine.handover import pack_blocks, unpack_blocks
+from .formation import HasLayout
 from .layout import Layout
 from .links import Link, Links
 from .shards import ExpertShards
@@ -25,7 +26,7 @@ class StageSender:
     """Hands the blocks of a model over to its workers.
 
     Args:
-        layout: Which blocks make which stage, and which ranks hold it.
+        formed: Knows which blocks make which stage, and which ranks hold it.
         blocks: The block stack, with its weights until :meth:`send_all` has been called.
         compile_with: Keyword arguments for ``Module.compile`` of the blocks; None when nothing is compiled.
         seed: For blocks that were built on the meta device.
@@ -35,7 +36,7 @@ class StageSender:
 
     def __init__(
         self,
-        layout: Layout,
+        formed: HasLayout,
         blocks: Sequence[nn.Module],
         compile_with: Any,
         seed: int,
@@ -43,7 +44,7 @@ class StageSender:
         keep_structures: bool,
         shards: ExpertShards,
     ) -> None:
-        self.layout = layout
+        self._formed = formed
         self.compile_with = compile_with
         self._blocks = blocks
         self._seed = seed
@@ -54,19 +55,23 @@ class StageSender:
         self._keep = keep_structures
         self._shards = shards
 
+    @property
+    def _layout(self) -> Layout:
+        return self._formed.layout
+
     def send_all(self, links: Links) -> None:
         """Send every stage to the workers that hold it."""
-        for stage, ranks in enumerate(self.layout.placement):
+        for stage, ranks in enumerate(self._layout.placement):
             remote = [rank for rank in ranks if rank in links]
             if not stage or not remote:
                 continue
-            blocks = {block: self._blocks[block] for block in self.layout.blocks(stage)}
+            blocks = {block: self._blocks[block] for block in self._layout.blocks(stage)}
             if self._keep:
                 self._structures[tuple(blocks)] = pack_blocks(blocks, values=False)
                 self._classes[tuple(blocks)] = fingerprints(blocks.values())
             packed: dict[int, Packed] = {}
             for rank in remote:
-                position = self.layout.position(rank)
+                position = self._layout.position(rank)
                 if position not in packed:
                     packed = {position: pack_blocks(blocks, instead=self._shards.cut(blocks, rank))}
                 self._send(links[rank], stage, packed[position])
@@ -104,7 +109,7 @@ class StageSender:
             compile=self.compile_with,
             overlap=self._shards.overlap,
             blocks=entries,
-            classes=fingerprints(self._blocks[block] for block in self.layout.blocks(stage)),
+            classes=fingerprints(self._blocks[block] for block in self._layout.blocks(stage)),
             experts=self._shards.described(stage, link.rank),
             blobs=blobs,
         )

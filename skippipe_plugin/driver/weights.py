@@ -12,6 +12,7 @@ from ..engine.control.commands import Get
 from ..engine.errors import SkipPipeError
 from ..engine.handover import unpack_tensors
 from ..engine.wire import tensor_key
+from .formation import HasLayout
 from .layout import Layout
 from .links import Link, Links
 from .mirrored import Host, Mirror
@@ -23,19 +24,23 @@ class RemoteWeights:
 
     Args:
         links: To the workers that hold them.
-        layout: Which worker holds which block.
+        formed: Knows which worker holds which block.
         rank: This driver's rank; what it holds itself is not remote.
         shards: Which worker holds which experts.
         mirror: What user code sees of them.
     """
 
-    def __init__(self, links: Links, layout: Layout, rank: int, shards: ExpertShards, mirror: Mirror) -> None:
+    def __init__(self, links: Links, formed: HasLayout, rank: int, shards: ExpertShards, mirror: Mirror) -> None:
         self._links = links
-        self.layout = layout
+        self._formed = formed
         self._shards = shards
         self._mirror = mirror
-        self._hosted = set(layout.hosted(rank))
+        self._hosted = set(formed.layout.hosted(rank))
         self._sizes: Sequence[int] = ()
+
+    @property
+    def _layout(self) -> Layout:
+        return self._formed.layout
 
     def remote_of(self, blocks: Sequence[nn.Module]) -> dict[int, nn.Module]:
         """Return those of all blocks that workers hold."""
@@ -91,6 +96,6 @@ class RemoteWeights:
 
     def first_holders(self) -> Iterator[Link]:
         """Return for each remote stage links to workers that hold all of it together: one, or those of its experts."""
-        for stage in range(1, len(self.layout.placement)):
-            for rank in self.layout.whole_set(stage, self._links):
+        for stage in range(1, len(self._layout.placement)):
+            for rank in self._layout.whole_set(stage, self._links):
                 yield self._links[rank]

@@ -6,13 +6,15 @@ import pytest
 
 from skippipe_plugin.driver.backward import GradientControl
 from skippipe_plugin.driver.copies import GradientCopies, Workers
+from skippipe_plugin.driver.formation import Formation
 from skippipe_plugin.driver.layout import Layout
 from skippipe_plugin.driver.links import Links
 
 
 def control(*stages: range) -> GradientControl:
     placement = tuple((rank,) for rank in range(len(stages) + 1))
-    return GradientControl(Links(), Layout(1, stages, placement), GradientCopies(cast("Workers", None)), leads=True)
+    formation = Formation(Layout(1, stages, placement), {})
+    return GradientControl(Links(), formation, GradientCopies(cast("Workers", None)), leads=True)
 
 
 @pytest.mark.parametrize(
