@@ -35,7 +35,7 @@ from ..engine.handout import find_secret, fingerprint, leave_secret
 from ..engine.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, job_secret, secret_file
 from ..engine.versions import own_versions
 from ..job.network import NetworkConfig
-from ..sources import Door, WorkerSource, make_source
+from ..sources import Door, WorkerSource, make_source, workers_of
 from ..sources.local import HERE, LocalSource
 from ..supervisor import SupervisedProcesses, supervised
 from ..worker import DriverProcesses, Worker
@@ -67,7 +67,7 @@ class DriverJob:
                 "skippipe run can start a driver again that was started by hand and is the only one; this run has "
                 f"drivers={num_drivers}{other}: start it without skippipe run"
             )
-        workers = chosen_workers(network.workers, launcher, num_drivers)
+        self._workers = workers = chosen_workers(network.workers, launcher, num_drivers)
         self._starts_none = workers in ("launched", "kubernetes")
         self._crew: Crew
         self._drivers = DriverProcesses()
@@ -243,7 +243,7 @@ class DriverJob:
         secret = job_secret(network.secret_file, create=True) if self.rank == 0 and is_set else None
         by_hand = self._starts_none and self._launcher is None
         if secret is None and self.rank == 0 and (network.local_workers is not None or by_hand):
-            what = f"workers={network.workers!r}" if by_hand else f"local_workers={network.local_workers}"
+            what = f"workers={self._workers!r}" if by_hand else f"local_workers={network.local_workers}"
             raise ValueError(
                 f"{what} leaves workers to join by hand, who must know a secret: "
                 f"set secret_file=..., {SECRET_FILE_VARIABLE} or {SECRET_VARIABLE}"
@@ -338,7 +338,7 @@ _registry: dict[tuple[object, ...], DriverJob | WorkerJob] = {}
 
 def driver_job(network: NetworkConfig, num_drivers: int, launcher: Launcher | None) -> DriverJob:
     """Return this process's job as a driver, the same one for the same arguments."""
-    key = ("driver", network, num_drivers)
+    key = ("driver", network, num_drivers, workers_of(network.workers))
     if key not in _registry:
         _register(key, DriverJob(network, num_drivers, launcher))
     job = _registry[key]

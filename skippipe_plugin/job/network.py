@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..checked import NUM_SPARES, SECONDS, Range, checked
 from ..engine.listener import every_address, is_every_address
 from ..engine.pairs import LinkBackend
-from ..sources import Workers
+from ..sources import Workers, workers_of
 
 
 @checked(port=Range(0, 65535), local_workers=NUM_SPARES, join_timeout_s=SECONDS)
@@ -40,8 +40,9 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.host is not None and is_every_address(self.host):
             raise ValueError(every_address(self.host))
-        if self.local_workers is not None and self.workers not in (None, "local"):
+        workers = workers_of(self.workers)
+        if self.local_workers is not None and workers not in (None, "local"):
             raise ValueError(
-                f"local_workers={self.local_workers} limits the workers of this host, and workers={self.workers!r} "
+                f"local_workers={self.local_workers} limits the workers of this host, and workers={workers!r} "
                 "takes none of this host's; give one of them"
             )

@@ -17,6 +17,7 @@ import ctypes
 import json
 import os
 import queue
+import re
 import select
 import signal
 import socket
@@ -248,13 +249,17 @@ def _state(placement: PlacementGroup) -> str:
     return str(placement_group_table(placement).get("state"))
 
 
+def _knock(address: str) -> None:
+    host, port = address.rsplit(":", 1)
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
+
+
 def _probe(head: str, answers: Answers) -> None:
     """Tell when the head is gone: Ray's own client waits a minute for it, and then ends this process."""
-    host, port = head.rsplit(":", 1)
     failed = 0
     while failed < _PROBES:
         try:
-            socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
+            _knock(head)
             failed = 0
         except OSError:
             failed += 1
@@ -288,6 +293,8 @@ def main(arguments: list[str]) -> int:
     address, resources = arguments
     answers = Answers()
     try:
+        if re.fullmatch(r"[^/]+:\d+", address):
+            _knock(address)  # Ray's client takes a minute to give up
         ray.init(address=address, log_to_driver=False, logging_level="error", namespace="skippipe")
     except Exception as error:
         answers.send(failed=f"there is no Ray cluster at address {address!r} ({str(error).strip().splitlines()[0]})")

@@ -1,6 +1,10 @@
 """Workers on the nodes of a real Ray cluster of several raylets on this machine, of which some are killed."""
 
+import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,8 +77,7 @@ def test_workers_stand_on_nodes_of_their_own_and_compute_what_one_process_does(c
     assert len(seen) == len(set(seen)) == 3
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("spares", [0, 1])
+@pytest.mark.parametrize(("replicas", "spares"), [(1, 0), (1, 1), (2, 1)])  # (2, 0): paths go around it meanwhile
 def test_a_raylet_is_killed_and_the_stage_stands_on_another(cluster: Any, replicas: int, spares: int) -> None:
     """With a replica the losses are those of one process; without, the neighbours' average is a report."""
     killed: list[float] = []
@@ -113,6 +116,29 @@ def test_a_raylet_is_killed_and_the_stage_stands_on_another(cluster: Any, replic
         assert event.source == "copy"
         assert_same_losses(found.losses[:3], expected[:3], rtol=1e-4)
         assert len(found.losses) == len(expected)
+
+
+SMALL = ("--steps", "6", "--layers", "3", "--width", "32")
+EXAMPLES = {
+    "train_lm.py": (*SMALL, "--batch-size", "8", "--devices", "3"),
+    "cli.py": ("fit", "--config", "cli.yaml", "--trainer.max_steps=6", "--trainer.val_check_interval=6"),
+    "accelerate_lm.py": (*SMALL, "--num-stages", "2"),
+    "plain_loop.py": (),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run_unchanged(name: str, cluster: Any, tmp_path: Path) -> None:
+    """The environment chooses the source; what is printed as losses is what local workers compute."""
+    losses = []
+    for workers in ("local", "ray"):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "SKIPPIPE_WORKERS": workers}
+        arguments = [str(ROOT / "examples" / each) if each.endswith(".yaml") else each for each in EXAMPLES[name]]
+        command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+        ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        losses.append([float(loss) for loss in re.findall(r"loss:? +([0-9.]+)", ran.stdout)])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
 
 
 def test_the_end_of_the_head_is_an_error_that_says_so(cluster: Any) -> None:

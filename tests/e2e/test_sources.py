@@ -140,6 +140,11 @@ def test_a_source_that_gives_a_ticket_twice_is_an_error() -> None:
     stop_workers()
 
 
-def test_ranks_that_nobody_has_started_need_a_secret() -> None:
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_ranks_that_nobody_has_started_need_a_secret(by_environment: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_environment:
+        monkeypatch.setenv("SKIPPIPE_WORKERS", "launched")
+    network = NetworkConfig() if by_environment else NetworkConfig(workers="launched")
+    stop_workers()
     with pytest.raises(ValueError, match=r"workers='launched' leaves workers to join by hand, who must know a secret"):
-        train(make, loader(tokens(24)), 3, {"network": NetworkConfig(workers="launched")})
+        train(make, loader(tokens(24)), 3, {"network": network})

@@ -97,10 +97,13 @@ def test_a_supervisor_keeps_the_workers_itself(monkeypatch: pytest.MonkeyPatch) 
     assert chosen_workers("ray", None, 1) == "ray"  # what the error advises
 
 
-def test_a_limit_for_this_host_and_workers_from_elsewhere() -> None:
+def test_a_limit_for_this_host_and_workers_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="local_workers=2 limits the workers of this host, and workers='ray' takes"):
         NetworkConfig(workers="ray", local_workers=2)
     assert NetworkConfig(workers="local", local_workers=2).local_workers == 2
+    monkeypatch.setenv("SKIPPIPE_WORKERS", "ray")
+    with pytest.raises(ValueError, match="local_workers=2 limits the workers of this host, and workers='ray' takes"):
+        NetworkConfig(local_workers=2)
 
 
 def test_a_door_gives_no_secret_away() -> None:
