@@ -194,7 +194,8 @@ class SkipPipeStrategy(DriversStrategy):
 
     def measure_step(self) -> None:
         """Measure the coming training step, and leave its :attr:`timeline`; every driver calls this alike."""
-        self._running().pipeline.measure_next = True
+        if self._spread is None or self._spread.is_spread:  # as it ends there is no further one
+            self._running().pipeline.measure_next = True
 
     def measure_costs(self) -> CostModel:
         """Measure the links between all ranks, and return them with the last measured step's seconds of compute.
