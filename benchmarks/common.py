@@ -106,7 +106,7 @@ def _pipeline(workers: Workers, programs: dict[str, Schedule], stage_blocks: tup
         links=links,
         store=pool.store,
         generations=pool.generations,
-        rendezvous=Rendezvous(host=host, store_host=host, store_port=pool.store.port),
+        rendezvous=Rendezvous(host=host, store_host=host, store_port=0),
         rank=0,
         device=torch.device("cpu"),
         worker_devices={},

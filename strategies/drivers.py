@@ -104,8 +104,8 @@ class DriversStrategy(SingleDeviceStrategy):
         return self.global_rank == 0
 
     def form_default_group(self, store: Store) -> None:
-        """Form torch's default group of the drivers, unless there is only one or the user has formed it."""
-        if self.drivers > 1 and not dist.is_initialized():
+        """Form torch's default group of the drivers, unless the user has formed it."""
+        if not dist.is_initialized():
             prefixed = PrefixStore("skippipe/drivers", store)
             dist.init_process_group("gloo", store=prefixed, rank=self.global_rank, world_size=self.drivers)
 

@@ -333,7 +333,8 @@ class SkipPipeStrategy(DriversStrategy):
         # The workers import torch while the user's hooks prepare model and data.
         job = self._join()
         job.prepare(self.num_processes - self.drivers)
-        self.form_default_group(job.pool.store)
+        if self.drivers > 1:
+            self.form_default_group(job.store)
 
     def _join(self) -> DriverJob:
         self._job = driver_job(self.settings.network, self.drivers, self.read_launcher())

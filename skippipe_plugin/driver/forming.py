@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..engine.c10d import Store
+from ..engine.c10d import Store, TCPStore, host_store
 from ..engine.control.answers import Ready
 from ..engine.control.commands import Abort, Configure, UseSchedule
 from ..engine.errors import GenerationAborted
@@ -34,7 +34,8 @@ class Forming:
         layout: Which blocks and ranks make which stage.
         schedules: What steps run, by name.
         links: The control channels to the workers.
-        store: The store from which the groups of every generation are formed.
+        store: The store from which the groups of every generation are formed; None: each has one of its own, whose port
+            is shut as soon as the groups are formed.
         generations: Numbers generations; shared by all pipelines that use the store one after another.
         rendezvous: The addresses the workers need.
         rank: This driver's rank; the first one commands the workers.
@@ -48,7 +49,7 @@ class Forming:
         schedules: Mapping[str, Schedule],
         *,
         links: Links,
-        store: Store,
+        store: Store | None,
         generations: Iterator[int],
         rendezvous: Rendezvous,
         rank: int,
@@ -84,9 +85,11 @@ class Forming:
         members = sorted([*self.layout.drivers, *(link.rank for link in self._links)])
         self.formation = replace(self.formation, members=tuple(members), generation=next(self._generations))
         self._links.start_generation(self.formation.generation)
+        store = self._store if self._store is not None else host_store(self._rendezvous.host)
+        own = store if store is not self._store and isinstance(store, TCPStore) else None
         transport = self.transport = transport_for(
             self._rendezvous.backend,
-            self._store,
+            store,
             rank=self._rank,
             members=members,
             generation=self.formation.generation,
@@ -96,7 +99,7 @@ class Forming:
         self._links.check()  # a failure from now on finds this transport and wakes it
         if self._rank == 0:
             for link in self._links:
-                link.send(self._command(link.rank, may_leave, step))
+                link.send(self._command(link.rank, may_leave, step, own))
         try:
             transport.form()
             if self.layout.num_drivers > 1:
@@ -106,15 +109,17 @@ class Forming:
             self._links.raise_cause()
             raise
         self._links.expect_all(Ready)
+        if own is not None:
+            transport.leave_store()
 
-    def _command(self, rank: int, may_leave: bool, step: int) -> Configure:
+    def _command(self, rank: int, may_leave: bool, step: int, own: TCPStore | None) -> Configure:
         rendezvous, formation = self._rendezvous, self.formation
         return Configure(
             generation=formation.generation,
             rank=rank,
             members=formation.members,
-            store_host=rendezvous.store_host,
-            store_port=rendezvous.store_port,
+            store_host=rendezvous.host if own is not None else rendezvous.store_host,
+            store_port=own.port if own is not None else rendezvous.store_port,
             other_drivers=rendezvous.other_drivers,
             may_leave=may_leave,
             sys_path=import_paths(),

@@ -74,7 +74,7 @@ class Pipeline:
         layout: Which blocks and ranks make which stage.
         schedules: The schedules under the names TRAINING and EVALUATION.
         links: The control channels to the workers.
-        store: The store from which the groups of every generation are formed.
+        store: The store from which the groups of every generation are formed; None: each has one of its own.
         generations: Numbers generations; shared by all pipelines that use the store one after another.
         rendezvous: The addresses the workers need.
         rank: This driver's rank.
@@ -88,7 +88,7 @@ class Pipeline:
         layout: Layout,
         schedules: Mapping[str, Schedule],
         links: Links,
-        store: Store,
+        store: Store | None,
         generations: Iterator[int],
         rendezvous: Rendezvous,
         rank: int,

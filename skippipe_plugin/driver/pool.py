@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Protocol
 
-from ..engine.c10d import TCPStore, host_store
+from ..engine.c10d import TCPStore
 from ..engine.channel import Channel, ChannelError, Message
 from ..engine.control.line import to_worker
 from ..engine.control.messages import TO_DRIVER
@@ -52,7 +52,7 @@ class WorkerPool:
         host: The address to bind to; it must be reachable for every worker.
         port: The port of the control channels; 0 for any free one.
         secret: The job's secret in hexadecimal; made when None.
-        store: The store of the job; made (and hosted here) when None.
+        store: The store of the job, where its processes meet by one; None: a lone driver needs none.
         join_timeout_s: For how long :meth:`acquire` waits.
         door: Is told who comes and who is there; None when nobody needs to know.
     """
@@ -69,7 +69,7 @@ class WorkerPool:
     ) -> None:
         self.secret = secret or secrets.token_hex(32)
         self._listener = Listener(host, port, bytes.fromhex(self.secret))
-        self.store = store or host_store(host)
+        self.store = store
         self._join_timeout_s = join_timeout_s
         self._doorkeeper = door
         self.generations = itertools.count()

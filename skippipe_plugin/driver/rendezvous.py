@@ -15,6 +15,7 @@ class Rendezvous:
     """The address this driver's groups and control channels are bound to."""
     store_host: str
     store_port: int
+    """Of the job's store, where it has one."""
     other_drivers: tuple[tuple[str, int], ...] = ()
     """The control addresses of the drivers after the first."""
     backend: LinkBackend = "gloo"

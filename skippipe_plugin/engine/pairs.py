@@ -63,6 +63,9 @@ class PairTransport(Transport):
         self._backend = backend
         self._links: set[tuple[int, int]] = set()
 
+    def leave_store(self) -> None:
+        """Keep it: a schedule that comes later may use further links."""
+
     def connect(self, links: Collection[tuple[int, int]]) -> None:
         """Form the links that are new and try them out, in the same order on all ranks: nobody waits in a circle."""
         for source, destination in sorted(set(links) - self._links):

@@ -22,9 +22,19 @@ class AbortableStore(Store):
 
     def __init__(self, store: Store, prefix: str, aborted: threading.Event) -> None:
         super().__init__()
-        self._store = store
+        self._left: Store | None = store
         self._prefix = prefix
         self._aborted = aborted
+
+    @property
+    def _store(self) -> Store:
+        if self._left is None:
+            raise RuntimeError("the groups of this generation are formed, and its store is closed")
+        return self._left
+
+    def leave(self) -> None:
+        """Let go of the store, which the group that was formed by it does not need any more."""
+        self._left = None
 
     def set(self, key: str, value: str | bytes) -> None:
         """See ``torch.distributed.Store.set``."""

@@ -111,7 +111,8 @@ class Transport:
         self._index = {member: index for index, member in enumerate(self.members)}
         self._aborted = threading.Event()
         self._aborting = threading.Lock()
-        self._store = store
+        self._store: Store | None = store
+        self._stores: list[AbortableStore] = []
         self._host = host
         self._groups: dict[str, Gloo] = {}
         self._sends: list[tuple[Work, Tensor]] = []
@@ -127,6 +128,13 @@ class Transport:
 
     def connect(self, links: Collection[tuple[int, int]]) -> None:
         """Prepare directed links (source, destination); every member calls this with the same ones."""
+
+    def leave_store(self) -> None:
+        """Let go of the store: all groups of this generation are formed."""
+        self._store = None
+        for store in self._stores:
+            store.leave()
+        self._stores.clear()
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send ``tensor``; it is kept alive until :meth:`flush`."""
@@ -197,7 +205,9 @@ class Transport:
 
     def _connect(self, name: str, ranks: Sequence[int], form: Former | None = None) -> None:
         """Form a group in a helper thread: gloo's own connecting cannot be interrupted, and takes milliseconds."""
+        assert self._store is not None, "all groups were formed"
         store = AbortableStore(self._store, f"generation/{self.generation}/{name}/", self._aborted)
+        self._stores.append(store)
         index, formed = list(ranks).index(self.rank), _Outcome()
         form = form or functools.partial(form_gloo, host=self._host)
         thread = threading.Thread(

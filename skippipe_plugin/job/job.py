@@ -26,7 +26,7 @@ import cloudpickle
 from ..driver.links import Link
 from ..driver.pool import EndedEarly, WorkerPool
 from ..driver.rendezvous import Rendezvous
-from ..engine.c10d import TCPStore
+from ..engine.c10d import TCPStore, host_store
 from ..engine.channel import connect
 from ..engine.control.line import to_driver
 from ..engine.control.presence import Hello, Release
@@ -84,7 +84,7 @@ class DriverJob:
             # The store outlives this driver: its generations are others than those of the drivers before.
             self.pool.generations = itertools.count(self._crew.attempt * _GENERATIONS)
         elif launcher is None:
-            self._crew, self.pool = _staffed(make_source(workers), network, given)
+            self._crew, self.pool = _staffed(make_source(workers), network, given, meets=num_drivers > 1)
             self._store_host = self.pool.address[0]
         else:
             self._crew = SourceCrew(make_source("launched"))
@@ -104,6 +104,12 @@ class DriverJob:
         if isinstance(self._crew, SupervisedProcesses):
             self.fits = Fits(self.pool, self._crew, roll)
 
+    @property
+    def store(self) -> TCPStore:
+        """Where the processes of this job meet; a driver that is alone, and owns its workers, has none."""
+        assert self.pool.store is not None, "a lone driver meets nobody"
+        return self.pool.store
+
     def prepare(self, num_workers: int) -> None:
         """Start what is missing to have ``num_workers`` idle workers soon; returns at once."""
         if self._launcher is not None:
@@ -116,7 +122,7 @@ class DriverJob:
             self._crew.start(missing, Door(host, port, self.pool.secret))
         if self.num_drivers > 1:
             ranks, count = range(1, self.num_drivers), self.num_drivers + num_workers
-            self._drivers.start(ranks, count, self._store_host, self.pool.store.port, self.pool.secret)
+            self._drivers.start(ranks, count, self._store_host, self.store.port, self.pool.secret)
             self._await_drivers()
 
     def _await_drivers(self) -> None:
@@ -126,7 +132,7 @@ class DriverJob:
             SkipPipeError: One has ended before.
         """
         keys, begun_s, told = [_driver_key(rank) for rank in range(1, self.num_drivers)], time.monotonic(), False
-        while not self.pool.store.check(keys):
+        while not self.store.check(keys):
             if ended := self._drivers.ended():
                 raise SkipPipeError(
                     f"further drivers ended before they had joined (pid: exit status): {ended}; each runs this script "
@@ -198,10 +204,11 @@ class DriverJob:
 
     def rendezvous(self) -> Rendezvous:
         """Return what workers need to find everybody."""
-        others = [_get(self.pool.store, _driver_key(rank)) for rank in range(1, self.num_drivers)]
+        others = [_get(self.store, _driver_key(rank)) for rank in range(1, self.num_drivers)]
         self._take_back()  # all are here
         addresses = tuple((other["host"], other["port"]) for other in others)
-        return Rendezvous(self.pool.address[0], self._store_host, self.pool.store.port, addresses)
+        port = self.store.port if self.pool.store is not None else 0
+        return Rendezvous(self.pool.address[0], self._store_host, port, addresses)
 
     def dismiss(self, results: Mapping[str, Any]) -> None:
         """Let the launcher's worker ranks return from their Trainer call with the driver's ``results``."""
@@ -251,6 +258,8 @@ class DriverJob:
         return secret
 
     def _publish(self) -> None:
+        if self.pool.store is None:
+            return
         host, port = self.pool.address
         entry = {"host": host, "port": port, "fingerprint": fingerprint(self.pool.secret)}
         self.pool.store.set(_driver_key(self.rank), json.dumps(entry))
@@ -258,14 +267,17 @@ class DriverJob:
             self.pool.store.set(self._crew.key, json.dumps(entry))
 
 
-def _staffed(source: WorkerSource, network: NetworkConfig, secret: str | None) -> tuple[SourceCrew, WorkerPool]:
-    """Open a source, and the door for its workers."""
+def _staffed(
+    source: WorkerSource, network: NetworkConfig, secret: str | None, *, meets: bool
+) -> tuple[SourceCrew, WorkerPool]:
+    """Open a source, and the door for its workers; host a store too where this driver ``meets`` others."""
     host, port = source.open()
     try:
         pool = WorkerPool(
             network.host or host,
             network.port or port,
             secret=secret,
+            store=host_store(network.host or host) if meets else None,
             join_timeout_s=network.join_timeout_s,
             door=None if isinstance(source, LocalSource) else SourceWatch(source),
         )

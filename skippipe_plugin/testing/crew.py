@@ -29,7 +29,8 @@ def starting() -> set[int]:
 
 def control_ports() -> set[int]:
     """Return the ports to which commands go, the store's included."""
-    return {port for job in driver_jobs() for port in (job.pool.address[1], job.pool.store.port)}
+    pools = [job.pool for job in driver_jobs()]
+    return {pool.address[1] for pool in pools} | {pool.store.port for pool in pools if pool.store is not None}
 
 
 def pid_of(rank: int) -> int | None:

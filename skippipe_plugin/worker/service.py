@@ -338,6 +338,7 @@ class Worker:
         self._holdings.experts.bind(self._transport, self._holdings.stages)
         schedules = {name: Schedule.from_json(text) for name, text in command.schedules.items()}
         self._transport.connect(directed_links(*schedules.values()))
+        self._transport.leave_store()
         self._programs = {name: compile_program(schedule, self._rank) for name, schedule in schedules.items()}
         self._schedules = schedules
         self._step = command.step
