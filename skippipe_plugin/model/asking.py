@@ -29,12 +29,14 @@ from .fakes import Fakes, Incomparable, Neutral
 from .interleaving import by_turns, effect
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
 from .spread import SpreadModel
-from .traceless import untouched
+from .traceless import uneven, untouched
 
 Key = tuple[Any, ...]
 """Names a result of a step: ``("loss",)``, ``("output",)``, ``("log", name, number)``."""
 Results = dict[Key, Any]
 LOSS: Final[Key] = ("loss",)
+_LEAST_ASKED: Final = 3
+"""So many batches of a kind are asked about in any case: rules that are none may fit one by chance."""
 _MOST_ASKED: Final = 32
 """After so many batches of a kind nothing new is asked about."""
 
@@ -110,7 +112,9 @@ class Asking:
         if answer is None:
             return self._ask(question, Answer())
         hopeless = answer.failure or answer.crossing or answer.problems
-        if not hopeless and answer.num_asked < _MOST_ASKED and answer.watch.is_new(question.view):
+        if hopeless or answer.num_asked >= _MOST_ASKED:
+            return answer
+        if answer.num_asked < _LEAST_ASKED or answer.watch.is_new(question.view):
             return self._ask(question, answer)
         return answer
 
@@ -145,7 +149,8 @@ class Asking:
     # ---------------------------------------------------------------- asking
 
     def _ask(self, question: Question, answer: Answer) -> Answer:
-        with self._quiet(), untouched(self._module, self._device) as restore:
+        blocks = self._spread.pipeline.proxies.blocks
+        with self._quiet(), untouched(self._module, self._device) as restore, uneven(self._module, blocks):
             number = answer.num_asked  # each asks with hidden states of its own: what was 0 so far may be another
             draws = (0, 1) if not number else (4 * number + number % 2,)
             for draw in draws:

@@ -21,8 +21,8 @@ Trim = Literal["", "first", "last"]
 Constant = tuple[str, float]
 """A comparison that the user's code made, and the value it compared with."""
 
-ALWAYS: Final[tuple[Constant, ...]] = (("ne", -100), ("ne", 0))
-"""What is tried whatever the code compares with: the label that torch ignores, and masks."""
+ALWAYS: Final[tuple[Constant, ...]] = (("ne", -100), ("ne", 0), ("gt", 0))
+"""What is tried whatever the code compares with: the label that torch ignores, masks, and both at once."""
 _OPERATORS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
     name: getattr(operator, name) for name in ("ne", "eq", "lt", "le", "gt", "ge")
 }
@@ -153,7 +153,7 @@ def tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 def candidates(view: View, constants: Iterable[Constant]) -> list[Counted]:
     """Return what a loss over this batch could be a mean over, besides samples."""
-    known = sorted({*ALWAYS, *constants})
+    known = list(dict.fromkeys([*ALWAYS, *sorted(constants)]))
     found: list[Counted] = []
     for path, leaf in view.leaves.items():
         trims: tuple[Trim, ...] = ("", "first", "last") if leaf.ndim > 1 and leaf.shape[1] > 1 else ("",)

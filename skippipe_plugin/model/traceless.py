@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -22,6 +22,8 @@ from ..driver.capture.rewind import rewinder
 
 _DEPTH: Final = 4
 """How deep containers and objects in attributes are looked into."""
+_UNEVEN: Final = 0.1
+_LOOKED_AT: Final = 64
 _COPIED_ELEMENTS: Final = 1 << 20
 """Larger tensors in attributes are not copied: what is counted or kept between steps is small."""
 _OTHERS: Final = (
@@ -70,6 +72,36 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[Callable[[], 
         yield restore
     finally:
         restore()
+
+
+@contextmanager
+def uneven(module: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let no parameter of ``module`` have one value everywhere, those of ``blocks`` aside; bring all back at the end.
+
+    A head that starts as zeros says of every label the same, so that any mean of the losses is like any other.
+    """
+    elsewhere = {id(parameter) for block in blocks for parameter in block.parameters()}
+    noise, even = torch.Generator().manual_seed(0), []
+    for parameter in module.parameters():
+        if id(parameter) not in elsewhere and _is_even(parameter):
+            even.append((parameter, parameter.detach().reshape(-1)[0].item()))
+            drawn = torch.rand(parameter.shape, generator=noise, dtype=torch.float32) * _UNEVEN
+            parameter.data.add_(drawn.to(parameter))
+    try:
+        yield
+    finally:
+        for parameter, value in even:
+            parameter.data.fill_(value)
+
+
+def _is_even(parameter: nn.Parameter) -> bool:
+    if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.is_floating_point():
+        return False
+    values = parameter.detach()
+    if values.layout is not torch.strided or values.numel() < 2:
+        return False
+    first = values.reshape(-1)[:_LOOKED_AT]
+    return bool((first == first[0]).all()) and bool((values == first[0]).all())
 
 
 class _Attributes:

@@ -411,3 +411,70 @@ def test_metrics_are_those_of_one_process(step: Step, told: int, caplog: pytest.
     assert_same_run(found, plain)
     assert metrics(found) == pytest.approx(metrics(plain), rel=1e-4)
     assert sum("runs once, on the whole batch" in record.getMessage() for record in caplog.records) == told
+
+
+# ------------------------------------------------- what fits by chance
+
+
+def mean_of_labels_and_samples(model: Model, batch: Any) -> Tensor:
+    """Two means over different things in one sum: no rule for all microbatches."""
+    logits, labels = model(batch[0]), batch[1]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + 0.1 * (logits - 1).pow(2).mean()
+
+
+def mean_of_labels(model: Model, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
+class Even(Model):
+    """Says of every token the same until its first step: any mean of its losses is like any other."""
+
+    def on_fit_start(self) -> None:
+        nn.init.constant_(self.head.weight, self.constant)
+        nn.init.zeros_(self.head.bias)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.05])
+@pytest.mark.parametrize("step", [mean_of_labels, mean_of_labels_and_samples])
+def test_a_head_that_starts_even_hides_no_rule(step: Step, constant: float) -> None:
+    class Model(Even):
+        pass
+
+    Model.constant = constant
+    found, expected = both(lambda: Model(step), batches(ids(), masked(-100)))
+    assert_same_run(found, expected)
+
+
+def positive_labels(model: Model, batch: Any) -> Tensor:
+    logits, labels = model(batch[0]), batch[1].clamp(min=0)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=0)
+
+
+def labels_of_several_kinds(model: Model, batch: Any) -> Tensor:
+    """A count that nothing in the code names."""
+    logits, labels = model(batch[0]), batch[1]
+    counting = (labels % 3 == 1) & (labels > 0)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten().clamp(min=0), reduction="none")
+    return (losses * counting.flatten()).sum() / counting.sum()
+
+
+def level(labels: Tensor, counts: Callable[[Tensor], Tensor]) -> Tensor:
+    """Reorder the labels of the first batch so that its two halves have as many that count."""
+    first = labels[:8].flatten()
+    yes, no = first[counts(first)], first[~counts(first)]
+    yes, no = yes[: len(yes) // 2 * 2], torch.cat([no, no.new_full((len(yes) % 2,), int(no[0]))])
+    halves = [torch.cat([yes[half::2], no[half::2]]) for half in (0, 1)]
+    return torch.cat([torch.cat(halves).reshape(8, -1), labels[8:]])
+
+
+@pytest.mark.parametrize("step", [positive_labels, labels_of_several_kinds])
+def test_what_a_first_batch_hides_is_found_in_the_next(step: Step) -> None:
+    """Both halves of the first batch have as many labels that count, so a mean over samples fits it, too."""
+    counts = {positive_labels: lambda c: c > 0, labels_of_several_kinds: lambda c: (c % 3 == 1) & (c > 0)}[step]
+    labels = level(masked(-100) % 7 - torch.where(masked(-100) < 0, 100 + (-100 % 7), 0), counts)
+    halves = [int(counts(half).sum()) for half in labels[:8].chunk(2)]
+    assert halves[0] == halves[1]
+    later = [int(counts(half).sum()) for half in labels[8:16].chunk(2)]
+    assert later[0] != later[1]
+    found, expected = both(lambda: Model(step), batches(ids(), labels), strategy={"num_microbatches": 2})
+    assert_same_run(found, expected)
