@@ -138,6 +138,8 @@ class GradientControl:
         self.keeps_stepped = self.keeps_stepped or not set_to_none
         self._zero = "drop" if set_to_none or self._zero == "drop" else "fill"
         self.accumulation.zeroed()
+        if self._is_stepped or self._accumulates:
+            self.copies.note_zeroed()
         self._is_stepped = self._accumulates = False
         self.copies.outdate(present=self._zero == "fill" and self.copies.present and not self._is_one_of_many)
 
@@ -254,6 +256,8 @@ class GradientControl:
         kind = float(norm_type), stepped
         norm_type = kind[0]
         self.accumulation.require()
+        if not stepped:
+            self.copies.check_owned("the model as a whole")
         if self._flush():
             self._norm_under_way = False
         if not self._norm_under_way or self._expected_norm != kind:

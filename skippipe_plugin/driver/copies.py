@@ -192,6 +192,10 @@ class GradientCopies:
         """Whether the driver's optimizer looks for its own parameters at present; the workers step theirs."""
         self.gone = False
         """Whether they have dropped some that one process would still have."""
+        self._unowned: frozenset[str] = frozenset()
+        """The parameters that need gradients, and that no optimizer has, by ``"<block>\\t<name>"``."""
+        self._zeroed = False
+        """Whether gradients were zeroed, theirs too, which in one process go on adding up."""
         self._workers = workers
         self._copies: dict[str, _Copy] = {}
         self._fetched: set[int] = set()
@@ -208,7 +212,31 @@ class GradientCopies:
                 return None
             self._fetch(slot)
         copy = self._copies.get(name)
+        if copy is not None and copy.value is not None and name in self._unowned:
+            self.check_owned(slot.label)
         return None if copy is None else copy.value
+
+    def own(self, unowned: Collection[str]) -> None:
+        """Note which parameters that need gradients no optimizer has."""
+        self._unowned = frozenset(unowned)
+
+    def note_zeroed(self) -> None:
+        """Note that the workers zero the gradients of all their parameters."""
+        self._zeroed = True
+
+    def check_owned(self, what: str) -> None:
+        """Raise when gradients of parameters that no optimizer has are others than in one process.
+
+        Args:
+            what: Is about to be read.
+        """
+        if self._zeroed and self._unowned:
+            block, name = tensor_key(min(self._unowned))
+            raise SkipPipeError(
+                f"the gradient of {what} is not that of one process: parameters that need a gradient but are in no "
+                f"optimizer (block {block}, {name}) keep theirs there from step to step, and workers drop them. "
+                "Freeze them (requires_grad_(False)), or give them to the optimizer"
+            )
 
     def set(self, slot: Slot, value: Tensor | None) -> None:
         """Replace one."""

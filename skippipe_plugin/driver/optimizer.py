@@ -19,7 +19,7 @@ from ..engine.control.answers import Ready, State
 from ..engine.control.commands import BuildOptimizer, Get, Pass, PutOptimizerState, SwitchOptimizer
 from ..engine.errors import SkipPipeError
 from ..engine.optimizer import OptimizerPlan, ParameterKey, Settings, settings_of
-from ..engine.wire import decode_optimizer_state, encode_optimizer_state
+from ..engine.wire import decode_optimizer_state, encode_optimizer_state, tensor_name
 from .capture.remote import is_remote
 from .optimizer_attributes import check_attributes, check_step_is_of_class, own_code, own_values
 from .optimizer_state import WatchedState
@@ -245,6 +245,9 @@ class RemoteOptimizer:
         """Let the workers build their parts; their state starts empty."""
         self._members = self._membership()
         plan = self._plan()
+        owned = {key for group in plan.groups for key in group}
+        needing = self._pipeline.remote.parameters(needing_gradients=True).values()
+        self._pipeline.gradients.copies.own([tensor_name(*key) for key in needing if key not in owned])
         if self._pipeline.leads:
             self._pipeline.optimizer_plan = cloudpickle.dumps(plan)
             self._pipeline.links.broadcast(BuildOptimizer(self._pipeline.optimizer_plan))

@@ -51,10 +51,10 @@ class RemoteWeights:
         self._sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
         self._mirror.own(self.remote_of(blocks), names)
 
-    def parameters(self) -> dict[int, tuple[int, str]]:
-        """Map the ``id`` of each remote parameter to its (block, name)."""
-        named = self._mirror.named().items()
-        return {id(tensor): tensor_key(name) for name, tensor in named if isinstance(tensor, nn.Parameter)}
+    def parameters(self, *, needing_gradients: bool = False) -> dict[int, tuple[int, str]]:
+        """Map the ``id`` of each remote parameter (that needs a gradient) to its (block, name)."""
+        named = [(name, each) for name, each in self._mirror.named().items() if isinstance(each, nn.Parameter)]
+        return {id(each): tensor_key(name) for name, each in named if each.requires_grad or not needing_gradients}
 
     def block_bytes(self) -> Sequence[int]:
         """Return by block how many bytes its parameters take."""

@@ -304,6 +304,8 @@ class WholeRun:
         if not isinstance(self._outcome, Suspended):  # it began again, and went another way
             return
         call = self._call = self._outcome.request
+        if not call.hidden.is_contiguous():
+            self._book.note_order()
         self._cut, self._sizes, self._parts = None, [1], [call]
         if found is not None:
             num_samples, self._cut = found

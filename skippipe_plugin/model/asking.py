@@ -36,7 +36,7 @@ Key = tuple[Any, ...]
 Results = dict[Key, Any]
 LOSS: Final[Key] = ("loss",)
 _LEAST_ASKED: Final = 3
-"""So many batches of a kind are asked about in any case: rules that are none may fit one by chance."""
+"""So many batches with labels or masks are asked about in any case: rules that are none may fit one by chance."""
 _MOST_ASKED: Final = 32
 """After so many batches of a kind nothing new is asked about."""
 
@@ -114,7 +114,8 @@ class Asking:
         hopeless = answer.failure or answer.crossing or answer.problems
         if hopeless or answer.num_asked >= _MOST_ASKED:
             return answer
-        if answer.num_asked < _LEAST_ASKED or answer.watch.is_new(question.view):
+        open_still = answer.num_asked < _LEAST_ASKED and question.view.may_be_counted
+        if open_still or answer.watch.is_new(question.view):
             return self._ask(question, answer)
         return answer
 

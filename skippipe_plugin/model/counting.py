@@ -122,6 +122,11 @@ class View:
         counting = _counting(leaf, weighting)
         return bool((counting == counting.reshape(-1)[0]).all()) if counting.numel() else True
 
+    @property
+    def may_be_counted(self) -> bool:
+        """Whether there are labels, or something like a mask: numbers of them may be equal by chance."""
+        return any(_is_discrete(leaf) or _is_like_a_mask(leaf) for leaf in self.leaves.values())
+
     def _count(self, weighting: Weighting) -> tuple[float, ...] | None:
         if isinstance(weighting, Samples):
             return tuple(float(size) for size in self.sizes)
@@ -214,6 +219,12 @@ def _watched(view: View) -> list[tuple[str, Tensor]]:
 
 def _is_discrete(leaf: Tensor) -> bool:
     return not (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _is_like_a_mask(leaf: Tensor) -> bool:
+    if leaf.is_complex() or not 0 < leaf.numel() <= _WATCHED_FLOATS:
+        return False
+    return bool(((leaf == 0) | (leaf == 1) | torch.isnan(leaf)).any())
 
 
 def _is_constant(leaf: Tensor) -> bool:

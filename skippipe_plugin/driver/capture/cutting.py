@@ -162,7 +162,7 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
             SideInputs([pieces[index] for pieces in sides]),
             templates=call.templates,
             block_template=call.block_template,
-            modes=call.modes,
+            modes=list(call.modes),
             specs=[TensorSpec.of(piece)],
         )
         for index, piece in enumerate(hidden)

@@ -381,8 +381,11 @@ class BlockProxies:
         probe = self._probe(block, self.question_about(call, block), call.side_inputs, call.specs[-1])
         for each in self.book.alike(block):
             self.note_writes(each, probe.writes)
-        self._hooks.blocks[block].let_run_here(probe.idle)
-        call.modes[block] = self._mode(call, block)
+        hooks = self._hooks.blocks[block]
+        hooks.let_run_here(probe.idle)
+        if hooks.lists != call.modes[block].hooks:  # attributes stay: a piece of a batch has its own part of them
+            call.hooks[block] = hooks.running
+            call.modes[block] = dataclasses.replace(call.modes[block], hooks=hooks.lists)
         return probe
 
 

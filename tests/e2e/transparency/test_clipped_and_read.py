@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
+from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.modules import loader, points
 from tests.e2e.support import Run, assert_same_run, train
 
@@ -49,6 +50,56 @@ class Looking(LightningModule):
 
     def configure_optimizers(self) -> SGD:
         return SGD(self.parameters(), lr=0.1)
+
+
+class HeadOnly(Looking):
+    """Its optimizer has only a part of what needs gradients."""
+
+    frozen = False
+    owned: tuple[str, ...] = ("head",)
+
+    def on_fit_start(self) -> None:
+        if self.frozen:
+            self.embed.requires_grad_(False)
+            self.blocks.requires_grad_(False)
+
+    def configure_optimizers(self) -> SGD:
+        return SGD([p for name in self.owned for p in getattr(self, name).parameters()], lr=0.1)
+
+
+def read_blocks(module: Looking) -> None:
+    module.seen += [float(p.grad.norm()) for p in module.blocks.parameters() if p.grad is not None]
+
+
+def one_block(module: Looking) -> None:
+    gradient = module.blocks[2].linear.weight.grad
+    module.seen.append(0.0 if gradient is None else float(gradient.sum()))
+
+
+@pytest.mark.parametrize("look", [read_blocks, one_block])
+def test_gradients_that_no_optimizer_has(look: Callable[[Any], None]) -> None:
+    """In one process they add up from step to step, since no optimizer zeroes them; workers drop them all."""
+    data, pipeline = loader(points(32)), {"num_microbatches": 4, "verbose": False}
+    with pytest.raises(SkipPipeError, match=r"is not that of one process.*Freeze them .*or give them to the optimizer"):
+        train(lambda: HeadOnly("on_before_optimizer_step", look), data, 3, pipeline)
+
+    class Frozen(HeadOnly):
+        frozen = True
+
+    class Whole(HeadOnly):
+        owned = ("embed", "blocks", "head")
+
+    for advised in (Frozen, Whole):
+        make = partial(advised, "on_before_optimizer_step", look)
+        found, expected = train(make, data, 3, pipeline), train(make, data, 1)
+        assert_same_run(found, expected)
+        assert found.module.seen == pytest.approx(expected.module.seen, rel=1e-4)
+
+
+def test_what_no_optimizer_has_trains_nothing_and_changes_nothing() -> None:
+    data = loader(points(32))
+    found = train(lambda: HeadOnly("never", read), data, 3, {"num_microbatches": 4, "verbose": False})
+    assert_same_run(found, train(lambda: HeadOnly("never", read), data, 1))
 
 
 def read(module: Looking) -> None:
