@@ -192,7 +192,7 @@ def unusable(left: Left, program: Mapping[str, Any]) -> str:
         with torch.no_grad(), limit(HANG_S):
             if isinstance(module, LightningModule):
                 module._trainer = None  # attached, it could not log here in one process either
-            weight = next(module.parameters())
+            weight = next(each for each in module.parameters() if each.ndim > 1)  # others may have come later
             module.eval()(torch.ones(2, 5, 4, dtype=weight.dtype), torch.ones(2, 5, dtype=torch.long))
     except (Exception, Hang) as failure:
         if left.trainer is not None and not _fresh_computes(program):
