@@ -14,13 +14,16 @@ from skippipe_plugin.driver.recovery import WhileMissing
 from skippipe_plugin.engine.control.answers import ClockReads, Failed, State
 from skippipe_plugin.engine.control.codec import Control, Received
 from skippipe_plugin.engine.control.commands import Arrange, AskClock, Calls, Configure, Get, Step
+from skippipe_plugin.engine.control.presence import Beat
+from skippipe_plugin.job import job
 
 from .test_recovery import run
 
 LOST = 2
 """The rank whose worker is killed, of three."""
-UNSTEADY = (Calls, AskClock, ClockReads)
-"""Further calls are as many messages as the driver was quick; clocks are asked when steps are recorded."""
+UNSTEADY = (Calls, AskClock, ClockReads, Beat)
+"""Further calls are as many messages as the driver was quick; clocks are asked when steps are recorded, signs of life
+where somebody was slow."""
 
 
 def told(body: Control) -> str:
@@ -130,6 +133,7 @@ def test_recovery_word_for_word(
     spares: int, while_missing: WhileMissing, expected: dict[int, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By rank: what it is told, and then what it says; which of these comes first differs from run to run."""
+    job.stop_workers()  # what another test has left idle would be a spare
     log = Log(monkeypatch)
     run(log, recovery=StageRecovery(spares=spares, while_missing=while_missing), max_steps=4)
     assert {rank: sorted(said, key=lambda each: each[0] == "<") for rank, said in log.said.items()} == expected
