@@ -58,10 +58,8 @@ FAULTS: dict[str, Callable[[At, bool], list[Fault]]] = {
     "disk full": lambda at, idle: [FillDisk(at)],
 }
 ORDINARY = {
-    ("handing over", "killed"),
     ("training, backward", "reset"),
     ("merging", "killed"),
-    ("saving", "stopped for 1 s"),
     ("saving", "disk full"),
 }
 """What the ordinary run tries."""

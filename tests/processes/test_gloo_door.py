@@ -64,7 +64,7 @@ def files() -> int:
 
 @pytest.mark.parametrize("ends", ["in peace", "broken off"])
 def test_nobody_is_let_in_once_all_are_there(store: TCPStore, ends: str) -> None:
-    count, before, others = 8, files(), listening(os.getpid())
+    count, before, others = 4, files(), listening(os.getpid())
     process = with_partner(store, count)
     try:
         for generation in range(count):
