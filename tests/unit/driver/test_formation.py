@@ -80,7 +80,7 @@ def formed(monkeypatch: pytest.MonkeyPatch) -> tuple[Forming, FakeLinks]:
             layout,
             {"training": schedule},
             links=cast("Any", links),
-            store=cast("Any", None),
+            store=cast("Any", object()),
             generations=itertools.count(5),
             rendezvous=Rendezvous("here", "there", 1234),
             rank=0,
