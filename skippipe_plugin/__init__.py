@@ -7,11 +7,11 @@ run time is a :class:`SkipPipeError`.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._registration import register_when_lightning_is_there
 from .engine.errors import SkipPipeError
+from .late import late_names
 
 if TYPE_CHECKING:
     from .driver.recovery import RecoveryPolicy
@@ -42,10 +42,7 @@ _LATE = {
 """Where what takes seconds to import is: workers and the command line do without."""
 
 
-def __getattr__(name: str) -> Any:  # Any: the module's own attributes
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+__getattr__ = late_names(__name__, _LATE)
 
 
 register_when_lightning_is_there()

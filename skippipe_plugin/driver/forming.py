@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..engine.c10d import Store, TCPStore, host_store
+from ..engine.c10d import Store, host_store
 from ..engine.control.answers import Ready
 from ..engine.control.commands import Abort, Configure, UseSchedule
 from ..engine.errors import GenerationAborted
@@ -85,8 +85,7 @@ class Forming:
         members = sorted([*self.layout.drivers, *(link.rank for link in self._links)])
         self.formation = replace(self.formation, members=tuple(members), generation=next(self._generations))
         self._links.start_generation(self.formation.generation)
-        store = self._store if self._store is not None else host_store(self._rendezvous.host)
-        own = store if store is not self._store and isinstance(store, TCPStore) else None
+        store, store_host, store_port = self._meet()
         transport = self.transport = transport_for(
             self._rendezvous.backend,
             store,
@@ -99,7 +98,7 @@ class Forming:
         self._links.check()  # a failure from now on finds this transport and wakes it
         if self._rank == 0:
             for link in self._links:
-                link.send(self._command(link.rank, may_leave, step, own))
+                link.send(self._command(link.rank, store_host, store_port, may_leave=may_leave, step=step))
         try:
             transport.form()
             if self.layout.num_drivers > 1:
@@ -109,17 +108,23 @@ class Forming:
             self._links.raise_cause()
             raise
         self._links.expect_all(Ready)
-        if own is not None:
-            transport.leave_store()
+        transport.leave_store()
 
-    def _command(self, rank: int, may_leave: bool, step: int, own: TCPStore | None) -> Configure:
+    def _meet(self) -> tuple[Store, str, int]:
+        """Return the store from which a generation's groups are formed, and where it is."""
+        if self._store is not None:
+            return self._store, self._rendezvous.store_host, self._rendezvous.store_port
+        own = host_store(self._rendezvous.host)
+        return own, self._rendezvous.host, own.port
+
+    def _command(self, rank: int, store_host: str, store_port: int, *, may_leave: bool, step: int) -> Configure:
         rendezvous, formation = self._rendezvous, self.formation
         return Configure(
             generation=formation.generation,
             rank=rank,
             members=formation.members,
-            store_host=rendezvous.host if own is not None else rendezvous.store_host,
-            store_port=own.port if own is not None else rendezvous.store_port,
+            store_host=store_host,
+            store_port=store_port,
             other_drivers=rendezvous.other_drivers,
             may_leave=may_leave,
             sys_path=import_paths(),

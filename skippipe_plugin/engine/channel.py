@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from .handshake import ChannelClosed, ChannelError, Purpose, SessionKeys, authenticate_host
 from .sealed import Buffer, Opener, Sealer
+from .silence import set_signs_of_life
 
 __all__ = ["Buffer", "Channel", "ChannelClosed", "ChannelError", "Message", "NobodyThere", "connect", "host_and_port"]
 
@@ -69,13 +70,15 @@ class Channel:
 
     def __init__(self, connection: socket.socket, keys: SessionKeys, secret: bytes = b"") -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _expect_signs_of_life(connection)
+        set_signs_of_life(connection, _SIGNS_OF_LIFE)
         connection.settimeout(None)
         self._connection = connection
         self._secret = secret
         self._sending = Sealer(keys.sending)
         self._receiving = Opener(keys.receiving, self._fill, self._hear)
         self._send_lock = threading.Lock()
+        self._kept: list[bytes] = []
+        """What goes out with the next message."""
         self.heard_s = time.monotonic()
         """When the other end last sent anything that is proved, be it a part of a message."""
 
@@ -122,6 +125,7 @@ class Channel:
         blobs: Sequence[Buffer] = (),
         *,
         answers: int | None = None,
+        more: bool = False,
     ) -> int:
         """Send one message, and return its number.
 
@@ -130,32 +134,43 @@ class Channel:
             fields: JSON.
             blobs: What comes with it.
             answers: The number of the message that it answers, -1 for none; by default the last one received.
+            more: Another one follows at once, and nobody waits for what this one asks before: a small message is then
+                kept, and goes out with the next one, which saves both ends a call of the system and a waking.
 
         Raises:
             ChannelClosed: The other end is gone.
         """
         with self._send_lock:
-            return self._send(kind, fields, blobs, self._receiving.count - 1 if answers is None else answers)
+            return self._send(kind, fields, blobs, self._receiving.count - 1 if answers is None else answers, more)
 
     def send_if_free(self, kind: str, fields: Mapping[str, Any] | None = None) -> bool:
         """Send a message unless another thread is sending one; return whether it was sent."""
         if not self._send_lock.acquire(blocking=False):
             return False
         try:
-            self._send(kind, fields, (), -1)
+            self._send(kind, fields, (), -1, False)
         finally:
             self._send_lock.release()
         return True
 
-    def _send(self, kind: str, fields: Mapping[str, Any] | None, blobs: Sequence[Buffer], answers: int) -> int:
+    def _send(
+        self, kind: str, fields: Mapping[str, Any] | None, blobs: Sequence[Buffer], answers: int, more: bool
+    ) -> int:
         views = [memoryview(blob).cast("B") for blob in blobs]
         number = self._sending.count
         try:
             for piece in self._sending.seal(_text(kind, fields or {}, answers), views):
-                self._put(piece)
+                if more and sum(map(len, piece)) <= _JOINED_BYTES:
+                    self._kept.append(b"".join(piece))
+                else:
+                    self._put([*self._take_kept(), *piece])
         except OSError as error:
             raise ChannelClosed(f"the control connection broke while sending {kind!r}: {error}") from error
         return number
+
+    def _take_kept(self) -> list[bytes]:
+        kept, self._kept = self._kept, []
+        return kept
 
     def _put(self, buffers: Sequence[Buffer]) -> None:
         if sum(map(len, buffers)) <= _JOINED_BYTES:
@@ -174,7 +189,7 @@ class Channel:
         if self._send_lock.acquire(blocking=False):
             with contextlib.suppress(OSError):
                 for piece in self._sending.seal(_text(kind, fields, -1)):
-                    self._connection.send(b"".join(piece), socket.MSG_DONTWAIT)
+                    self._connection.send(b"".join([*self._take_kept(), *piece]), socket.MSG_DONTWAIT)
             self._send_lock.release()
         self.close()
 
@@ -228,13 +243,6 @@ def connect(
         if isinstance(error, (OSError, ChannelError)):
             raise ChannelError(f"cannot join the {purpose.host} at {host}:{port}: {error}") from error
         raise
-
-
-def _expect_signs_of_life(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _SIGNS_OF_LIFE.items():
-        if hasattr(socket, name):  # not every platform has all of them
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def host_and_port(address: tuple[Any, ...]) -> str:  # Any: IPv6 addresses have four parts

@@ -8,18 +8,15 @@ gloo later closes that as if it were its own.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
-import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from .c10d import ProcessGroupGloo
+from .own_files import is_epoll, open_files, sockets_among
 
-_OWN_FILES: Final = Path("/proc/self/fd")
 _IS_POSSIBLE: Final = hasattr(os, "eventfd") and hasattr(select, "epoll")
 _CONNECTS_LATER: Final = "TORCH_GLOO_LAZY_INIT"
 """torch's own switch: its groups connect when they are first used."""
@@ -47,33 +44,12 @@ class Door:
 
 def open_device(host: str) -> tuple[Any, Door | None]:  # Any: torch's stubs do not list devices
     """Make a gloo device that is bound to ``host``; return its door too, where that can be shut."""
-    before = _files()
+    before = open_files()
     device = ProcessGroupGloo.create_device(hostname=host)
-    fresh = _files() - before
-    listening = [number for number in fresh if _is_listening(number)]
-    loops = [number for number in fresh if _is_loop(number)]
-    if len(listening) != 1 or len(loops) != 1 or os.environ.get(_CONNECTS_LATER, "0") not in ("", "0"):
+    fresh = open_files() - before
+    listening = [n for n, copy in sockets_among(fresh) if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)]
+    loops = [number for number in fresh if is_epoll(number)]
+    connects_later = os.environ.get(_CONNECTS_LATER, "0") not in ("", "0")
+    if not _IS_POSSIBLE or connects_later or len(listening) != 1 or len(loops) != 1:
         return device, None
     return device, Door(listening[0], loops[0])
-
-
-def _files() -> set[int]:
-    """Return the numbers of the open files of this process; none where a door cannot be shut."""
-    try:
-        return {int(file.name) for file in _OWN_FILES.iterdir()} if _IS_POSSIBLE else set()
-    except OSError:
-        return set()
-
-
-def _is_listening(number: int) -> bool:
-    with contextlib.suppress(OSError):  # closed by now
-        if stat.S_ISSOCK(os.fstat(number).st_mode):
-            with socket.socket(fileno=os.dup(number)) as copy:
-                return bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    return False
-
-
-def _is_loop(number: int) -> bool:
-    with contextlib.suppress(OSError):
-        return str((_OWN_FILES / str(number)).readlink()) == "anon_inode:[eventpoll]"
-    return False

@@ -7,7 +7,6 @@ from the kernel (Linux) and sees its channel end, workers see the end of their s
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import os
@@ -28,13 +27,13 @@ from ..engine.handshake import Purpose
 from ..engine.listener import Listener
 from ..engine.secret import job_secret
 from ..worker import WorkerProcesses
+from ..worker.parent import death_with_parent
 
 log = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE: Final = "SKIPPIPE_SUPERVISOR"
 ATTEMPT_VARIABLE: Final = "SKIPPIPE_ATTEMPT"
 _LOOK_S: Final = 0.2
-_PR_SET_PDEATHSIG: Final = 1
 _SHELL: Final = 128
 """A shell (or a launcher) whose command died by a signal ends with this plus the signal's number."""
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -117,7 +116,7 @@ class Supervisor:
         started_s = time.monotonic()
         previous = {number: signal.signal(number, self._forward) for number in _FORWARDED}
         try:
-            self._driver = subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent())
+            self._driver = subprocess.Popen(command, env=environment, preexec_fn=death_with_parent())
             return self._driver.wait(), time.monotonic() - started_s
         finally:
             if self._channel is not None:
@@ -200,11 +199,3 @@ def _signal_of(status: int) -> int | None:
     """Return the signal that ended a command; None when it ended by itself."""
     number = -status if status < 0 else status - _SHELL
     return number if number in set(signal.Signals) else None
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """Return what makes a child process die with this one, on systems where a process can ask for that."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

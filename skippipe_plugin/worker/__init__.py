@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..late import late_names
 
 if TYPE_CHECKING:
     from .processes import DriverProcesses, WorkerProcesses, end_with_driver
@@ -21,7 +22,4 @@ _WHERE = {
 """Imported when asked for: a worker process first sees to it that it ends with its parent, and then imports torch."""
 
 
-def __getattr__(name: str) -> Any:  # Any: the module's own attributes
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+__getattr__ = late_names(__name__, _WHERE)

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 PARENT_VARIABLE: Final = "SKIPPIPE_PARENT"
@@ -43,8 +44,8 @@ def end_with_parent() -> None:
     """End this process when the one that started it is gone, at once; nothing happens where no one of the job did."""
     if not is_child():
         return
-    if os.environ.get(_STAYS_VARIABLE) == "1":
-        _die_with_parent()
+    if os.environ.get(_STAYS_VARIABLE) == "1" and (die := death_with_parent()):
+        die()
     parent = os.getppid()
     threading.Thread(target=_watch, args=(parent,), name="parent watch", daemon=True).start()
 
@@ -54,10 +55,15 @@ def end_with_stdin() -> None:
     threading.Thread(target=_await_stdin, name="stdin watch", daemon=True).start()
 
 
-def _die_with_parent() -> None:
-    """Let the system end this process, a paused one too. For Linux a parent is a thread, not a process."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def death_with_parent() -> Callable[[], None] | None:
+    """Return what has the system end the process that calls it when its parent ends, even while it is paused.
+
+    For Linux a parent is a thread, not a process; None on systems where a process cannot ask for that.
+    """
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _watch(parent: int) -> None:

@@ -65,6 +65,8 @@ class FakeTransport:
 
     def connect(self, _: Any) -> None: ...
 
+    def leave_store(self) -> None: ...
+
     def poison(self) -> None:
         self.poisoned = True
 
