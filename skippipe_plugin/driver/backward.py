@@ -178,9 +178,9 @@ class GradientControl:
     def _is_one_of_many(self) -> bool:
         return self._layout.num_drivers > 1
 
-    def _command(self, command: Control) -> None:
+    def _command(self, command: Control, *, more: bool = False) -> None:
         """Command the workers as the first driver; as another one, let them go on with what that one commands."""
-        self._links.broadcast(command if self._leads else Pass())
+        self._links.broadcast(command if self._leads else Pass(), more=more)
 
     def opening(self, opening: Opening) -> Opening:
         """Return a training step's announcement with what is to be said of gradients, such that it may be repeated."""
@@ -213,7 +213,9 @@ class GradientControl:
         self.loads.merge()
         self.on_merge()
         norm = None if self._expected_norm is None else self._norm_request(self._expected_norm)
-        self._command(Merge(scale, zero, list(self._stage_scales.items()), norm))
+        # Nothing is asked of it, and the optimizer step or the next batch follows: it goes out with that.
+        follows = norm is None and not self._is_one_of_many
+        self._command(Merge(scale, zero, list(self._stage_scales.items()), norm), more=follows)
         self._norm_under_way = self._expected_norm is not None
         self.copies.outdate(present=True)
 

@@ -92,11 +92,16 @@ class Link:
         """The shortest round trip to the worker; 0 where that is not known."""
         return self._channel.round_trip_s
 
-    def send(self, body: Control) -> int:
-        """Send a message, and return its number; raise the first failure when the worker is gone."""
+    def send(self, body: Control, *, more: bool = False) -> int:
+        """Send a message, and return its number; raise the first failure when the worker is gone.
+
+        Args:
+            body: What is said.
+            more: Whether it may go out with the next message, which follows at once.
+        """
         if self.gone:  # the kernel takes what nobody will read
             self._checked()
-        number = self.tell(body)
+        number = self.tell(body, more=more)
         if number < 0:
             self._checked()
         return number
@@ -195,10 +200,10 @@ class Link:
                     if message is not None:
                         self._note_late(message)
 
-    def tell(self, body: Control) -> int:
+    def tell(self, body: Control, *, more: bool = False) -> int:
         """Send a message to a worker that may be gone, and return its number; -1 when it is."""
         try:
-            number = self._line.send(body)
+            number = self._line.send(body, more=more)
         except ChannelClosed:
             self._lost()
             return -1
@@ -336,13 +341,13 @@ class Links:
         if link.gone:
             self.report_lost(link)
 
-    def broadcast(self, body: Control) -> None:
-        """Send the same message to every worker."""
+    def broadcast(self, body: Control, *, more: bool = False) -> None:
+        """Send the same message to every worker; with ``more`` it may go out with the next one, which follows."""
         for link in self._links.values():
             if self.recovering:
-                link.tell(body)
+                link.tell(body, more=more)
             else:
-                link.send(body)
+                link.send(body, more=more)
 
     def expect_all(self, kind: type[_A], is_meant: Callable[[_A], bool] | None = None) -> dict[int, _A]:
         """Wait for one answer from every worker, by rank."""

@@ -275,7 +275,7 @@ class StepRun:
 
         Only where that is quick, since others wait for the message.
         """
-        if self._ahead:
+        if self._ahead or len(self._calls) == len(self._task.functions):
             return
         # The least: a busy machine makes any of them look slow.
         quick = int(_HELD_BACK_S / max(min(self._took_s, default=inf), 1e-6))
@@ -291,7 +291,7 @@ class StepRun:
             self._announced_s = time.monotonic()
 
     def _announce_after(self, moment_s: float) -> None:
-        if time.monotonic() > max(moment_s, self._first_s):
+        if (self._held_back or self._opening is not None) and time.monotonic() > max(moment_s, self._first_s):
             self._announce()
 
     def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
@@ -377,7 +377,7 @@ class StepRun:
 
     def _resume(self, index: int, hidden: Tensor) -> Outcome:
         with Noted(self._task.sizes, index):
-            outcome = self._threads[index].resume(hidden)
+            outcome = self._threads[index].resume(hidden, last=self._task.training)
         if isinstance(outcome, Returned):
             self._proxies.check_complete(self._threads[index])
         return outcome
@@ -410,5 +410,9 @@ def merged_loss(run: StepRun, task: StepTask) -> Tensor | None:
         raise SkipPipeError(_SOME_WITHOUT_LOSS)
     weights = task.weights
     total = 1.0 if task.loss_is_sum else sum(weights[index] for index in present)
-    parts = [loss.reshape(()) * (weights[index] / total) for index, loss in present.items() if weights[index]]
-    return torch.stack(parts or [loss.reshape(()) for loss in present.values()]).sum()
+    shares = {index: weights[index] / total for index in present if weights[index]}
+    scalars = [present[index] for index in shares or present]
+    parts = torch.stack([loss.reshape(()) if loss.ndim else loss for loss in scalars])
+    if len(set(shares.values())) == 1:  # nearly always, and one operation takes as long as one on them all
+        return (parts * next(iter(shares.values()))).sum()
+    return torch.stack([part * share for part, share in zip(parts, shares.values(), strict=True)] or [*parts]).sum()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .channel import Buffer
 from .errors import SkipPipeError
 
 ParameterKey = tuple[int, str]
@@ -40,10 +41,16 @@ class Settings:
 
     def dumps(self) -> bytes:
         """Return the settings as they travel."""
+        plain = (self.groups, self.attributes)  # objects of classes take longer, and this is for every step
         try:
-            return pickle.dumps(self)
+            return pickle.dumps(plain)
         except (pickle.PicklingError, AttributeError, TypeError):
-            return cloudpickle.dumps(self)  # type: ignore[no-any-return]
+            return cloudpickle.dumps(plain)  # type: ignore[no-any-return]
+
+    @classmethod
+    def loads(cls, packed: Buffer) -> Settings:
+        """Invert :meth:`dumps`."""
+        return cls(*pickle.loads(packed))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..driver.capture.graphs import goes_past
 from ..driver.capture.randomness import random_states, set_random_states
 from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
-from ..driver.capture.switches import Snapshot
+from ..driver.capture.switches import Snapshot, switch_on
 from ..engine.call import Ambient, device_types
 from .outputs import differentiable
 
@@ -60,15 +60,14 @@ class SuspendedStep:
             outcome = self._thread.resume(gradients)
             assert isinstance(outcome, Returned)
         finally:
-            self._begun.apply(since)
+            switch_on(since)
             set_random_states(self._device, self._loop_states)
 
     def abandon(self) -> None:
         """Give the step up."""
         since = self._begun.take_back() if self._begun is not None else ()
         self._thread.abandon()
-        if self._begun is not None:
-            self._begun.apply(since)
+        switch_on(since)
 
     def _back_propagate(self, outputs: Sequence[Any], hidden: Tensor | None = None) -> None:
         """In the step's thread: hand the outputs over, wait for their gradients, and go back from there.

@@ -17,7 +17,7 @@ from ..engine.control.commands import Clip, Load, Merge, Overwrite
 from ..engine.control.values import ExpertCost, StepOrder, What
 from ..engine.gradients import GradientWindow
 from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
-from ..engine.optimizer import ParameterKey, StageOptimizer
+from ..engine.optimizer import ParameterKey, Settings, StageOptimizer
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, encode_optimizer_state, tensor_key
 from .buffers import BlockBuffers
@@ -140,7 +140,7 @@ class Holdings:
         self.clip(order)
         assert self._optimizer is not None, "an optimizer step before the optimizer"
         factors = [factor for stage, factor in order.lr_factors if stage in self.stages]
-        self._optimizer.step(pickle.loads(settings), lr_factor=max(factors, default=1.0))
+        self._optimizer.step(Settings.loads(settings), lr_factor=max(factors, default=1.0))
         self.estimates = set()
         self.step = order.step
         if not order.keep:
@@ -149,7 +149,7 @@ class Holdings:
     def switch_optimizer(self, method: str, settings: Buffer) -> None:
         """Call ``train`` or ``eval`` of an optimizer that has two sets of weights."""
         assert self._optimizer is not None, "a mode before the optimizer"
-        self._optimizer.switch(method, pickle.loads(settings))
+        self._optimizer.switch(method, Settings.loads(settings))
 
     def move_experts(self, moves: Sequence[tuple[int, str, Sequence[int]]]) -> list[ExpertCost]:
         """Move experts as ordered (block, name, placement); return what those here took since the last time."""

@@ -21,7 +21,7 @@ from ...engine.call import Ambient
 from ...engine.errors import none_swallowed
 from .patience import Patience, StepBlocked, blocked, cpu_seconds, is_blocked
 from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
-from .switches import Changes, Snapshot, getsignal, profiler_is_on
+from .switches import Changes, Snapshot, getsignal, profiler_is_on, switch_on
 
 try:
     import greenlet
@@ -46,11 +46,13 @@ class GreenletStep(StepThread):
         self._context, self.profiled = contextvars.copy_context(), profiler_is_on()
         self._child = greenlet.greenlet(self._run)
         self._child.gr_context = self._context
-        return self._hand_over((function, ambient))
+        return self._hand_over((function, ambient), Snapshot())
 
-    def resume(self, answer: Any) -> Outcome:
+    def resume(self, answer: Any, *, last: bool = False) -> Outcome:
+        before = None if last else Snapshot()
         changes, self._changes = self._changes, ()
-        return self._hand_over(answer, changes)
+        switch_on(changes)
+        return self._hand_over(answer, before)
 
     def suspend(self, request: Any) -> Any:
         self.suspended = True
@@ -64,9 +66,7 @@ class GreenletStep(StepThread):
         self.abandon()
         self._child = None
 
-    def _hand_over(self, item: Any, changes: Changes = ()) -> Outcome:
-        before = Snapshot()
-        before.apply(changes)
+    def _hand_over(self, item: Any, before: Snapshot | None) -> Outcome:
         child, outer = self._child, ALARM.running
         child.parent = greenlet.getcurrent()
         turn = ALARM.begin(self)
@@ -76,7 +76,7 @@ class GreenletStep(StepThread):
             ALARM.running = outer
         torch.clear_autocast_cache()  # casts belong to the graph of the function that made them
         if isinstance(outcome, Suspended):
-            self._changes = before.take_back()
+            self._changes = before.take_back() if before is not None else ()
         else:
             self._child = None
             adopt_context(self._context)

@@ -17,7 +17,7 @@ from ...engine.call import Ambient
 from ...engine.errors import none_swallowed
 from .patience import Patience, blocked, cpu_seconds, is_blocked, stack_of
 from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
-from .switches import Changes, Snapshot
+from .switches import Changes, Snapshot, switch_on
 
 _LOOKS_EVERY_S: Final = 0.5
 _UNWINDS_WITHIN_S: Final = 10.0
@@ -39,7 +39,7 @@ class ThreadStep(StepThread):
             adopt_context(context)
         return outcome
 
-    def resume(self, answer: Any) -> Outcome:
+    def resume(self, answer: Any, *, last: bool = False) -> Outcome:
         changes, self._changes = self._changes, ()
         return self._hand_over(answer, changes)
 
@@ -82,7 +82,7 @@ class ThreadStep(StepThread):
 
     def _hand_over(self, item: Any, changes: Changes = ()) -> Outcome:
         before = Snapshot(of_process=True)
-        before.apply(changes)
+        switch_on(changes)
         self._to_thread.put(item)
         outcome = self._wait()
         if isinstance(outcome, Suspended):

@@ -73,8 +73,13 @@ class StepThread(ABC):
         """Run ``function`` until it suspends or returns; its exceptions are raised here with their own traceback."""
 
     @abstractmethod
-    def resume(self, answer: Any) -> Outcome:
-        """Answer the request under which the function waits, and run it on."""
+    def resume(self, answer: Any, *, last: bool = False) -> Outcome:
+        """Answer the request under which the function waits, and run it on.
+
+        Args:
+            answer: To the request.
+            last: That the function suspends once more is an error: what it has switched on need not be found then.
+        """
 
     @abstractmethod
     def suspend(self, request: Any) -> Any:

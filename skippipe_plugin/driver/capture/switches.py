@@ -71,15 +71,6 @@ class Snapshot:
         self._values = [get() for get in self._getters]
         self._sizes = [stack.size() for stack in self._stacks]
 
-    def apply(self, changes: Changes) -> None:
-        """Switch on again what :meth:`take_back` has returned."""
-        for what, value in changes:
-            if isinstance(what, Switch):
-                what.set(value)
-            else:
-                for item in reversed(value):
-                    what.push(item)
-
     def take_back(self) -> Changes:
         """Bring everything back to what it was; return what was different."""
         changes: list[tuple[Any, Any]] = []
@@ -96,6 +87,16 @@ class Snapshot:
                     changes.append((switch, value))
                     switch.set(before)
         return tuple(changes)
+
+
+def switch_on(changes: Changes) -> None:
+    """Switch on again what :meth:`Snapshot.take_back` has returned."""
+    for what, value in changes:
+        if isinstance(what, Switch):
+            what.set(value)
+        else:
+            for item in reversed(value):
+                what.push(item)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -21,16 +21,17 @@ class Line:
         self._says = says
         self._hears = hears
 
-    def send(self, body: Control, *, answers: int | None = None, generation: int = -1) -> int:
+    def send(self, body: Control, *, answers: int | None = None, generation: int = -1, more: bool = False) -> int:
         """Send one message, and return its number; see :meth:`skippipe_plugin.engine.channel.Channel.send`.
 
         Args:
             body: What is said.
             answers: The number of the message that it answers, -1 for none; by default the last one received.
             generation: That of who answers; -1 for none.
+            more: Whether another one follows at once, with which this one may go out.
         """
         kind, fields, blobs = self._says.encode(body, generation)
-        return self.channel.send(kind, fields, blobs, answers=answers)
+        return self.channel.send(kind, fields, blobs, answers=answers, more=more)
 
     def send_if_free(self, body: Control) -> bool:
         """Send a message without blobs unless another thread is sending one; return whether it was sent."""
