@@ -54,9 +54,9 @@ class Log(Callback):
         self._is_open = False
         tell, take = Link.tell, Link._take
 
-        def telling(link: Link, body: Control) -> int:
+        def telling(link: Link, body: Control, **how: Any) -> int:
             self._note(link, "> ", body)
-            return tell(link, body)
+            return tell(link, body, **how)
 
         def taking(link: Link, received: Received) -> None:
             self._note(link, "< ", received.body)

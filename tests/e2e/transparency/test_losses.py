@@ -478,3 +478,30 @@ def test_what_a_first_batch_hides_is_found_in_the_next(step: Step) -> None:
     assert later[0] != later[1]
     found, expected = both(lambda: Model(step), batches(ids(), labels), strategy={"num_microbatches": 2})
     assert_same_run(found, expected)
+
+
+class Regression(LightningModule):
+    """Numbers in and out, of which some are missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        hidden = self.embed(batch[0])
+        for block in self.blocks:
+            hidden = block(hidden)
+        known = ~torch.isnan(batch[1])
+        return F.mse_loss(self.head(hidden)[known], batch[1][known])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_numbers_that_are_missing_for_the_first_time_late_in_the_run_are_not_counted() -> None:
+    numbers = torch.randn(240, 9, generator=torch.Generator().manual_seed(3))
+    targets = numbers[:, 6:].clone()
+    targets[200:][torch.arange(40)[:, None] * 5 % 8 > torch.arange(3) * 2] = float("nan")  # from the 26th batch on
+    data = batches(numbers[:, :6], targets)
+    assert_same_run(*both(Regression, data, max_steps=30))

@@ -298,3 +298,37 @@ def test_nobody_there() -> None:
         port = server.getsockname()[1]
     with pytest.raises(ChannelError, match=f"cannot join the driver at 127.0.0.1:{port}"):
         connect("127.0.0.1", port, SECRET, timeout_s=1)
+
+
+def test_messages_that_wait_for_the_next_one_arrive_whole_and_in_order(ends: tuple[Channel, Channel]) -> None:
+    driver, worker = ends
+
+    @given(st.lists(st.tuples(st.booleans(), st.sampled_from([0, 3, 20 << 10])), min_size=1, max_size=12))
+    @settings(max_examples=50, deadline=None, derandomize=True)
+    def check(told: list[tuple[bool, int]]) -> None:
+        numbers = []
+        for index, (more, size) in enumerate([*told, (False, 0)]):
+            blob = bytearray(os.urandom(size))
+            numbers.append(driver.send("n", {"index": index}, [blob], more=more))
+            blob[:] = bytes(size)  # it was the sender's own, and is no longer needed
+        came = [worker.receive() for _ in numbers]
+        assert [message.number for message in came] == numbers
+        assert [message.fields["index"] for message in came] == list(range(len(numbers)))
+
+    check()
+
+
+@pytest.mark.parametrize("last", ["send", "send_if_free", "hang_up"])
+def test_what_waits_goes_out_with_whatever_comes_next(ends: tuple[Channel, Channel], last: str) -> None:
+    driver, worker = ends
+    blob = bytearray(b"as it was")
+    driver.send("first", {}, [blob], more=True)
+    blob[:] = b"changed.."
+    worker._connection.settimeout(0.2)
+    with pytest.raises(ChannelClosed, match="timed out"):
+        worker.receive()
+    worker._connection.settimeout(5)
+    getattr(driver, last)("second", {})
+    first = worker.receive()
+    assert (first.kind, bytes(first.blobs[0])) == ("first", b"as it was")
+    assert worker.receive().kind == "second"
