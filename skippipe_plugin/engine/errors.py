@@ -33,6 +33,10 @@ class ConnectionsBroken(SkipPipeError):
     """Connections between ranks broke, though all of them live: others may be made."""
 
 
+class StartRefused(SkipPipeError):
+    """A process cannot be started now: its host has none left, or no memory. A moment later it may."""
+
+
 class RemoteTraceback(Exception):
     """Carries the traceback text of another process as the ``__cause__`` of the exception it belongs to."""
 

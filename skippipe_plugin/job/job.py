@@ -30,7 +30,7 @@ from ..engine.c10d import TCPStore, host_store
 from ..engine.channel import connect
 from ..engine.control.line import to_driver
 from ..engine.control.presence import Hello, Release
-from ..engine.errors import SkipPipeError
+from ..engine.errors import SkipPipeError, StartRefused
 from ..engine.handout import find_secret, fingerprint, leave_secret
 from ..engine.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, job_secret, secret_file
 from ..engine.versions import own_versions
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 _SAY_S: Final = 5.0
 """After how many seconds a wait says what it waits for."""
 _LOOK_S: Final = 0.05
+_TRIES_AFTER_S: Final = (0.5, 1.0, 2.0, 4.0)
+"""The pauses before a replacement is tried again that did not start."""
 _GENERATIONS: Final = 1 << 32
 """More than one driver ever forms."""
 
@@ -190,12 +192,17 @@ class DriverJob:
         self.pool.release(links)
 
     def take(self, num_workers: int) -> list[Link]:
-        """Return workers that replace others; a process that ends before it has joined is started once more."""
-        try:
-            return self.acquire(num_workers)
-        except EndedEarly as error:
-            log.warning("%s; trying once more", error)
-            return self.acquire(num_workers)
+        """Return workers that replace others; one that does not start, or ends before it has joined, is tried again.
+
+        A host that is out of processes or memory may have some a moment later, and a run would be lost.
+        """
+        for pause_s in _TRIES_AFTER_S:
+            try:
+                return self.acquire(num_workers)
+            except (EndedEarly, StartRefused) as error:
+                log.warning("%s; trying again in %g s", error, pause_s)
+            time.sleep(pause_s)
+        return self.acquire(num_workers)
 
     def fence(self, link: Link) -> None:
         """End the process of a lost worker, if this driver has started it and it is there still."""

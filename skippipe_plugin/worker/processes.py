@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NoReturn
 
 from ..engine import phases
-from ..engine.errors import SkipPipeError
+from ..engine.errors import SkipPipeError, StartRefused
 from ..engine.handover import import_paths
 from ..engine.secret import SECRET_VARIABLE
 from .parent import end_with_stdin, is_child, of_this_process
@@ -163,13 +163,13 @@ def _popen(
     """Start a process.
 
     Raises:
-        SkipPipeError: The system refuses.
+        StartRefused: The system refuses.
     """
     try:
         phases.reach(phases.Phase.STARTING)
         return subprocess.Popen(command, env=environment, cwd=folder, stdin=stdin)
     except (OSError, MemoryError) as error:
-        raise SkipPipeError(
+        raise StartRefused(
             f"a process of the run cannot be started: {str(error) or type(error).__name__}. The system's limits on "
             "processes, memory or open files (ulimit -u, -v, -n; the container's) are reached: raise them, or start "
             "fewer workers"
