@@ -11,10 +11,52 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
-from .c10d import Store
+from .c10d import Store, TCPStore
 
 _FIRST_LOOK_S: Final = 0.0005
 _SLOWEST_LOOK_S: Final = 0.02
+_REACHED_WITHIN: Final = timedelta(seconds=30)
+
+
+class DistantStore(Store):
+    """A store of another process, reached when it is first asked.
+
+    Where nobody listens any more, as when a generation was given up before this process heard of it, torch tries until
+    its time is over and cannot be interrupted: so it is left to who asks, in a thread that nobody needs.
+
+    Args:
+        host: Where it is.
+        port: The same.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__()
+        self._host, self._port = host, port
+        self._reached: Store | None = None
+        self._reaching = threading.Lock()
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """See ``torch.distributed.Store.set``; this and the others raise RuntimeError if it cannot be reached."""
+        self._store.set(key, value)  # type: ignore[arg-type]
+
+    def get(self, key: str) -> bytes:
+        """See ``torch.distributed.Store.get``."""
+        return self._store.get(key)
+
+    def add(self, key: str, amount: int) -> int:
+        """See ``torch.distributed.Store.add``."""
+        return self._store.add(key, amount)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """See ``torch.distributed.Store.check``."""
+        return self._store.check(list(keys))
+
+    @property
+    def _store(self) -> Store:
+        with self._reaching:
+            if self._reached is None:
+                self._reached = TCPStore(self._host, self._port, is_master=False, timeout=_REACHED_WITHIN)
+            return self._reached
 
 
 class AbortableStore(Store):

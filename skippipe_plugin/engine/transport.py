@@ -206,6 +206,8 @@ class Transport:
     def _connect(self, name: str, ranks: Sequence[int], form: Former | None = None) -> None:
         """Form a group in a helper thread: gloo's own connecting cannot be interrupted, and takes milliseconds."""
         assert self._store is not None, "all groups were formed"
+        if self._aborted.is_set():
+            raise GenerationAborted(f"generation {self.generation} was given up before it formed")
         store = AbortableStore(self._store, f"generation/{self.generation}/{name}/", self._aborted)
         self._stores.append(store)
         index, formed = list(ranks).index(self.rank), _Outcome()
@@ -235,12 +237,12 @@ class _Outcome:
     def __init__(self) -> None:
         self._over = threading.Event()
         self._group: Gloo = None
-        self._error: RuntimeError | None = None
+        self._error: Exception | None = None
 
     def run(self, function: Callable[[], Gloo]) -> None:
         try:
             self._group = function()
-        except RuntimeError as error:
+        except Exception as error:  # whatever it is: somebody waits
             self._error = error
         self._over.set()
 
@@ -248,8 +250,10 @@ class _Outcome:
         while not self._over.wait(_LOOK_S):
             if aborted.is_set():
                 raise GenerationAborted("the generation was given up while it formed")
-        if self._error is not None:
+        if isinstance(self._error, (RuntimeError, OSError)):
             raise GenerationAborted(f"the groups could not be formed: {self._error}") from self._error
+        if self._error is not None:
+            raise self._error
         return self._group
 
 

@@ -22,7 +22,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..engine.c10d import TCPStore
 from ..engine.call import Call
 from ..engine.channel import Channel, ChannelClosed
 from ..engine.control import answers, commands
@@ -38,6 +37,7 @@ from ..engine.independence import Parts
 from ..engine.pairs import transport_for
 from ..engine.ping import measure_links
 from ..engine.program import Instruction, compile_program, directed_links
+from ..engine.rendezvous import DistantStore
 from ..engine.taps import Tapped
 from ..engine.transport import Transport
 from ..engine.versions import own_versions
@@ -316,10 +316,9 @@ class Worker:
         self._answer(answers.Ready())
 
     def _form(self, command: commands.Configure) -> None:
-        store = TCPStore(command.store_host, command.store_port, is_master=False)
         self._transport = transport_for(
             command.backend,
-            store,
+            DistantStore(command.store_host, command.store_port),
             rank=command.rank,
             members=command.members,
             generation=command.generation,
