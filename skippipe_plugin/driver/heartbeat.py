@@ -60,4 +60,7 @@ class Heartbeat:
             for link in self._idle():
                 if link.beat(_QUESTIONS):
                     log.warning("an idle worker is lost: %s", link.how_lost)
-                    self._fence(link)
+                    try:
+                        self._fence(link)
+                    except Exception as error:  # the source may be the user's; the others are still to be asked
+                        log.warning("what is left of it could not be ended: %s: %s", type(error).__name__, error)

@@ -72,6 +72,7 @@ class WorkerPool:
         self.store = store
         self._join_timeout_s = join_timeout_s
         self._doorkeeper = door
+        self._last_failure = ""
         self.generations = itertools.count()
         self.joined: set[str] = set()
         """The tickets of the workers that ever joined; of this host's own ones the process ids."""
@@ -180,8 +181,19 @@ class WorkerPool:
             if arrived is not None:
                 self._welcome(*arrived)
             self._let_out()
-            if self._doorkeeper is not None:
-                self._doorkeeper.look(self.links)
+            self._look()
+
+    def _look(self) -> None:
+        """Let the doorkeeper look; it may ask the user's own source, and whatever that does, the door stays open."""
+        if self._doorkeeper is None:
+            return
+        try:
+            self._doorkeeper.look(self.links)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            if said != self._last_failure:
+                log.warning("the source of workers does not say who is gone: %s", said)
+            self._last_failure = said
 
     def _let_out(self) -> None:
         """Send those home that want to leave and hold nothing.

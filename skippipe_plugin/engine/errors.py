@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import pickle
 import traceback
@@ -79,11 +80,11 @@ def pack_exception(error: BaseException) -> tuple[bytes, str]:
 
 def unpack_exception(packed: bytes, text: str, where: str) -> BaseException:
     """Rebuild a remote exception; ``where`` (rank and stage) becomes a note on it, ``text`` its cause."""
-    error: BaseException
-    try:
-        error = pickle.loads(packed) if packed else SkipPipeError(text.strip().splitlines()[-1])
-    except Exception:  # its class is importable only over there
-        error = SkipPipeError(text.strip().splitlines()[-1])
+    error: BaseException | None = None
+    with contextlib.suppress(Exception):  # its class may be importable only over there
+        error = pickle.loads(packed) if packed else None
+    if not isinstance(error, BaseException):  # a class may also pickle as something else
+        error = SkipPipeError((text.strip().splitlines() or ["it failed without a word"])[-1])
     error.__cause__ = RemoteTraceback(text)
     error.add_note(f"This exception was raised on {where}; its traceback there stands above.")
     return error

@@ -96,6 +96,38 @@ def test_an_idle_worker_that_is_silent_is_given_up(pool: WorkerPool, join: Calla
     assert len(pool.resting()) == 1
 
 
+def test_a_source_that_fails_stops_neither_heartbeat_nor_door(
+    pool: WorkerPool, join: Callable[[bool], Channel], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Door:
+        looked = 0
+
+        def greet(self, link: Link) -> None: ...
+
+        def look(self, links: object) -> None:
+            self.looked += 1
+            raise OSError("no scheduler answers")
+
+    door, asked = Door(), []
+
+    def fence(link: Link) -> None:
+        asked.append(link)
+        raise OSError("no scheduler answers")
+
+    pool._doorkeeper = door
+    join(False)
+    join(False)
+    heartbeat, deadline = Heartbeat(Links(), 0.5, pool.resting, fence), time.monotonic() + 10
+    while (len(asked) < 2 or door.looked < 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    heartbeat.close()
+    assert len({id(link) for link in asked}) == 2
+    join(True)  # still lets in
+    said = [record.message for record in caplog.records]
+    assert sum("does not say who is gone: OSError: no scheduler answers" in each for each in said) == 1
+    assert sum("could not be ended: OSError" in each for each in said) == 2
+
+
 def test_everybody_at_once_is_not_everybody_dead(
     pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
