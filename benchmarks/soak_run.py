@@ -17,6 +17,7 @@ import signal
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -393,6 +394,7 @@ def attempt(seed: int, drivers: int, folder: str) -> dict[str, Any]:
         with injector:
             found = run(setting, folder, recovers=True)
     except Exception as error:
+        traceback.print_exc()
         result["error"] = f"{type(error).__name__}: {error}"
     if found is not None:
         wrong += judge(setting, found, expected)

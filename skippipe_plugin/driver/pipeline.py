@@ -472,6 +472,7 @@ class Pipeline:
         with proxies.in_step():
             events = executor.run(programs.compiled[name], set(live), NoFeed())
             done = self.links.expect_all(Done)
+        transport.flush()
         for writes in (*(s.take_writes() for s in self._hosted.values()), *(each.writes for each in done.values())):
             proxies.note_all_writes(writes)
         if name == TRAINING:

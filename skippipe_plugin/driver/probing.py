@@ -13,12 +13,13 @@ from ..engine.call import Call, CallSpec
 from ..engine.control.answers import PartsCompared, Probed
 from ..engine.control.commands import CompareParts
 from ..engine.control.commands import Probe as Question
-from ..engine.errors import unpack_exception
-from ..engine.stage import Probe
+from ..engine.errors import StageLostError, unpack_exception
+from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec
 from .capture.cutting import Cut, parts_of
 from .capture.proxies import StackCall
 from .capture.side_inputs import dump_probe
+from .links import Link
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -27,15 +28,31 @@ if TYPE_CHECKING:
 def probe(pipeline: Pipeline, block: int, spec: CallSpec, side_inputs: Sequence[Tensor], enters: TensorSpec) -> Probe:
     """Ask what a block does to its input; raise what it raises, of which no rank takes harm."""
     phases.reach(phases.Phase.PROBING)
-    stage, call = pipeline.layout.stage_of_block(block), Call(spec, tuple(side_inputs), 0)
-    hosted = pipeline.hosted_stage(stage)
-    if hosted is not None:
-        return hosted.probe(block, call, enters)
-    link = pipeline.links[pipeline.layout.placement[stage][0]]
-    probed = link.ask(Question(dump_probe(block, call, enters)), Probed)
+    call = Call(spec, tuple(side_inputs), 0)
+    asked, holder = _holder(pipeline, block)
+    if isinstance(holder, Stage):
+        return holder.probe(asked, call, enters)
+    probed = holder.ask(Question(dump_probe(asked, call, enters)), Probed)
     if probed.traceback is not None:
-        raise unpack_exception(bytes(probed.result), probed.traceback, str(link))
+        raise unpack_exception(bytes(probed.result), probed.traceback, str(holder))
     return pickle.loads(probed.result)  # type: ignore[no-any-return]
+
+
+def _holder(pipeline: Pipeline, block: int) -> tuple[int, Stage | Link]:
+    """Return who holds ``block``; where paths go around all who do, a block of its kind and who holds that."""
+    for each in dict.fromkeys([block, *pipeline.proxies.book.alike(block)]):
+        stage = pipeline.layout.stage_of_block(each)
+        hosted = pipeline.hosted_stage(stage)
+        if hosted is not None:
+            return each, hosted
+        for rank in pipeline.layout.placement[stage]:
+            if rank in pipeline.links:
+                return each, pipeline.links[rank]
+    raise StageLostError(
+        f"what {pipeline.proxies.names[block]} makes of its input must be asked where it runs, but its worker is lost "
+        "and was not replaced yet, and no other block is like it. Let training wait for the replacement "
+        "(StageRecovery(while_missing='wait')), or keep a spare"
+    )
 
 
 def computes_parts_alike(pipeline: Pipeline, call: StackCall, cut: Cut, num_samples: int) -> bool:
@@ -44,13 +61,11 @@ def computes_parts_alike(pipeline: Pipeline, call: StackCall, cut: Cut, num_samp
     for block in proxies.one_of_each(call):
         spec, count = proxies.question_about(call, block), len(pipeline.microbatches)
         whole, parts = parts_of(call, cut, num_samples, block, spec, count)
-        stage, enters = pipeline.layout.stage_of_block(block), call.specs[block]
-        hosted = pipeline.hosted_stage(stage)
-        if hosted is not None:
-            alike = hosted.computes_parts_alike(block, whole, enters, parts)
+        enters, (asked, holder) = call.specs[block], _holder(pipeline, block)
+        if isinstance(holder, Stage):
+            alike = holder.computes_parts_alike(asked, whole, enters, parts)
         else:
-            link = pipeline.links[pipeline.layout.placement[stage][0]]
-            alike = link.ask(CompareParts(dump_probe(block, whole, enters, parts)), PartsCompared).alike
+            alike = holder.ask(CompareParts(dump_probe(asked, whole, enters, parts)), PartsCompared).alike
         if not alike:
             return False
     return True

@@ -110,7 +110,7 @@ class Executor:
                 start = time.perf_counter()
                 self._execute(instruction, taken)
                 events.append(Event(self._transport.rank, instruction.action, start, time.perf_counter()))
-            self._transport.flush()
+            self._transport.end_step()
         finally:
             self._clear()
         return events

@@ -76,12 +76,12 @@ class PairTransport(Transport):
             self._connect(name, (source, destination), form)
             if self.rank == source:
                 self.send(torch.zeros(1), destination, 0)
-                self.flush()
+                self.end_step()
             else:
                 self.receive(TensorSpec((1,), torch.float32), source, 0, self._device).wait()
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
-        """Start to send ``tensor``; it is kept alive until :meth:`flush`."""
+        """See :meth:`Transport.send`."""
         data = tensor.detach().to(self._device).contiguous()
         if data.numel():
             group = self._groups[_name(self.rank, destination)]
@@ -94,10 +94,10 @@ class PairTransport(Transport):
         work = self._start(lambda: group.recv([buffer], _SOURCE, 0)) if buffer.numel() else None
         return PendingTensor(work, buffer, device)
 
-    def flush(self) -> None:
-        """Wait until every send of this step has been taken by its receiver."""
-        super().flush()
+    def end_step(self) -> None:
+        """Wait until every send of this step has been taken, as far as who waits can be woken: under NCCL."""
         if self._backend == "nccl":  # a finished wait only means that the GPU will wait
+            self.flush()
             torch.cuda.synchronize(self._device)
             if self._aborted.is_set():
                 raise GenerationAborted(f"generation {self.generation} was given up")

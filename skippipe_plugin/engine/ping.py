@@ -93,4 +93,3 @@ def _echo(transport: Transport, peer: int, tag: int, num_bytes: int) -> None:
     posted = [transport.receive(spec, peer, tag, _HOST) for spec in specs]
     for pending in posted:
         transport.send(pending.wait(), peer, tag + 1)
-    transport.flush()

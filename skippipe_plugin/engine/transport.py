@@ -137,7 +137,11 @@ class Transport:
         self._stores.clear()
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
-        """Start to send ``tensor``; it is kept alive until :meth:`flush`."""
+        """Start to send ``tensor``; it is kept alive until :meth:`flush`.
+
+        That it was taken, the receiver has to say: gloo forgets a message whose connection breaks as it is written, and
+        who waited for it would wait for ever, since nothing wakes him.
+        """
         ready = tensor.is_cpu and tensor.is_contiguous()
         data = tensor.detach() if ready else tensor.detach().to("cpu").contiguous()
         if data.numel():
@@ -163,8 +167,11 @@ class Transport:
         group, member = self._groups[_ALL], self._index[source]
         return PendingTensor(self._start(lambda: group.recv([buffer], member, tag)), buffer, buffer.device)
 
+    def end_step(self) -> None:
+        """Make sure that this rank's part of a step is over, where starting an operation does not say so."""
+
     def flush(self) -> None:
-        """Wait until every send of this step has been taken by its receiver."""
+        """Let go of what was sent; to be called when all of it is known to be taken."""
         sends, self._sends = self._sends, []
         for work, _ in sends:
             _wait(work)

@@ -381,6 +381,7 @@ class Worker:
     def _run_step(self, number: int, openings: list[Opening], live: set[int]) -> None:
         assert self._transport is not None, "a step before the groups are formed"
         self._step, first = number, openings[0]
+        self._let_go()
         self._order.start_step()
         self._put_later()
         self._calls = {step: calls for step, calls in self._calls.items() if step >= self._step}
@@ -454,6 +455,7 @@ class Worker:
         self._answer(answers.LinkCosts([(c.first, c.second, c.latency_s, c.bandwidth_Bps) for c in costs]))
 
     def _merge(self, command: commands.Merge) -> None:
+        self._let_go()
         self._put_later()
         self._routers.commit()
         self._holdings.merge(command)
@@ -491,6 +493,11 @@ class Worker:
         self._later.append(command)
         if len(self._lines) == 1:
             self._put_later()
+
+    def _let_go(self) -> None:
+        """Free what was sent in the last step: the driver goes on, so all others have taken it."""
+        if self._transport is not None:
+            self._transport.flush()
 
     def _put_later(self) -> None:
         later, self._later = self._later, []

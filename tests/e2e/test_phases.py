@@ -16,7 +16,7 @@ from skippipe_plugin.testing import At, Cut, Fault, FillDisk, Injector, Kill, Ph
 
 from .models import tokens
 from .modules import loader
-from .support import Run, assert_same_losses, assert_same_weights
+from .support import Run, assert_same_losses, assert_same_run, assert_same_weights
 from .test_recovery import BATCH, assert_counted, kill, run
 from .test_recovery import At as Do
 
@@ -136,3 +136,17 @@ def test_a_cell_of_the_table(phase: str, fault: str, outcome: str) -> None:
     assert bool(sources) == (outcome == "exact")
     assert_same_losses(result.losses, undisturbed().losses)
     assert_same_weights(result.weights, undisturbed().weights)
+
+
+@pytest.mark.timeout(180)
+def test_messages_that_break_as_they_are_written_hang_nobody() -> None:
+    """A connection is gone when its next message is written: gloo forgets such a message, and wakes nobody."""
+    moments = [(2, "0B1"), (3, "0L2"), (4, "0B2"), (5, "0B3"), (6, "0L1")]
+    faults = [Reset(At(Phase.TRAINING, step=step, action=action), (1, 2)) for step, action in moments]
+    recovery = StageRecovery(spares=0, lr_factor=1.0)
+    with Injector(*faults) as injector:
+        result, _ = run(recovery=recovery)
+    assert [each.done for each in injector.report] == [True] * len(moments)
+    expected, _ = run()
+    assert_same_run(result, expected)
+    assert_counted(result)
