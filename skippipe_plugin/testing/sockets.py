@@ -44,9 +44,11 @@ def unsilence(end: socket.socket) -> None:
 
 
 def reset(end: socket.socket) -> None:
-    """End a connection with a reset."""
+    """End a connection with a reset, such that this end sees it too, as it would if the reset had come from afar."""
     if _libc.connect(end.fileno(), _NO_ADDRESS, len(_NO_ADDRESS) - 1) != 0:
         raise _last_error()
+    with contextlib.suppress(OSError):  # it is not connected any more, but so it is readable for who polls
+        end.shutdown(socket.SHUT_RDWR)
 
 
 def connections(first: int, second: int) -> list[tuple[socket.socket, socket.socket]]:
