@@ -48,7 +48,7 @@ def open_device(host: str) -> tuple[Any, Door | None]:  # Any: torch's stubs do 
     device = ProcessGroupGloo.create_device(hostname=host)
     fresh = open_files() - before
     listening = [n for n, copy in sockets_among(fresh) if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)]
-    loops = [number for number in fresh if is_epoll(number)]
+    loops = [each.number for each in fresh if is_epoll(each.number)]
     connects_later = os.environ.get(_CONNECTS_LATER, "0") not in ("", "0")
     if not _IS_POSSIBLE or connects_later or len(listening) != 1 or len(loops) != 1:
         return device, None
