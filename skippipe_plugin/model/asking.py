@@ -37,8 +37,6 @@ Results = dict[Key, Any]
 LOSS: Final[Key] = ("loss",)
 _LEAST_ASKED: Final = 3
 """So many batches with labels or masks are asked about in any case: rules that are none may fit one by chance."""
-_LOOKED_THROUGH: Final = 16
-"""In so many batches masks are looked for among floats; after that only NaN, as labels that lack: each step pays."""
 _MOST_ASKED: Final = 32
 """After so many batches of a kind nothing new is asked about."""
 
@@ -68,8 +66,7 @@ class Answer:
     metrics: set[str] = field(default_factory=set)
     """The torchmetrics that microbatches leave with other counts than the batch."""
     num_asked: int = 0
-    num_seen: int = 0
-    """How many batches came since the first."""
+
     problems: dict[str, str] = field(default_factory=dict)
     """By name of a result: why it follows from the microbatches' by no rule."""
     is_told: bool = False
@@ -117,9 +114,7 @@ class Asking:
         hopeless = answer.failure or answer.crossing or answer.problems
         if hopeless or answer.num_asked >= _MOST_ASKED:
             return answer
-        answer.num_seen += 1
-        view, thorough = question.view, answer.num_seen < _LOOKED_THROUGH
-        open_still = answer.num_asked < _LEAST_ASKED and (view.may_be_counted if thorough else view.lacks_some)
+        open_still = answer.num_asked < _LEAST_ASKED and question.view.may_be_counted
         if open_still or answer.watch.is_new(question.view):
             return self._ask(question, answer)
         return answer

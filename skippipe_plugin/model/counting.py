@@ -127,11 +127,6 @@ class View:
         """Whether there are labels, or something like a mask: numbers of them may be equal by chance."""
         return any(_is_discrete(leaf) or _is_like_a_mask(leaf) for leaf in self.leaves.values())
 
-    @property
-    def lacks_some(self) -> bool:
-        """Whether there are labels, or numbers that are none (NaN)."""
-        return any(_is_discrete(leaf) or _may_hold_nan(leaf) for leaf in self.leaves.values())
-
     def _count(self, weighting: Weighting) -> tuple[float, ...] | None:
         if isinstance(weighting, Samples):
             return tuple(float(size) for size in self.sizes)
@@ -230,11 +225,6 @@ def _is_like_a_mask(leaf: Tensor) -> bool:
     if leaf.is_complex() or not 0 < leaf.numel() <= _WATCHED_FLOATS:
         return False
     return bool(((leaf == 0) | (leaf == 1) | torch.isnan(leaf)).any())
-
-
-def _may_hold_nan(leaf: Tensor) -> bool:
-    """As :func:`_is_like_a_mask` for NaN alone, in one operation; infinite numbers may look like it."""
-    return 0 < leaf.numel() <= _WATCHED_FLOATS and bool(torch.isnan(leaf.detach().sum()))
 
 
 def _is_constant(leaf: Tensor) -> bool:

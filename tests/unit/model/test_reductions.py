@@ -181,15 +181,3 @@ def test_tensors_are_joined_along_the_dimension_that_was_cut() -> None:
     assert find_plan(whole, [whole[:, :2], whole[:, 2:]], view, [Samples()]) == Leaf(
         (Joined(1),), frozenset({Joined(0), Joined(2)})
     )
-
-
-@pytest.mark.parametrize(
-    ("batch", "lacks"),
-    [
-        ({"x": torch.rand(4, 3) + 2}, False),
-        ({"x": torch.rand(4, 3) + 2, "y": torch.tensor([2.0, float("nan"), 3.0, 4.0])}, True),
-        ({"x": torch.rand(4, 3) + 2, "y": torch.arange(4)}, True),
-    ],
-)
-def test_labels_and_missing_numbers_are_seen_in_any_batch(batch: dict[str, torch.Tensor], lacks: bool) -> None:
-    assert view_of(batch, [2, 2]).lacks_some == lacks
