@@ -54,12 +54,16 @@ from .shards import ExpertShards
 from .stages import StageSender
 from .steps import NoFeed, StepRun, StepTask
 from .tapped import TapExchange
-from .turns import Turns
 from .weights import RemoteWeights
 from .whole_step import WholeRun, WholeTask
 
 TRAINING: Final = "training"
 EVALUATION: Final = "evaluation"
+_WATCHED: Final = (
+    "the step has registered a forward hook on a module of the blocks, which is to see the whole batch, but the batch "
+    "is cut already, since no step did so before. Register it before the step (in on_train_batch_start, ...), or let "
+    "the step run once, on the whole batch, with microbatches='stack'"
+)
 _T = TypeVar("_T")
 
 
@@ -125,7 +129,6 @@ class Pipeline:
         """The user's, while it is loaded."""
         self._sender: StageSender | None = None
         self._hosted: dict[int, Stage] = {}
-        self._turns = Turns()
         self.keeper: Keeper | None = None
         """Replaces lost workers; without one a loss is the end of the run. Set it before :meth:`load`."""
         self.optimizer_plan: bytes | None = None
@@ -380,7 +383,7 @@ class Pipeline:
                 live = run.live(lambda: self.proxies.is_settled)
                 choose()
                 self.mirror.settle()  # the first function may have written weights
-                self._take_turns(task, live)
+                self._check_unwatched(live)
                 self.routers.board.open(1 / max(1, len(live) * self.layout.num_drivers))
                 if live or self.layout.num_drivers > 1:
                     self._execute(TRAINING, run, live)
@@ -409,17 +412,12 @@ class Pipeline:
         run = self._step_run(task, self._ambient())
         self.in_step = True
         try:
-            run.start(0)
-            # What hooks keep belongs to one microbatch at a time, as if there were no others.
-            watched = self.proxies.is_watched
-            if not watched:
-                run.start_all()
+            run.start_all()
             choose()
-            for index in range(len(self.microbatches)) if watched else [0]:
-                run.start(index)
-                while self._anybody(live := run.waiting()):
-                    self.mirror.settle()
-                    self._execute(EVALUATION, run, live)
+            while self._anybody(live := run.waiting()):
+                self._check_unwatched(live)
+                self.mirror.settle()
+                self._execute(EVALUATION, run, live)
         except BaseException as error:
             self._give_up(error)
             raise
@@ -427,11 +425,9 @@ class Pipeline:
             self.in_step = self.is_announced = False
         return run.values()
 
-    def _take_turns(self, task: StepTask | WholeTask, live: Sequence[int]) -> None:
-        watched, outside = self.proxies.is_watched and len(live) > 1, task.outside is not None
-        other = self._turns.choose(self.whole_schedules[TRAINING], watched=watched, loss_is_outside=outside)
-        if other is not None:
-            self.use_schedule(TRAINING, other)
+    def _check_unwatched(self, live: Sequence[int]) -> None:
+        if len(live) > 1 and self.proxies.is_watched:
+            raise SkipPipeError(_WATCHED)
 
     def _forward(self, call: StackCall) -> Tensor:
         """Answer a call that was made outside of the step functions, such as sampling in a callback."""
@@ -459,8 +455,7 @@ class Pipeline:
             opening = self.gradients.opening(opening)
         # As many ahead of their turns as have had them: twice the hidden states on the driver, not all of them. What is
         # measured shows each embedding in its place, and what it takes.
-        in_turn = timeline or proxies.is_watched
-        coming = [] if in_turn else [each for each in programs.embedded[name] if each in live]
+        coming = [] if timeline else [each for each in programs.embedded[name] if each in live]
         taps = TapExchange(self._step, self.links, self.layout, self._hosted)
         run.open(self._step, schedule.paths, opening, coming, programs.most_in_flight[name], taps)
         if not live:

@@ -195,11 +195,6 @@ class StepRun:
             if index not in self._outcomes:
                 self._start(index)
 
-    def start(self, index: int) -> None:
-        """Run one function up to its first call of the blocks, if it did not run and there is one."""
-        if index < len(self._task.functions) and index not in self._outcomes:
-            self._start(index)
-
     def skipped(self) -> bool:
         """Start the first function and say whether it returned None at once, as user code does to skip a batch."""
         self._start(0)

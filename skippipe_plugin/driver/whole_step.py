@@ -144,10 +144,6 @@ class WholeRun:
         self.start_all()
         return self.waiting()
 
-    def start(self, index: int) -> None:
-        """Do what :meth:`start_all` does, once."""
-        self.start_all()
-
     def start_all(self) -> None:
         """Run the function up to its first call of the blocks, if it did not run."""
         if self._outcome is not None:

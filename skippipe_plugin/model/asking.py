@@ -26,10 +26,10 @@ from ..engine.errors import SkipPipeError
 from .batch_statistics import BatchStatistics
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
 from .fakes import Fakes, Incomparable, Neutral
-from .interleaving import by_turns, effect
+from .interleaving import alike, by_turns, effect
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
 from .spread import SpreadModel
-from .traceless import uneven, untouched
+from .traceless import Untouched, uneven, untouched
 
 Key = tuple[Any, ...]
 """Names a result of a step: ``("loss",)``, ``("output",)``, ``("log", name, number)``."""
@@ -65,6 +65,10 @@ class Answer:
     constants: set[Constant] = field(default_factory=set)
     metrics: set[str] = field(default_factory=set)
     """The torchmetrics that microbatches leave with other counts than the batch."""
+    left: str = ""
+    """What microbatches leave in an attribute, a buffer or a global name that is another after the batch."""
+    hooks: bool = False
+    """Whether the step itself registers forward hooks on blocks, and removes them."""
     num_asked: int = 0
 
     problems: dict[str, str] = field(default_factory=dict)
@@ -111,7 +115,7 @@ class Asking:
         answer = self._answers.get(question.kind)
         if answer is None:
             return self._ask(question, Answer())
-        hopeless = answer.failure or answer.crossing or answer.problems
+        hopeless = answer.failure or answer.crossing or answer.left or answer.hooks or answer.problems
         if hopeless or answer.num_asked >= _MOST_ASKED:
             return answer
         open_still = answer.num_asked < _LEAST_ASKED and question.view.may_be_counted
@@ -126,11 +130,11 @@ class Asking:
 
     def look(self, function: Callable[[], Results]) -> Results | None:
         """Return what a step gives on made-up hidden states, whole; None where it fails on them."""
-        with self._quiet(), untouched(self._module, self._device) as restore:
+        with self._quiet(), untouched(self._module, self._device) as trace:
 
             def run() -> Results:
                 self._spread.pipeline.heal()
-                return self._run(function, functools.partial(Fakes([1], 0).of_piece, 0), Neutral(), restore)
+                return self._run(function, functools.partial(Fakes([1], 0).of_piece, 0), Neutral(), trace.restore)
 
             try:
                 return self._spread.pipeline.surviving(run)
@@ -138,6 +142,11 @@ class Asking:
                 raise
             except Exception:
                 return None
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether forward hooks that run on the driver watch modules of the blocks."""
+        return self._spread.pipeline.proxies.is_watched
 
     @property
     def statistics(self) -> BatchStatistics:
@@ -151,12 +160,13 @@ class Asking:
 
     def _ask(self, question: Question, answer: Answer) -> Answer:
         blocks = self._spread.pipeline.proxies.blocks
-        with self._quiet(), untouched(self._module, self._device) as restore, uneven(self._module, blocks):
+        with self._quiet(), untouched(self._module, self._device) as trace, uneven(self._module, blocks):
             number = answer.num_asked  # each asks with hidden states of its own: what was 0 so far may be another
             draws = (0, 1) if not number else (4 * number + number % 2,)
             for draw in draws:
-                learn = functools.partial(self._learn, question, answer, draw, restore)
+                learn = functools.partial(self._learn, question, answer, draw, trace)
                 self._spread.pipeline.surviving(learn)
+        answer.hooks = answer.hooks and not self.is_watched  # those of before are looked at in each step
         answer.problems = {}
         for name in sorted(answer.metrics):
             answer.problems[f"the metric {name}"] = "its counts are others when it is updated once for each of them"
@@ -167,13 +177,13 @@ class Asking:
         self._answers[question.kind] = answer
         return answer
 
-    def _learn(self, question: Question, answer: Answer, draw: int, restore: Callable[[], None]) -> None:
+    def _learn(self, question: Question, answer: Answer, draw: int, trace: Untouched) -> None:
         """Let the step run on one draw of hidden states; positive ones where others make no sense."""
         self._spread.pipeline.heal()
-        seen = self._observe(question, draw, restore, answer)
+        seen = self._observe(question, draw, trace, answer)
         odd = isinstance(seen, Exception) or not _is_finite(seen[0].get(LOSS))
         if odd and not isinstance(seen, _PieceFailed):  # what a block has refused it is not asked again
-            other = self._observe(question, draw + 2, restore, answer)
+            other = self._observe(question, draw + 2, trace, answer)
             seen = seen if isinstance(other, Exception) else other
         if isinstance(seen, Incomparable | _PieceFailed):
             answer.failure = str(seen)
@@ -201,10 +211,10 @@ class Asking:
         return list(dict.fromkeys([*first, Samples(), *known, *fresh.values()]))
 
     def _observe(
-        self, question: Question, draw: int, restore: Callable[[], None], answer: Answer
+        self, question: Question, draw: int, trace: Untouched, answer: Answer
     ) -> tuple[Results, list[Results]] | Exception:
         """Return the results of the batch and of its microbatches; the error, if there was one."""
-        fakes = Fakes(question.view.sizes, draw)
+        fakes, restore = Fakes(question.view.sizes, draw), trace.restore
         question.view.rounding = 2e-5
         drawn, parts, failed = [], [], None
         for index, piece in enumerate(question.pieces):
@@ -218,6 +228,7 @@ class Asking:
                 break
             drawn.append(mode.drawn)
             answer.constants |= mode.constants
+        answer.hooks |= fakes.are_watched
         if failed is None and draw < 2:
             answer.crossing = answer.crossing or self._crossing(question, draw, parts, drawn, restore)
         if failed is not None:
@@ -237,9 +248,12 @@ class Asking:
         except Exception as error:
             return error
         answer.constants |= mode.constants
+        changes = trace.changes()
         answer.metrics |= self._metrics_that_differ(question, draw, restore)
         if fakes.dtypes == {torch.float64}:
             question.view.rounding = 1e-10
+        if changes and not answer.left:
+            answer.left = self._left_behind(question, draw, drawn, changes, trace)
         return whole, parts
 
     def _crossing(
@@ -281,6 +295,33 @@ class Asking:
         counts = metric_states(self._module)
         return {name for name in whole if not _same_counts(whole[name][1], counts[name][1], question.view.rounding)}
 
+    def _left_behind(
+        self,
+        question: Question,
+        draw: int,
+        drawn: Sequence[Sequence[Tensor]],
+        changes: Mapping[str, Any],
+        trace: Untouched,
+    ) -> str:
+        """Name what is another when the step has run for each microbatch than when it has run for the batch.
+
+        Args:
+            question: The step.
+            draw: The draw of hidden states.
+            drawn: By microbatch: what random functions gave it.
+            changes: What the batch has left.
+            trace: What the step finds.
+        """
+        fakes = Fakes(question.view.sizes, draw)
+        for index, piece in enumerate(question.pieces):
+            resume = _go_on if index else trace.restore
+            self._run(piece, functools.partial(fakes.of_piece, index), Neutral([drawn[index]]), resume)
+        found = _others(changes, trace.changes(), question.view.rounding)
+        if found:  # times and the like are others whenever a step runs
+            self._run(question.whole, fakes.of_whole, Neutral(drawn), trace.restore)
+            found -= _others(changes, trace.changes(), question.view.rounding)
+        return min(found, default="")
+
     def _run(
         self,
         function: Callable[[], Results],
@@ -316,6 +357,16 @@ def _set_back(module: nn.Module, restore: Callable[[], None], counted: Mapping[s
     restore()
     if counted is not None:
         set_metric_states(module, counted)
+
+
+def _go_on() -> None:
+    """Bring nothing back."""
+
+
+def _others(one: Mapping[str, Any], other: Mapping[str, Any], tolerance: float) -> set[str]:
+    """Return the names of what two runs have left differently."""
+    names = one.keys() | other.keys()
+    return {n for n in names if n not in one or n not in other or not alike(one[n], other[n], tolerance)}
 
 
 def _same_counts(whole: Mapping[str, Any], parts: Mapping[str, Any], rounding: float) -> bool:

@@ -60,9 +60,12 @@ class Fakes:
         self._calls = 0
         self.dtypes: set[torch.dtype] = set()
         """Of what was answered."""
+        self.are_watched = False
+        """Whether forward hooks of the driver's were to see what the blocks do."""
 
     def of_piece(self, index: int, call: StackCall) -> Tensor:
         """Answer the next call of the blocks by a microbatch."""
+        self.are_watched |= bool(call.hooks)
         spec, size, number = call.specs[-1], self._sizes[index], len(self._noise[index])
         dim = next((d for d, n in enumerate(spec.shape) if n == size), None)
         if dim is None:

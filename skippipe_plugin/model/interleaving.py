@@ -74,7 +74,7 @@ def effect(alone: Sequence[Results], together: Sequence[Results] | Exception, to
         return _TEXT.format(effect=f"by turns they end in {type(together).__name__}: {together}".rstrip(": "))
     for one, other in zip(alone, together, strict=True):
         for key in dict.fromkeys([*one, *other]):
-            if key not in one or key not in other or not _alike(one[key], other[key], tolerance):
+            if key not in one or key not in other or not alike(one[key], other[key], tolerance):
                 return _TEXT.format(effect=f"{_named(key)} is another by turns than alone")
     return ""
 
@@ -93,8 +93,8 @@ def _order(count: int) -> list[int]:
     return [0, 1] if count == 2 else [1, 0, *range(2, count)]
 
 
-def _alike(one: Any, other: Any, tolerance: float) -> bool:
-    """Compare two results; objects that are neither numbers nor text nor tensors say nothing."""
+def alike(one: Any, other: Any, tolerance: float) -> bool:
+    """Whether two results are the same; objects that are neither numbers nor text nor tensors say nothing."""
     ones, ones_form = pytree.tree_flatten(one)
     others, others_form = pytree.tree_flatten(other)
     if ones_form != others_form:

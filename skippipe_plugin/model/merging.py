@@ -42,6 +42,16 @@ _CROSS: Final = (
     "Run the step once, on the whole batch, with microbatches='stack' or num_microbatches=1, or pass on in variables "
     "what the step needs behind the blocks"
 )
+_SEEN: Final = (
+    "the step runs once for each of {count} microbatches, but forward hooks of yours watch modules of the blocks, and "
+    "are to see the whole batch. Run the step once, on the whole batch, with microbatches='stack' or "
+    "num_microbatches=1, or remove them"
+)
+_LEFT: Final = (
+    "the step runs once for each of {count} microbatches, but {name} is then another than when it has run for the "
+    "batch. Run the step once, on the whole batch, with microbatches='stack' or num_microbatches=1, or do where "
+    "microbatches are not known (on_train_batch_end, ...) what is to happen once for a batch"
+)
 _WHOLE: Final = (
     "%s runs once, on the whole batch, of which only what enters the blocks is cut: every forward comes before the "
     "loss, and the head has the whole batch at once. The reason: %s"
@@ -63,28 +73,36 @@ class Merging:
         self.weight = weight
         self.answer: Answer | None = asking.about(question) if len(question.pieces) > 1 else None
         self._has_asked_again = False
-        if self.answer is not None and weight is None and not self.problems:
+        if self.answer is not None and weight is None and not self.obstacle and not self.problems:
             self._settle()
 
     @property
-    def problems(self) -> Mapping[str, str]:
-        """By name of a result: why it does not follow from the microbatches'."""
-        if self.answer is None:
-            return {}
+    def obstacle(self) -> str:
+        """Why the batch cannot be cut, whatever becomes of the results; nothing where it can."""
+        answer, count = self.answer, len(self.question.pieces)
+        if answer is None:
+            return ""
         if alone := self.asking.statistics.alone(self.question.view.sizes):
-            return {"": alone}
-        if self.answer.failure or self.answer.crossing:
-            return {"": self.answer.failure or self.answer.crossing}
-        return self.answer.problems if self.weight is None else {}
+            return _FAILS.format(count=count, why=alone)
+        if self.asking.is_watched or answer.hooks:
+            return _SEEN.format(count=count)
+        if answer.failure:
+            return _FAILS.format(count=count, why=answer.failure)
+        if answer.crossing:
+            return _CROSS.format(count=count, why=answer.crossing)
+        return _LEFT.format(count=count, name=answer.left) if answer.left else ""
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """By name of a result: why it does not follow from the microbatches'; nothing where the user says what does."""
+        return self.answer.problems if self.answer is not None and self.weight is None else {}
 
     def refusal(self) -> SkipPipeError | None:
         """Return the error that says why the batch cannot be cut; None when it can."""
-        count = len(self.question.pieces)
+        if obstacle := self.obstacle:
+            return SkipPipeError(obstacle)
         for what, why in self.problems.items():
-            if not what and self.answer is not None and why == self.answer.crossing:
-                return SkipPipeError(_CROSS.format(count=count, why=why))
-            if not what:
-                return SkipPipeError(_FAILS.format(count=count, why=why))
+            count = len(self.question.pieces)
             return SkipPipeError(_NOT_CUT.format(count=count, what=what, why=why, ways=_WAYS))
         return None
 

@@ -1,6 +1,7 @@
 """Run user code for a look at what comes out of it, and leave no trace: attributes, buffers, metrics, random states.
 
-Global names that the code reads are brought back, too, and what stands in its classes.
+Global names that the code reads are brought back, too, and what stands in its classes. What a run has changed of them
+can be read before.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 from ..driver.capture.outer_state import OuterState, generator_undo
@@ -49,15 +52,25 @@ class RandomStates:
         random.setstate(self._python)
 
 
+@dataclass(frozen=True, slots=True)
+class Untouched:
+    """What user code finds when it runs for a look."""
+
+    restore: Callable[[], None]
+    """Brings everything back."""
+    changes: Callable[[], dict[str, Any]]
+    """Returns, by name, what attributes, buffers and global names hold since then that they did not hold before."""
+
+
 @contextmanager
-def untouched(module: nn.Module, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Bring everything back at the end, and whenever the function that this gives is called."""
+def untouched(module: nn.Module, device: torch.device) -> Iterator[Untouched]:
+    """Bring everything back at the end, and whenever what this gives is asked to."""
     states, rewind, attributes = RandomStates(device), rewinder(module), _Attributes()
     outer = OuterState(module)
-    for part in module.modules():
-        attributes.note(part.__dict__, 0)
-    for value in outer.values():
-        attributes.note(value, 1)
+    for name, part in module.named_modules():
+        attributes.note(part.__dict__, 0, f"self.{name}".rstrip(".") if not _counts_apart(part) else "")
+    for name, value in outer.values():
+        attributes.note(value, 1, name)
 
     def restore() -> None:
         outer.rebind()
@@ -67,9 +80,12 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[Callable[[], 
             part.__dict__["_update_count"] = counts
         states.set()
 
+    def changes() -> dict[str, Any]:
+        return attributes.changes() | {name: _kept(value) for name, value in outer.changes()}
+
     metrics = [(part, part._update_count) for part in module.modules() if isinstance(part, Metric)]
     try:
-        yield restore
+        yield Untouched(restore, changes)
     finally:
         restore()
 
@@ -110,38 +126,65 @@ class _Attributes:
     def __init__(self) -> None:
         self._seen: dict[int, Any] = {}
         self._undo: list[Callable[[], object]] = []
+        self._noted: list[tuple[str, Any, Any]] = []
+        """Name, container or tensor, copy."""
 
     def restore(self) -> None:
         with torch.no_grad():
             for undo in self._undo:
                 undo()
 
-    def note(self, value: Any, depth: int) -> None:
-        """Remember what ``value`` holds."""
+    def note(self, value: Any, depth: int, name: str = "") -> None:
+        """Remember what ``value`` holds; where it has a name, :meth:`changes` tells what has changed."""
         if type(value) in _PLAIN or id(value) in self._seen or depth > _DEPTH:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            self._note_tensor(value)
+            self._note_tensor(value, name)
         elif isinstance(value, np.ndarray):
             if value.size <= _COPIED_ELEMENTS and value.flags.writeable:
                 copy = value.copy()
                 self._undo.append(lambda: np.copyto(value, copy))
+                self._noted.append((name, value, copy))
         elif isinstance(value, (dict, list, set, deque)):
-            self._note_container(value, depth)
+            self._note_container(value, depth, name)
         elif (undo := generator_undo(value)) is not None:
             self._undo.append(undo)
         elif not isinstance(value, nn.Module) and _is_plain_object(value):
-            self.note(value.__dict__, depth + 1)
+            self.note(value.__dict__, depth + 1, name)
 
-    def _note_tensor(self, value: Tensor) -> None:
+    def changes(self) -> dict[str, Any]:
+        """Return by name what is another than it was; what is gone is None."""
+        found: dict[str, Any] = {}
+        for name, value, copy in self._noted:
+            if not name:
+                continue
+            if isinstance(value, Tensor):
+                if not torch.equal(value, copy):
+                    found[name] = value.clone()
+            elif isinstance(value, np.ndarray):
+                if not np.array_equal(value, copy):
+                    found[name] = value.copy()
+            elif isinstance(value, dict):
+                new = {key: item for key, item in value.items() if copy.get(key, found) is not item}
+                gone = dict.fromkeys(key for key in copy if key not in value)
+                found |= {_joined(name, key): _kept(item) for key, item in (new | gone).items() if key not in _TORCHS}
+            elif isinstance(value, set):
+                if value != copy:
+                    found[name] = len(value)
+            elif len(value) != len(copy) or any(a is not b for a, b in zip(value, copy, strict=True)):
+                found[name] = [_kept(item) for item in value]
+        return found
+
+    def _note_tensor(self, value: Tensor, name: str) -> None:
         if isinstance(value, nn.Parameter) or value.is_meta or value.numel() > _COPIED_ELEMENTS or value.requires_grad:
             return
         if type(value) is Tensor and value.layout == torch.strided:
             copy = value.clone()
             self._undo.append(lambda: None if torch.equal(value, copy) else _put(value, copy))
+            self._noted.append((name, value, copy))
 
-    def _note_container(self, value: Any, depth: int) -> None:
+    def _note_container(self, value: Any, depth: int, name: str) -> None:
         copy = value.copy()
 
         def undo() -> None:
@@ -157,9 +200,32 @@ class _Attributes:
                 value.extend(copy)
 
         self._undo.append(undo)
+        self._noted.append((name, value, copy))
         for key, item in list(copy.items() if isinstance(copy, dict) else enumerate(copy)):
             if key not in ("_trainer", "_fabric", "_parameters", "_modules"):
-                self.note(item, depth + 1)
+                self.note(item, depth + 1, name and (name if key == "_buffers" else _joined(name, key)))
+
+
+_TORCHS: Final = frozenset(vars(nn.Module()))
+"""What torch keeps in a module."""
+
+
+def _joined(name: str, key: Any) -> str:
+    return f"{name}.{key}" if isinstance(key, str) and key.isidentifier() else f"{name}[{key!r}]"
+
+
+def _kept(value: Any) -> Any:
+    """Return ``value`` as it is now, whatever becomes of the tensors in it; nothing is said of those elsewhere."""
+
+    def kept(tensor: Tensor) -> Any:
+        return tensor.detach().clone() if type(tensor) is Tensor and not tensor.is_meta else type(tensor)
+
+    return pytree.tree_map_only(Tensor, kept, value)
+
+
+def _counts_apart(part: nn.Module) -> bool:
+    """Whether a module is one of torchmetrics, whose counts are looked at in their own way."""
+    return type(part).__module__.startswith("torchmetrics") or isinstance(part, Metric)
 
 
 _PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes, type, tuple, torch.dtype, torch.device})

@@ -79,7 +79,8 @@ class GreenletStep(StepThread):
             self._changes = before.take_back() if before is not None else ()
         else:
             self._child = None
-            adopt_context(self._context)
+            if not isinstance(item, StepAbandoned):  # it runs again, and is to find what it found
+                adopt_context(self._context)
         if turn.error is not None and not isinstance(outcome, StepBlocked):  # user code has swallowed it
             self.abandon()
             raise turn.error

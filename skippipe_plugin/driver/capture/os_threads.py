@@ -28,16 +28,14 @@ class ThreadStep(StepThread):
 
     def __init__(self, label: int = 0, others_wait: Callable[[], bool] = lambda: False) -> None:
         super().__init__(label, others_wait)
+        self._context = contextvars.Context()
         self._changes: Changes = ()
         self._blocked = False
         self._begin()
 
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
-        context = contextvars.copy_context()
-        outcome = self._hand_over(lambda: context.run(self._run, function, ambient))
-        if isinstance(outcome, Returned):
-            adopt_context(context)
-        return outcome
+        context = self._context = contextvars.copy_context()
+        return self._hand_over(lambda: context.run(self._run, function, ambient))
 
     def resume(self, answer: Any, *, last: bool = False) -> Outcome:
         changes, self._changes = self._changes, ()
@@ -87,6 +85,8 @@ class ThreadStep(StepThread):
         outcome = self._wait()
         if isinstance(outcome, Suspended):
             self._changes = before.take_back()
+        elif not isinstance(item, StepAbandoned):  # it runs again, and is to find what it found
+            adopt_context(self._context)
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome

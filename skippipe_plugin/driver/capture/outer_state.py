@@ -37,12 +37,23 @@ class OuterState:
         self._names = [(each, each.value()) for each in _names(module, classes)]
         self._entries = [(cls, _entries(cls)) for cls in classes]
 
-    def values(self) -> Iterator[Any]:  # Any: whatever the user keeps there
-        """Return what is kept there and may be changed in place."""
-        for _, value in self._names:
-            yield value
-        for _, entries in self._entries:
-            yield from entries.values()
+    def values(self) -> Iterator[tuple[str, Any]]:  # Any: whatever the user keeps there
+        """Return, with its name, what is kept there and may be changed in place."""
+        for each, value in self._names:
+            yield each.name, value
+        for cls, entries in self._entries:
+            yield from ((f"{cls.__name__}.{name}", value) for name, value in entries.items())
+
+    def changes(self) -> Iterator[tuple[str, Any]]:
+        """Return the names that mean something else by now, and what; None where there is no such name any more."""
+        for each, value in self._names:
+            if (now := each.value()) is not value:
+                yield each.name, now
+        for cls, before in self._entries:
+            entries = _entries(cls)
+            for name in entries.keys() | before.keys():
+                if entries.get(name, _entries) is not before.get(name, _entries):
+                    yield f"{cls.__name__}.{name}", entries.get(name)
 
     def rebind(self) -> None:
         """Let every name mean again what it meant; what is changed in place is left alone."""

@@ -168,12 +168,13 @@ class BlockProxies:
     @property
     def is_watched(self) -> bool:
         """Whether hooks of the driver's are to see what goes on inside of the blocks."""
+        self._hooks.refresh()
         return any(hooks.running for hooks in self._hooks.blocks)
 
     @property
     def is_settled(self) -> bool:
-        """Whether a training step can begin without asking what the blocks do; watched ones are asked in turn."""
-        return self.is_watched or self.book.is_settled([(True, block.training) for block in self.blocks])
+        """Whether a training step can begin without asking what the blocks do."""
+        return self.book.is_settled([(True, block.training) for block in self.blocks])
 
     @contextmanager
     def in_step(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ def undo_all(module: nn.Module, device: torch.device, batch: Any) -> Callable[[]
     rewind, draws, unchange = rewinder(module), undo_draws(device), undo_changes(batch)
     attributes = [(part, _attributes(part)) for part in module.modules()]
     outer = OuterState(module)
-    outside = [(value, _contents(value)) for value in outer.values()]
+    outside = [(value, _contents(value)) for _, value in outer.values()]
 
     def undo() -> None:
         for part, values in attributes:

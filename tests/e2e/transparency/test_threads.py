@@ -286,7 +286,7 @@ def test_what_a_step_leaves_set_is_found_by_the_next() -> None:
     def fit() -> Run:
         return train(partial(Counted, lambda _: contextlib.nullcontext()), loader(points(24)), 3, PIPELINE, max_steps=3)
 
-    assert contextvars.copy_context().run(fit).module.seen[::4] == [0, 1, 2]
+    assert contextvars.copy_context().run(fit).module.seen == [0, 1, 2]
 
 
 PROFILERS: dict[str, Callable[[], Any]] = {

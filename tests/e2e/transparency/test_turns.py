@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import random
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -182,10 +183,13 @@ def test_who_wants_the_batch_cut_reads_why_not_and_a_way_out(kind: str, way_out:
 
 ALONE: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Tensor, Any], Tensor]]] = {
     "variables": (nothing, lambda _, out, batch: F.mse_loss(out, batch["y"])),
-    "written before and never read": (count, lambda _, out, batch: F.mse_loss(out, batch["y"])),
-    "written behind the blocks": (
-        nothing,
-        lambda module, out, _: (setattr(module, "out", out), module.out.pow(2).mean())[1],
+    "the same every time": (
+        lambda module, _: (setattr(module, "width", 8), module.seen.append(1)),
+        lambda module, out, batch: F.mse_loss(out, batch["y"]) * module.seen.pop(),
+    ),
+    "another every time": (
+        lambda module, _: setattr(module, "now_s", time.perf_counter()),
+        lambda _, out, batch: F.mse_loss(out, batch["y"]),
     ),
     "dropout": (nothing, lambda _, out, batch: F.mse_loss(F.dropout(out, 1e-9), batch["y"])),
 }
@@ -198,6 +202,88 @@ def test_steps_that_leave_nothing_are_cut(
     monkeypatch.setitem(KINDS, kind, ALONE[kind])
     assert_same_run(fit(kind, 3), fit(kind, 1))
     assert "runs once, on the whole batch" not in caplog.text
+
+
+# --------------------------------------------- what a step leaves for later
+
+
+class Leaving(Stepping):
+    """Leaves something in its steps, which nothing that it returns shows."""
+
+    total = 0
+
+    def __init__(self, leave: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__(lambda *_: None, lambda _, out, batch: self._leave(out, batch))
+        self.leave = leave
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("rows", torch.zeros(64))
+        self.array, self.box = np.zeros(3), Box()
+        self.last: Any = None
+
+    def _leave(self, out: Tensor, batch: Any) -> Tensor:
+        self.leave(self, out)
+        return F.mse_loss(out, batch["y"])
+
+    def predict_step(self, batch: Any, _: int) -> Tensor:
+        return self.loss(batch)
+
+
+class Box:
+    def __init__(self) -> None:
+        self.content: list[Tensor] = []
+
+
+def count_in_class(*_: Any) -> None:
+    Leaving.total += 1
+
+
+def write_rows(module: Any, out: Tensor) -> None:
+    """A queue as of contrastive learning."""
+    start = module.calls % 64
+    module.rows[start : start + 8] = F.pad(out.detach().flatten(), (0, 8 - len(out)))
+    module.calls += 8
+
+
+LEFT: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Any]]] = {
+    "running mean": (lambda module, out: module.mean.lerp_(out.detach().mean(), 0.1), lambda module: module.mean),
+    "queue": (write_rows, lambda module: module.rows),
+    "counter": (count, lambda module: module.calls),
+    "class": (count_in_class, lambda _: Leaving.total),
+    "global name": (count_globally, lambda _: CALLS),
+    "global list": (lambda _, out: DEPTH.append(len(out)), lambda _: list(DEPTH)),
+    "list": (lambda module, out: module.seen.append(out.detach().mean()), lambda module: module.seen),
+    "list of numbers": (lambda module, out: module.seen.append(float(out.mean())), lambda module: module.seen),
+    "list of dictionaries": (lambda module, out: module.seen.append({"out": out.detach()}), lambda module: module.seen),
+    "object": (lambda module, out: module.box.content.append(out.detach()), lambda module: module.box.content),
+    "array": (lambda module, out: np.add.at(module.array, 1, 1), lambda module: module.array),
+    "last output": (lambda module, out: setattr(module, "last", out.detach()), lambda module: module.last),
+}
+
+
+def run_and_leave(kind: str, devices: int, **settings: Any) -> tuple[Run, Any]:
+    global CALLS
+    CALLS = Leaving.total = 0
+    DEPTH.clear()
+    leave, left = LEFT[kind]
+    data = DataLoader(Samples(), batch_size=8)
+    strategy = {**PIPELINE, **settings} if devices > 1 else None
+    run = train(partial(Leaving, leave), data, devices, strategy, val_data=data, max_steps=3)
+    run.trainer.predict(run.module, data)
+    return run, left(run.module)
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_what_a_step_leaves_is_that_of_one_run(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """In training, validation and prediction."""
+    (plain, expected), (piped, found) = run_and_leave(kind, 1), run_and_leave(kind, 3)
+    assert_same_run(piped, plain)
+    torch.testing.assert_close(found, expected)
+    assert caplog.text.count("is then another than when it has run for the batch") == 3
+
+
+def test_who_wants_such_a_batch_cut_reads_why_not() -> None:
+    with pytest.raises(SkipPipeError, match=r"self\.calls is then another than when it has run for the batch"):
+        run_and_leave("counter", 3, microbatches="batch")
 
 
 # ------------------------------------------------------------- torch's profiler

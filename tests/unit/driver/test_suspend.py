@@ -71,6 +71,26 @@ def test_context_variables_are_inherited(threads: StepThreads) -> None:
     assert current_thread() is None
 
 
+def test_what_functions_leave_in_the_context_is_kept_unless_they_are_abandoned(threads: StepThreads) -> None:
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable", default=0)
+
+    def function() -> int:
+        found = variable.get()
+        variable.set(found + 1)
+        ask(None)
+        return found
+
+    def run() -> None:
+        for expected in (0, 1):
+            threads[0].start(function, PLAIN)
+            threads[0].abandon()
+            threads[0].start(function, PLAIN)
+            assert threads[0].resume(None) == Returned(expected)
+            assert variable.get() == expected + 1
+
+    contextvars.copy_context().run(run)
+
+
 def test_exceptions_surface_with_their_traceback(threads: StepThreads) -> None:
     def the_users_function() -> None:
         ask(None)
