@@ -8,6 +8,7 @@ nothing here waits for a send before :meth:`Transport.flush` at the end of a ste
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -37,6 +38,8 @@ FOREVER = timedelta(days=7)
 _POISON_TAG = (1 << 31) - 1
 _ALL = "all"
 _NOTICE = timedelta(milliseconds=1)
+_SLICE = timedelta(seconds=0.5)
+"""How long a rank that waits for a collective operation waits before it looks whether it still should."""
 
 Former = Callable[[Store, int, int], Gloo]
 """Forms a group from a store, this process's rank in it and its size."""
@@ -78,7 +81,9 @@ class PendingTensor:
 
     __slots__ = ("_buffer", "_device", "_sent", "_work")
 
-    def __init__(self, work: Work | None, buffer: Tensor, device: torch.device, sent: Tensor | None = None) -> None:
+    def __init__(
+        self, work: Work | Collective | None, buffer: Tensor, device: torch.device, sent: Tensor | None = None
+    ) -> None:
         self._work, self._buffer, self._device = work, buffer, device
         self._sent = sent  # kept alive until all is here
 
@@ -88,6 +93,40 @@ class PendingTensor:
             _wait(self._work)
         self._sent = None
         return self._buffer.to(self._device)
+
+
+class Collective:
+    """An operation of several ranks, which is over with its generation at the latest.
+
+    Gloo runs it in a thread of its own, which waits until its messages are taken: for ever, if gloo has forgotten one
+    (see :meth:`Transport.send`). That thread cannot be ended then, and no more can the group, which would wait for it.
+
+    Args:
+        work: The operation.
+        group: Where it runs.
+        aborted: Says when the generation is given up.
+    """
+
+    def __init__(self, work: Work, group: Gloo, aborted: threading.Event) -> None:
+        self._work, self._group, self._aborted = work, group, aborted
+
+    def wait(self, _: timedelta) -> None:
+        """Block until it is over.
+
+        Raises:
+            RuntimeError: It failed, or the generation was given up.
+        """
+        while True:
+            given_up = self._aborted.is_set()
+            try:
+                self._work.wait(_SLICE)
+                return
+            except RuntimeError:
+                if self._work.is_completed():
+                    raise
+                if given_up:  # for longer than connections take to break
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+                    raise
 
 
 class Transport:
@@ -182,14 +221,16 @@ class Transport:
 
     def all_reduce(self, tensor: Tensor, name: str) -> None:
         """Sum the host tensor ``tensor`` in place over the subgroup ``name``."""
-        _wait(self._start(lambda: self._groups[name].allreduce([tensor])))
+        group = self._groups[name]
+        _wait(Collective(self._start(lambda: group.allreduce([tensor])), group, self._aborted))
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> PendingTensor:
         """Begin to exchange rows [rows, ...] within the subgroup ``name``: by member, how many go and how many come."""
         data = rows.detach().to("cpu").contiguous()
         buffer = data.new_empty(sum(receive), *data.shape[1:])
-        work = self._start(lambda: self._groups[name].alltoall_base(buffer, data, list(receive), list(send)))
-        return PendingTensor(work, buffer, rows.device, data)
+        group = self._groups[name]
+        work = self._start(lambda: group.alltoall_base(buffer, data, list(receive), list(send)))
+        return PendingTensor(Collective(work, group, self._aborted), buffer, rows.device, data)
 
     def poison(self) -> None:
         """Wake every operation of this generation, from any thread; the groups are useless afterwards.
@@ -264,7 +305,7 @@ class _Outcome:
         return self._group
 
 
-def _wait(work: Work) -> None:
+def _wait(work: Work | Collective) -> None:
     try:
         work.wait(FOREVER)
     except RuntimeError as error:
