@@ -53,7 +53,7 @@ class Journal(Callback):
 def ours(settings: dict[str, Any], journal: Journal) -> dict[str, Any]:
     """A driver and its workers, with StageRecovery."""
     from skippipe_plugin.callbacks import StageRecovery
-    from skippipe_plugin.driver.recovery import RecoveryEvent
+    from skippipe_plugin.driver.recovery.report import RecoveryEvent
     from skippipe_plugin.strategies import SkipPipeStrategy
 
     class Noted(StageRecovery):

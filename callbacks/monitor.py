@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from ..checked import COUNT, checked
-from ..driver.recovery import RecoveryEvent
+from ..driver.recovery.report import RecoveryEvent
 from ..schedule import Mark, Schedule, Timeline, draw, fit_costs, simulate
 from ..schedule.fit import ran_whole
 from ..schedule.picture import require_matplotlib

@@ -12,7 +12,8 @@ from typing_extensions import override
 from ..checked import checked
 from ..driver.capture.remote import is_remote
 from ..driver.moving import MoveEvent
-from ..driver.recovery import RecoveryEvent, RecoveryPolicy, WhileMissing
+from ..driver.recovery.policy import RecoveryPolicy, WhileMissing
+from ..driver.recovery.report import RecoveryEvent
 from ..recovery import RebuildRule
 from .common import strategy_of, to_loggers
 

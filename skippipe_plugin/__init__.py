@@ -14,7 +14,7 @@ from .engine.errors import SkipPipeError
 from .late import late_names
 
 if TYPE_CHECKING:
-    from .driver.recovery import RecoveryPolicy
+    from .driver.recovery.policy import RecoveryPolicy
     from .job.network import NetworkConfig
     from .model.config import PathConfig
     from .model.loop_config import SkipPipeConfig
@@ -35,7 +35,7 @@ _LATE = {
     "MoEConfig": "moe",
     "NetworkConfig": "job.network",
     "PathConfig": "model.config",
-    "RecoveryPolicy": "driver.recovery",
+    "RecoveryPolicy": "driver.recovery.policy",
     "SkipPipeConfig": "model.loop_config",
     "TorchPipeline": "model.plain",
 }

@@ -23,10 +23,10 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from ..driver.mirror import DriverMirror, DriverState
-from ..driver.neighbours import Source
 from ..driver.optimizer import RemoteOptimizer
-from ..driver.recall import Recalled, rebuilt
-from ..driver.recovery import RecoveryEvent
+from ..driver.recovery.neighbours import Source
+from ..driver.recovery.recall import Recalled, rebuilt
+from ..driver.recovery.report import RecoveryEvent
 from ..engine.control.keeping import NoteEstimates
 from ..engine.errors import SkipPipeError, StageLostError
 from ..job.fits import Fits

@@ -28,7 +28,8 @@ from ..driver.capture.rewind import rewinder
 from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer, to_device
 from ..driver.pipeline import TRAINING
-from ..driver.recovery import RecoveryEvent, RecoveryPolicy
+from ..driver.recovery.policy import RecoveryPolicy
+from ..driver.recovery.report import RecoveryEvent
 from ..driver.routers import RouterControl
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed

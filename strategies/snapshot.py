@@ -19,7 +19,7 @@ from torchmetrics import Metric
 
 from ..driver.capture.remote import is_remote, unread
 from ..driver.capture.rewind import metric_states, set_metric_states
-from ..driver.recall import Recalled
+from ..driver.recovery.recall import Recalled
 from ..engine.wire import tensor_key
 
 

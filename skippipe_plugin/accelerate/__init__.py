@@ -7,7 +7,7 @@ except ImportError as error:  # pragma: no cover - depends on the environment
         "skippipe_plugin.accelerate needs Hugging Face accelerate: pip install 'skippipe-plugin[accelerate]'"
     ) from error
 
-from ..driver.recovery import RecoveryPolicy
+from ..driver.recovery.policy import RecoveryPolicy
 from ..job.network import NetworkConfig
 from ..model.config import PathConfig
 from ..model.loop_config import SkipPipeConfig

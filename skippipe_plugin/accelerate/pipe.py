@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ..checked import checked
 from ..driver.moving import MoveEvent
-from ..driver.recovery import RecoveryEvent
+from ..driver.recovery.report import RecoveryEvent
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob
 from ..job.launcher import Launcher

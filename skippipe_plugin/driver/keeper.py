@@ -9,7 +9,7 @@ _T = TypeVar("_T")
 
 
 class Keeper(Protocol):
-    """Replaces workers that are lost; :class:`skippipe_plugin.driver.recovery.StageKeeper` is the one there is."""
+    """Replaces workers that are lost; :mod:`.recovery.stage_keeper` has the one there is."""
 
     gave_up: bool
     """Whether it has given up: too many were lost."""

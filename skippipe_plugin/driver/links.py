@@ -226,9 +226,14 @@ class Link:
         return not self.gone and (not self._roused_s or self._channel.heard_s >= self._roused_s)
 
     @property
+    def num_unanswered(self) -> int:
+        """How many questions of :meth:`beat` in a row were not answered."""
+        return 0 if self.gone else self._unanswered
+
+    @property
     def is_silent(self) -> bool:
         """Whether the last questions of :meth:`beat` were not answered."""
-        return self._unanswered > 0 and not self.gone
+        return self.num_unanswered > 0
 
     def beat(self, patience: int) -> bool:
         """Ask for a sign of life; give the worker up when ``patience`` calls in a row found no answer.

@@ -7,7 +7,7 @@ import time
 from typing import Any, Final
 
 from ..driver.pool import WorkerPool
-from ..driver.recall import Recalled, recall, recall_result
+from ..driver.recovery.recall import Recalled, recall, recall_result
 from ..supervisor import SupervisedProcesses
 from .roll import RollCall, drop
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..driver.capture.remote import is_remote
 from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer
-from ..driver.recovery import RecoveryEvent
+from ..driver.recovery.report import RecoveryEvent
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob, driver_job
 from ..job.launcher import Launcher

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import yaml
 
 from ..checked import NUM_PROCESSES, SettingError, checked, unknown_settings
-from ..driver.recovery import RecoveryPolicy
+from ..driver.recovery.policy import RecoveryPolicy
 from ..job.network import NetworkConfig
 from ..moe import MoEConfig
 from .config import PathConfig

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..checked import checked
 from ..driver.moving import MoveEvent
-from ..driver.recovery import RecoveryEvent
+from ..driver.recovery.report import RecoveryEvent
 from ..engine.errors import SkipPipeError
 from ..job.job import worker_job
 from ..job.launched import read_launcher

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..checked import COUNT, NUM_PROCESSES, SHARE, checked
 from ..driver.backward import GradientScale
-from ..driver.recovery import RecoveryPolicy
+from ..driver.recovery.policy import RecoveryPolicy
 from ..job.network import NetworkConfig
 from ..moe import MoEConfig
 from ..schedule import Schedule

@@ -7,7 +7,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,10 @@ from ..driver.layout import Layout
 from ..driver.links import Links
 from ..driver.moving import MoveEvent, Mover
 from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
-from ..driver.recovery import RecoveryEvent, RecoveryPolicy, StageKeeper
+from ..driver.recovery.heartbeat import Heartbeat
+from ..driver.recovery.policy import RecoveryPolicy
+from ..driver.recovery.report import RecoveryEvent
+from ..driver.recovery.stage_keeper import StageKeeper
 from ..driver.shards import Site
 from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
@@ -42,6 +45,8 @@ from .skipping import PathPlanner
 
 log = logging.getLogger(__name__)
 
+_SILENT_S: Final = 60.0
+"""For how long a worker may give no sign of life before a run ends that replaces nobody: it is paused or hung."""
 Recovery = tuple[RecoveryPolicy, Callable[[RecoveryEvent | MoveEvent], None]]
 """How losses are met, and who is told of them."""
 
@@ -90,6 +95,8 @@ class SpreadModel:
         self._usual: tuple[Schedule, Schedule] | None = None
         """While losses come last: the schedule for that, and the one in whose place it is."""
         self._mover: ExpertMover | None = None
+        self._heartbeat: Heartbeat | None = None
+        """Of runs that replace nobody; others have one that does."""
         self._undo: list[Callable[[], None]] = []
         self._sizes: Sequence[BlockSize] = ()
 
@@ -156,6 +163,8 @@ class SpreadModel:
             pipeline.shards.overlap = self.settings.moe.overlap
         if recovery is not None:
             self._keep_whole(pipeline, blocks, *recovery)
+        else:
+            self._heartbeat = Heartbeat(self.links, _SILENT_S)
         self._plan_paths(pipeline.schedules[TRAINING])
         settle_in(pipeline.keeper, pipeline.heal)
         self._block_names = _names_in(model, blocks)
@@ -176,6 +185,9 @@ class SpreadModel:
             if pipeline is not None:
                 _warn_lost(pipeline.unload())
         finally:
+            heartbeat, self._heartbeat = self._heartbeat, None
+            if heartbeat is not None:
+                heartbeat.close()
             if pipeline is not None:
                 pipeline.close()
             self._job.pool.release(list(self.links))

@@ -10,8 +10,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from skippipe_plugin.callbacks import StageRecovery
+from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.model import spread
 from skippipe_plugin.testing import At as Moment
-from skippipe_plugin.testing import FillDisk, Injector, Phase
+from skippipe_plugin.testing import FillDisk, Injector, Phase, Stop
 from skippipe_plugin.worker import WorkerProcesses
 
 from .support import Run, assert_same_losses, assert_same_weights
@@ -60,3 +62,19 @@ def test_a_paused_worker_that_wakes_up_again_changes_nothing(monkeypatch: pytest
     assert [(event.source, event.how_lost) for event in recovery.events] == [("replica", "it gave no sign of life")]
     assert_same_losses(result.losses, expected.losses)
     assert_same_weights(result.weights, expected.weights)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("moment", [Moment(Phase.TRAINING, step=2), Moment(Phase.TRAINING, step=2, action="0B1")])
+def test_a_paused_worker_is_an_error_that_names_it_where_nobody_is_replaced(
+    moment: Moment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its links are whole, since its host answers for it: a run without StageRecovery would wait for ever."""
+    monkeypatch.setattr(spread, "_SILENT_S", 3.0)
+    with (
+        Injector(Stop(moment, 2)) as injector,
+        pytest.raises(SkipPipeError, match=r"worker rank 2 \(stage 2\).* gave no sign of life"),
+    ):
+        run()
+    assert all(each.done for each in injector.report)
+    assert "worker rank 2 (stage 2) has given no sign of life" in caplog.text

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.driver.links import Link
-from skippipe_plugin.driver.recovery import WhileMissing
+from skippipe_plugin.driver.recovery.policy import WhileMissing
 from skippipe_plugin.engine.control.answers import ClockReads, Failed, State
 from skippipe_plugin.engine.control.codec import Control, Received
 from skippipe_plugin.engine.control.commands import Arrange, AskClock, Calls, Configure, Get, Step

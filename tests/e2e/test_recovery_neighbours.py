@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import SGD
 
 from skippipe_plugin.callbacks import StageRecovery
-from skippipe_plugin.driver.neighbours import Origin, _Standing, chosen
+from skippipe_plugin.driver.recovery.neighbours import Origin, _Standing, chosen
 from skippipe_plugin.recovery import Neighbour, rebuild_stage
 
 from .models import Transformer

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from skippipe_plugin.driver import heartbeat as heartbeat_module
 from skippipe_plugin.driver import pool as pool_module
-from skippipe_plugin.driver.heartbeat import Heartbeat
 from skippipe_plugin.driver.links import Link, Links
 from skippipe_plugin.driver.pool import WorkerPool
-from skippipe_plugin.driver.recovery import _MAX_LOSSES, _Losses
+from skippipe_plugin.driver.recovery import heartbeat as heartbeat_module
+from skippipe_plugin.driver.recovery.heartbeat import Heartbeat
+from skippipe_plugin.driver.recovery.losses import MAX_LOSSES, Losses
 from skippipe_plugin.engine.channel import Channel, ChannelError, connect
 from skippipe_plugin.engine.control.answers import Failed
 from skippipe_plugin.engine.control.line import to_driver
@@ -172,8 +172,8 @@ def test_a_break_is_a_death_where_somebody_died(pool: WorkerPool, join: Callable
 
 
 def test_breaks_have_an_end() -> None:
-    losses = _Losses()
-    for _ in range(_MAX_LOSSES):
+    losses = Losses()
+    for _ in range(MAX_LOSSES):
         losses.note_break(ConnectionsBroken("once more"))
     with pytest.raises(ConnectionsBroken, match="broke 6 times, and nothing was finished in between"):
         losses.note_break(ConnectionsBroken("once more"))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from skippipe_plugin.driver.links import Link
-from skippipe_plugin.driver.recall import Recalled, rebuilt, recall
+from skippipe_plugin.driver.recovery.recall import Recalled, rebuilt, recall
 from skippipe_plugin.engine.channel import ChannelClosed, Message
 from skippipe_plugin.engine.control.keeping import Store
 from skippipe_plugin.engine.control.messages import TO_DRIVER, TO_WORKER

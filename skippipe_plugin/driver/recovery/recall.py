@@ -9,15 +9,15 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
-from ..engine.control.answers import State
-from ..engine.control.keeping import AskRecord, AskSummary, FinishStep, GetRetained, Kept, OneRecord, Retain, Summary
-from ..engine.control.values import StepOrder
-from ..engine.errors import SkipPipeError, StageLostError
-from ..engine.handover import unpack_object, unpack_tensors
-from ..engine.optimizer import ParameterKey
-from ..engine.wire import decode_optimizer_state, tensor_key
-from ..recovery import Neighbour, RebuildRule
-from .links import Link, Links
+from ...engine.control.answers import State
+from ...engine.control.keeping import AskRecord, AskSummary, FinishStep, GetRetained, Kept, OneRecord, Retain, Summary
+from ...engine.control.values import StepOrder
+from ...engine.errors import SkipPipeError, StageLostError
+from ...engine.handover import unpack_object, unpack_tensors
+from ...engine.optimizer import ParameterKey
+from ...engine.wire import decode_optimizer_state, tensor_key
+from ...recovery import Neighbour, RebuildRule
+from ..links import Link, Links
 from .neighbours import Source, neighbour_of, rebuilt_weights, source_of
 
 log = logging.getLogger(__name__)

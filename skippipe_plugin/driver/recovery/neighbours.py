@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from torch import Tensor
 
-from ..engine.control.answers import State
-from ..engine.control.commands import Get
-from ..engine.errors import SkipPipeError
-from ..engine.handover import unpack_tensors
-from ..engine.wire import block_tensors, tensor_key, tensor_name
-from ..recovery import Neighbour, RebuildRule, rebuild_stage
-from .links import Link
+from ...engine.control.answers import State
+from ...engine.control.commands import Get
+from ...engine.errors import SkipPipeError
+from ...engine.handover import unpack_tensors
+from ...engine.wire import block_tensors, tensor_key, tensor_name
+from ...recovery import Neighbour, RebuildRule, rebuild_stage
+from ..links import Link
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline
+    from ..pipeline import Pipeline
 
 Source = Literal["driver", "relieved", "replica", "estimate", "neighbours", "copy"]
 """Where a stage's new weights came from."""

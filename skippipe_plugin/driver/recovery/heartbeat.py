@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from .links import Link, Links
+from ..links import Link, Links
 
 log = logging.getLogger(__name__)
 
 _QUESTIONS: Final = 5
 """How often it is looked whether a worker has answered, within the time in which it must."""
+_TOLD_AFTER: Final = 3
+"""After so many of them the user is told who is waited for."""
 _ALL_SILENT_S: Final = 30.0
 """How much longer is waited where nobody at all answers: then it is rather this driver's own link that is away."""
 
@@ -38,6 +40,7 @@ class Heartbeat:
         self._links = links
         self._idle, self._fence = idle, fence
         self._limit_s = limit_s
+        self._since_s = limit_s * _TOLD_AFTER / _QUESTIONS
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._ask, name="heartbeat", daemon=True)
         self._thread.start()
@@ -56,6 +59,8 @@ class Heartbeat:
                 log.warning("no worker answers: waiting for %g s for the driver's own link", _ALL_SILENT_S)
             told = all_silent
             for link in links:
+                if link.num_unanswered == _TOLD_AFTER and not all_silent:
+                    log.warning("%s has given no sign of life for some %g s of %g", link, self._since_s, self._limit_s)
                 link.beat(_QUESTIONS + all_silent * math.ceil(_ALL_SILENT_S / self._limit_s * _QUESTIONS))
             for link in self._idle():
                 if link.beat(_QUESTIONS):

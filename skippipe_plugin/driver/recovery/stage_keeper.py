@@ -10,84 +10,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from ..checked import NUM_SPARES, SECONDS, Range, checked
-from ..engine.control.commands import Arrange, Warm
-from ..engine.errors import ConnectionsBroken, SkipPipeError, StageLostError
-from ..engine.handover import import_paths
-from ..recovery import RebuildRule
-from ..schedule import ScheduleError, leaves_out
+from ...engine.control.commands import Arrange, Warm
+from ...engine.errors import ConnectionsBroken, SkipPipeError, StageLostError
+from ...engine.handover import import_paths
+from ...schedule import ScheduleError, leaves_out
+from ..links import Link
+from ..moving import Mover
+from ..orders import Cargo, carry_out, fetch, fetch_records, order
+from ..pipeline import Pipeline
 from .heartbeat import Heartbeat
-from .links import Link
-from .moving import Mover
-from .neighbours import EXPLAINED, Origin, Source, rebuilt_stage
-from .orders import Cargo, carry_out, fetch, fetch_records, order
-from .pipeline import Pipeline
+from .losses import Losses, as_text
+from .neighbours import Origin, Source, rebuilt_stage
+from .policy import RecoveryPolicy
+from .report import RecoveryEvent
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_MAX_JOIN_DEATHS: Final = 2
-"""How often the replacement of one worker may die before it has taken over."""
-_MAX_LOSSES: Final = 5
-"""How often the worker of one rank may be lost without a finished attempt in between."""
-
-WhileMissing = Literal["wait", "skip"]
-
-
-@checked(spares=NUM_SPARES, lr_factor=Range(0, 1000, includes_least=False), heartbeat_s=SECONDS)
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecoveryPolicy:
-    """How losses are met; :class:`skippipe_plugin.callbacks.StageRecovery` says what each setting means.
-
-    Raises:
-        ValueError: A setting cannot be.
-    """
-
-    spares: int = 1
-    rule: RebuildRule = "norm"
-    lr_factor: float = 1.1
-    while_missing: WhileMissing = "wait"
-    swap_ends: bool = False
-    heartbeat_s: float = 10.0
-    elastic: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RecoveryEvent:
-    """A worker was lost (or left) and its stages have a new one."""
-
-    rank: int
-    stages: tuple[int, ...]
-    how_lost: str
-    source: Source
-    seconds: float
-    """From when the loss was noticed to when the stage was whole again."""
-    steps_around: int
-    """How many training steps ran meanwhile without the worker."""
-    origins: tuple[Origin, ...] = ()
-    """What exactly each stage was rebuilt from, where it was rebuilt from others."""
-    batches_repeated: int = 0
-    """How many batches since the last optimizer step are run once more for the gradients that it had accumulated."""
-
-    def __str__(self) -> str:
-        stages = ", ".join(map(str, self.stages))
-        exactly = f" ({'; '.join(map(str, self.origins))})" if self.origins else ""
-        repeated = (
-            f"; batches since the last optimizer step that are repeated for its gradients: {self.batches_repeated}"
-            if self.batches_repeated
-            else ""
-        )
-        return (
-            f"worker rank {self.rank} (stage {stages}) was lost: {self.how_lost}. A new worker took over after "
-            f"{self.seconds:.2f} s and {self.steps_around} steps without it; its weights: {EXPLAINED[self.source]}"
-            f"{exactly}{repeated}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,55 +77,6 @@ class _Missing:
     """What gives another worker all that the leaver held."""
 
 
-class _Losses:
-    """Who was lost at which rank since something was finished last: not for ever."""
-
-    def __init__(self) -> None:
-        self._num_breaks = 0
-        self._how: dict[int, list[str]] = {}
-        self._deaths: Counter[int] = Counter()
-
-    def forget(self) -> None:
-        """Note that something was finished."""
-        self._num_breaks = 0
-        self._how.clear()
-        self._deaths.clear()
-
-    def note_break(self, error: ConnectionsBroken) -> None:
-        """Count connections that broke between living ranks.
-
-        Raises:
-            ConnectionsBroken: There were too many.
-        """
-        self._num_breaks += 1
-        if self._num_breaks > _MAX_LOSSES:
-            raise ConnectionsBroken(
-                f"connections between the workers broke {self._num_breaks} times, and nothing was finished in between; "
-                "look at what is between their hosts (firewall, address translation)"
-            ) from error
-
-    def note(self, link: Link, *, took_over: bool, error: BaseException) -> None:
-        """Count a loss.
-
-        Raises:
-            SkipPipeError: There were too many.
-        """
-        rank, where = link.rank, f"worker rank {link.rank} (stage {_text(link.stages)})"
-        self._how.setdefault(rank, []).append(link.how_lost)
-        self._deaths[rank] += not took_over
-        story = "; ".join(self._how[rank])
-        if self._deaths[rank] >= _MAX_JOIN_DEATHS:
-            raise SkipPipeError(
-                f"{self._deaths[rank]} replacements of {where} died before they had taken over ({story}); look at the "
-                "log of the worker's host (memory?), then start again"
-            ) from error
-        if len(self._how[rank]) > _MAX_LOSSES:
-            raise SkipPipeError(
-                f"{len(self._how[rank])} workers of {where} were lost one after the other, and nothing was finished in "
-                f"between ({story}); look at the log of the worker's host (memory?), then start again"
-            ) from error
-
-
 class StageKeeper:
     """Keeps every stage of one pipeline held by somebody.
 
@@ -207,7 +102,7 @@ class StageKeeper:
         self._report = report
         self._mover = mover
         self._missing: dict[int, _Missing] = {}
-        self._losses = _Losses()
+        self._losses = Losses()
         self.gave_up = False
         self._warmed: set[int] = set()
         self._attempting = False
@@ -287,7 +182,7 @@ class StageKeeper:
             raise error
         for link in lost:
             self._replacements.fence(link)
-            log.warning("worker rank %d (stage %s) is lost: %s", link.rank, _text(link.stages), link.how_lost)
+            log.warning("worker rank %d (stage %s) is lost: %s", link.rank, as_text(link.stages), link.how_lost)
             if self._mover is not None:
                 self._mover.forget(link.rank)
             self._missing.setdefault(link.rank, _Missing(link.how_lost))
@@ -459,7 +354,3 @@ class StageKeeper:
 
     def _hand_over(self, rank: int, cargo: Cargo) -> None:
         carry_out(self._pipeline, {rank: order(self._pipeline, rank, cargo)})
-
-
-def _text(stages: Sequence[int]) -> str:
-    return ", ".join(map(str, stages))

@@ -1,0 +1,1 @@
+"""Workers that are lost: found, replaced, and what they held brought back."""
