@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from skippipe_plugin.worker.parent import death_with_parent
+
 from .grammar import BY_NAME
 from .run import Program, Tally, Verdict, judge, programs, shrink
 
@@ -66,7 +68,8 @@ def work(journal: Path, seed: int, end_s: float, *, singles: bool) -> None:
 def supervise(journal: Path, arguments: list[str], end_s: float) -> None:
     """Run workers of the fuzzer, one after the other, until the time is over or one has ended by itself."""
     while time.time() < end_s:
-        done = subprocess.run([sys.executable, "-m", "tests.fuzz", *arguments, "--work", str(end_s)], check=False)
+        command = [sys.executable, "-m", "tests.fuzz", *arguments, "--work", str(end_s)]
+        done = subprocess.run(command, check=False, preexec_fn=death_with_parent())
         if done.returncode == 0:
             return
         print(f"the fuzzer's process ended with {done.returncode}", flush=True)
