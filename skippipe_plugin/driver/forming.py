@@ -94,6 +94,7 @@ class Forming:
             generation=self.formation.generation,
             host=self._rendezvous.host,
             device=str(self._device),
+            waiting=self._links.waiting,
         )
         self._links.check()  # a failure from now on finds this transport and wakes it
         if self._rank == 0:

@@ -22,6 +22,7 @@ from ..engine.control.codec import Control, Received
 from ..engine.control.line import to_worker
 from ..engine.control.presence import Beat, Exit, Leave, Refuse
 from ..engine.errors import ConnectionsBroken, StageLostError, unpack_exception
+from ..engine.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,9 @@ class Link:
         self._roused_s = 0.0
         self._asked_s: float | None = None
         self._unanswered = 0
+        self._sign = Beat()
+        """The worker's last answer to a question for a sign of life."""
+        self._sign_s = 0.0
         self._channel = channel
         self._line = to_worker(channel)
         self._board: Links | None = None
@@ -116,9 +120,14 @@ class Link:
         """
         while True:
             self._checked()
-            answer = self._fitting(self._queue_of(kind).get(), kind, to, is_meant)
+            answer = self._fitting(self._next(kind), kind, to, is_meant)
             if answer is not None:
                 return answer
+
+    def _next(self, kind: type[Control]) -> Received | None:
+        assert self._board is not None, "a link that no pipeline uses"
+        with self._board.waiting:
+            return self._queue_of(kind).get()
 
     def _queue_of(self, kind: type[Control]) -> queue.SimpleQueue[Received | None]:
         return self._norms if kind is NormPowers else self._tapped if kind is Tapped else self._answers
@@ -153,7 +162,7 @@ class Link:
         while not self.gone:
             if self._board.failed and not self._board.lost:
                 self._checked()
-            answer = self._fitting(self._queue_of(kind).get(), kind, to, is_meant)
+            answer = self._fitting(self._next(kind), kind, to, is_meant)
             if answer is not None:
                 return answer
         return None
@@ -174,7 +183,7 @@ class Link:
         others: list[Received] = []
         while True:
             self._checked()
-            received = self._tapped.get()
+            received = self._next(Tapped)
             if received is None or not isinstance(received.body, Tapped) or received.body.step != step:
                 continue
             if (received.body.microbatch, received.body.stage) == (microbatch, stage):
@@ -255,6 +264,11 @@ class Link:
                 self._asked_s = now_s
         return False
 
+    def waits(self) -> int:
+        """Return the turn in which the worker waits while nothing is on its way to it; 0: not that it is known."""
+        is_fresh = self._asked_s is not None and self._sign_s >= self._asked_s and not self._unanswered
+        return self._sign.turn if is_fresh and self._sign.is_quiet and not self.gone else 0
+
     def give_up(self, how_lost: str, detail: str = "") -> None:
         """Count the worker as lost, and tell it so if it can still hear that."""
         self.how_lost = how_lost
@@ -279,7 +293,7 @@ class Link:
                 return
             match received.body:
                 case Beat():
-                    pass
+                    self._sign, self._sign_s = received.body, time.monotonic()
                 case Leave():
                     self.leaving = True
                 case Warmed():
@@ -323,6 +337,8 @@ class Links:
         self._broken = threading.Event()
         self._named = threading.Event()
         self.generation = -1
+        self.waiting = Waiting()
+        """Entered while this driver waits for a worker, by whatever carries its answer."""
         self.recovering = False
         """Whether somebody replaces lost workers: then what comes after a step goes on without them."""
         self.on_failure: Callable[[], None] = lambda: None
@@ -463,6 +479,11 @@ class Links:
             self._fail(None)
         else:
             self._fail(unpack_exception(bytes(failed.exception), failed.traceback, str(link)))
+
+    def report_stall(self, generation: int) -> None:
+        """Note that in this generation all wait for each other, and what they wait for is lost."""
+        if generation == self.generation and not self.failed:
+            self._fail(None)
 
     def tell_survivors(self, body: Control) -> None:
         """Send a message to every worker that is still there."""

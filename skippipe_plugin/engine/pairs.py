@@ -17,6 +17,7 @@ from torch import Tensor
 from .c10d import Gloo, ProcessGroupNCCL, Store
 from .errors import GenerationAborted, SkipPipeError
 from .transport import FOREVER, PendingTensor, TensorSpec, Transport, form_gloo
+from .waiting import Waiting
 
 PairBackend = Literal["gloo", "nccl"]
 LinkBackend = Literal["gloo", "gloo-pairs", "nccl"]
@@ -41,6 +42,7 @@ class PairTransport(Transport):
         host: The address to bind to.
         device: Where messages lie: host memory for gloo, this rank's own GPU for NCCL.
         backend: What carries them.
+        waiting: Told while this rank waits for others.
     """
 
     posts_ahead = False
@@ -55,8 +57,9 @@ class PairTransport(Transport):
         host: str,
         device: torch.device,
         backend: PairBackend,
+        waiting: Waiting | None = None,
     ) -> None:
-        super().__init__(store, rank=rank, members=members, generation=generation, host=host)
+        super().__init__(store, rank=rank, members=members, generation=generation, host=host, waiting=waiting)
         if backend == "nccl":
             _check_nccl(device)
         self._device = torch.device("cpu") if backend == "gloo" else device
@@ -92,7 +95,7 @@ class PairTransport(Transport):
         buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
         group = self._groups[_name(source, self.rank)]
         work = self._start(lambda: group.recv([buffer], _SOURCE, 0)) if buffer.numel() else None
-        return PendingTensor(work, buffer, device)
+        return PendingTensor(work, buffer, device, self._waiting)
 
     def end_step(self) -> None:
         """Wait until every send of this step has been taken, as far as who waits can be woken: under NCCL."""
@@ -119,7 +122,15 @@ class PairTransport(Transport):
 
 
 def transport_for(
-    backend: LinkBackend, store: Store, *, rank: int, members: Sequence[int], generation: int, host: str, device: str
+    backend: LinkBackend,
+    store: Store,
+    *,
+    rank: int,
+    members: Sequence[int],
+    generation: int,
+    host: str,
+    device: str,
+    waiting: Waiting | None = None,
 ) -> Transport:
     """Return the transport of a rank that computes on ``device``; see :class:`Transport` for the rest.
 
@@ -127,7 +138,7 @@ def transport_for(
         SkipPipeError: NCCL is asked for where it cannot be.
     """
     if backend == "gloo":
-        return Transport(store, rank=rank, members=members, generation=generation, host=host)
+        return Transport(store, rank=rank, members=members, generation=generation, host=host, waiting=waiting)
     return PairTransport(
         store,
         rank=rank,
@@ -136,6 +147,7 @@ def transport_for(
         host=host,
         device=torch.device(device),
         backend="nccl" if backend == "nccl" else "gloo",
+        waiting=waiting,
     )
 
 

@@ -24,6 +24,7 @@ from .errors import GenerationAborted
 from .gloo_door import open_device
 from .rendezvous import AbortableStore
 from .silence import silence_ends_after
+from .waiting import Waiting
 
 _FORMING = timedelta(seconds=30)
 _SILENT_S = 15.0
@@ -79,18 +80,24 @@ def from_bytes(data: Tensor, spec: TensorSpec) -> Tensor:
 class PendingTensor:
     """A posted receive."""
 
-    __slots__ = ("_buffer", "_device", "_sent", "_work")
+    __slots__ = ("_buffer", "_device", "_sent", "_waiting", "_work")
 
     def __init__(
-        self, work: Work | Collective | None, buffer: Tensor, device: torch.device, sent: Tensor | None = None
+        self,
+        work: Work | Collective | None,
+        buffer: Tensor,
+        device: torch.device,
+        waiting: Waiting,
+        sent: Tensor | None = None,
     ) -> None:
-        self._work, self._buffer, self._device = work, buffer, device
+        self._work, self._buffer, self._device, self._waiting = work, buffer, device, waiting
         self._sent = sent  # kept alive until all is here
 
     def wait(self) -> Tensor:
         """Block until the tensor is here; raise GenerationAborted when the generation ends first."""
         if self._work is not None:
-            _wait(self._work)
+            with self._waiting:
+                _wait(self._work)
         self._sent = None
         return self._buffer.to(self._device)
 
@@ -138,13 +145,24 @@ class Transport:
         members: The ranks of this generation, in ascending order; a schedule must not visit others.
         generation: The number of the generation.
         host: The address to bind to.
+        waiting: Told while this rank waits for others.
     """
 
     posts_ahead = True
     """Whether receives may be posted long before their messages are sent, in any order."""
 
-    def __init__(self, store: Store, *, rank: int, members: Sequence[int], generation: int, host: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        rank: int,
+        members: Sequence[int],
+        generation: int,
+        host: str,
+        waiting: Waiting | None = None,
+    ) -> None:
         self.rank = rank
+        self._waiting = waiting or Waiting()
         self.members = tuple(members)
         self.generation = generation
         self._index = {member: index for index, member in enumerate(self.members)}
@@ -191,9 +209,9 @@ class Transport:
         """Post a receive for a tensor of exactly ``spec``."""
         buffer = torch.empty(spec.shape, dtype=spec.dtype)
         if not buffer.numel():
-            return PendingTensor(None, buffer, device)
+            return PendingTensor(None, buffer, device, self._waiting)
         group, member = self._groups[_ALL], self._index[source]
-        return PendingTensor(self._start(lambda: group.recv([buffer], member, tag)), buffer, device)
+        return PendingTensor(self._start(lambda: group.recv([buffer], member, tag)), buffer, device, self._waiting)
 
     def send_aside(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send a small host tensor that is none of the schedule's, whatever carries those."""
@@ -204,7 +222,8 @@ class Transport:
         """Post a receive for what :meth:`send_aside` sends, ``length`` int64."""
         buffer = torch.empty(length, dtype=torch.int64)
         group, member = self._groups[_ALL], self._index[source]
-        return PendingTensor(self._start(lambda: group.recv([buffer], member, tag)), buffer, buffer.device)
+        work = self._start(lambda: group.recv([buffer], member, tag))
+        return PendingTensor(work, buffer, buffer.device, self._waiting)
 
     def end_step(self) -> None:
         """Make sure that this rank's part of a step is over, where starting an operation does not say so."""
@@ -222,7 +241,9 @@ class Transport:
     def all_reduce(self, tensor: Tensor, name: str) -> None:
         """Sum the host tensor ``tensor`` in place over the subgroup ``name``."""
         group = self._groups[name]
-        _wait(Collective(self._start(lambda: group.allreduce([tensor])), group, self._aborted))
+        work = Collective(self._start(lambda: group.allreduce([tensor])), group, self._aborted)
+        with self._waiting:
+            _wait(work)
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> PendingTensor:
         """Begin to exchange rows [rows, ...] within the subgroup ``name``: by member, how many go and how many come."""
@@ -230,7 +251,7 @@ class Transport:
         buffer = data.new_empty(sum(receive), *data.shape[1:])
         group = self._groups[name]
         work = self._start(lambda: group.alltoall_base(buffer, data, list(receive), list(send)))
-        return PendingTensor(Collective(work, group, self._aborted), buffer, rows.device, data)
+        return PendingTensor(Collective(work, group, self._aborted), buffer, rows.device, self._waiting, data)
 
     def poison(self) -> None:
         """Wake every operation of this generation, from any thread; the groups are useless afterwards.

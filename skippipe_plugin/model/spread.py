@@ -164,7 +164,7 @@ class SpreadModel:
         if recovery is not None:
             self._keep_whole(pipeline, blocks, *recovery)
         else:
-            self._heartbeat = Heartbeat(self.links, _SILENT_S)
+            self._heartbeat = Heartbeat(self.links, _SILENT_S, is_only_driver=self.settings.drivers == 1)
         self._plan_paths(pipeline.schedules[TRAINING])
         settle_in(pipeline.keeper, pipeline.heal)
         self._block_names = _names_in(model, blocks)

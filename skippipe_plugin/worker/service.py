@@ -41,6 +41,7 @@ from ..engine.rendezvous import DistantStore
 from ..engine.taps import Tapped
 from ..engine.transport import Transport
 from ..engine.versions import own_versions
+from ..engine.waiting import Waiting, nothing_is_under_way
 from ..engine.wire import CallDecoder, decode_optimizer_state
 from ..moe.board import RouterBoard
 from ..schedule import Schedule
@@ -109,6 +110,7 @@ class Worker:
         self._may_leave = self._wants_to_leave = False
         self._refusal = ""
         self._doomsday: threading.Timer | None = None
+        self._waiting = Waiting()
         self._handlers = self._table()
 
     def _table(self) -> Handlers:
@@ -223,8 +225,9 @@ class Worker:
                 return
             match received.body:
                 case Beat():
+                    turn = self._waiting.turn
                     with contextlib.suppress(ChannelClosed):
-                        line.send_if_free(received.body)
+                        line.send_if_free(Beat(turn, turn > 0 and nothing_is_under_way()))
                     continue
                 case Refuse(reason):
                     self._refusal = reason
@@ -324,6 +327,7 @@ class Worker:
             generation=command.generation,
             host=self._lines[0].channel.local_host,
             device=command.device,
+            waiting=self._waiting,
         )
         if self._given_up >= self._transport.generation:  # the reader was faster, and found nothing to wake
             self._transport.poison()
@@ -553,7 +557,8 @@ class Worker:
             held = self._order.ready()
             if held is not None:
                 return held
-            source, received = self._inbox.get()
+            with self._waiting:
+                source, received = self._inbox.get()
             if received is None:
                 raise self._gone(source)
             if self._order.admit(source, received):

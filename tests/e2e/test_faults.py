@@ -1,7 +1,9 @@
 """Faults beside a worker that dies: a full disk, a worker that sleeps and wakes up."""
 
+import functools
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -11,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.engine.transport import Transport
 from skippipe_plugin.model import spread
 from skippipe_plugin.testing import At as Moment
 from skippipe_plugin.testing import FillDisk, Injector, Phase, Stop
@@ -78,3 +81,43 @@ def test_a_paused_worker_is_an_error_that_names_it_where_nobody_is_replaced(
         run()
     assert all(each.done for each in injector.report)
     assert "worker rank 2 (stage 2) has given no sign of life" in caplog.text
+
+
+class Forgetful:
+    """A transport's ``send`` that forgets one message of the driver, as gloo may where a connection breaks."""
+
+    def __init__(self, nth: int) -> None:
+        self.count, self.nth, self.usual = 0, nth, Transport.send
+
+    def __call__(self, transport: Transport, *message: Any) -> None:
+        self.count += 1
+        if self.count != self.nth:
+            self.usual(transport, *message)
+
+    def __get__(self, transport: Any, _: Any = None) -> Any:
+        return functools.partial(self, transport)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("nth", [9, 14])  # a hidden state, a gradient
+def test_a_message_that_is_lost_while_all_live(
+    nth: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody notices by himself: all wait for each other, and nothing is on its way."""
+    expected, _ = run()
+    monkeypatch.setattr(Transport, "send", forgetful := Forgetful(nth))
+    result, recovery = run(recovery=StageRecovery(spares=0, heartbeat_s=1.0))
+    assert forgetful.count > nth
+    assert not recovery.events
+    assert caplog.text.count("nothing is on its way: a message is lost") == 1
+    assert_same_losses(result.losses, expected.losses)
+    assert_same_weights(result.weights, expected.weights)
+    assert_counted(result)
+
+
+@pytest.mark.timeout(120)
+def test_a_message_that_is_lost_is_an_error_where_nobody_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread, "_SILENT_S", 1.0)
+    monkeypatch.setattr(Transport, "send", Forgetful(9))
+    with pytest.raises(SkipPipeError, match="broke, but no worker ended"):
+        run()

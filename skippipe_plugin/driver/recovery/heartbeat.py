@@ -1,4 +1,7 @@
-"""Signs of life: finds workers that are paused, cut off or hung, whose connection never breaks by itself."""
+"""Signs of life: finds workers that are paused, cut off or hung, whose connection never breaks by itself.
+
+And messages that were lost while all live: then all wait for each other, and nothing is on its way.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from ...engine.waiting import nothing_is_under_way
 from ..links import Link, Links
 
 log = logging.getLogger(__name__)
@@ -16,8 +20,25 @@ _QUESTIONS: Final = 5
 """How often it is looked whether a worker has answered, within the time in which it must."""
 _TOLD_AFTER: Final = 3
 """After so many of them the user is told who is waited for."""
+_STALLED_AFTER: Final = 3
+"""After so many of them, in each of which all waited for what they waited for before, a message counts as lost."""
 _ALL_SILENT_S: Final = 30.0
 """How much longer is waited where nobody at all answers: then it is rather this driver's own link that is away."""
+
+
+class Stall:
+    """Sees that nothing goes on though all live."""
+
+    def __init__(self) -> None:
+        self._turns: tuple[int, ...] = ()
+        self._times = 0
+
+    def lasts(self, links: Links, times: int) -> bool:
+        """Look at who waits for what; return whether that was the same for so many looks in a row."""
+        turns = (links.generation, links.waiting.turn, *(link.waits() for link in links))
+        is_still = all(turns[1:]) and len(turns) > 2 and turns == self._turns and nothing_is_under_way()
+        self._turns, self._times = turns, self._times + 1 if is_still else 0
+        return self._times == times
 
 
 class Heartbeat:
@@ -28,6 +49,7 @@ class Heartbeat:
         limit_s: Seconds without an answer after which a worker counts as lost.
         idle: Returns the workers that nobody uses, which are asked too: one that is gone is no spare.
         fence: Ends what is left of an idle worker that was given up.
+        is_only_driver: Whether no other driver may be what all wait for.
     """
 
     def __init__(
@@ -36,9 +58,12 @@ class Heartbeat:
         limit_s: float,
         idle: Callable[[], Iterable[Link]] = tuple,
         fence: Callable[[Link], None] = lambda _: None,
+        *,
+        is_only_driver: bool = True,
     ) -> None:
         self._links = links
         self._idle, self._fence = idle, fence
+        self._is_only_driver = is_only_driver
         self._limit_s = limit_s
         self._since_s = limit_s * _TOLD_AFTER / _QUESTIONS
         self._over = threading.Event()
@@ -51,9 +76,14 @@ class Heartbeat:
         self._thread.join()
 
     def _ask(self) -> None:
-        told = False
+        told, stall = False, Stall()
         while not self._over.wait(self._limit_s / _QUESTIONS):
             links = list(self._links)
+            if self._is_only_driver and stall.lasts(self._links, _STALLED_AFTER):
+                log.warning(
+                    "the driver and its workers wait for each other, and nothing is on its way: a message is lost"
+                )
+                self._links.report_stall(self._links.generation)
             all_silent = len(links) > 1 and all(link.is_silent for link in links)
             if all_silent and not told:
                 log.warning("no worker answers: waiting for %g s for the driver's own link", _ALL_SILENT_S)

@@ -41,6 +41,11 @@ class Refuse(Control):
 class Beat(Control):
     """A question for a sign of life, and the sign."""
 
+    turn: int = 0
+    """In an answer: as :attr:`skippipe_plugin.engine.waiting.Waiting.turn`."""
+    is_quiet: bool = False
+    """In an answer: whether nothing is on its way to or from a process that waits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hello(Control):

@@ -14,6 +14,7 @@ from skippipe_plugin.driver.rendezvous import Rendezvous
 from skippipe_plugin.engine.control.answers import Ready
 from skippipe_plugin.engine.control.codec import Control
 from skippipe_plugin.engine.control.commands import Abort, Configure, UseSchedule
+from skippipe_plugin.engine.waiting import Waiting
 from skippipe_plugin.schedule import ScheduleError, full_schedule
 
 LAYOUT = Layout(1, (range(2), range(2, 4)), ((0,), (1, 3), (2, 4)))
@@ -42,6 +43,8 @@ class FakeLink:
 
 class FakeLinks(list[FakeLink]):
     """Workers that do as they are told."""
+
+    waiting = Waiting()
 
     def start_generation(self, generation: int) -> None: ...
 
