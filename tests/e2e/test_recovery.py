@@ -17,8 +17,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torchmetrics import SumMetric
 
 from skippipe_plugin.callbacks import PipelineMonitor, StageRecovery
-from skippipe_plugin.driver import recovery as recovery_module
 from skippipe_plugin.driver.pipeline import Pipeline
+from skippipe_plugin.driver.recovery import stage_keeper
 from skippipe_plugin.recovery import Neighbour, rebuild_stage
 from skippipe_plugin.strategies import NetworkConfig, stop_workers
 
@@ -174,7 +174,7 @@ def test_a_worker_that_leaves_hands_its_stage_over(undisturbed: Run) -> None:
 @pytest.mark.slow
 def test_a_stage_is_handed_over_though_its_replica_dies_meanwhile(monkeypatch, undisturbed_replicas: Run) -> None:
     """Nobody else has it by then."""
-    original, victims = recovery_module.carry_out, [4]
+    original, victims = stage_keeper.carry_out, [4]
 
     def carry_out(pipeline: Pipeline, orders: Any) -> None:
         if victims:
@@ -184,7 +184,7 @@ def test_a_stage_is_handed_over_though_its_replica_dies_meanwhile(monkeypatch, u
                 time.sleep(0.01)
         original(pipeline, orders)
 
-    monkeypatch.setattr(recovery_module, "carry_out", carry_out)
+    monkeypatch.setattr(stage_keeper, "carry_out", carry_out)
     leave = At("on_train_batch_start", 3, kill(3, how=signal.SIGTERM))
     result, recovery = run(leave, recovery=StageRecovery(spares=2), replicas=2)
     assert not victims

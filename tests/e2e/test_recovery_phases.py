@@ -3,7 +3,7 @@
 import pytest
 
 from skippipe_plugin.callbacks import StageRecovery
-from skippipe_plugin.driver import recovery as recovery_module
+from skippipe_plugin.driver.recovery import losses
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import stop_workers
 from skippipe_plugin.testing import At, Delay, Injector, Kill, Phase, Stop
@@ -22,7 +22,7 @@ def undisturbed() -> Run:
 def test_two_die_one_after_the_other_while_blocks_are_handed_out(
     undisturbed: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery_module, "_MAX_JOIN_DEATHS", 3)
+    monkeypatch.setattr(losses, "_MAX_JOIN_DEATHS", 3)
     deaths = [Kill(At(Phase.HANDING_OVER, nth=nth), who) for nth, who in ((3, 2), (6, 2), (9, 3))]
     with Injector(*deaths) as injector:
         found, recovery = run(recovery=StageRecovery(spares=2))
