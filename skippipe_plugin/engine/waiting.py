@@ -31,6 +31,10 @@ class Waiting:
         self.turn = 0
         """The how-many-eth time it waits; 0 while it does not."""
 
+    def is_quiet(self) -> bool:
+        """Whether it waits and nothing is on its way to or from this process."""
+        return self.turn > 0 and nothing_is_under_way()
+
     def __enter__(self) -> None:
         if threading.get_ident() == self._owner:
             self._count += 1

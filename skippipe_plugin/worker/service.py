@@ -41,7 +41,7 @@ from ..engine.rendezvous import DistantStore
 from ..engine.taps import Tapped
 from ..engine.transport import Transport
 from ..engine.versions import own_versions
-from ..engine.waiting import Waiting, nothing_is_under_way
+from ..engine.waiting import Waiting
 from ..engine.wire import CallDecoder, decode_optimizer_state
 from ..moe.board import RouterBoard
 from ..schedule import Schedule
@@ -225,9 +225,8 @@ class Worker:
                 return
             match received.body:
                 case Beat():
-                    turn = self._waiting.turn
                     with contextlib.suppress(ChannelClosed):
-                        line.send_if_free(Beat(turn, turn > 0 and nothing_is_under_way()))
+                        line.send_if_free(Beat(self._waiting.turn, self._waiting.is_quiet()))
                     continue
                 case Refuse(reason):
                     self._refusal = reason
