@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -166,13 +166,15 @@ class _Attributes:
                 if not np.array_equal(value, copy):
                     found[name] = value.copy()
             elif isinstance(value, dict):
+                known = _TORCHS if copy.keys() >= _TORCHS else ()  # a module's own; a user's may have the same keys
                 new = {key: item for key, item in value.items() if copy.get(key, found) is not item}
                 gone = dict.fromkeys(key for key in copy if key not in value)
-                found |= {_joined(name, key): _kept(item) for key, item in (new | gone).items() if key not in _TORCHS}
+                others = {key: item for key, item in (new | gone).items() if key not in known}
+                found |= {_joined(name, key): _kept(item) for key, item in others.items()}
             elif isinstance(value, set):
                 if value != copy:
                     found[name] = len(value)
-            elif len(value) != len(copy) or any(a is not b for a, b in zip(value, copy, strict=True)):
+            elif _has_others(value, copy):
                 found[name] = [_kept(item) for item in value]
         return found
 
@@ -195,7 +197,7 @@ class _Attributes:
             elif isinstance(value, set):
                 value.clear()
                 value.update(copy)
-            elif len(value) != len(copy) or any(a is not b for a, b in zip(value, copy, strict=True)):
+            elif _has_others(value, copy):
                 value.clear()
                 value.extend(copy)
 
@@ -208,6 +210,11 @@ class _Attributes:
 
 _TORCHS: Final = frozenset(vars(nn.Module()))
 """What torch keeps in a module."""
+
+
+def _has_others(value: Sequence[Any], copy: Sequence[Any]) -> bool:
+    """Whether a list holds other objects than its copy."""
+    return len(value) != len(copy) or any(a is not b for a, b in zip(value, copy, strict=True))
 
 
 def _joined(name: str, key: Any) -> str:

@@ -231,10 +231,16 @@ class Leaving(Stepping):
 class Box:
     def __init__(self) -> None:
         self.content: list[Tensor] = []
+        self.counts = {"training": 0}
 
 
 def count_in_class(*_: Any) -> None:
     Leaving.total += 1
+
+
+def count_by_phase(module: Any, _: Tensor) -> None:
+    """Under a key that modules have, too."""
+    module.box.counts["training"] += 1
 
 
 def write_rows(module: Any, out: Tensor) -> None:
@@ -253,6 +259,7 @@ LEFT: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Any]]] = {
     "global list": (lambda _, out: DEPTH.append(len(out)), lambda _: list(DEPTH)),
     "list": (lambda module, out: module.seen.append(out.detach().mean()), lambda module: module.seen),
     "list of numbers": (lambda module, out: module.seen.append(float(out.mean())), lambda module: module.seen),
+    "dictionary": (count_by_phase, lambda module: module.box.counts),
     "list of dictionaries": (lambda module, out: module.seen.append({"out": out.detach()}), lambda module: module.seen),
     "object": (lambda module, out: module.box.content.append(out.detach()), lambda module: module.box.content),
     "array": (lambda module, out: np.add.at(module.array, 1, 1), lambda module: module.array),
