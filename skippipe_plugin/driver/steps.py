@@ -301,7 +301,7 @@ class StepRun:
         leaf = hidden.requires_grad_(self._calls[index].spec.hops[-1].requires_grad)
         seed_everything(block_seed(block_seed(self._task.seed, microbatch), _LOSS), self._device)
         result = inner(leaf)
-        with own_gradients.checked(result, self._hidden[index]):
+        with own_gradients.Checked(result, self._hidden[index]):
             outcome = self._resume(index, result)
         if isinstance(outcome, Suspended):
             raise SkipPipeError(CALLED_TWICE)

@@ -230,7 +230,7 @@ class WholeRun:
         with self._drawing():
             result, call = inner(leaf), self._call
             assert call is not None
-            with own_gradients.checked(result, call.hidden):
+            with own_gradients.Checked(result, call.hidden):
                 self._resume(result)
             if isinstance(self._outcome, Suspended):
                 raise SkipPipeError(CALLED_TWICE)

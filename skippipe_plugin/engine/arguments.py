@@ -186,7 +186,7 @@ def array_of(tensor: Tensor) -> Any:  # Any: numpy's array
 
 def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     """Return how often each tensor was changed in place; 0 where torch does not count."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return tuple([0 if tensor.is_inference() else tensor._version for tensor in tensors])
 
 
 def fingerprint(values: Any) -> bytes | None:  # Any: arguments of a block

@@ -299,6 +299,8 @@ class Stage:
 
     def take_writes(self) -> list[tuple[int, Key]]:
         """Return (block, attribute) for what blocks have written that was not known to be written before."""
+        for block in list(self._watches):
+            self._learn_writes(block)
         writes, self._unreported = self._unreported, []
         return writes
 
@@ -341,8 +343,6 @@ class Stage:
             else:
                 output = self._call_block(block, call, hidden, filled, with_cache=True)
             hidden = output if type(output) is Tensor else _hidden_of(output)
-            if not self._watches[block].unchanged():
-                self._learn_writes(block)
         if notes.lasting:
             self._settled = call.spec
         return hidden
@@ -369,7 +369,9 @@ class Stage:
             switches.set()
 
     def _learn_writes(self, block: int) -> None:
-        """Note which attributes the block's forward has written, and look away from them."""
+        """Note which attributes the block's forwards have written, and look away from them."""
+        if self._watches[block].unchanged():
+            return
         fresh = self._watches[block].differences()
         known = self._writes.setdefault(block, set())
         known |= fresh
@@ -423,6 +425,8 @@ class Stage:
         mode, known = call.spec.modes[block], self._modes.get(block)
         if (known is mode or known == mode) and not mode.tensors:
             return
+        if block in self._watches:
+            self._learn_writes(block)  # before what the driver has set is written over it
         self._modes[block] = mode
         module = self.blocks[block]
         if mode.attributes:

@@ -38,7 +38,7 @@ LOSS: Final[Key] = ("loss",)
 _LEAST_ASKED: Final = 3
 """So many batches with labels or masks are asked about in any case: rules that are none may fit one by chance."""
 _MOST_ASKED: Final = 32
-"""After so many batches of a kind nothing new is asked about."""
+"""After so many batches of a kind nothing new is asked about, nor are masks looked for where there were none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,8 @@ class Answer:
     hooks: bool = False
     """Whether the step itself registers forward hooks on blocks, and removes them."""
     num_asked: int = 0
+    num_plain: int = 0
+    """So many batches since held neither labels nor anything like a mask."""
 
     problems: dict[str, str] = field(default_factory=dict)
     """By name of a result: why it follows from the microbatches' by no rule."""
@@ -118,10 +120,17 @@ class Asking:
         hopeless = answer.failure or answer.crossing or answer.left or answer.hooks or answer.problems
         if hopeless or answer.num_asked >= _MOST_ASKED:
             return answer
-        open_still = answer.num_asked < _LEAST_ASKED and question.view.may_be_counted
-        if open_still or answer.watch.is_new(question.view):
+        if self._is_open(answer, question.view) or answer.watch.is_new(question.view):
             return self._ask(question, answer)
         return answer
+
+    def _is_open(self, answer: Answer, view: View) -> bool:
+        """Whether a few batches more are asked about: this one may be counted by labels or a mask."""
+        if answer.num_asked >= _LEAST_ASKED or answer.num_plain >= _MOST_ASKED:
+            return False
+        counted = view.may_be_counted
+        answer.num_plain += not counted
+        return counted
 
     def again(self, question: Question) -> Answer:
         """Ask about a step whose kind is known, but not well enough."""

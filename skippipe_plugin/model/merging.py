@@ -72,13 +72,13 @@ class Merging:
         self.question = question
         self.weight = weight
         self.answer: Answer | None = asking.about(question) if len(question.pieces) > 1 else None
+        self.obstacle = self._find_obstacle()
+        """Why the batch cannot be cut, whatever becomes of the results; nothing where it can."""
         self._has_asked_again = False
         if self.answer is not None and weight is None and not self.obstacle and not self.problems:
             self._settle()
 
-    @property
-    def obstacle(self) -> str:
-        """Why the batch cannot be cut, whatever becomes of the results; nothing where it can."""
+    def _find_obstacle(self) -> str:
         answer, count = self.answer, len(self.question.pieces)
         if answer is None:
             return ""
@@ -150,6 +150,7 @@ class Merging:
         if not self._has_asked_again and self.answer is not None:
             self._has_asked_again = True
             self.answer = self.asking.again(self.question)
+            self.obstacle = self._find_obstacle()
 
     def merged(self, key: Key, parts: Sequence[Any]) -> Any:
         """Return the batch's result.

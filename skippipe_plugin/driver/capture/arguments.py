@@ -74,7 +74,7 @@ class SideInputs:
 
     def check(self) -> None:
         """Raise when one of them was changed in place since its block was called."""
-        if versions(self.tensors) != tuple(self._versions):
+        if self.tensors and versions(self.tensors) != tuple(self._versions):
             pairs = enumerate(zip(versions(self.tensors), self._versions, strict=True))
             raise self._changed(next(index for index, (now, before) in pairs if now != before))
 

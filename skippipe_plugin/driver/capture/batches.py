@@ -191,13 +191,13 @@ def _read(batch: Any, size: int, hint: Hint, known: Mapping[str, Reading]) -> _P
 
 def _visit(value: Any, path: str, plan: _Plan, hint: Hint, known: Mapping[str, Reading]) -> bool:
     """Whether something in ``value`` has one entry per sample; what has another number is no fit."""
-    if isinstance(value, ATOMS):
-        return False
     if is_array(value):
         _check_array(value, path)
         if value.ndim and value.shape[0] != plan.size:
             raise _Unfit
         return bool(value.ndim)
+    if isinstance(value, ATOMS):
+        return False
     if isinstance(value, PackedSequence):
         raise BatchError(f"{path} is a PackedSequence, whose rows mix the samples; pack it in the step. {_WAY_OUT}")
     if is_sequence(value):
@@ -305,10 +305,10 @@ def _why_not(batch: Any) -> str:
 
 
 def _slice(value: Any, path: str, part: slice, total: int, readings: Mapping[str, Reading]) -> Any:
-    if isinstance(value, ATOMS):
-        return value
     if is_array(value):
         return value[part] if value.ndim else value
+    if isinstance(value, ATOMS):
+        return value
     if is_sequence(value):
         if readings.get(path, "samples" if len(value) == total else "fields") == "samples":
             return value[part]

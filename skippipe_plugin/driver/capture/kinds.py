@@ -72,10 +72,10 @@ def names_of(value: Any) -> list[str]:
 
 def holds_entries(value: Any, depth: int = 6) -> bool:
     """Whether there is an array with a first dimension, or an object, in ``value``."""
-    if isinstance(value, ATOMS):
-        return False
     if is_array(value):
         return bool(value.ndim)
+    if isinstance(value, ATOMS):
+        return False
     if is_sequence(value) or has_fields(value):
         return depth > 0 and any(holds_entries(item, depth - 1) for _, item in parts(value))
     return True

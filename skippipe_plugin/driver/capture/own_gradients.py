@@ -6,9 +6,8 @@ them, and a backward inside of the step would count twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,23 +15,29 @@ from torch import Tensor
 from ...engine.errors import SkipPipeError
 from .graphs import goes_through, reaches
 
+_AUTOGRAD: Final[Any] = torch.autograd  # Any: its own name for the engine is private
 
-@contextmanager
-def checked(result: Tensor, hidden: Tensor) -> Iterator[None]:
+
+class Checked:
     """Refuse such gradients while user code runs with the blocks' ``result``; ``hidden`` is what entered them."""
-    autograd: Any = torch.autograd  # Any: its own name for the engine is private
-    original = autograd._engine_run_backward  # what both grad() and backward() call
 
-    def run_backward(outputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:  # Any: torch's own
-        if goes_through(outputs, result):
-            _check(args[3] if len(args) > 3 else (), kwargs.get("accumulate_grad", False), hidden)
-        return original(outputs, *args, **kwargs)
+    __slots__ = ("_hidden", "_original", "_result")
 
-    autograd._engine_run_backward = run_backward
-    try:
-        yield
-    finally:
-        autograd._engine_run_backward = original
+    def __init__(self, result: Tensor, hidden: Tensor) -> None:
+        self._result, self._hidden = result, hidden
+        self._original: Any = None  # Any: torch's own
+
+    def __enter__(self) -> None:
+        self._original = _AUTOGRAD._engine_run_backward  # what both grad() and backward() call
+        _AUTOGRAD._engine_run_backward = self._run_backward
+
+    def __exit__(self, *_: object) -> None:
+        _AUTOGRAD._engine_run_backward = self._original
+
+    def _run_backward(self, outputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:  # Any: torch's own
+        if goes_through(outputs, self._result):
+            _check(args[3] if len(args) > 3 else (), kwargs.get("accumulate_grad", False), self._hidden)
+        return self._original(outputs, *args, **kwargs)
 
 
 def _check(inputs: Sequence[Any], accumulates: bool, hidden: Tensor) -> None:  # Any: tensors or edges of the graph

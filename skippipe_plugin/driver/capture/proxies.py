@@ -8,6 +8,7 @@ a placeholder at once; the last one hands the whole call over and returns the re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import sys
 from collections import OrderedDict
@@ -138,7 +139,7 @@ class BlockProxies:
         """Turn the blocks into proxies; return modules that still compute and share their parameters."""
         real = {index: _twin(block, {}) for index, block in enumerate(self.blocks)}
         for index, block in enumerate(self.blocks):
-            block.__dict__["_skippipe_call"] = lambda args, kwargs, index=index: self._called(index, args, kwargs)
+            block.__dict__["_skippipe_call"] = functools.partial(self._called, index)
             block.__class__ = _proxy_class(type(block))
         return real
 
