@@ -31,6 +31,8 @@ _LOOK_S: Final = 0.05
 _SALVAGE_S: Final = 60.0
 _CAUSE_S: Final = 10.0
 """How long to wait for the cause after a rank saw only that its generation broke; on busy hosts the news is slow."""
+_ALL_SILENT_S: Final = 30.0
+"""How much longer where no worker answers at all."""
 
 
 class Link:
@@ -444,14 +446,23 @@ class Links:
         self.check()
 
     def _await_cause(self) -> None:
-        """Wait until it is known what broke a connection; where losses are met, until all have said that they live."""
-        deadline = time.monotonic() + _CAUSE_S
+        """Wait until it is known what broke a connection; where losses are met, until all have said that they live.
+
+        Who says nothing for so long is the cause: his host may be cut off, which this driver's own kernel would tell
+        only later. Where nobody says anything it is rather this driver's link, and that is waited for.
+        """
+        begun_s = time.monotonic()
         links = list(self._links.values())
         for link in links:
             link.rouse()
-        while not self._named.wait(_LOOK_S) and time.monotonic() < deadline:
-            if self.recovering and all(link.is_awake for link in links):
+        while not self._named.wait(_LOOK_S):
+            silent = [link for link in links if not link.gone and not link.is_awake]
+            waited_s = time.monotonic() - begun_s
+            if waited_s > _CAUSE_S + _ALL_SILENT_S or (not silent and (self.recovering or waited_s > _CAUSE_S)):
                 return
+            if waited_s > _CAUSE_S and len(silent) < len(links):
+                for link in silent:
+                    link.give_up("it gave no sign of life when a connection broke")
             for link in links:
                 link.prod()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from skippipe_plugin.driver import links as links_module
 from skippipe_plugin.driver import pool as pool_module
 from skippipe_plugin.driver.links import Link, Links
 from skippipe_plugin.driver.pool import WorkerPool
@@ -143,6 +144,38 @@ def test_everybody_at_once_is_not_everybody_dead(
         time.sleep(0.05)
     heartbeat.close()
     assert 1.4 < time.monotonic() - begun_s < 9
+
+
+def test_who_is_silent_when_a_connection_breaks_is_the_cause(
+    pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that was cut off: the others' connections to it break before the driver's own, which had less to say."""
+    monkeypatch.setattr(links_module, "_CAUSE_S", 0.4)
+    channels = [join(awake) for awake in (True, True, False)]
+    board = Links()
+    for rank, link in enumerate(pool.resting()):
+        board.add(rank, [rank + 1], link)
+    for channel in channels[:2]:
+        to_driver(channel).send(Failed(True, "", b""), answers=-1, generation=0)
+    with pytest.raises(StageLostError, match=r"\(stage 3\) is gone: it gave no sign of life when a connection broke"):
+        board.raise_cause()
+
+
+def test_a_driver_that_nobody_answers_blames_nobody(
+    pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links_module, "_CAUSE_S", 0.2)
+    monkeypatch.setattr(links_module, "_ALL_SILENT_S", 1.0)
+    channels = [join(False) for _ in range(2)]
+    board = Links()
+    for rank, link in enumerate(pool.resting()):
+        board.add(rank, [rank + 1], link)
+    to_driver(channels[0]).send(Failed(True, "", b""), answers=-1, generation=0)
+    begun_s = time.monotonic()
+    with pytest.raises(ConnectionsBroken):
+        board.raise_cause()
+    assert time.monotonic() - begun_s > 1.0
+    assert not any(link.gone for link in pool.links)
 
 
 def test_a_break_between_the_living_is_found_at_once(pool: WorkerPool, join: Callable[[bool], Channel]) -> None:

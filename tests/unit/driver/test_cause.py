@@ -15,6 +15,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.broken = threading.Event()
+        self.heard_s = 0.0
 
     def receive(self) -> Message:
         self.broken.wait()
