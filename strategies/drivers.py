@@ -85,9 +85,9 @@ class DriversStrategy(SingleDeviceStrategy):
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def read_launcher(self) -> Launcher | None:
-        """Return what an external launcher says about this process; None when there is none."""
+        """Return what an external launcher says about this process; None when there is none, or of one process."""
         environment = self.cluster_environment
-        if environment is None or isinstance(environment, LightningEnvironment):
+        if environment is None or isinstance(environment, LightningEnvironment) or environment.world_size() == 1:
             return None
         hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return Launcher(

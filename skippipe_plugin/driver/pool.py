@@ -179,7 +179,7 @@ class WorkerPool:
         while not self._closing.is_set():
             arrived = self._listener.accept(timeout_s=_LOOK_S)
             if arrived is not None:
-                self._welcome(*arrived)
+                self._try_to_welcome(*arrived)
             self._let_out()
             self._look()
 
@@ -224,6 +224,14 @@ class WorkerPool:
         log.warning("refused a worker from %s: %s", channel.peer, reason)
         to_worker(channel).hang_up(Refuse(reason))
         return None
+
+    def _try_to_welcome(self, channel: Channel, greeting: Message) -> None:
+        """Whatever goes wrong with one, the door stays open for others."""
+        try:
+            self._welcome(channel, greeting)
+        except Exception:
+            log.exception("a worker from %s could not be let in", channel.peer)
+            channel.close()
 
     def _welcome(self, channel: Channel, greeting: Message) -> None:
         hello = self._understood(channel, greeting)

@@ -82,7 +82,9 @@ class StageSender:
         if wanted in self._structures:
             return self._structures[wanted]
         known = [packed for stage, packed in self._structures.items() if not set(stage).isdisjoint(wanted)]
-        found = {index: block for packed in known for index, block in unpack_blocks(*packed).items()}
+        found: dict[int, nn.Module] = {}
+        for packed in known:
+            found |= unpack_blocks(*packed, by_own_classes=True)
         return pack_blocks({index: found[index] for index in wanted})
 
     def classes(self, blocks: Iterable[int]) -> Prints:

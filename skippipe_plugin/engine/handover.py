@@ -89,13 +89,23 @@ def pack_blocks(
     return (entries, meta), [buffer.getvalue(), *blobs]
 
 
-def unpack_blocks(packed: PackedBlocks, blobs: Sequence[Buffer]) -> dict[int, nn.Module]:
-    """Invert :func:`pack_blocks`; blocks that were built on the meta device still are."""
+def unpack_blocks(
+    packed: PackedBlocks, blobs: Sequence[Buffer], *, by_own_classes: bool = False
+) -> dict[int, nn.Module]:
+    """Invert :func:`pack_blocks`; blocks that were built on the meta device still are.
+
+    Args:
+        packed: The entries of the blocks' tensors.
+        blobs: The structure, and the tensors.
+        by_own_classes: Whether this very process has packed them. A script's own classes travel by value, and would be
+            made anew in place: with other functions, which read other global names than the script's.
+    """
     entries, meta = packed
     tensors = unpack_tensors(entries, blobs[1:])
     for name, shape, dtype in meta:
         tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-    blocks: dict[int, nn.Module] = _Unpickler(io.BytesIO(blobs[0]), tensors).load()
+    kind = _OwnUnpickler if by_own_classes else _Unpickler
+    blocks: dict[int, nn.Module] = kind(io.BytesIO(blobs[0]), tensors).load()
     return blocks
 
 
@@ -161,6 +171,18 @@ class _Unpickler(pickle.Unpickler):
                 nn.Parameter(tensor, requires_grad) if is_parameter else tensor.requires_grad_(requires_grad)
             )
         return self._loaded[index]
+
+
+class _OwnUnpickler(_Unpickler):
+    """Leaves classes that are pickled by value as they are: they are this process's."""
+
+    def find_class(self, module: str, name: str) -> Any:  # Any: whatever a pickle names
+        found = super().find_class(module, name)
+        return _left_alone if found is cloudpickle.cloudpickle._class_setstate else found
+
+
+def _left_alone(cls: type, state: object) -> type:
+    return cls
 
 
 def materialize(block: nn.Module, device: torch.device) -> None:

@@ -25,9 +25,10 @@ class NetworkConfig:
     environment has the secret (``SKIPPIPE_SECRET``) or its file (``SKIPPIPE_SECRET_FILE``), or nobody joins by hand."""
     workers: Workers | None = None
     """Where workers come from. ``"local"``: processes of the driver's own host. ``"launched"``: the ranks of a
-    launcher, or workers that join by hand. ``"ray"``: actors of a Ray cluster. ``"kubernetes"``: pods, which join by
-    themselves. A function that returns a :class:`~skippipe_plugin.sources.WorkerSource`: that one's. None: what the
-    variable ``SKIPPIPE_WORKERS`` names, else the launcher's ranks where there is one, else local ones."""
+    launcher, or workers that join by hand. ``"ray"``: actors of a Ray cluster. ``"slurm"``: tasks of job arrays, which
+    the driver submits. ``"kubernetes"``: pods, which join by themselves. A function that returns a
+    :class:`~skippipe_plugin.sources.WorkerSource`: that one's. None: what the variable ``SKIPPIPE_WORKERS`` names, else
+    the launcher's ranks where there is one, else local ones."""
     local_workers: int | None = None
     """How many workers the driver starts on its own host at most; others join by hand. None: all that are needed."""
     join_timeout_s: float = 180.0

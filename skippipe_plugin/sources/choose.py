@@ -11,7 +11,7 @@ from ..checked import check
 from ..engine.errors import SkipPipeError
 from .interface import WorkerSource
 
-SourceName = Literal["local", "launched", "ray", "kubernetes"]
+SourceName = Literal["local", "launched", "ray", "slurm", "kubernetes"]
 Workers = SourceName | Callable[[], WorkerSource]
 SOURCE_NAMES: Final = get_args(SourceName)
 WORKERS_VARIABLE: Final = "SKIPPIPE_WORKERS"
@@ -19,6 +19,7 @@ _MAKERS: Final[Mapping[str, tuple[str, str]]] = {
     "local": ("local", "LocalSource"),
     "launched": ("launched", "LaunchedSource"),
     "ray": ("ray", "RaySource"),
+    "slurm": ("slurm", "SlurmSource"),
     "kubernetes": ("kubernetes", "KubernetesSource"),
 }
 """By name: the module and the class."""

@@ -7,10 +7,9 @@ cluster's API, so the driver needs no rights in it.
 
 from __future__ import annotations
 
-import socket
 from typing import Final
 
-from ..engine.errors import SkipPipeError
+from .addresses import own_address
 from .launched import LaunchedSource
 
 PORT: Final = 29400
@@ -26,11 +25,4 @@ class KubernetesSource(LaunchedSource):
         Raises:
             SkipPipeError: This host's own name has no address.
         """
-        name = socket.gethostname()
-        try:
-            return socket.gethostbyname(name), PORT
-        except OSError as error:
-            raise SkipPipeError(
-                f"workers='kubernetes': this host's name {name!r} has no address ({error.strerror}), as a pod's has; "
-                "name one by NetworkConfig(host=...)"
-            ) from error
+        return own_address("kubernetes"), PORT

@@ -132,7 +132,7 @@ def training_data(kind: Data) -> DataLoader[Any]:
 class Killer(Callback):
     """Kills processes when a hook is reached, or a kind of message was sent to one worker, for the n-th time.
 
-    A kind of message is its name, or what a message to the worker's keep says to do.
+    A kind of message is the name of its class.
     """
 
     def __init__(self, moment: str) -> None:
@@ -145,7 +145,7 @@ class Killer(Callback):
             setattr(self, hook, self.reached)
         else:
             self.kind = hook
-            Link.send, Link.tell = self.counted(Link.send), self.counted(Link.tell)  # type: ignore[method-assign]
+            Link.tell = self.counted(Link.tell)  # type: ignore[method-assign]
 
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.trainer = trainer
@@ -167,11 +167,16 @@ class Killer(Callback):
         wait_for(lambda: len(strategy.spare_pids) >= sum(policy.spares for policy in policies))
         return dict(strategy.worker_pids)
 
-    def counted(self, send: Callable[..., None]) -> Callable[..., None]:
-        def patched(link: Any, kind: str, fields: Any = None, *args: Any) -> None:
-            send(link, kind, fields or {}, *args)
-            if self.kind in (kind, (fields or {}).get("do")):
+    def counted(self, tell: Callable[..., int]) -> Callable[..., int]:
+        from skippipe_plugin.engine.control.messages import TO_WORKER
+
+        assert self.kind in TO_WORKER.kinds, f"{self.kind} is no message"
+
+        def patched(link: Any, body: object, **how: Any) -> int:
+            number = tell(link, body, **how)
+            if type(body).__name__ == self.kind:
                 self.reached()
+            return number
 
         return patched
 

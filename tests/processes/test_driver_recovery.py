@@ -91,7 +91,7 @@ def test_whenever_it_is_killed(undisturbed: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_a_step_that_some_workers_have_taken_is_taken_by_all(undisturbed: Path, tmp_path: Path) -> None:
     """Two workers: an odd count of messages is one that the second has not been sent."""
-    moments = ["optimizer_step:1", "optimizer_step:5", "merge:3", "optimizer_step:2", "load:1", "keep:2"]
+    moments = ["StepOptimizer:1", "StepOptimizer:5", "Merge:3", "StepOptimizer:2", "Load:1", "Store:2"]
     errors = run(tmp_path, *moments, timeout_s=1100)
     assert "the last of them is not taken again, but its batch is finished" in errors
     assert_like(tmp_path, undisturbed)

@@ -60,7 +60,7 @@ def stages(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_in_the_middle_of_a_move_goes_on(undisturbed: Path, folder: Path) -> None:
-    errors = run(folder, "+@2", "arrange:2")
+    errors = run(folder, "+@2", "Arrange:2")
     assert "the driver was lost in fit 1, which goes on from memory at epoch 0, batch 2" in errors
     assert stages(folder)[-1] == 3
     assert_like(folder, undisturbed)
@@ -70,14 +70,15 @@ def test_a_driver_that_is_killed_in_the_middle_of_a_move_goes_on(undisturbed: Pa
 @pytest.mark.timeout(1200)
 def test_whatever_of_a_move_was_done(undisturbed: Path, folder: Path) -> None:
     """Whoever had joined comes back, and the move is made anew until a driver lives through it."""
-    run(folder, "+@2", "get:2", "records:1", *(f"arrange:{n}" for n in (1, 2, 3)), "part:1", "part:3", timeout_s=1100)
+    moments = ["Get:2", "AskRecords:1", "Arrange:1", "Arrange:2", "Arrange:3", "LetGo:1", "LetGo:3"]
+    run(folder, "+@2", *moments, timeout_s=1100)
     assert stages(folder)[-1] == 3
     assert_like(folder, undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("moment", ["arrange:4", "arrange:5", "part:4", "part:5", "on_before_optimizer_step:6"])
+@pytest.mark.parametrize("moment", ["Arrange:4", "Arrange:5", "LetGo:4", "LetGo:5", "on_before_optimizer_step:6"])
 def test_a_worker_that_leaves_takes_nothing_with_it(undisturbed: Path, folder: Path, moment: str) -> None:
     """It kept a copy of the driver's state; the wish to leave survives the driver. Three orders were for who came."""
     errors = run(folder, "+@2,-1@5", moment)
@@ -100,5 +101,5 @@ def test_both_keepers_of_the_drivers_state_leave_at_once(undisturbed: Path, fold
 @pytest.mark.timeout(1200)
 def test_a_worker_is_relieved_while_the_driver_dies(undisturbed: Path, folder: Path) -> None:
     """One joins as another leaves: it takes its place, and the driver dies before it has; then after."""
-    run(folder, "+@3,-2@3", "arrange:1", "arrange:1", timeout_s=500)
+    run(folder, "+@3,-2@3", "Arrange:1", "Arrange:1", timeout_s=500)
     assert_like(folder, undisturbed)

@@ -214,3 +214,26 @@ def test_breaks_have_an_end() -> None:
         losses.note_break(ConnectionsBroken("once more"))
     losses.forget()
     losses.note_break(ConnectionsBroken("much later"))
+
+
+def test_who_cannot_be_greeted_closes_the_door_to_nobody(
+    pool: WorkerPool, join: Callable[[bool], Channel], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Door:
+        greeted = 0
+
+        def greet(self, link: Link) -> None:
+            self.greeted += 1
+            if self.greeted == 1:
+                raise OSError("no record of it")
+
+        def look(self, links: object) -> None: ...
+
+    pool._doorkeeper = Door()
+    refused = connect(*pool.address, bytes.fromhex(pool.secret))
+    to_driver(refused).send(Hello(own_versions()))
+    with pytest.raises(ChannelError):
+        to_driver(refused).receive()
+    join(True)
+    assert pool.num_idle == 1
+    assert "could not be let in" in caplog.text

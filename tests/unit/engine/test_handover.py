@@ -70,6 +70,16 @@ def test_classes_of_a_script_travel_by_value() -> None:
     assert copy(torch.ones(1, 2)).shape == (1, 2)
 
 
+def test_the_driver_leaves_its_scripts_classes_as_they_are() -> None:
+    """It takes structures apart that it has packed, when blocks move: a class made anew would be another."""
+    cls = type("Local", (nn.Module,), {"__module__": "__main__", "forward": lambda self, x: x * 2})
+    before = dict(vars(cls))
+    packed = pack_blocks({0: cls(), 1: cls()}, values=False)
+    found = unpack_blocks(*packed, by_own_classes=True)
+    assert [type(block) for block in found.values()] == [cls, cls]
+    assert all(vars(cls)[name] is value for name, value in before.items())
+
+
 def test_what_cannot_be_pickled_is_named() -> None:
     block = nn.Linear(2, 2)
     block.lock = threading.Lock()

@@ -47,7 +47,7 @@ def test_a_setting_is_a_name_or_a_function(workers: Any) -> None:
 
 @pytest.mark.parametrize("workers", ["Ray", "rays", "", 3, True, Mine(), Mine, ["ray"]])
 def test_anything_else_is_refused(workers: Any) -> None:
-    with pytest.raises(SettingError, match=r"workers=.* is .*one of 'local', 'launched', 'ray', 'kubernetes'"):
+    with pytest.raises(SettingError, match=r"workers=.* is .*one of 'local', 'launched', 'ray', 'slurm', 'kubernetes'"):
         NetworkConfig(workers=workers)
 
 
