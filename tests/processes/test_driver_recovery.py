@@ -167,7 +167,7 @@ class Lost(Callback):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("moment", ["on_before_optimizer_step:4:02", "on_train_batch_start:4:2+configure:5"])
+@pytest.mark.parametrize("moment", ["on_before_optimizer_step:4:02", "on_train_batch_start:4:2+Configure:5"])
 def test_a_worker_that_dies_with_the_driver_is_rebuilt(moment: str, tmp_path: Path) -> None:
     """At once, or before its replacement has got its blocks."""
     expected = tmp_path / "expected"
