@@ -39,12 +39,15 @@ class Ambient:
     """The device types for which autocast is on, with their dtypes."""
     switches: ProcessSwitches | None = None
     """Those of the driver's process; None to leave them as they are."""
+    caches_casts: bool = True
+    """Whether autocast casts a weight once for all its uses, whose gradients then add up in the lower precision."""
 
     @classmethod
     def current(cls, device_types: Sequence[str], switches: ProcessSwitches | None = None) -> Ambient:
         """Read the state of the calling thread."""
         autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in device_types if _autocast_is_on(kind))
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, switches)
+        caches = not autocast or torch.is_autocast_cache_enabled()
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, switches, caches)
 
     def entered(self) -> AbstractContextManager[None]:
         """Put the calling thread into this state."""
@@ -60,7 +63,7 @@ class Ambient:
             else:
                 stack.enter_context(torch.set_grad_enabled(self.grad))
             for kind, dtype in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype))
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self.caches_casts))
             yield
 
 

@@ -26,7 +26,7 @@ from ..engine.errors import SkipPipeError
 from .batch_statistics import BatchStatistics
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
 from .fakes import Fakes, Incomparable, Neutral
-from .interleaving import alike, by_turns, effect
+from .interleaving import DRAWN, alike, by_turns, effect
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
 from .spread import SpreadModel
 from .traceless import Untouched, uneven, untouched
@@ -237,6 +237,7 @@ class Asking:
                 break
             drawn.append(mode.drawn)
             answer.constants |= mode.constants
+            answer.crossing = answer.crossing or (DRAWN if trace.has_drawn() else "")
         answer.hooks |= fakes.are_watched
         if failed is None and draw < 2:
             answer.crossing = answer.crossing or self._crossing(question, draw, parts, drawn, restore)

@@ -24,6 +24,8 @@ from .reductions import same
 
 Results = dict[tuple[Any, ...], Any]
 _TEXT: Final = "what one leaves in an attribute, a global name or a random state, the others find there: {effect}"
+DRAWN: Final = _TEXT.format(effect="each draws other random numbers, by numpy or Python, than the batch")
+"""Whatever is made of them: what goes into the blocks shows in nothing that made-up hidden states give."""
 
 
 def by_turns(

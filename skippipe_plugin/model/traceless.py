@@ -51,6 +51,12 @@ class RandomStates:
         np.random.set_state(self._numpy)
         random.setstate(self._python)
 
+    def are_drawn_from(self) -> bool:
+        """Whether somebody has drawn by numpy's or Python's global functions since."""
+        before: Any = self._numpy  # Any: numpy's own
+        now: Any = np.random.get_state()
+        return random.getstate() != self._python or not np.array_equal(before[1], now[1]) or before[2] != now[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Untouched:
@@ -60,6 +66,8 @@ class Untouched:
     """Brings everything back."""
     changes: Callable[[], dict[str, Any]]
     """Returns, by name, what attributes, buffers and global names hold since then that they did not hold before."""
+    has_drawn: Callable[[], bool]
+    """Returns whether numbers were drawn since then that numpy or Python makes; torch's are looked at one by one."""
 
 
 @contextmanager
@@ -85,7 +93,7 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[Untouched]:
 
     metrics = [(part, part._update_count) for part in module.modules() if isinstance(part, Metric)]
     try:
-        yield Untouched(restore, changes)
+        yield Untouched(restore, changes, states.are_drawn_from)
     finally:
         restore()
 

@@ -262,6 +262,8 @@ class BlockProxies:
         self._record(call, block, args, kwargs)
         call.modes.append(self._mode(call, block))
         probe = self._look_up(call, block)
+        if probe.changes_input and call.hooks:
+            self._check_unseen(call, block)
         call.specs.append(probe.output)
         call.careful.append(probe.changes_input or probe.passes_input)
         call.entered.passed(self.names[block], probe)
@@ -280,6 +282,17 @@ class BlockProxies:
             for cache in call.caches.values():
                 self.ledger.count(cache, call.hidden, len(self.blocks))
         return probe.structure.wrap(result, self.names[block])
+
+    def _check_unseen(self, call: StackCall, block: int) -> None:
+        """Refuse a block that changes its input in place where a hook on the driver has kept that tensor, maybe."""
+        before = [self.names[block - 1]] if block and block - 1 in call.hooks else []
+        own = [self.names[block]] if any(hook.pre for hook in call.hooks.get(block, {}).values()) else []
+        for watched in (*before, *own):
+            raise SkipPipeError(
+                f"{self.names[block]} changes its input in place, on a worker, and a hook of yours on {watched} "
+                "may have kept that tensor, which would not change here. Let the block make a new tensor (x = x * y in "
+                "place of x *= y), or remove the hook"
+            )
 
     def _expect(self, owner: object, block: int) -> StackCall:
         call = self._open.get(owner)

@@ -108,6 +108,16 @@ class RemoteTensor(Tensor):
         slot = slot_of(self)
         slot.source.set_value(slot, value)
 
+    def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> Any:  # Any: a tensor, or storage and form
+        """Take another tensor's memory; torch asks no subclass about this one of its methods."""
+        slot = slot_of(self)
+        if isinstance(source, Tensor) and not args and not kwargs:
+            slot.source.set_value(slot, slot_of(source).source.value(slot_of(source)) if is_remote(source) else source)
+        else:
+            with torch.no_grad():
+                slot.source.value(slot).set_(source, *args, **kwargs)
+        return self
+
     @property
     def grad(self) -> Tensor | None:
         slot = slot_of(self)
