@@ -25,9 +25,11 @@ from ..job.launcher import Launcher
 class DriversStrategy(SingleDeviceStrategy):
     """The part of the strategy that knows of other drivers; abstract."""
 
-    def __init__(self, drivers: int) -> None:
+    def __init__(self, drivers: int, *, brings_workers: bool = False) -> None:
         super().__init__()
         self.drivers = drivers
+        self._brings_workers = brings_workers
+        """Whether the driver's workers come from a source that was chosen: a launcher of one process is none then."""
         # The Trainer fills these in; their presence is how Lightning tells a strategy for several processes.
         self.process_devices: list[torch.device] | None = None
         """One for each process of a node, drivers and workers; :attr:`parallel_devices` are the drivers' alone."""
@@ -85,9 +87,11 @@ class DriversStrategy(SingleDeviceStrategy):
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def read_launcher(self) -> Launcher | None:
-        """Return what an external launcher says about this process; None when there is none, or of one process."""
+        """Return what an external launcher says about this process; None when there is none."""
         environment = self.cluster_environment
-        if environment is None or isinstance(environment, LightningEnvironment) or environment.world_size() == 1:
+        if environment is None or isinstance(environment, LightningEnvironment):
+            return None
+        if self._brings_workers and environment.world_size() == 1:
             return None
         hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return Launcher(

@@ -51,6 +51,7 @@ from ..moe.migration import Move
 from ..moe.precision import kept_biases, widen_biases
 from ..partition import check_no_shared_parameters, find_blocks
 from ..schedule import CostModel, Schedule, Timeline
+from ..sources import workers_of
 from ..supervisor import supervised
 from ..worker import end_with_driver
 from .checks import check_fit
@@ -135,8 +136,7 @@ class SkipPipeStrategy(DriversStrategy):
         verbose: bool = True,
         verify: Verify = "off",
     ) -> None:
-        super().__init__(drivers)
-        self.settings = PipelineSettings(
+        settings = PipelineSettings(
             skip_ratio=skip_ratio,
             schedule=schedule,
             num_microbatches=num_microbatches,
@@ -152,6 +152,9 @@ class SkipPipeStrategy(DriversStrategy):
             moe=moe,
             verbose=verbose,
         )
+        chosen = workers_of(settings.network.workers)
+        super().__init__(drivers, brings_workers=chosen not in (None, "launched"))
+        self.settings = settings
         """What the next run is set up with; callbacks may replace it before."""
         self.verify = verify
         """Whether a fit compares its first batch with one process."""
