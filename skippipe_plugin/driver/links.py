@@ -31,8 +31,8 @@ _LOOK_S: Final = 0.05
 _SALVAGE_S: Final = 60.0
 _CAUSE_S: Final = 10.0
 """How long to wait for the cause after a rank saw only that its generation broke; on busy hosts the news is slow."""
-_ALL_SILENT_S: Final = 30.0
-"""How much longer where no worker answers at all."""
+ALL_SILENT_S: Final = 30.0
+"""How much longer is waited where no worker answers: then it is rather this driver's own link that is away."""
 
 
 class Link:
@@ -458,7 +458,7 @@ class Links:
         while not self._named.wait(_LOOK_S):
             silent = [link for link in links if not link.gone and not link.is_awake]
             waited_s = time.monotonic() - begun_s
-            if waited_s > _CAUSE_S + _ALL_SILENT_S or (not silent and (self.recovering or waited_s > _CAUSE_S)):
+            if waited_s > _CAUSE_S + ALL_SILENT_S or (not silent and (self.recovering or waited_s > _CAUSE_S)):
                 return
             if waited_s > _CAUSE_S and len(silent) < len(links):
                 for link in silent:

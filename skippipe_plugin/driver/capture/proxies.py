@@ -285,14 +285,17 @@ class BlockProxies:
 
     def _check_unseen(self, call: StackCall, block: int) -> None:
         """Refuse a block that changes its input in place where a hook on the driver has kept that tensor, maybe."""
-        before = [self.names[block - 1]] if block and block - 1 in call.hooks else []
-        own = [self.names[block]] if any(hook.pre for hook in call.hooks.get(block, {}).values()) else []
-        for watched in (*before, *own):
-            raise SkipPipeError(
-                f"{self.names[block]} changes its input in place, on a worker, and a hook of yours on {watched} "
-                "may have kept that tensor, which would not change here. Let the block make a new tensor (x = x * y in "
-                "place of x *= y), or remove the hook"
-            )
+        if block - 1 in call.hooks:
+            watched = self.names[block - 1]
+        elif any(hook.pre for hook in call.hooks.get(block, {}).values()):
+            watched = self.names[block]
+        else:
+            return
+        raise SkipPipeError(
+            f"{self.names[block]} changes its input in place, on a worker, and a hook of yours on {watched} may have "
+            "kept that tensor, which would not change here. Let the block make a new tensor (x = x * y in place of x *= y), "
+            "or remove the hook"
+        )
 
     def _expect(self, owner: object, block: int) -> StackCall:
         call = self._open.get(owner)

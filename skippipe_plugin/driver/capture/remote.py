@@ -112,7 +112,7 @@ class RemoteTensor(Tensor):
         """Take another tensor's memory; torch asks no subclass about this one of its methods."""
         slot = slot_of(self)
         if isinstance(source, Tensor) and not args and not kwargs:
-            slot.source.set_value(slot, slot_of(source).source.value(slot_of(source)) if is_remote(source) else source)
+            slot.source.set_value(slot, source)
         else:
             with torch.no_grad():
                 slot.source.value(slot).set_(source, *args, **kwargs)

@@ -96,6 +96,10 @@ class HiddenToken(Tensor):
                 self._refuse("to()")
         return self._refuse("to(copy=True)") if kwargs.get("copy") or args[2:3] == (True,) else self
 
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse it: torch asks no subclass about this one of its methods."""
+        self._refuse("set_")
+
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
         """Return itself: what comes from a worker is contiguous."""
         return self if memory_format in (torch.contiguous_format, torch.preserve_format) else self._refuse("contiguous")

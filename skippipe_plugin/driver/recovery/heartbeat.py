@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from ...engine.waiting import nothing_is_under_way
-from ..links import Link, Links
+from ..links import ALL_SILENT_S, Link, Links
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +22,6 @@ _TOLD_AFTER: Final = 3
 """After so many of them the user is told who is waited for."""
 _STALLED_AFTER: Final = 3
 """After so many of them, in each of which all waited for what they waited for before, a message counts as lost."""
-_ALL_SILENT_S: Final = 30.0
-"""How much longer is waited where nobody at all answers: then it is rather this driver's own link that is away."""
 
 
 class Stall:
@@ -86,12 +84,12 @@ class Heartbeat:
                 self._links.report_stall(self._links.generation)
             all_silent = len(links) > 1 and all(link.is_silent for link in links)
             if all_silent and not told:
-                log.warning("no worker answers: waiting for %g s for the driver's own link", _ALL_SILENT_S)
+                log.warning("no worker answers: waiting for %g s for the driver's own link", ALL_SILENT_S)
             told = all_silent
             for link in links:
                 if link.num_unanswered == _TOLD_AFTER and not all_silent:
                     log.warning("%s has given no sign of life for some %g s of %g", link, self._since_s, self._limit_s)
-                link.beat(_QUESTIONS + all_silent * math.ceil(_ALL_SILENT_S / self._limit_s * _QUESTIONS))
+                link.beat(_QUESTIONS + all_silent * math.ceil(ALL_SILENT_S / self._limit_s * _QUESTIONS))
             for link in self._idle():
                 if link.beat(_QUESTIONS):
                     log.warning("an idle worker is lost: %s", link.how_lost)

@@ -133,7 +133,7 @@ def test_everybody_at_once_is_not_everybody_dead(
     pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver's own link is away; after a while longer it is everybody after all."""
-    monkeypatch.setattr(heartbeat_module, "_ALL_SILENT_S", 1.0)
+    monkeypatch.setattr(heartbeat_module, "ALL_SILENT_S", 1.0)
     board = Links()
     for _ in range(2):
         join(False)
@@ -165,7 +165,7 @@ def test_a_driver_that_nobody_answers_blames_nobody(
     pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(links_module, "_CAUSE_S", 0.2)
-    monkeypatch.setattr(links_module, "_ALL_SILENT_S", 1.0)
+    monkeypatch.setattr(links_module, "ALL_SILENT_S", 1.0)
     channels = [join(False) for _ in range(2)]
     board = Links()
     for rank, link in enumerate(pool.resting()):

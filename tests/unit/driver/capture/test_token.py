@@ -92,6 +92,7 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "other side": lambda h: REAL * h,
     "into another": lambda h: REAL.clone().add_(h),
     "in place": add_in_place,
+    "memory of another": lambda h: h.set_(REAL),
     "set item": begin,
     "get item": lambda h: h[0],
     "iterate": list,
