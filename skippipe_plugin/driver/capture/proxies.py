@@ -293,8 +293,8 @@ class BlockProxies:
             return
         raise SkipPipeError(
             f"{self.names[block]} changes its input in place, on a worker, and a hook of yours on {watched} may have "
-            "kept that tensor, which would not change here. Let the block make a new tensor (x = x * y in place of x *= y), "
-            "or remove the hook"
+            "kept that tensor, which would not change here. Let the block make a new tensor (x = x * y in place of "
+            "x *= y), or remove the hook"
         )
 
     def _expect(self, owner: object, block: int) -> StackCall:
