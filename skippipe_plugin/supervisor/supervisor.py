@@ -16,18 +16,34 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from ..engine.c10d import host_store
 from ..engine.channel import Channel, ChannelError, Message
+from ..engine.control.codec import Control
+from ..engine.control.handlers import Handlers
+from ..engine.control.line import Line
 from ..engine.errors import SkipPipeError
 from ..engine.handshake import Purpose
 from ..engine.listener import Listener
 from ..engine.secret import job_secret
 from ..worker import WorkerProcesses
 from ..worker.parent import death_with_parent
+from .messages import (
+    TO_SUPERVISED,
+    TO_SUPERVISOR,
+    AskStore,
+    AskWorkers,
+    CannotDo,
+    ForgetEnded,
+    KillWorker,
+    Obeyed,
+    StartWorkers,
+    StoreAt,
+    Workers,
+)
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +91,7 @@ class Supervisor:
         self._channel: Channel | None = None
         self._stopping = False
         self._closing = threading.Event()
+        self._handlers = self._obey()
         self._desk = threading.Thread(target=self._serve, name="driver's requests", daemon=True)
         self._desk.start()
 
@@ -137,48 +154,42 @@ class Supervisor:
         while not self._closing.is_set():
             arrived = self._listener.accept(timeout_s=_LOOK_S)
             if arrived is not None:
-                self._attend(arrived[0])
+                self._attend(*arrived)
 
-    def _attend(self, channel: Channel) -> None:
+    def _attend(self, channel: Channel, greeting: Message) -> None:
         self._channel = channel
-        answers: Mapping[str, Callable[..., dict[str, Any]]] = {
-            "store": lambda: {"host": self._options.host, "port": self._store.port},
-            "start": self._start,
-            "status": self._status,
-            "kill": self._kill,
-            "reap": self._reap,
-        }
+        line = Line(channel, TO_SUPERVISED, TO_SUPERVISOR)
         try:
+            TO_SUPERVISOR.decode(greeting)
             while True:
-                request = channel.receive()
-                channel.send(*_answered(answers, request))
+                line.send(answer_to(line.receive().body, self._handlers))
         except ChannelError:
             channel.close()
 
-    def _status(self) -> dict[str, Any]:
-        return {"running": self._workers.running(), "ended": list(self._workers.ended_early(()).items())}
+    def _obey(self) -> Handlers:
+        handlers = Handlers("a supervisor that serves a driver")
+        handlers.on(AskStore, lambda _: StoreAt(self._options.host, self._store.port))
+        handlers.on(StartWorkers, self._start)
+        handlers.on(AskWorkers, self._tell_workers)
+        handlers.on(KillWorker, lambda command: self._workers.kill(command.pid))
+        handlers.on(ForgetEnded, lambda _: self._workers.reap())
+        return handlers
 
-    def _kill(self, pid: int) -> dict[str, Any]:
-        self._workers.kill(pid)
-        return {}
-
-    def _reap(self) -> dict[str, Any]:
-        self._workers.reap()
-        return {}
-
-    def _start(self, count: int, arguments: list[str], environment: dict[str, str], folder: str) -> dict[str, Any]:
+    def _start(self, wanted: StartWorkers) -> None:
         store = f"{self._options.host}:{self._store.port}"
-        command = [sys.executable, "-m", "skippipe_plugin.worker.supervised", store, *arguments]
-        self._workers.start_bound(count, command, environment, folder)
-        return {}
+        command = [sys.executable, "-m", "skippipe_plugin.worker.supervised", store, wanted.key]
+        self._workers.start_bound(wanted.count, command, wanted.environment, wanted.folder)
+
+    def _tell_workers(self, _: AskWorkers) -> Workers:
+        return Workers(self._workers.running(), [*self._workers.ended_early(()).items()])
 
 
-def _answered(answers: Mapping[str, Callable[..., dict[str, Any]]], request: Message) -> tuple[str, dict[str, Any]]:
+def answer_to(request: Control, handlers: Handlers) -> Control:
     """Do what a driver asks for; a failure is its own, and never the end of this desk."""
     try:
-        return "done", answers[request.kind](**request.fields)
+        return handlers.obey(request) or Obeyed()
     except Exception as error:
-        return "failed", {"reason": f"{error}" if isinstance(error, SkipPipeError) else repr(error)}
+        return CannotDo(f"{error}" if isinstance(error, SkipPipeError) else repr(error))
 
 
 def _in_foreground() -> bool:

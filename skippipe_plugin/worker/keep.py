@@ -17,6 +17,7 @@ from ..engine.channel import Buffer
 from ..engine.control.answers import State
 from ..engine.control.codec import Control, from_values, to_values
 from ..engine.control.commands import Arrange
+from ..engine.control.handlers import Handlers
 from ..engine.control.keeping import (
     AskRecord,
     AskRecords,
@@ -40,7 +41,6 @@ from ..engine.control.values import Record
 from ..engine.errors import SkipPipeError
 from ..engine.parcel import pack_parts, unpack_parts
 from .arrange import arrange
-from .handlers import Handlers
 from .holdings import Holdings
 
 KeptRecord = tuple[Record, Sequence[Buffer]]

@@ -26,6 +26,7 @@ from ..engine.call import Call
 from ..engine.channel import Channel, ChannelClosed
 from ..engine.control import answers, commands
 from ..engine.control.codec import Control, Received
+from ..engine.control.handlers import Handlers
 from ..engine.control.keeping import Drop, Settle
 from ..engine.control.line import to_driver
 from ..engine.control.presence import Beat, Exit, Hello, Leave, Outlive, Refuse, Release
@@ -45,7 +46,6 @@ from ..engine.waiting import Waiting
 from ..engine.wire import CallDecoder, decode_optimizer_state
 from ..moe.board import RouterBoard
 from ..schedule import Schedule
-from .handlers import Handlers
 from .holdings import Holdings
 from .keep import Keep
 from .order import DriversOrder

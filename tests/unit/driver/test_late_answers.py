@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from skippipe_plugin.driver.links import Link, Links
-from skippipe_plugin.engine.channel import Channel, ChannelError, Message, connect
+from skippipe_plugin.engine.channel import Channel, ChannelError, connect
 from skippipe_plugin.engine.control.answers import Failed, State
 from skippipe_plugin.engine.control.codec import Received
 from skippipe_plugin.engine.control.commands import Get
+from skippipe_plugin.engine.control.handlers import Handlers
 from skippipe_plugin.engine.control.line import Line, to_driver
 from skippipe_plugin.engine.control.presence import Exit
 from skippipe_plugin.engine.errors import SkipPipeError, StageLostError
@@ -19,10 +20,19 @@ from skippipe_plugin.engine.handshake import Purpose
 from skippipe_plugin.engine.listener import Listener
 from skippipe_plugin.supervisor import client as client_module
 from skippipe_plugin.supervisor.client import SupervisedProcesses
-from skippipe_plugin.supervisor.supervisor import _answered
+from skippipe_plugin.supervisor.messages import (
+    TO_SUPERVISED,
+    TO_SUPERVISOR,
+    AskWorkers,
+    Begin,
+    ForgetEnded,
+    Obeyed,
+    StoreAt,
+    Workers,
+)
+from skippipe_plugin.supervisor.supervisor import RunOptions, Supervisor, answer_to
 
 SECRET = bytes(32)
-Behaviour = Callable[[Channel, Message], None]
 WorkerBehaviour = Callable[[Line, Received], None]
 
 
@@ -172,23 +182,24 @@ def test_what_is_no_message_is_a_loss_that_says_so(meet: Callable[[WorkerBehavio
 
 
 @pytest.fixture
-def supervised(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Behaviour], SupervisedProcesses]]:
+def supervised(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[WorkerBehaviour], SupervisedProcesses]]:
     """Gives the driver's side of a supervisor that does something with each question."""
     door, clients = Listener("127.0.0.1", 0, SECRET, purpose=Purpose.ASK_SUPERVISOR), list[SupervisedProcesses]()
     monkeypatch.setenv("SKIPPIPE_SUPERVISOR", f"127.0.0.1:{door.port}")
     monkeypatch.setenv("SKIPPIPE_ATTEMPT", "0")
     monkeypatch.setenv("SKIPPIPE_SECRET", SECRET.hex())
 
-    def serve(behave: Behaviour) -> None:
+    def serve(behave: WorkerBehaviour) -> None:
         arrived = door.accept(5)
         assert arrived is not None
+        line = Line(arrived[0], TO_SUPERVISED, TO_SUPERVISOR)
         try:
             while True:
-                behave(arrived[0], arrived[0].receive())
+                behave(line, line.receive())
         except ChannelError:
             pass
 
-    def start(behave: Behaviour) -> SupervisedProcesses:
+    def start(behave: WorkerBehaviour) -> SupervisedProcesses:
         threading.Thread(target=serve, args=(behave,), daemon=True).start()
         clients.append(SupervisedProcesses("key"))
         return clients[-1]
@@ -199,12 +210,14 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Behaviour]
     door.close()
 
 
-def test_a_question_to_the_supervisor_that_was_given_up(supervised: Callable[[Behaviour], SupervisedProcesses]) -> None:
+def test_a_question_to_the_supervisor_that_was_given_up(
+    supervised: Callable[[WorkerBehaviour], SupervisedProcesses],
+) -> None:
     """As by Ctrl-C: later answers are not one behind."""
 
-    def answer(channel: Channel, message: Message) -> None:
+    def answer(line: Line, message: Received) -> None:
         time.sleep(0.1)
-        channel.send("done", {"running": [len(message.fields)]})
+        line.send(Workers([3], []) if isinstance(message.body, AskWorkers) else Obeyed())
 
     processes = supervised(answer)
     real: Any = processes._answers
@@ -215,34 +228,53 @@ def test_a_question_to_the_supervisor_that_was_given_up(supervised: Callable[[Be
 
     processes._answers = Interrupted()  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
-        processes._ask("kill", pid=5)
+        processes.kill("5")
     processes._answers = real
-    assert processes.running() == ["0"]
+    assert processes.running() == ["3"]
 
 
-def test_a_supervisor_that_cannot_says_why(supervised: Callable[[Behaviour], SupervisedProcesses]) -> None:
+def test_a_supervisor_that_cannot_says_why(supervised: Callable[[WorkerBehaviour], SupervisedProcesses]) -> None:
     """And answers the next question: its thread does not die of an exception."""
 
-    def refuse(**_: Any) -> dict[str, Any]:
+    def refuse(_: ForgetEnded) -> None:
         raise OSError(24, "Too many open files")
 
-    desk = {"start": refuse, "status": lambda: {"running": [3]}}
-    processes = supervised(lambda channel, message: channel.send(*_answered(desk, message)) and None)
-    with pytest.raises(SkipPipeError, match=r"the supervisor could not do 'start': .*Too many open files"):
-        processes._ask("start", count=1)
+    handlers = Handlers("a supervisor")
+    handlers.on(ForgetEnded, refuse)
+    handlers.on(AskWorkers, lambda _: Workers([3], [(4, -9)]))
+    processes = supervised(lambda line, message: line.send(answer_to(message.body, handlers)) and None)
+    with pytest.raises(SkipPipeError, match=r"the supervisor could not do 'ForgetEnded': .*Too many open files"):
+        processes.reap()
     assert processes.running() == ["3"]
-    with pytest.raises(SkipPipeError, match="could not do 'dance': KeyError"):
-        processes._ask("dance")
+    assert processes.ended_early(()) == {"4": "exit status -9"}
+    with pytest.raises(SkipPipeError, match=r"could not do 'KillWorker': .*is not for a supervisor"):
+        processes.kill("3")
+
+
+def test_a_supervisor_that_answers_another_question(
+    supervised: Callable[[WorkerBehaviour], SupervisedProcesses],
+) -> None:
+    processes = supervised(lambda line, _: line.send(StoreAt("127.0.0.1", 5)) and None)
+    with pytest.raises(SkipPipeError, match="the supervisor answered 'AskWorkers' with 'StoreAt'"):
+        processes.running()
+
+
+def test_the_supervisor_obeys_every_message() -> None:
+    supervisor = Supervisor(RunOptions())
+    try:
+        assert supervisor._handlers.kinds | {Begin} == set(TO_SUPERVISOR.kinds.values())
+    finally:
+        supervisor.close()
 
 
 def test_a_supervisor_that_is_silent_is_not_waited_for_for_ever(
-    supervised: Callable[[Behaviour], SupervisedProcesses],
+    supervised: Callable[[WorkerBehaviour], SupervisedProcesses],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(client_module, "_SAY_S", 0.5)
     monkeypatch.setattr(client_module, "_ANSWER_S", 1.5)
     processes = supervised(lambda *_: None)
-    with pytest.raises(SkipPipeError, match=r"the supervisor did not answer 'status' within 1\.5 s"):
+    with pytest.raises(SkipPipeError, match=r"the supervisor did not answer 'AskWorkers' within 1\.5 s"):
         processes.running()
-    assert "waiting for the supervisor's answer to 'status'" in caplog.text
+    assert "waiting for the supervisor's answer to 'AskWorkers'" in caplog.text

@@ -12,6 +12,7 @@ from torch import nn
 from skippipe_plugin.driver.links import Link
 from skippipe_plugin.driver.recovery.recall import Recalled, rebuilt, recall
 from skippipe_plugin.engine.channel import ChannelClosed, Message
+from skippipe_plugin.engine.control.handlers import Handlers
 from skippipe_plugin.engine.control.keeping import Store
 from skippipe_plugin.engine.control.messages import TO_DRIVER, TO_WORKER
 from skippipe_plugin.engine.control.values import Record
@@ -19,7 +20,6 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.handover import pack_object
 from skippipe_plugin.engine.stage import Stage
 from skippipe_plugin.engine.wire import tensor_key, tensor_name
-from skippipe_plugin.worker.handlers import Handlers
 from skippipe_plugin.worker.keep import Keep
 
 STAGES = {1: [0, 1], 2: [2], 3: [3], 4: [4, 5]}

@@ -7,11 +7,11 @@ import pytest
 from skippipe_plugin.engine.channel import Channel, ChannelError
 from skippipe_plugin.engine.control.answers import Ready
 from skippipe_plugin.engine.control.commands import AskClock, Calls, Pass
+from skippipe_plugin.engine.control.handlers import Handlers
 from skippipe_plugin.engine.control.messages import TO_WORKER
 from skippipe_plugin.engine.control.presence import Beat, Exit, Refuse, Release
 from skippipe_plugin.engine.handshake import SessionKeys
 from skippipe_plugin.worker import Worker
-from skippipe_plugin.worker.handlers import Handlers
 
 ELSEWHERE = {Beat, Refuse, Exit, Release, Pass, Calls}
 """What readers, the order of drivers and the step under way take."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..engine.channel import ChannelError
-from ..engine.control.codec import Control
+from ..channel import ChannelError
+from .codec import Control
 
 _C = TypeVar("_C", bound=Control)
 
 
 class Handlers:
-    """What is done with each kind of message, and what is said to who has sent it."""
+    """What is done with each kind of message, and what is said to who has sent it.
 
-    def __init__(self) -> None:
+    Args:
+        whose: Who obeys, for errors.
+    """
+
+    def __init__(self, whose: str = "a worker that waits for commands") -> None:
+        self._whose = whose
         self._by_kind: dict[type[Control], Callable[[Any], Control | None]] = {}  # Any: a message of that kind
 
     def on(self, kind: type[_C], handler: Callable[[_C], Control | None]) -> None:
@@ -30,7 +35,7 @@ class Handlers:
         """
         handler = self._by_kind.get(type(command))
         if handler is None:
-            raise ChannelError(f"{type(command).__name__!r} is not for a worker that waits for commands")
+            raise ChannelError(f"{type(command).__name__!r} is not for {self._whose}")
         return handler(command)
 
     @property
