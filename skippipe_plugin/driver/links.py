@@ -23,6 +23,7 @@ from ..engine.control.line import to_worker
 from ..engine.control.presence import Beat, Exit, Leave, Refuse
 from ..engine.errors import ConnectionsBroken, StageLostError, unpack_exception
 from ..engine.waiting import Waiting
+from .keepers import keepers_among
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class Link:
         """The worker's last answer to a question for a sign of life."""
         self._sign_s = 0.0
         self._channel = channel
+        self.host, self.is_local = channel.peer.rpartition(":")[0], channel.is_local
+        """The address of the worker's host, and whether this is it, as far as addresses tell."""
         self._line = to_worker(channel)
         self._board: Links | None = None
         self._answers: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
@@ -79,11 +82,6 @@ class Link:
 
     def __str__(self) -> str:
         return f"worker rank {self.rank} (stage {', '.join(map(str, self.stages))})"
-
-    @property
-    def host(self) -> str:
-        """The address of the worker's host; empty when it is gone."""
-        return self._channel.peer.rpartition(":")[0]
 
     def assign(self, rank: int, stages: Sequence[int], board: Links) -> None:
         """Make this the link to ``rank`` of the pipeline that ``board`` belongs to."""
@@ -411,10 +409,9 @@ class Links:
             link.set_free()
         return parted
 
-    def ends(self) -> list[Link]:
-        """Return the workers of the first and the last rank, which keep a copy of what the driver itself holds."""
-        links = sorted(self, key=lambda link: link.rank)
-        return links if len(links) < 2 else [links[0], links[-1]]
+    def keepers(self) -> list[Link]:
+        """Return the two workers that keep a copy of what the driver itself holds; see :func:`keepers_among`."""
+        return keepers_among(list(self))
 
     @property
     def failed(self) -> bool:

@@ -95,7 +95,7 @@ def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class DriverMirror:
-    """Stores the records of one fit on the workers of the first and the last rank.
+    """Stores the records of one fit on two workers; see :meth:`skippipe_plugin.driver.links.Links.keepers`.
 
     Args:
         links: To all workers.
@@ -150,7 +150,7 @@ class DriverMirror:
 
     def finish(self, result: Any) -> None:
         """Store what the fit ends with, on one worker, for as long as that one lives."""
-        holders = self._links.ends()
+        holders = self._links.keepers()
         self._store(f"result{self._fit}", result, holders=holders[self._fit % len(holders) :][:1], lasting=True)
 
     def _store(
@@ -166,7 +166,7 @@ class DriverMirror:
     ) -> None:
         entries, blobs = pack_object(value)
         record = Record(name, self._fit, self._step if step is None else step, lasting, entries, order)
-        holders = self._links.ends() if holders is None else holders
+        holders = self._links.keepers() if holders is None else holders
         sent = [(link, self._send(link, Store(record, quiet, blobs))) for link in holders]
         if quiet:
             return

@@ -186,9 +186,9 @@ class Mover:
         self._candidates.lend(newcomers)
         pipeline.relayout(layout, shape.schedules, came_from)
         self._parting = pipeline.links.reseat({r: (layout.stages_of(r), link) for r, (_, link) in places.items()})
-        ends = [link.rank for link in pipeline.links.ends()]
+        keepers = [link.rank for link in pipeline.links.keepers()]
         self._orders = {
-            rank: order(pipeline, rank, cargo, held=blocks, records=records if rank in ends else {}, moves=True)
+            rank: order(pipeline, rank, cargo, held=blocks, records=records if rank in keepers else {}, moves=True)
             for rank, (blocks, _) in places.items()
         }
         self._adopted()
@@ -210,4 +210,4 @@ class Mover:
 
     def _records(self) -> dict[str, Part]:
         """Fetch what is kept of the driver's own state; a worker that took over lately may lack some of it."""
-        return {name: part for link in self._pipeline.links.ends() for name, part in fetch_records(link).items()}
+        return {name: part for link in self._pipeline.links.keepers() for name, part in fetch_records(link).items()}

@@ -98,6 +98,8 @@ def test_what_cannot_be_rebuilt_is_an_error_that_names_the_blocks(lost: list[int
 class Worker:
     """The channel to a worker that holds one block and all records, and dies at its ``dies_at``-th question."""
 
+    peer, is_local = "127.0.0.1:5", True
+
     def __init__(self, block: int, dies_at: int) -> None:
         self.dies_at, self.asked, self.heard_s = dies_at, 0, time.monotonic()
         self.keep = Keep()
