@@ -145,6 +145,15 @@ def _add_run(commands: Commands) -> None:
     )
     run.add_argument("--max-restarts", type=int, default=10, metavar="N", help="start it again at most N times (10)")
     run.add_argument("--host", default="127.0.0.1", help="this machine's address, as the workers reach it (127.0.0.1)")
+    run.add_argument(
+        "--port", type=_port, default=0, metavar="P", help="where those that stand by find it (any free one)"
+    )
+    run.add_argument(
+        "--standby-for",
+        metavar="HOST:PORT",
+        help="begin nothing, but go on with the job that another host runs there (its --host and --port) when that "
+        "host is lost. Workers that joined by hand from other hosts hold the training meanwhile",
+    )
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the command and its arguments")
     run.set_defaults(run=_run)
 
@@ -265,8 +274,11 @@ def _run(options: argparse.Namespace) -> int:
     if not command:
         raise ValueError("there is no command; write it after --, such as: skippipe run -- python train.py")
     from skippipe_plugin.supervisor import RunOptions, run  # imports torch
+    from skippipe_plugin.worker.joining import parse_address
 
-    return run(command, RunOptions(max_restarts=options.max_restarts, host=options.host))
+    first = None if options.standby_for is None else parse_address(options.standby_for)
+    wanted = RunOptions(max_restarts=options.max_restarts, host=options.host, port=options.port, standby_for=first)
+    return run(command, wanted)
 
 
 def _worker(options: argparse.Namespace) -> str:
@@ -298,6 +310,11 @@ def _checked(text: str, kind: Callable[[str], _N], limits: Range) -> _N:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not {describe(kind, limits)}") from None
     return value
+
+
+def _port(text: str) -> int:
+    """Read a port; 0 is any."""
+    return _checked(text, int, Range(0, 65535))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -32,11 +32,12 @@ from ..engine.control.line import to_driver
 from ..engine.control.presence import Hello, Release
 from ..engine.errors import SkipPipeError, StartRefused
 from ..engine.handout import find_secret, fingerprint, leave_secret
+from ..engine.job_store import JobStore
 from ..engine.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, job_secret, secret_file
 from ..engine.versions import own_versions
 from ..job.network import NetworkConfig
 from ..sources import Door, WorkerSource, make_source, workers_of
-from ..sources.local import HERE, LocalSource
+from ..sources.local import LocalSource
 from ..supervisor import SupervisedProcesses, supervised
 from ..worker import DriverProcesses, Worker
 from .crew import Crew, SourceCrew, SourceWatch
@@ -76,10 +77,10 @@ class DriverJob:
         given = self._given_secret()
         limit_s = network.join_timeout_s
         if launcher is None and supervised():
-            host = network.host or HERE
-            self._crew = SupervisedProcesses(_supervised_key(host, network.port))
+            self._crew = SupervisedProcesses(_supervised_key(network))
             self._store_host, store = self._crew.store()
-            roll = RollCall(self._crew.store()[1], self._store_host, self._crew.key)
+            roll = RollCall(JobStore(self._crew.store()[1], self._store_host), self._crew.key)
+            host = network.host or self._store_host
             self.pool = WorkerPool(
                 host, network.port, secret=self._crew.secret, store=store, join_timeout_s=limit_s, door=roll
             )
@@ -393,8 +394,9 @@ def _register(key: tuple[object, ...], job: DriverJob | WorkerJob) -> None:
     _registry[key] = job
 
 
-def _supervised_key(host: str, port: int) -> str:
-    return f"skippipe/supervised/{host}:{port}"
+def _supervised_key(network: NetworkConfig) -> str:
+    """Tell the jobs of one script apart, alike on every host where it may be started."""
+    return f"skippipe/supervised/{network.host or ''}:{network.port}"
 
 
 def _driver_key(rank: int) -> str:

@@ -6,13 +6,12 @@ a list of those that are there in the job's store, which the supervisor hosts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from ..driver.links import Link
-from ..engine.c10d import TCPStore
 from ..engine.control.keeping import Drop
 from ..engine.control.presence import Outlive
+from ..engine.job_store import JobStore
 
 
 class RollCall:
@@ -20,15 +19,14 @@ class RollCall:
 
     Args:
         store: The job's, by a connection of its own: it is used in the thread that lets workers in.
-        host: The store's, as workers reach it.
         key: Where in the store workers find the driver's address.
     """
 
-    def __init__(self, store: TCPStore, host: str, key: str) -> None:
+    def __init__(self, store: JobStore, key: str) -> None:
         self._store = store
-        self._where = Outlive(host, store.port, key)
-        self._list = f"{key}/by hand"
-        self._noted: list[str] = json.loads(store.get(self._list)) if store.check([self._list]) else []
+        self._key = key
+        self._where = Outlive([store.address], key)
+        self._noted = store.members(key)
         self.awaited = tuple(self._noted)
         """The names of those that were there when the last driver was lost."""
         self.is_over = False
@@ -42,11 +40,17 @@ class RollCall:
             drop(link)
 
     def look(self, links: Sequence[Link]) -> None:
-        """Note who is there; called again and again."""
-        names = sorted(link.name for link in links if link.name and not link.gone)
+        """Note who is there, and tell them of new stores; called again and again."""
+        present = [link for link in links if link.name and not link.gone]
+        names = sorted(link.name for link in present)
         if self.is_over and names != self._noted:
-            self._store.set(self._list, json.dumps(names))
+            self._store.note_members(self._key, names)
             self._noted = names
+        stores = [self._store.address, *self._store.standbys()]
+        if stores != self._where.stores:
+            self._where = Outlive(stores, self._key)
+            for link in present:
+                link.tell(self._where)
 
 
 def drop(link: Link) -> None:

@@ -7,6 +7,7 @@ from the kernel (Linux) and sees its channel end, workers see the end of their s
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import logging
 import os
@@ -26,9 +27,11 @@ from ..engine.control.codec import Control
 from ..engine.control.handlers import Handlers
 from ..engine.control.line import Line
 from ..engine.errors import SkipPipeError
+from ..engine.handout import fingerprint
 from ..engine.handshake import Purpose
+from ..engine.job_store import Address, JobState, JobStore
 from ..engine.listener import Listener
-from ..engine.secret import job_secret
+from ..engine.secret import SECRET_FILE_VARIABLE, job_secret
 from ..worker import WorkerProcesses
 from ..worker.parent import death_with_parent
 from .messages import (
@@ -44,12 +47,14 @@ from .messages import (
     StoreAt,
     Workers,
 )
+from .standby import await_loss
 
 log = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE: Final = "SKIPPIPE_SUPERVISOR"
 ATTEMPT_VARIABLE: Final = "SKIPPIPE_ATTEMPT"
 _LOOK_S: Final = 0.2
+_TOLD_S: Final = 3.0
 _SHELL: Final = 128
 """A shell (or a launcher) whose command died by a signal ends with this plus the signal's number."""
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -63,6 +68,10 @@ class RunOptions:
     """How often the command is started again after it died by a signal."""
     host: str = "127.0.0.1"
     """The address of the store and of the supervisor, as the driver and its workers reach it."""
+    port: int = 0
+    """The store's; 0 takes any free one."""
+    standby_for: Address | None = None
+    """The store of the supervisor whose job is taken over when its host is lost; None: the job begins here."""
 
     def __post_init__(self) -> None:
         if self.max_restarts < 0:
@@ -83,8 +92,16 @@ class Supervisor:
 
     def __init__(self, options: RunOptions) -> None:
         self._options = options
-        self._secret = job_secret(None, create=True) or secrets.token_hex(32)
-        self._store = host_store(options.host)
+        given = job_secret(None, create=options.standby_for is None)
+        if given is None and options.standby_for is not None:
+            raise ValueError(
+                f"who stands by must know the job's secret: set {SECRET_FILE_VARIABLE} to a copy of the first host's"
+            )
+        self._may_be_joined = given is not None
+        self._secret = given or secrets.token_hex(32)
+        self._store = host_store(options.host, options.port)
+        self._job = JobStore(self._store, options.host)
+        self._job.begin(fingerprint(self._secret))
         self._listener = Listener(options.host, 0, bytes.fromhex(self._secret), purpose=Purpose.ASK_SUPERVISOR)
         self._workers = WorkerProcesses()
         self._driver: subprocess.Popen[bytes] | None = None
@@ -97,18 +114,41 @@ class Supervisor:
 
     def run(self, command: Sequence[str]) -> int:
         """See :func:`run`."""
-        for attempt in itertools.count():
+        first = self._options.standby_for
+        begun = JobState() if first is None else await_loss(first, self._job, fingerprint(self._secret))
+        if isinstance(begun, int):
+            return begun
+        self._job.put(begun)
+        if self._may_be_joined and not ipaddress.ip_address(self._listener.host).is_loopback:
+            log.warning(
+                "another host may stand by for this job: skippipe run --host ADDRESS --standby-for %s:%d -- COMMAND",
+                *self._job.address,
+            )
+        status = self._attempts(command, begun.attempt)
+        self._say_over(status)
+        return status
+
+    def _attempts(self, command: Sequence[str], first: int) -> int:
+        for attempt in itertools.count(first):
+            self._job.put(JobState(attempt))
             status, seconds = self._attempt(command, attempt)
             number = _signal_of(status)
             if number is None or self._stopping:
                 break
-            left = self._options.max_restarts - attempt
+            left = self._options.max_restarts - (attempt - first)
             log.warning(
                 "the driver died by %s after %.0f s; %s", signal.Signals(number).name, seconds, self._what_now(left)
             )
             if left == 0:
                 break
         return status if status >= 0 else _SHELL - status
+
+    def _say_over(self, status: int) -> None:
+        """Let those that stand by know that the job is not lost: wait until they have read it, but not for long."""
+        self._job.end(status)
+        deadline_s = time.monotonic() + _TOLD_S
+        while self._job.num_told() < len(self._job.standbys()) and time.monotonic() < deadline_s:
+            time.sleep(_LOOK_S)
 
     def close(self) -> None:
         """End what is left of the job."""

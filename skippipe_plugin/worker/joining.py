@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
 import time
 import uuid
-from datetime import timedelta
 from types import FrameType
 from typing import Final
 
-from ..engine.c10d import TCPStore
 from ..engine.channel import Channel, ChannelError, NobodyThere, connect
 from ..engine.control.line import to_driver
 from ..engine.control.presence import Hello, Outlive
 from ..engine.errors import SkipPipeError
+from ..engine.job_store import Address, JobStore
 from ..engine.versions import own_versions
 from .service import DriverGone, Refused, Worker
 
@@ -25,7 +23,9 @@ log = logging.getLogger(__name__)
 
 _RETRY_S: Final = 0.5
 _LOOK_S: Final = 0.05
-_STORE_ANSWERS: Final = timedelta(seconds=20)
+_CALL_S: Final = 0.2
+_NOBODY_S: Final = 20.0
+"""For how long a worker that has lost its driver looks for a store that may tell it of the next one."""
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -79,16 +79,16 @@ def join(host: str, port: int, secret: str, *, wait_s: float) -> None:
         except Refused:
             raise
         except (DriverGone, ChannelError) as error:
-            gone = (
-                f"the driver at {host}:{port} is gone: it ended, or the link broke. If the job goes on, join it again"
-            )
-            if worker.next_driver is None:
-                raise SkipPipeError(gone) from error
-            log.warning("the driver is gone; waiting until skippipe run has started it again")
-            try:
-                worker.rejoin(_dial_next(worker.next_driver, key, name))
-            except RuntimeError as nobody:  # the store is gone
-                raise SkipPipeError(gone) from nobody
+            channel = None
+            if worker.next_driver is not None:
+                log.warning("the driver is gone; waiting until skippipe run has started it again")
+                channel = _dial_next(worker.next_driver, key, name)
+            if channel is None:
+                raise SkipPipeError(
+                    f"the driver at {host}:{port} is gone: it ended, or the link broke. If the job goes on, join it "
+                    "again"
+                ) from error
+            worker.rejoin(channel)
 
 
 def _connect(host: str, port: int, secret: bytes, wait_s: float) -> Channel:
@@ -108,29 +108,58 @@ def _connect(host: str, port: int, secret: bytes, wait_s: float) -> Channel:
             time.sleep(_RETRY_S)
 
 
-def dial(store: TCPStore, key: str, secret: bytes, name: str = "") -> Channel:
+def dial(store: JobStore, key: str, secret: bytes) -> Channel:
     """Join the driver whose address is in a store, as soon as there is one that answers.
 
     Args:
         store: Which outlives drivers.
         key: Where in the store the address is.
         secret: The job's.
-        name: Of a worker that joined by hand.
 
     Raises:
         RuntimeError: The store is gone.
     """
     while True:
-        if store.check([key]):
-            address = json.loads(store.get(key))
-            with contextlib.suppress(ChannelError):  # it is the address of the one before
-                return _greet(connect(address["host"], address["port"], secret), name)
+        channel = _try_to_dial(store, key, secret)
+        if channel is not None:
+            return channel
         time.sleep(_LOOK_S)
 
 
-def _dial_next(where: Outlive, secret: bytes, name: str) -> Channel:
-    store = TCPStore(where.host, where.port, is_master=False, timeout=_STORE_ANSWERS)
-    return dial(store, where.key, secret, name)
+def _try_to_dial(store: JobStore, key: str, secret: bytes, name: str = "") -> Channel | None:
+    address = store.driver(key)
+    if address is not None:
+        with contextlib.suppress(ChannelError):  # it is the address of the one before
+            return _greet(connect(*address, secret), name)
+    return None
+
+
+def _dial_next(where: Outlive, secret: bytes, name: str) -> Channel | None:
+    """Join the next driver by the first of the stores that is there; None when none has been for long.
+
+    Whoever does not reach the first one says so to the next: a supervisor that stands by needs to hear it of most.
+    """
+    reached: dict[Address, JobStore] = {}
+    seen_s, is_there = time.monotonic(), True
+    while is_there and time.monotonic() - seen_s < _NOBODY_S:
+        is_there = False
+        for at, address in enumerate(where.stores):
+            try:
+                store = reached.pop(address, None) or JobStore.reach(*address)
+                if at > 0:
+                    store.call(name)
+                channel = _try_to_dial(store, where.key, secret, name)
+            except ConnectionRefusedError:
+                continue
+            except (OSError, RuntimeError):  # it is cut off, or has just gone
+                is_there = True
+                continue
+            if channel is not None:
+                return channel
+            reached[address], seen_s, is_there = store, time.monotonic(), True
+            break
+        time.sleep(_CALL_S)
+    return None
 
 
 def _greet(channel: Channel, name: str, ticket: str = "") -> Channel:

@@ -135,7 +135,6 @@ class Worker:
         handlers.on(commands.Get, self._get)
         handlers.on(commands.Overwrite, self._overwrite)
         handlers.on(commands.Clip, self._clip)
-        handlers.on(Outlive, self._outlive)
         handlers.on(commands.AskClock, lambda _: answers.ClockReads(time.perf_counter()))
         handlers.on(commands.Probe, self._probe)
         handlers.on(commands.CompareParts, self._compare_parts)
@@ -227,6 +226,11 @@ class Worker:
                 case Beat():
                     with contextlib.suppress(ChannelClosed):
                         line.send_if_free(Beat(self._waiting.turn, self._waiting.is_quiet()))
+                    continue
+                case (
+                    Outlive() as where
+                ):  # it joined a supervised job by hand; the news may come in the middle of a step
+                    self.next_driver, self._outlives = where, True
                     continue
                 case Refuse(reason):
                     self._refusal = reason
@@ -511,10 +515,6 @@ class Worker:
         self._put_later()
         self._holdings.zero(command.zero)
         self._holdings.clip(command)
-
-    def _outlive(self, command: Outlive) -> None:
-        """Whoever joined by hand belongs to a supervised job, and waits for the next driver when this one is lost."""
-        self.next_driver, self._outlives = command, True
 
     def _probe(self, command: commands.Probe) -> answers.Probed:
         call: Call

@@ -17,10 +17,10 @@ import os
 import signal
 import sys
 
-from ..engine.c10d import TCPStore
 from ..engine.channel import ChannelError
 from ..engine.errors import SkipPipeError
-from .joining import dial
+from ..engine.job_store import JobStore
+from .joining import dial, parse_address
 from .processes import end_now
 from .service import DriverGone, Worker
 
@@ -30,9 +30,9 @@ log = logging.getLogger("skippipe_plugin.worker")
 def main(arguments: list[str]) -> int:
     """Serve one driver after the other, return the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in python -m skippipe_plugin.worker
-    (host, port), key = arguments[0].rsplit(":", 1), arguments[1]
+    (host, port), key = parse_address(arguments[0]), arguments[1]
     secret = bytes.fromhex(os.environ["SKIPPIPE_SECRET"])
-    store = TCPStore(host, int(port), is_master=False)
+    store = JobStore.reach(host, port)
     worker = Worker(dial(store, key, secret), outlives=True)
     signal.signal(signal.SIGTERM, lambda *_: worker.leave() or os._exit(128 + signal.SIGTERM))
     try:

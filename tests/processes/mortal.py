@@ -1,7 +1,8 @@
 """A training script that kills itself: ``mortal.py FOLDER MOMENT,MOMENT,... SETTINGS``.
 
 In each attempt it does so at another moment, ``HOOK:COUNT`` or ``KIND:COUNT`` of a message; ``HOOK:COUNT:RANKS`` kills
-the workers of these ranks too, or only them without the 0 of the driver; ``MOMENT+MOMENT`` are two in one attempt. It
+the workers of these ranks too, or only them without the 0 of the driver; ``HOOK:COUNT:host`` kills the supervisor, and
+with it all that runs here; ``MOMENT+MOMENT`` are two in one attempt. It
 appends what it does to ``FOLDER/events`` and leaves ``FOLDER/end.pt`` when it comes to its end.
 
 The settings are those of :func:`fit`, in JSON, with ``num_fits`` and ``moves``. These make the run elastic:
@@ -139,7 +140,8 @@ class Killer(Callback):
         from skippipe_plugin.driver.links import Link
 
         hook, count, ranks = (*moment.split(":"), "0")[:3]
-        self.left, self.ranks = int(count or 0), sorted(map(int, ranks), reverse=True)
+        self.left, self.loses_host = int(count or 0), ranks == "host"
+        self.ranks = [0] if self.loses_host else sorted(map(int, ranks), reverse=True)
         self.trainer: Trainer | None = None
         if hook.startswith("on_"):
             setattr(self, hook, self.reached)
@@ -156,6 +158,8 @@ class Killer(Callback):
             pids = {0: os.getpid()}
             if any(self.ranks):
                 pids |= self.workers()
+            if self.loses_host:
+                os.kill(os.getppid(), signal.SIGKILL)
             for rank in self.ranks:  # the driver last
                 os.kill(pids[rank], signal.SIGKILL)
 
@@ -238,6 +242,7 @@ def fit(
     replicas: int = 1,
     recovery: dict[str, Any] | None = None,
     data: Data = "plain",
+    network: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
     """Train; with one device by the plain Trainer."""
@@ -245,9 +250,9 @@ def fit(
     strategy: Any = "auto"
     if devices > 1:
         from skippipe_plugin.callbacks import StageRecovery
-        from skippipe_plugin.strategies import SkipPipeStrategy
+        from skippipe_plugin.strategies import NetworkConfig, SkipPipeStrategy
 
-        strategy = SkipPipeStrategy(num_microbatches=1, replicas=replicas)
+        strategy = SkipPipeStrategy(num_microbatches=1, replicas=replicas, network=NetworkConfig(**(network or {})))
         callbacks = [*callbacks, *([StageRecovery(**recovery)] if recovery is not None else [])]
     model = Model(folder, dropout)
     trainer = Trainer(
@@ -268,7 +273,7 @@ def fit(
 
 
 def main() -> None:
-    folder, moments, settings = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
+    folder, moments, settings = Path(sys.argv[1]), [*filter(None, sys.argv[2].split(","))], json.loads(sys.argv[3])
     attempt = int(os.environ["SKIPPIPE_ATTEMPT"])
     killers = list(map(Killer, moments[attempt].split("+"))) if attempt < len(moments) else []
     num_fits, moves = settings.pop("num_fits", 1), settings.pop("moves", "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..channel import Buffer
@@ -13,9 +13,10 @@ from .codec import Control
 class Outlive(Control):
     """Wait for the next driver, whose address will be in a store, when this one is lost."""
 
-    host: str
-    port: int
+    stores: Sequence[tuple[str, int]]
+    """The job's, and those of supervisors that stand by on other hosts: the first one that is there counts."""
     key: str
+    """Where in it the address is."""
 
 
 @dataclass(frozen=True, slots=True)
