@@ -71,6 +71,8 @@ class GradientControl:
         """What the accumulated gradients were computed from."""
         self._zero: Zero = ""
         """How the workers are to zero their gradients before anything else: ``"drop"``, ``"fill"``, or not at all."""
+        self._opened_zero = True
+        """Whether a step under way has told the workers of every zeroing so far."""
         self._is_stepped = False
         """Whether the accumulated gradients were stepped with, and nothing has become of them since."""
         self._had_gradients: list[bool] = []
@@ -137,6 +139,7 @@ class GradientControl:
             )
         self.keeps_stepped = self.keeps_stepped or not set_to_none
         self._zero = "drop" if set_to_none or self._zero == "drop" else "fill"
+        self._opened_zero = False
         self.accumulation.zeroed()
         if self._is_stepped or self._accumulates:
             self.copies.note_zeroed()
@@ -185,12 +188,13 @@ class GradientControl:
     def opening(self, opening: Opening) -> Opening:
         """Return a training step's announcement with what is to be said of gradients, such that it may be repeated."""
         zero: Zero = self._zero if self.keeps_stepped else ""
+        self._opened_zero = True
         return replace(opening, zero=zero, repeats=self.accumulation.repeating, loads=self.loads.base)
 
     def opened(self, loads: Iterable[Mapping[str, Sequence[int]]]) -> None:
         """Note that the workers have done what :meth:`opening` said, and the visits of experts in the step, by rank."""
         self.loads.note(loads)
-        if self.keeps_stepped:
+        if self.keeps_stepped and self._opened_zero:  # a loop may have zeroed between the step's forward and backward
             self._zero = ""
 
     def merge(self, scale: float) -> None:

@@ -242,9 +242,12 @@ class GradientCopies:
         """Replace one."""
         if self.hidden:
             return
-        if self.present and slot.block not in self._fetched:
-            self._fetch(slot)
         name = tensor_name(slot.block, slot.name)
+        if self.present and slot.block not in self._fetched:
+            if value is None and name not in self._copies:  # whatever it was: nobody need be asked
+                self._copies[name] = _Copy(None, ())
+                return
+            self._fetch(slot)
         if value is not None and (value.shape != slot.form.shape or value.dtype != slot.form.dtype):
             raise RuntimeError(
                 f"assigned grad has data of {value.dtype} and shape {tuple(value.shape)}, but {slot.label} is "

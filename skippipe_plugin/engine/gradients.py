@@ -22,9 +22,11 @@ class GradientWindow:
         self._accumulated: list[Tensor | None] | None = None
         self._new: list[Tensor | None] = []
         self._hooks = GradientHooks()
+        self._paused = False
 
     def open(self) -> None:
         """Start a step: put what is accumulated aside, so that the backward fills ``.grad`` from nothing."""
+        self._paused = False
         self._accumulated = _take(self.parameters)
         self._hooks.take(self.parameters)
 
@@ -33,6 +35,18 @@ class GradientWindow:
         self._new = _take(self.parameters)
         self._hooks.put_back()
         self._restore()
+
+    def pause(self) -> None:
+        """Let the code that a step waits for have what is accumulated, with what its own backward has added."""
+        if self._accumulated is not None:
+            self.close()
+            self.merge(1.0)
+            self._paused = True
+
+    def resume(self) -> None:
+        """Go on with a step that was paused."""
+        if self._paused:
+            self.open()
 
     def new_of(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return the new gradients of some of the parameters, to be changed in place."""
@@ -46,6 +60,7 @@ class GradientWindow:
 
     def discard(self) -> None:
         """Give a step up: drop what it computed and put the accumulated gradients back."""
+        self._paused = False
         self._hooks.put_back()
         if self._accumulated is not None:
             _take(self.parameters)

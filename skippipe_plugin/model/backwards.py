@@ -18,11 +18,13 @@ class Backwards:
     """Follows every backward of this process, from :meth:`follow` until :meth:`leave`.
 
     Args:
+        begin: Called before every backward.
         complete: Does what a backward has left to do; nothing if it did not reach the model.
         abandon: Drops that: the backward failed.
     """
 
-    def __init__(self, complete: Callable[[], None], abandon: Callable[[], None]) -> None:
+    def __init__(self, begin: Callable[[], None], complete: Callable[[], None], abandon: Callable[[], None]) -> None:
+        self._begin = begin
         self._complete = complete
         self._abandon = abandon
         self._original: Callable[..., Any] | None = None
@@ -45,6 +47,7 @@ class Backwards:
         assert self._original is not None
         if self._is_over or current_thread() is not None:  # a backward inside of a step is the step's own matter
             return self._original(*args, **kwargs)
+        self._begin()
         try:
             result = self._original(*args, **kwargs)
             self._complete()

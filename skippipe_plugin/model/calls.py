@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..driver.backward import GradientControl
 from ..driver.capture.asking import questions
 from ..driver.capture.batches import BatchError, Cutter
 from ..driver.capture.caches import is_cache
@@ -126,13 +127,22 @@ class ModelCalls:
         finally:
             self._function = self._forward
 
+    def begin_backward(self) -> None:
+        """Let what a backward of the loop adds to gradients count with what the step that waits will add."""
+        if self._pending is not None and self._pending.suspended is not None:
+            self._gradients.window.resume()
+
     def complete(self) -> None:
         """Run the backwards that the loop's backward has asked for, and add their gradients."""
         pending = self._pending
-        if pending is not None and pending.suspended is not None and pending.gradients is not None:
-            suspended, pending.suspended = pending.suspended, None
-            suspended.finish(pending.gradients)
-            self._spread.pipeline.gradients.merge(1.0)
+        if pending is None or pending.suspended is None:
+            return
+        if pending.gradients is None:
+            self._gradients.window.pause()
+            return
+        suspended, pending.suspended = pending.suspended, None
+        suspended.finish(pending.gradients)
+        self._gradients.merge(1.0)
 
     def settle(self) -> None:
         """Let no step wait any longer: the loop goes on to something that needs the workers."""
@@ -157,6 +167,8 @@ class ModelCalls:
         if self._pending is not None and self._pending.is_over:
             self._give_up()
             self._pending = None
+        elif self._pending is not None and self._pending.suspended is not None:
+            self._gradients.window.pause()
 
     def close(self) -> None:
         """Give up what is pending and end the thread."""
@@ -237,6 +249,7 @@ class ModelCalls:
         self._thread = self._thread or new_step_thread()
         suspended = SuspendedStep(self._thread, self._device, draws_on=draws_on)
         outputs = suspended.start(train)
+        self._gradients.window.pause()
         pending = self._pending = _Pending(suspended)
         carrying = [tensor for output in outputs for tensor in differentiable(output)]
         if not carrying:
@@ -361,6 +374,10 @@ class ModelCalls:
             return with_loss(merged, merging.merged(LOSS, losses))
 
     # --------------------------------------------------------------- pieces
+
+    @property
+    def _gradients(self) -> GradientControl:
+        return self._spread.pipeline.gradients
 
     def _cut(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = True

@@ -100,7 +100,7 @@ class LoopModel:
         calls = ModelCalls(self.blocks, model, self._device, rewinds=rewinds, weight=config.microbatch_weight)
         self._calls = calls
         self._whole = WholeModel(model, root, self.blocks, calls)
-        self._backwards = Backwards(calls.complete, calls.fail)
+        self._backwards = Backwards(calls.begin_backward, calls.complete, calls.fail)
         self._backwards.follow()
 
     def bring_back(self) -> None:

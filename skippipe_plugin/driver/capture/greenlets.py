@@ -8,6 +8,8 @@ what a suspended one holds blocks the whole thread: :class:`Alarm` interrupts it
 from __future__ import annotations
 
 import contextvars
+import functools
+import operator
 import signal
 import threading
 import time
@@ -29,6 +31,9 @@ except ImportError:  # pragma: no cover - the package needs it, an environment m
     greenlet = None  # type: ignore[assignment,unused-ignore]
 
 AVAILABLE: Final = greenlet is not None and hasattr(signal, "pthread_kill") and hasattr(signal, "SIGURG")
+_CUSHION: Final[tuple[Callable[..., Any], ...]] = (operator.call,) * 80
+"""C frames at the bottom of every greenlet's stack, more of them than torch notes with each of its errors (64). What a
+greenlet was started from is gone when it is resumed, so that who unwinds its stack must not come to its end."""
 _LOOKS_EVERY_S: Final = 0.5
 _STAYS_S: Final = 60.0
 
@@ -44,7 +49,7 @@ class GreenletStep(StepThread):
 
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
         self._context, self.profiled = contextvars.copy_context(), profiler_is_on()
-        self._child = greenlet.greenlet(self._run)
+        self._child = greenlet.greenlet(functools.partial(operator.call, *_CUSHION, self._run))
         self._child.gr_context = self._context
         return self._hand_over((function, ambient), Snapshot())
 
