@@ -31,7 +31,8 @@ except ImportError:  # pragma: no cover - the package needs it, an environment m
     greenlet = None  # type: ignore[assignment,unused-ignore]
 
 AVAILABLE: Final = greenlet is not None and hasattr(signal, "pthread_kill") and hasattr(signal, "SIGURG")
-_CUSHION: Final[tuple[Callable[..., Any], ...]] = (operator.call,) * 80
+_CALL: Final[Callable[..., Any]] = operator.call
+_CUSHION: Final = (_CALL,) * 80
 """C frames at the bottom of every greenlet's stack, more of them than torch notes with each of its errors (64). What a
 greenlet was started from is gone when it is resumed, so that who unwinds its stack must not come to its end."""
 _LOOKS_EVERY_S: Final = 0.5
@@ -49,7 +50,7 @@ class GreenletStep(StepThread):
 
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
         self._context, self.profiled = contextvars.copy_context(), profiler_is_on()
-        self._child = greenlet.greenlet(functools.partial(operator.call, *_CUSHION, self._run))
+        self._child = greenlet.greenlet(functools.partial(_CALL, *_CUSHION, self._run))
         self._child.gr_context = self._context
         return self._hand_over((function, ambient), Snapshot())
 
