@@ -61,7 +61,7 @@ class _Pending:
     """The training call whose backward is still to come."""
 
     suspended: SuspendedStep | None = None
-    gradients: list[Tensor] | None = None
+    gradients: list[Tensor | None] | None = None
     is_over: bool = False
 
 
@@ -327,7 +327,7 @@ class ModelCalls:
             **{"loss_of": lambda _: None, **options},
         )
 
-    def _receive(self, pending: _Pending, gradients: list[Tensor]) -> None:
+    def _receive(self, pending: _Pending, gradients: list[Tensor | None]) -> None:
         """The loop's backward has reached the outputs."""
         self._claim(pending)
         pending.gradients = gradients

@@ -84,9 +84,30 @@ def watched(loss: Tensor, on_backward: Callable[[], None]) -> Tensor:
     return _Watch.apply(loss, on_backward)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def gated(tensors: Sequence[Tensor], on_backward: Callable[[list[Tensor]], None]) -> list[Tensor]:
-    """Return ``tensors`` as the start of a new graph; ``on_backward`` gets the gradients of all of them at once."""
-    return list(_Gate.apply(_root(), on_backward, *(tensor.detach() for tensor in tensors)))  # type: ignore[no-untyped-call]
+def gated(tensors: Sequence[Tensor], on_backward: Callable[[list[Tensor | None]], None]) -> list[Tensor]:
+    """Return ``tensors`` as the start of a new graph; ``on_backward`` gets the gradients of all of them at once.
+
+    What has none, because the loop does not use it, gets None. Who changes a result in place has changed the tensor.
+    """
+    # Of the same memory, but with counts of writes of their own: a gate counts as one, which is none to whoever has
+    # saved the tensor for its backward.
+    fronts = [tensor.data for tensor in tensors]
+    writes = _Writes(tensors, [front.detach() for front in fronts])
+    return list(_Gate.apply(_root(), on_backward, writes, *fronts))  # type: ignore[no-untyped-call]
+
+
+class _Writes:
+    """Writes into tensors of the same memory as others, which are told of them."""
+
+    def __init__(self, behind: Sequence[Tensor], fronts: Sequence[Tensor]) -> None:
+        self._behind = behind
+        self._fronts = fronts
+
+    def pass_on(self) -> None:
+        """Count what was written as written into the others, too: they may be saved for a backward."""
+        for behind, front in zip(self._behind, self._fronts, strict=True):
+            if front._version > 1:  # 1: the gate itself
+                torch.autograd.graph.increment_version(behind)
 
 
 class _Refusal(torch.autograd.Function):
@@ -115,15 +136,19 @@ class _Watch(torch.autograd.Function):
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, root: Tensor, on_backward: Callable[[list[Tensor]], None], *tensors: Tensor) -> Any:
-        ctx.on_backward = on_backward
+    def forward(
+        ctx: Any, root: Tensor, on_backward: Callable[[list[Tensor | None]], None], writes: _Writes, *tensors: Tensor
+    ) -> Any:
+        ctx.on_backward, ctx.writes = on_backward, writes
+        ctx.set_materialize_grads(False)
         ctx.mark_dirty(*tensors)
         return tensors
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[None, ...]:
+        ctx.writes.pass_on()
         ctx.on_backward(list(grad_outputs))
-        return (None,) * (len(grad_outputs) + 2)
+        return (None,) * (len(grad_outputs) + 3)
 
 
 def _root() -> Tensor:

@@ -36,7 +36,7 @@ class SuspendedStep:
         self._thread = thread
         self._device = device
         self._draws_on = draws_on
-        self._gradients: Sequence[Tensor] | None = None
+        self._gradients: Sequence[Tensor | None] | None = None
         self._loop_states: list[Tensor] = []
         self._begun: Snapshot | None = None
         """What the loop had switched on around its call of the model, and may have left before its backward."""
@@ -50,8 +50,11 @@ class SuspendedStep:
         outputs: list[Any] = outcome.request
         return outputs
 
-    def finish(self, gradients: Sequence[Tensor]) -> None:
-        """Run all backwards, given the gradients of the outputs' differentiable tensors, by microbatch."""
+    def finish(self, gradients: Sequence[Tensor | None]) -> None:
+        """Run all backwards, given the gradients of the outputs' differentiable tensors, by microbatch.
+
+        None: the loop has not used it, so that it is as if the model did not return it.
+        """
         self._loop_states = random_states(self._device)
         self._gradients = gradients
         assert self._begun is not None
@@ -79,9 +82,13 @@ class SuspendedStep:
         if self._gradients is None:  # a step that a lost worker interrupted on its way back has them already
             self._wait(outputs)
         assert self._gradients is not None
-        tensors = [tensor for output in outputs for tensor in differentiable(output)]
+        carrying = [tensor for output in outputs for tensor in differentiable(output)]
+        pairs = zip(carrying, self._gradients, strict=True)
+        used = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+        tensors = [tensor for tensor, _ in used]
         again = hidden is not None and goes_past(tensors, hidden)
-        torch.autograd.backward(tensors, list(self._gradients), retain_graph=again)
+        if used:
+            torch.autograd.backward(tensors, [gradient for _, gradient in used], retain_graph=again)
 
     def _wait(self, outputs: Sequence[Any]) -> None:
         thread = current_thread()

@@ -1,39 +1,18 @@
 """What a loop does between its call of the model and its backward: zeroing, reading and adding to gradients."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
-from skippipe_plugin import SkipPipeConfig, TorchPipeline
 from skippipe_plugin.accelerate import SkipPipeAccelerator
-from tests.e2e.loops import Classifier, accelerator, samples
+from tests.e2e.loops import Classifier, accelerator
 
-BATCHES = [samples(8, seed=seed).tensors for seed in range(4)]
-Loop = Callable[[nn.Module, torch.optim.Optimizer], list[float]]
-
-
-def run(loop: Loop, piped: bool, **settings: Any) -> tuple[list[float], dict[str, Tensor]]:
-    torch.manual_seed(0)
-    model = Classifier()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.5)
-    config = SkipPipeConfig(**{"num_stages": 2, "num_microbatches": 4, "verbose": False, **settings})
-    with TorchPipeline(model, optimizer, config) if piped else contextlib.nullcontext():
-        seen = loop(model, optimizer)
-    return seen, {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(loop: Loop, **settings: Any) -> None:
-    (found, weights), (expected, others) = run(loop, True, **settings), run(loop, False)
-    assert len(set(expected)) > 1
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-5)
-
+from .plain_loops import BATCHES, assert_same
 
 # ------------------------------------------------------------------------ zeroing
 
