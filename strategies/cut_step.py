@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..driver.capture.batches import Cut
 from ..driver.steps import StepTask
-from ..model.asking import LOSS, Asking, Question, Results, kind_of
+from ..model.asking import LOSS, Asking, Question, Results, detail_of, form_of, kind_of
 from ..model.merging import Agree, Merging
 from ..model.settings import CutWhere
 from ..model.shares import loss_weights
 from ..model.spread import SpreadModel
 from ..model.weight import MicrobatchWeight, view_of
 from .averaged_log import AveragedLog, noted, noted_log
+from .clock import TrainersClock
 from .outputs import loss_of, with_loss, without_loss
 from .sections import shared_sections
 
@@ -54,10 +55,12 @@ class CutStep:
         self._training = name == "training_step"
         self._step: Callable[..., Any] = getattr(module, name)
         self._rest, self._kwargs = rest, kwargs
+        self._index: Callable[[Any], Any] = lambda number: number
         self._log = AveragedLog(module, len(cut.sizes))
         self._weight = weight
         self.question = Question(
             kind=(name, module.training, len(rest), kind_of(batch), rest[1:], tuple(kwargs)),
+            detail=(detail_of(batch), form_of(cut.sizes)),
             view=view_of(batch, cut.pieces, cut.sizes, weight),
             whole=functools.partial(self._results, batch),
             pieces=[functools.partial(self._results, piece) for piece in cut.pieces],
@@ -65,6 +68,8 @@ class CutStep:
 
     def prepared(self, asking: Asking, where: CutWhere, agree: Agree) -> PreparedStep | None:
         """Find out how the step's results merge; None when it must run once, on the whole batch."""
+        if isinstance(asking.clock, TrainersClock):
+            self._index = asking.clock.batch_index
         merging = Merging(asking, self.question, self._weight)
         return None if merging.goes_whole(where, self._name, agree) else (self, merging)
 
@@ -113,8 +118,12 @@ class CutStep:
         return with_loss(merging.merged(_OUTPUT, rests), loss)
 
     def _results(self, batch: Any) -> Results:
+        rest = [*map(self._index, self._rest[:1]), *self._rest[1:]]
+        kwargs = {**self._kwargs}
+        if "batch_idx" in kwargs:
+            kwargs["batch_idx"] = self._index(kwargs["batch_idx"])
         with noted() as logged:
-            value = self._step(batch, *self._rest, **self._kwargs)
+            value = self._step(batch, *rest, **kwargs)
         return _by_key(logged(), value, training=self._training)
 
 
@@ -124,13 +133,15 @@ PreparedStep = tuple[CutStep, Merging]
 def asking_of(module: LightningModule, spread: SpreadModel, device: torch.device) -> Asking:
     """Return what finds out how the steps of ``module`` reduce."""
     weighted = callable(spread.settings.microbatch_weight)
-    return Asking(spread, module, device, weighted=weighted, quiet=lambda: _asked(module))
+    clock, own = TrainersClock(module.trainer), vars(LightningModule())
+    quiet = functools.partial(_asked, module, clock)
+    return Asking(spread, module, device, weighted=weighted, quiet=quiet, clock=clock, ignored=own)
 
 
 @contextmanager
-def _asked(module: LightningModule) -> Iterator[None]:
+def _asked(module: LightningModule, clock: TrainersClock) -> Iterator[None]:
     """Frame steps that are only asked."""
-    with silent(module.trainer), noted_log(module), shared_sections(module):
+    with silent(module.trainer), noted_log(module), shared_sections(module), clock.noted():
         yield
 
 

@@ -44,6 +44,7 @@ class WholeStep:
         self._batch, self._rest, self._kwargs = args[0], args[1:], kwargs
         self._device = device
         self._asking = False
+        self._real_log = module.log
         self._kept: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
         """What was logged, once that is kept."""
 
@@ -99,7 +100,7 @@ class WholeStep:
         if self._asking:
             return
         if self._kept is None:
-            type(self._module).log(self._module, *args, **kwargs)
+            self._real_log(*args, **kwargs)
         else:
             self._kept.append((tuple(map(_copied, args)), {name: _copied(value) for name, value in kwargs.items()}))
 

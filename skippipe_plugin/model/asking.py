@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
+import math
 from collections import UserDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,12 +24,14 @@ from ..driver.capture.rewind import metric_states, set_metric_states
 from ..driver.capture.suspend import Suspended, new_step_thread
 from ..engine.call import Ambient, device_types
 from ..engine.errors import SkipPipeError
+from .batch_state import BatchState
 from .batch_statistics import BatchStatistics
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
 from .fakes import Fakes, Incomparable, Neutral
 from .interleaving import DRAWN, alike, by_turns, effect
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
 from .spread import SpreadModel
+from .surroundings import Surroundings
 from .traceless import Untouched, uneven, untouched
 
 Key = tuple[Any, ...]
@@ -37,8 +40,27 @@ Results = dict[Key, Any]
 LOSS: Final[Key] = ("loss",)
 _LEAST_ASKED: Final = 3
 """So many batches with labels or masks are asked about in any case: rules that are none may fit one by chance."""
+_MOST_DETAILS: Final = 32
+"""After so many details of a kind further ones are taken to say nothing, as numbers of samples and names of files."""
+_FEW: Final = 8
+_GROUP: Final = 8
 _MOST_ASKED: Final = 32
 """After so many batches of a kind nothing new is asked about, nor are masks looked for where there were none."""
+
+
+class Clock:
+    """What steps read that tells where training is; by itself it has no hands."""
+
+    fast: frozenset[str] = frozenset()
+    """The hands that move with every batch."""
+
+    def __init__(self) -> None:
+        self.reads: set[str] = set()
+        """The names of the hands that steps which are asked have read."""
+
+    def shows(self, names: Collection[str]) -> Hashable:
+        """Return what some of the hands show."""
+        return tuple(sorted(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +68,12 @@ class Question:
     """One step to ask about."""
 
     kind: Hashable
-    """Steps of the same kind reduce alike."""
+    """Steps of the same kind reduce alike, as far as what follows does not matter."""
     view: View
     whole: Callable[[], Results]
     pieces: Sequence[Callable[[], Results]]
+    detail: Hashable = ()
+    """What a step may do otherwise for, if it has few values: numbers and texts in the batch, forms of microbatches."""
 
 
 @dataclass(slots=True)
@@ -65,6 +89,8 @@ class Answer:
     constants: set[Constant] = field(default_factory=set)
     metrics: set[str] = field(default_factory=set)
     """The torchmetrics that microbatches leave with other counts than the batch."""
+    read: str = ""
+    """What the step reads that tells where training is, and is another with every batch."""
     left: str = ""
     """What microbatches leave in an attribute, a buffer or a global name that is another after the batch."""
     hooks: bool = False
@@ -77,6 +103,16 @@ class Answer:
     """By name of a result: why it follows from the microbatches' by no rule."""
     is_told: bool = False
     """Whether the user has been told of the problems."""
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether batches cannot be cut, for what was found out."""
+        return self.has_no_rule or bool(self.failure or self.hooks)
+
+    @property
+    def has_no_rule(self) -> bool:
+        """Whether that holds for other steps of the kind, too, whatever is another for them."""
+        return bool(self.read or self.crossing or self.left or self.problems)
 
 
 def named(key: Key) -> str:
@@ -93,6 +129,8 @@ class Asking:
         device: The driver's.
         weighted: Whether the user's own function says what microbatches weigh.
         quiet: Frames steps that are only asked, so that they reach nobody else.
+        clock: What they read that tells where training is.
+        ignored: Names of the module's attributes that are a framework's own.
     """
 
     def __init__(
@@ -103,22 +141,35 @@ class Asking:
         *,
         weighted: bool = False,
         quiet: Callable[[], AbstractContextManager[None]] = nullcontext,
+        clock: Clock | None = None,
+        ignored: Collection[str] = (),
     ) -> None:
         self._spread = spread
         self._module = module
         self._device = device
         self._weighted = weighted
         self._quiet = quiet
+        self.clock = clock or Clock()
+        self._ignored = ignored
         self._answers: dict[Hashable, Answer] = {}
+        self._last: dict[Hashable, Answer] = {}
+        """By kind: what was known last."""
+        self._details: dict[Hashable, set[Hashable]] = {}
+        self._reads: dict[Hashable, frozenset[str]] = {}
+        self._around: Surroundings | None = None
         self._statistics: BatchStatistics | None = None
 
     def about(self, question: Question) -> Answer:
         """Return what is known about a step, asking first where that is not enough."""
-        answer = self._answers.get(question.kind)
+        key = self._key(question)
+        answer = self._answers.get(key)
         if answer is None:
-            return self._ask(question, Answer())
-        hopeless = answer.failure or answer.crossing or answer.left or answer.hooks or answer.problems
-        if hopeless or answer.num_asked >= _MOST_ASKED:
+            last = self._last.get(question.kind)
+            if last is not None and last.has_no_rule:
+                self._answers[key] = last
+                return last
+            return self._ask(question, _beginning(last))
+        if answer.is_hopeless or answer.num_asked >= _MOST_ASKED:
             return answer
         if self._is_open(answer, question.view) or answer.watch.is_new(question.view):
             return self._ask(question, answer)
@@ -132,9 +183,16 @@ class Asking:
         answer.num_plain += not counted
         return counted
 
-    def again(self, question: Question) -> Answer:
-        """Ask about a step whose kind is known, but not well enough."""
-        answer = self._answers[question.kind]
+    def _key(self, question: Question) -> Hashable:
+        """Name what has to be alike for two steps to reduce alike, as far as that was seen."""
+        details = self._details.setdefault(question.kind, set())
+        detail = question.detail if question.detail in details or len(details) < _MOST_DETAILS else None
+        details.add(detail)
+        read = self.clock.shows(self._reads.get(question.kind, frozenset()))
+        return question.kind, detail, read, self.surroundings.number()
+
+    def again(self, question: Question, answer: Answer) -> Answer:
+        """Ask about a step of which something is known, but not enough."""
         return self._ask(question, answer) if answer.num_asked < _MOST_ASKED else answer
 
     def look(self, function: Callable[[], Results]) -> Results | None:
@@ -158,6 +216,13 @@ class Asking:
         return self._spread.pipeline.proxies.is_watched
 
     @property
+    def surroundings(self) -> Surroundings:
+        """What the driver's modules hold."""
+        if self._around is None:
+            self._around = Surroundings(self._module, self._spread.pipeline.proxies.blocks, self._ignored)
+        return self._around
+
+    @property
     def statistics(self) -> BatchStatistics:
         """What the blocks take from their batch."""
         if self._statistics is None:
@@ -169,7 +234,13 @@ class Asking:
 
     def _ask(self, question: Question, answer: Answer) -> Answer:
         blocks = self._spread.pipeline.proxies.blocks
-        with self._quiet(), untouched(self._module, self._device) as trace, uneven(self._module, blocks):
+        self.clock.reads.clear()
+        with (
+            self._quiet(),
+            untouched(self._module, self._device) as trace,
+            uneven(self._module, blocks),
+            _with_batch(trace, question.view, answer) as trace,
+        ):
             number = answer.num_asked  # each asks with hidden states of its own: what was 0 so far may be another
             draws = (0, 1) if not number else (4 * number + number % 2,)
             for draw in draws:
@@ -183,7 +254,10 @@ class Asking:
             answer.problems |= problems(plan, named(key))
         answer.num_asked += 1
         answer.watch.learn(question.view, answer.constants)
-        self._answers[question.kind] = answer
+        reads = self._reads.get(question.kind, frozenset()) | self.clock.reads
+        self._reads[question.kind] = reads - self.clock.fast
+        answer.read = min(reads & self.clock.fast, default="")
+        self._answers[self._key(question)] = self._last[question.kind] = answer
         return answer
 
     def _learn(self, question: Question, answer: Answer, draw: int, trace: Untouched) -> None:
@@ -363,6 +437,33 @@ class Asking:
             thread.close()
 
 
+@contextmanager
+def _with_batch(trace: Untouched, view: View, answer: Answer) -> Iterator[Untouched]:
+    """Bring the batch back, too; where it is changed, microbatches cannot take its place."""
+    batch = BatchState(view)
+
+    def restore() -> None:
+        trace.restore()
+        batch.restore()
+
+    def changes() -> dict[str, Any]:
+        changed = batch.changed()
+        answer.left = answer.left or changed
+        return trace.changes()
+
+    try:
+        yield Untouched(restore, changes, trace.has_drawn)
+    finally:
+        batch.restore()
+
+
+def _beginning(last: Answer | None) -> Answer:
+    """Begin with the rules of other steps of the kind: of several that fit, they are the likelier ones."""
+    if last is None:
+        return Answer()
+    return Answer({} if last.is_hopeless else {**last.plans}, constants={*last.constants}, is_told=last.is_told)
+
+
 def _set_back(module: nn.Module, restore: Callable[[], None], counted: Mapping[str, Any] | None) -> None:
     restore()
     if counted is not None:
@@ -403,12 +504,37 @@ def kind_of(value: Any) -> Hashable:
         return tuple((key, kind_of(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         kinds = [kind_of(item) for item in value]
-        return (type(value), *kinds) if len(kinds) <= 8 else (type(value), frozenset(kinds))
-    if isinstance(value, (str, bool)) or value is None:
-        return value if not isinstance(value, str) or len(value) < 64 else str
+        return (type(value), *kinds) if len(kinds) <= _FEW else (type(value), frozenset(kinds))
+    if isinstance(value, bool) or value is None:
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return tuple((each.name, kind_of(getattr(value, each.name))) for each in dataclasses.fields(value))
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def detail_of(value: Any) -> Hashable:
+    """Return the numbers and texts in a batch that are of no sample: a task's name, for instance."""
+    if isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return (value > 0) - (value < 0)
+    if isinstance(value, (Mapping, UserDict)):
+        return tuple(detail_of(item) for item in value.values())
+    if isinstance(value, (list, tuple)) and len(value) <= _FEW and not _is_per_sample(value):
+        return tuple(map(detail_of, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tuple(detail_of(getattr(value, each.name)) for each in dataclasses.fields(value))
+    return None
+
+
+def _is_per_sample(items: Sequence[Any]) -> bool:
+    """Whether a list holds a number or a text for each sample, and not a batch's parts."""
+    return len({*map(type, items)}) == 1 and isinstance(items[0], (str, int, float))
+
+
+def form_of(sizes: Sequence[int]) -> Hashable:
+    """Return of microbatches' sizes what code often depends on: one sample, pairs and groups of a power of two."""
+    return len(sizes), min(sizes) == 1, math.gcd(_GROUP, *sizes)
 
 
 def _is_finite(loss: Any) -> bool:

@@ -25,7 +25,7 @@ from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
-from .asking import LOSS, Asking, Question, Results, kind_of
+from .asking import LOSS, Asking, Question, Results, detail_of, form_of, kind_of
 from .merging import Merging
 from .outputs import differentiable, find_loss, gated, guarded, map_tensors, watched, with_loss, without_caches
 from .shares import loss_weights
@@ -397,6 +397,7 @@ class ModelCalls:
             view=view_of(_given(args, kwargs), [_given(*call) for call in batch.calls], batch.sizes, self._weight),
             whole=functools.partial(self._results, (args, kwargs)),
             pieces=[functools.partial(self._results, call) for call in batch.calls],
+            detail=(detail_of((args, kwargs)), form_of(batch.sizes)),
         )
         merging = Merging(self._asking, question, self._weight)
         if merging.goes_whole(self._spread.settings.microbatches, f"a call of {type(self._model).__name__}"):

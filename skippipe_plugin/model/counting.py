@@ -90,7 +90,7 @@ class View:
         self.sizes = tuple(sizes)
         self.rounding = 2e-5
         """How far, relative to their size, results may be apart that are computed in another order."""
-        self._batch = batch
+        self.batch = batch
         self._weight = weight
         self._leaves: dict[str, Tensor] | None = None
         self._weights: dict[Weighting, tuple[float, ...] | None] = {}
@@ -99,7 +99,7 @@ class View:
     def leaves(self) -> dict[str, Tensor]:
         """The tensors of the batch that have a row for each sample, by their place."""
         if self._leaves is None:
-            found = dict(tensors(self._batch, "batch"))
+            found = dict(tensors(self.batch, "batch"))
             total = sum(self.sizes)
             self._leaves = {path: leaf for path, leaf in found.items() if leaf.ndim and leaf.shape[0] == total}
         return self._leaves

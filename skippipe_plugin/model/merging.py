@@ -47,6 +47,11 @@ _SEEN: Final = (
     "are to see the whole batch. Run the step once, on the whole batch, with microbatches='stack' or "
     "num_microbatches=1, or remove them"
 )
+_READS: Final = (
+    "the step runs once for each of {count} microbatches, but it reads {name}, which is another with every batch, so "
+    "that what it will do cannot be found out before. Run the step once, on the whole batch, with microbatches='stack' "
+    "or num_microbatches=1, or do where microbatches are not known (on_train_batch_end, ...) what depends on it"
+)
 _LEFT: Final = (
     "the step runs once for each of {count} microbatches, but {name} is then another than when it has run for the "
     "batch. Run the step once, on the whole batch, with microbatches='stack' or num_microbatches=1, or do where "
@@ -86,6 +91,8 @@ class Merging:
             return _FAILS.format(count=count, why=alone)
         if self.asking.is_watched or answer.hooks:
             return _SEEN.format(count=count)
+        if answer.read:
+            return _READS.format(count=count, name=answer.read)
         if answer.failure:
             return _FAILS.format(count=count, why=answer.failure)
         if answer.crossing:
@@ -149,7 +156,7 @@ class Merging:
         """Ask about this very batch, which shows what others did not."""
         if not self._has_asked_again and self.answer is not None:
             self._has_asked_again = True
-            self.answer = self.asking.again(self.question)
+            self.answer = self.asking.again(self.question, self.answer)
             self.obstacle = self._find_obstacle()
 
     def merged(self, key: Key, parts: Sequence[Any]) -> Any:
@@ -164,7 +171,7 @@ class Merging:
             try:
                 return self._merge(key, parts)
             except (KeyError, Unsettled):  # counts of what is rare may have been 0 so far
-                self.answer = self.asking.again(self.question)
+                self.answer = self.asking.again(self.question, self.answer)
         try:
             return self._merge(key, parts)
         except (KeyError, Unsettled) as error:

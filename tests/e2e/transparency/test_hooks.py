@@ -158,11 +158,29 @@ class LateInTheStep(Model):
         return super().training_step(batch, index)
 
 
+class LateByAGlobalName(Model):
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        if BEGUN["batches"] == 3:
+            self.handle = output_of_a_block(self)
+        return super().training_step(batch, index)
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        BEGUN["batches"] += 1
+
+
+BEGUN = {"batches": 0}
+
+
 def test_a_step_that_registers_it_late_is_refused() -> None:
     """The batch is cut by then; registered before the step the hook sees all of it."""
     with pytest.raises(SkipPipeError, match=r"Register it before the step \(in on_train_batch_start"):
-        fit(lambda: LateInTheStep(lambda _: None))
+        fit(lambda: LateByAGlobalName(lambda _: None))
     assert_exact(lambda: Model(output_of_a_block, "batch 2", squares))
+
+
+def test_a_step_that_registers_it_late_by_the_number_of_its_batch() -> None:
+    """It is known before that the number counts, so the step runs on the whole batch from the first one on."""
+    assert_exact(lambda: LateInTheStep(lambda _: None))
 
 
 def by_sums(seen: list[Any]) -> Any:

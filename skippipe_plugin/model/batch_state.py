@@ -1,0 +1,54 @@
+"""What a step that is only asked has done to its batch, and how that is taken back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..driver.capture.undo import undo_changes
+from .counting import View, tensors
+
+
+class BatchState:
+    """A batch and its microbatches, as they are now.
+
+    Args:
+        view: Holds them.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._batch = view.batch
+        self.restore = undo_changes([view.batch, *view.pieces])
+        """Brings all back, whatever was put into it, taken out or written."""
+        self._copies = {path: leaf.detach().clone() for path, leaf in _plain(view.batch)}
+        self._keys = _keys(view.batch)
+
+    def changed(self) -> str:
+        """Name what is another in the batch than it was; nothing where it is as it was."""
+        for path, leaf in _plain(self._batch):
+            if path not in self._copies or not _equal(leaf, self._copies[path]):
+                return path
+        return "the batch" if _keys(self._batch) != self._keys else ""
+
+
+def _plain(batch: Any) -> list[tuple[str, Tensor]]:
+    return [
+        (path, leaf)
+        for path, leaf in tensors(batch, "batch")
+        if leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_meta
+    ]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _keys(value: Any) -> tuple[Any, ...]:
+    """Return what is in a batch, by kinds and names: what is taken out or put in shows."""
+    held = value if isinstance(value, (dict, list, tuple)) else getattr(value, "__dict__", None)
+    if isinstance(value, Tensor) or held is None:
+        return (type(value).__name__,)
+    items = held.items() if isinstance(held, dict) else enumerate(held)
+    return tuple((key, _keys(item)) for key, item in items)
