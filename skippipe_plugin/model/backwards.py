@@ -6,10 +6,11 @@ follow, in the same thread and after the loop's own, whoever has called it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..driver.capture.suspend import current_thread
 
@@ -18,12 +19,19 @@ class Backwards:
     """Follows every backward of this process, from :meth:`follow` until :meth:`leave`.
 
     Args:
-        begin: Called before every backward.
-        complete: Does what a backward has left to do; nothing if it did not reach the model.
+        begin: Called before every backward, with the tensors that it starts from and those that it is restricted to;
+            says whether it must leave its graph.
+        complete: Does what a backward has left to do, and whether graphs are to stay is for it to know; nothing if it
+            did not reach the model.
         abandon: Drops that: the backward failed.
     """
 
-    def __init__(self, begin: Callable[[], None], complete: Callable[[], None], abandon: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        begin: Callable[[Sequence[Tensor], Sequence[Any]], bool],
+        complete: Callable[[bool], None],
+        abandon: Callable[[], None],
+    ) -> None:
         self._begin = begin
         self._complete = complete
         self._abandon = abandon
@@ -43,14 +51,16 @@ class Backwards:
         if autograd._engine_run_backward == self._run:
             autograd._engine_run_backward = self._original
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, outputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         assert self._original is not None
         if self._is_over or current_thread() is not None:  # a backward inside of a step is the step's own matter
-            return self._original(*args, **kwargs)
-        self._begin()
+            return self._original(outputs, *args, **kwargs)
+        stays = bool(len(args) > 1 and args[1])  # as torch passes them: gradients, retain_graph, create_graph, inputs
+        if self._begin(outputs, args[3] if len(args) > 3 else ()) and not stays:
+            args = (args[0], True, *args[2:])
         try:
-            result = self._original(*args, **kwargs)
-            self._complete()
+            result = self._original(outputs, *args, **kwargs)
+            self._complete(stays)
         except BaseException:
             self._abandon()
             raise

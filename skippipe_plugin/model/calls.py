@@ -18,6 +18,7 @@ from ..driver.backward import GradientControl
 from ..driver.capture.asking import questions
 from ..driver.capture.batches import BatchError, Cutter
 from ..driver.capture.caches import is_cache
+from ..driver.capture.graphs import comes_from
 from ..driver.capture.rewind import rewinder
 from ..driver.capture.suspend import StepThread, current_thread, new_step_thread
 from ..driver.capture.undo import undo_all
@@ -26,6 +27,7 @@ from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from .asking import LOSS, Asking, Question, Results, detail_of, form_of, kind_of
+from .entrance import Entrance, LoopGraph
 from .merging import Merging
 from .outputs import differentiable, find_loss, gated, guarded, map_tensors, watched, with_loss, without_caches
 from .shares import loss_weights
@@ -56,10 +58,11 @@ class _Batch:
     sizes: list[int]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pending:
     """The training call whose backward is still to come."""
 
+    entrance: Entrance
     suspended: SuspendedStep | None = None
     gradients: list[Tensor | None] | None = None
     is_over: bool = False
@@ -107,6 +110,9 @@ class ModelCalls:
         self._seen: set[Kind] = set()
         """The kinds of which that is known."""
         self._weight = weight
+        self._loop_graph = LoopGraph(model)
+        self._entrance = Entrance()
+        """Of the call under way."""
         self._asking = Asking(spread, model, device, weighted=callable(weight))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,12 +133,23 @@ class ModelCalls:
         finally:
             self._function = self._forward
 
-    def begin_backward(self) -> None:
-        """Let what a backward of the loop adds to gradients count with what the step that waits will add."""
-        if self._pending is not None and self._pending.suspended is not None:
-            self._gradients.window.resume()
+    def begin_backward(self, outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bool:
+        """Prepare for a backward of the loop; return whether it must leave its graph.
 
-    def complete(self) -> None:
+        What it adds to gradients counts with what the step that waits will add.
+        """
+        pending = self._pending
+        if pending is None or pending.is_over:
+            return False
+        if inputs and comes_from(outputs, functools.partial(_belongs_to, pending)):
+            self._loop_graph.check_inputs(outputs, inputs, pending.entrance.tensors)
+        if pending.suspended is None:
+            return False
+        self._gradients.window.resume()
+        hidden = [] if pending.suspended.hidden is None else [pending.suspended.hidden]
+        return self._loop_graph.keeps_graph(outputs, [*pending.entrance.tensors, *hidden])
+
+    def complete(self, keep_graph: bool = False) -> None:
         """Run the backwards that the loop's backward has asked for, and add their gradients."""
         pending = self._pending
         if pending is None or pending.suspended is None:
@@ -143,6 +160,7 @@ class ModelCalls:
         suspended, pending.suspended = pending.suspended, None
         suspended.finish(pending.gradients)
         self._gradients.merge(1.0)
+        pending.entrance.go_back(keep_graph=keep_graph)
 
     def settle(self) -> None:
         """Let no step wait any longer: the loop goes on to something that needs the workers."""
@@ -184,6 +202,8 @@ class ModelCalls:
         self._pending = None
         if self._spread.attached is not None:
             self._spread.attached.begin_step(self.num_optimizer_steps)
+        self._entrance = Entrance()
+        args, kwargs = self._entrance.enter(args, kwargs)
         cut = self._cut(args, kwargs)
         if cut is None:
             return self._train_whole(args, kwargs)
@@ -191,6 +211,7 @@ class ModelCalls:
         kind = code_of(self._function), len(args), frozenset(kwargs)
         self.num_calls += 1
         rewind = rewinder(self._model) if self._rewinds or kind not in self._outside else _nothing
+        rewind = self._entrance.undone_with(rewind)
         if not self._outside.setdefault(kind, False):
             try:
                 return self._train_inside(batch, merging, rewind)
@@ -217,11 +238,16 @@ class ModelCalls:
         )
         values, loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
-        pending = self._pending = _Pending()
-        loss = watched(loss, lambda: self._claim(pending))
+        loss = self._watched(loss)
         outputs = [map_tensors(torch.Tensor.detach, output) for output, _ in values]
         merged = guarded(self._merged(merging, outputs), _HAS_A_LOSS)
         return with_loss(merged, loss)
+
+    def _watched(self, loss: Tensor) -> Tensor:
+        """Let a loss, whose step is over, have its place in the loop's graph."""
+        entrance = self._entrance
+        pending = self._pending = _Pending(entrance)
+        return watched(loss, functools.partial(self._claim, pending), entrance.tensors, entrance.take())
 
     def _merged(self, merging: Merging, outputs: Sequence[Any]) -> Any:
         """Return the whole batch's output, whose loss is left to the caller."""
@@ -250,7 +276,7 @@ class ModelCalls:
         suspended = SuspendedStep(self._thread, self._device, draws_on=draws_on)
         outputs = suspended.start(train)
         self._gradients.window.pause()
-        pending = self._pending = _Pending(suspended)
+        pending = self._pending = _Pending(self._entrance, suspended)
         carrying = [tensor for output in outputs for tensor in differentiable(output)]
         if not carrying:
             self._give_up()
@@ -302,8 +328,7 @@ class ModelCalls:
         task = self._whole_task(function, args, kwargs, loss_of=lambda value: value[1])
         [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
-        pending = self._pending = _Pending()
-        loss = watched(loss, lambda: self._claim(pending))
+        loss = self._watched(loss)
         return with_loss(guarded(map_tensors(torch.Tensor.detach, output), _HAS_A_LOSS), loss)
 
     def _run_whole_outside(
@@ -322,10 +347,14 @@ class ModelCalls:
             name="training" if options else "evaluation",
             training=bool(options),
             questions=questions(lambda batch: whole(*batch[0], **batch[1]), (args, kwargs)),
-            note_state=functools.partial(undo_all, self._model, self._device, (args, kwargs)),
+            note_state=self._note_state(args, kwargs),
             repeats=self._rewinds,
             **{"loss_of": lambda _: None, **options},
         )
+
+    def _note_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Callable[[], None]]:
+        entrance = self._entrance
+        return lambda: entrance.undone_with(undo_all(self._model, self._device, (args, kwargs)))
 
     def _receive(self, pending: _Pending, gradients: list[Tensor | None]) -> None:
         """The loop's backward has reached the outputs."""
@@ -435,6 +464,12 @@ def _check_scaling(device: torch.device) -> None:
             "a loss that is computed for each microbatch in float16 goes back before a GradScaler can scale it; use "
             "torch.bfloat16, or compute the loss in the loop, from the outputs of the model (called without labels)"
         )
+
+
+def _belongs_to(pending: _Pending, node: Any) -> bool:  # Any: a node of autograd's graph
+    """Whether a node of the loop's graph is where a call of the model begins to go back."""
+    asks = getattr(node, "on_backward", None)
+    return isinstance(asks, functools.partial) and pending in asks.args
 
 
 def code_of(function: Callable[..., Any]) -> Hashable:

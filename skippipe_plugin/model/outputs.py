@@ -79,9 +79,17 @@ def guarded(output: Any, message: str) -> Any:
     return map_tensors(guard, output)
 
 
-def watched(loss: Tensor, on_backward: Callable[[], None]) -> Tensor:
-    """Return ``loss`` such that ``on_backward`` is called, and may refuse, before its gradient goes further back."""
-    return _Watch.apply(loss, on_backward)  # type: ignore[no-untyped-call, no-any-return]
+def watched(
+    loss: Tensor,
+    on_backward: Callable[[], None],
+    tensors: Sequence[Tensor] = (),
+    gradients: Sequence[Tensor | None] = (),
+) -> Tensor:
+    """Return ``loss`` such that ``on_backward`` is called, and may refuse, before its gradient goes further back.
+
+    It is a function of ``tensors`` too, by which it has ``gradients``.
+    """
+    return _Watch.apply(loss, on_backward, gradients, *tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def gated(tensors: Sequence[Tensor], on_backward: Callable[[list[Tensor | None]], None]) -> list[Tensor]:
@@ -124,14 +132,17 @@ class _Refusal(torch.autograd.Function):
 
 class _Watch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, on_backward: Callable[[], None]) -> Tensor:
-        ctx.on_backward = on_backward
+    def forward(
+        ctx: Any, loss: Tensor, on_backward: Callable[[], None], gradients: Sequence[Tensor | None], *tensors: Tensor
+    ) -> Tensor:
+        ctx.on_backward, ctx.gradients = on_backward, gradients
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         ctx.on_backward()
-        return grad_outputs[0], None
+        scale = grad_outputs[0]
+        return scale, None, None, *(None if each is None else scale.to(each) * each for each in ctx.gradients)
 
 
 class _Gate(torch.autograd.Function):

@@ -37,6 +37,8 @@ class SuspendedStep:
         self._device = device
         self._draws_on = draws_on
         self._gradients: Sequence[Tensor | None] | None = None
+        self.hidden: Tensor | None = None
+        """What entered the blocks, if its graph goes back after that of the outputs."""
         self._loop_states: list[Tensor] = []
         self._begun: Snapshot | None = None
         """What the loop had switched on around its call of the model, and may have left before its backward."""
@@ -79,6 +81,7 @@ class SuspendedStep:
             outputs: By microbatch, or of the whole batch.
             hidden: What entered the blocks, if one graph has both.
         """
+        self.hidden = hidden
         if self._gradients is None:  # a step that a lost worker interrupted on its way back has them already
             self._wait(outputs)
         assert self._gradients is not None

@@ -13,15 +13,20 @@ _Node = Any
 """A node of autograd's graph: torch's own stubs do not agree on its type."""
 
 
-def goes_past(outputs: Iterable[Tensor], hidden: Tensor) -> bool:
+def goes_past(outputs: Iterable[Tensor], *hidden: Tensor) -> bool:
     """Whether ``outputs`` depend on what ``hidden`` was computed from other than through the blocks.
 
     Then the graph before the blocks takes two backwards: one from the outputs, one from the blocks.
     """
-    if hidden.grad_fn is None:
+    if all(each.grad_fn is None for each in hidden):
         return False
-    before = set(_nodes([hidden]))
+    before = set(_nodes(hidden))
     return any(node in before for node in _nodes(outputs))
+
+
+def comes_from(outputs: Iterable[Tensor], is_it: Callable[[_Node], bool]) -> bool:
+    """Whether ``outputs`` depend on a node."""
+    return any(map(is_it, _nodes(outputs)))
 
 
 def goes_through(outputs: Iterable[Tensor], result: Tensor) -> bool:
@@ -70,11 +75,11 @@ class AroundTheBlocks:
         """Whether the loss reaches the graph in front of the blocks."""
         self._looked = 0
 
-    def look(self, outputs: Iterable[Tensor], hidden: Tensor) -> bool:
+    def look(self, outputs: Iterable[Tensor], *hidden: Tensor) -> bool:
         """Say whether ``outputs`` go past the blocks."""
         if not self.meet and self._looked < _FIRST:
             self._looked += 1
-            self.meet = goes_past(outputs, hidden)
+            self.meet = goes_past(outputs, *hidden)
         return self.meet
 
     def back(self, propagate: Callable[[], None]) -> None:
@@ -88,5 +93,7 @@ class AroundTheBlocks:
             raise SkipPipeError(
                 "the loss of this step uses what is computed before the blocks also on a way around them, which no "
                 "step did before, so that part of the graph was freed too early. Let every step take that way (with "
-                "a weight of 0 where it should not count)"
+                "a weight of 0 where it should not count). Or its microbatches share something with a gradient, such "
+                "as a tensor in an attribute or in an object: make it an argument of the model, or use "
+                "num_microbatches=1"
             ) from error
