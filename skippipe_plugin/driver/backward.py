@@ -58,6 +58,8 @@ class GradientControl:
         self._leads = leads
         self._hosted: Mapping[int, Stage] = {}
         self._stage_scales: dict[int, float] = {}
+        self.num_merged = 0
+        """How often gradients were added."""
         self._accumulates = False
         """Whether gradients were added since they were zeroed."""
         self.keeps_stepped = True
@@ -124,6 +126,11 @@ class GradientControl:
         self.visit_counts = counts
         by_visit = self.scale == "visit"
         self._stage_scales = {stage: 1.0 / share for stage, share in shares.items() if share} if by_visit else {}
+
+    @property
+    def are_waiting(self) -> bool:
+        """Whether there are gradients that a step would use already."""
+        return self._accumulates and (self.keeps_stepped or not self._is_stepped)
 
     def zero(self, set_to_none: bool = True) -> None:
         """Zero what the workers have accumulated before the next gradients are added; the local ones are not ours."""
@@ -201,6 +208,7 @@ class GradientControl:
         """Add the last step's gradients, times ``scale``, to the accumulated ones, here and on the workers."""
         phases.reach(phases.Phase.MERGING)
         self._accumulates = True
+        self.num_merged += 1
         self.accumulation.renew()
         if self.pending_clip != (None, None):
             self.before_reading()  # what comes is not clipped with what is there

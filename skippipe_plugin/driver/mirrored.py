@@ -140,13 +140,26 @@ class Mirror:
     # ------------------------------------------------------------ user code
 
     def value(self, slot: Slot) -> Tensor:
+        self._check_seen(slot)
         return self.weights.value(slot)
 
     def overwritten(self, slot: Slot) -> None:
+        self._check_seen(slot)
         self.weights.overwritten(slot)
 
     def set_value(self, slot: Slot, value: Tensor) -> None:
+        self._check_seen(slot)
         self.weights.set_value(slot, value)
+
+    def _check_seen(self, slot: Slot) -> None:
+        """Raise while an optimizer's own code runs, which changes weights here before the workers change theirs."""
+        if self.gradients.hidden:
+            raise SkipPipeError(
+                f"the optimizer's step reads or writes {slot.label}, which is on a pipeline's worker, other than by "
+                "its parameter groups: each process steps what it holds, and there the groups have no more. Let step() "
+                "take parameters from self.param_groups, and do the rest after the step, in on_train_batch_end (in a "
+                "loop of your own: after optimizer.step())"
+            )
 
     def gradient(self, slot: Slot) -> Tensor | None:
         return self.gradients.get(slot)

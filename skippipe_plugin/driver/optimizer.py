@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..engine import gradients, phases
-from ..engine.apart import check_steps_apart, check_steps_rows_apart, counts_without_gradients
+from ..engine.apart import (
+    STEP_APART,
+    check_steps_apart,
+    check_steps_rows_apart,
+    counts_without_gradients,
+    minds_early_gradients,
+)
 from ..engine.control.answers import Ready, State
 from ..engine.control.commands import BuildOptimizer, Get, Pass, PutOptimizerState, SwitchOptimizer
 from ..engine.errors import SkipPipeError
@@ -23,6 +29,7 @@ from ..engine.wire import decode_optimizer_state, encode_optimizer_state, tensor
 from .capture.remote import is_remote
 from .optimizer_attributes import check_attributes, check_step_is_of_class, own_code, own_values
 from .optimizer_state import WatchedState
+from .own_step import OwnStep
 from .pipeline import Pipeline
 
 _Mode = Literal["train", "eval"]
@@ -30,25 +37,44 @@ _MODES: Final[tuple[_Mode, ...]] = ("train", "eval")
 """Methods of optimizers that have two sets of weights, as schedule-free ones do."""
 
 
-class RemoteOptimizer:
-    """Extends ``optimizer`` to the workers: they step their parameters whenever it steps."""
+def _nothing() -> None: ...
 
-    def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
+
+class RemoteOptimizer:
+    """Extends ``optimizer`` to the workers: they step their parameters whenever it steps.
+
+    Args:
+        pipeline: Has the workers.
+        optimizer: Of parameters here and there.
+        begun: Called when a step begins.
+        ended: Called when all parts have stepped.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        optimizer: Optimizer,
+        *,
+        begun: Callable[[], None] = _nothing,
+        ended: Callable[[], None] = _nothing,
+    ) -> None:
         self._pipeline = pipeline
         self._optimizer = optimizer
+        self._begun, self._ended = begun, ended
         self._keys = pipeline.remote.parameters()
         self._members: list[list[int]] = []
         self._before: Settings | None = None
         """The settings before the driver's own step, which may change them."""
+        self._had_merged: int | None = None
+        """How often gradients had been added before the step, if there were any for it."""
         self._attributes = own_values(optimizer)
         self._check()
+        self._step = OwnStep(optimizer, self)
         for parameter in [parameter for parameter in optimizer.state if is_remote(parameter)]:
             del optimizer.state[parameter]  # what an optimizer's constructor may have made for them
         self._state = self._watch()
         self._describe()
         self._handles = [
-            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(args, kwargs)),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
             optimizer.register_state_dict_pre_hook(lambda _: self._open_state()),
             optimizer.register_state_dict_post_hook(lambda _, state_dict: self._completed(state_dict)),
             optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._take(state_dict)),
@@ -62,6 +88,7 @@ class RemoteOptimizer:
 
     def detach(self) -> None:
         """Make the optimizer an ordinary one again, with the state of all parameters: it may be saved after the run."""
+        self._step.detach()
         for handle in self._handles:
             handle.remove()
         for name in ("zero_grad", *_MODES):
@@ -244,6 +271,7 @@ class RemoteOptimizer:
     def _describe(self) -> None:
         """Let the workers build their parts; their state starts empty."""
         self._members = self._membership()
+        self._step.forget_members()
         plan = self._plan()
         owned = {key for group in plan.groups for key in group}
         needing = self._pipeline.remote.parameters(needing_gradients=True).values()
@@ -262,44 +290,47 @@ class RemoteOptimizer:
             self._zero_grad(set_to_none)
         self._pipeline.gradients.zero(set_to_none)
 
-    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Note the settings when all that may change them has run: the closure, in which the user's hooks run."""
+    def begin(self) -> None:
+        """Note the settings before the driver's own step, which may change them."""
+        self._begun()
         self._note_settings()
-        self._open(by_optimizer=True)
-        if args and callable(args[-1]):
-            return (*args[:-1], self._noting(args[-1])), kwargs
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._noting(kwargs["closure"])}
+        self._had_merged = self._pipeline.gradients.num_merged if self._pipeline.gradients.are_waiting else None
+
+    def ready(self, *, closure: bool) -> None:
+        """Note the settings when all that may change them has run: the closure, in which the user's hooks run."""
         self._pipeline.gradients.accumulation.require()
-        return args, kwargs
+        closure = closure and type(self._optimizer) not in STEP_APART
+        if closure and self._had_merged is not None:
+            closure = False
+            if self._had_merged != self._pipeline.gradients.num_merged and self._minds_early_gradients:
+                raise SkipPipeError(
+                    f"{type(self._optimizer).__name__}.step uses gradients before it calls its closure, which adds to "
+                    "them: those are of a part of the accumulated batches only, and workers have the sum. Call the "
+                    "closure first in step(), or do not accumulate gradients (accumulate_grad_batches=1)"
+                )
+        self._note_settings(closure=closure)
 
-    def _noting(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def noting() -> Any:  # Any: the loss
-            self._open(by_optimizer=False)
-            result = closure()
-            self._pipeline.gradients.accumulation.require()
-            self._note_settings()
-            self._open(by_optimizer=True)
-            return result
+    def show(self, *, everything: bool) -> None:
+        """Let user code see all, or the optimizer's own code what is here, and nothing of what is elsewhere."""
+        self._state.is_open = self._pipeline.gradients.copies.hidden = not everything
 
-        return noting
-
-    def _open(self, *, by_optimizer: bool) -> None:
-        """Let the optimizer's own code see what is here, and nothing of what is elsewhere; or the user's code again."""
-        self._state.is_open = self._pipeline.gradients.copies.hidden = by_optimizer
-
-    def _note_settings(self) -> None:
-        self._before = settings_of(self._optimizer, self._attributes)
-
-    def _after_step(self) -> None:
-        self._open(by_optimizer=False)
+    def finish(self) -> None:
+        """Step the parts on the workers, with the settings before the driver's own step."""
         self._pipeline.mirror.settle()
         settings, self._before = self._before, None
-        assert settings is not None, "torch calls the hook before a step"
+        assert settings is not None, "a step has a beginning"
         if self._membership() != self._members:
             self._regroup()
         self._pipeline.gradients.step_optimizers(settings.dumps())
         self._pipeline.mirror.weights.outdate()
+        self._ended()
+
+    @functools.cached_property
+    def _minds_early_gradients(self) -> bool:
+        return minds_early_gradients(self._plan(), self._pipeline.device)
+
+    def _note_settings(self, *, closure: bool = False) -> None:
+        self._before = settings_of(self._optimizer, self._attributes, closure=closure)
 
     def _regroup(self) -> None:
         """Parameters were added (unfreezing does that) or moved: rebuild the remote parts, with their state."""
@@ -312,7 +343,7 @@ class RemoteOptimizer:
         """Call ``train`` or ``eval`` of the optimizer here and of its parts on the workers."""
         settings = settings_of(self._optimizer, self._attributes)
         self._pipeline.mirror.settle()
-        with self._state.opened():
+        with self._step.reduced():
             result = original(*args, **kwargs)
         if self._pipeline.leads:
             self._pipeline.links.broadcast(SwitchOptimizer(method, settings.dumps()))

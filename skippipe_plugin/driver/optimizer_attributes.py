@@ -13,11 +13,16 @@ from torch.optim import Optimizer
 from ..engine.apart import STEP_APART
 from ..engine.errors import SkipPipeError
 from ..engine.optimizer import OptimizerPlan, build
+from .own_step import REGISTRARS
 
 _VALUES: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _CODE: Final = (types.FunctionType, types.BuiltinFunctionType, type)
-_ADDED: Final = frozenset({"step", "zero_grad", "train", "eval", "_opt_called", "_step_count"})
+_ADDED: Final = frozenset({"step", "zero_grad", "train", "eval", "_opt_called", "_step_count", *REGISTRARS})
 """What schedulers and this package put on an optimizer."""
+
+
+class _Bare(Optimizer):
+    """Has what all have; made of one of torch's classes, it would have torch wrap the step of that one too."""
 
 
 def own_values(optimizer: Optimizer) -> tuple[str, ...]:
@@ -68,7 +73,7 @@ def check_step_is_of_class(optimizer: Optimizer) -> None:
 def _own(optimizer: Optimizer) -> dict[str, Any]:
     if type(optimizer) in STEP_APART:
         return {}
-    usual = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0).__dict__.keys() | _ADDED
+    usual = _Bare([torch.zeros(1, requires_grad=True)], {}).__dict__.keys() | _ADDED
     return {name: value for name, value in optimizer.__dict__.items() if name not in usual}
 
 

@@ -6,6 +6,7 @@ apart, over a few steps with gradients of several sizes.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import SkipPipeError
-from .optimizer import OptimizerPlan, Settings, apply_settings, build
+from .optimizer import OptimizerPlan, Settings, apply_settings, build, step_with_closure
 
 _NAMES: Final = (
     *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
@@ -25,6 +26,9 @@ _NAMES: Final = (
 )
 STEP_APART: Final = frozenset(cls for name in _NAMES if (cls := getattr(torch.optim, name, None)) is not None)
 """Those of torch that need no trial: each has a test."""
+_MEMBERS: Final = frozenset({"params", "param_names"})
+_USUAL: Final = frozenset({"defaults", "state", "param_groups", "_zero_grad_profile_name"})
+_MAX_PRINTED: Final = 64
 _NUM_STEPS: Final = 12
 _MAX_GROUPS: Final = 4
 _SHAPES: Final = ((4, 3), (5,))
@@ -55,10 +59,28 @@ def check_steps_apart(plan: OptimizerPlan, device: torch.device) -> None:
             if not trial.is_alike():
                 raise SkipPipeError(
                     f"{name} steps a parameter otherwise when it steps another one with it: it looks at all parameters "
-                    "(one step size or one norm for all, for example), or draws random numbers. In a pipeline each "
-                    f"process steps the parameters that it holds; {_OTHERWISE}"
+                    "(one step size or one norm for all, or no step where any gradient is not finite, for example), "
+                    f"or draws random numbers. In a pipeline each process steps the parameters that it holds; "
+                    f"{_OTHERWISE}"
                 )
             trial.check_closure()
+            _check_gathers_nothing(trial)
+
+
+def _check_gathers_nothing(trial: _Trial) -> None:
+    """Raise if the driver's optimizer would keep a sum over its own parameters where one process has that over all."""
+    both = trial.kept(((0, 1), ()))
+    for members in (((0,), ()), ((1,), ())):
+        alone = trial.kept(members)
+        other = next((name for name in both | alone if both.get(name) != alone.get(name)), None)
+        if other is not None:
+            raise SkipPipeError(
+                f"{trial.plan.cls.__name__} keeps in {other} what it gathers over the parameters that it steps, and in "
+                "a pipeline the driver's optimizer steps those outside of the blocks only. Gather it in "
+                "on_before_optimizer_step of the LightningModule, where parameter.grad is whole (in a loop of your "
+                "own: before optimizer.step()), keep it by parameter in the optimizer's state, or train without the "
+                "pipeline"
+            )
 
 
 def check_steps_rows_apart(plan: OptimizerPlan, device: torch.device) -> None:
@@ -89,9 +111,18 @@ def counts_without_gradients(plan: OptimizerPlan) -> bool:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         for settings in _representatives(plan.settings):
             trial = _find_trial(replace(plan, settings=settings), torch.device("cpu"))
-            if trial.kept(with_gradients=True) != trial.kept(with_gradients=False):
+            if trial.kept(((0,), (1,))) != trial.kept(((), ())):
                 return False
     return True
+
+
+def minds_early_gradients(plan: OptimizerPlan, device: torch.device) -> bool:
+    """Tell whether a step depends on gradients that are there before its closure has run."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        return any(
+            _find_trial(replace(plan, settings=settings), device).minds_early_gradients()
+            for settings in _representatives(plan.settings)
+        )
 
 
 def _check_closure_is_optional(cls: type[Optimizer]) -> None:
@@ -167,7 +198,8 @@ class _Trial:
 
     def is_alike(self) -> bool:
         """Tell whether each parameter moves as it does alone."""
-        return all(self._is_alike(members) for members in _TOGETHER) and all(each.is_alike() for each in self.more)
+        own = all(self._is_alike(members) for members in _TOGETHER) and self._is_alike_beside_others()
+        return own and all(each.is_alike() for each in self.more)
 
     def steps_rows_apart(self) -> bool:
         """Tell whether a parameter moves as its halves do."""
@@ -187,48 +219,84 @@ class _Trial:
                 return False
         return True
 
-    def run(self, members: _Members, rows: slice = slice(None)) -> dict[int, Tensor]:
-        """Return by parameter how it moved in each step: [steps, ...]; perhaps one of some rows only."""
+    def _is_alike_beside_others(self) -> bool:
+        """Tell whether a parameter moves as it does alone while another one has gradients that are not finite."""
+        try:
+            beside = self.run(((0, 1), ()), infinite=1)[0]
+        except Exception:  # it wants none, and a worker says so as one process does
+            return True
+        return bool(torch.allclose(beside, self.run(((0,), ()))[0], rtol=1e-5, atol=1e-6))
+
+    def run(self, members: _Members, rows: slice = slice(None), infinite: int | None = None) -> dict[int, Tensor]:
+        """Return by parameter how it moved in each step: [steps, ...]; perhaps one of some rows only.
+
+        Args:
+            members: The parameters.
+            rows: Of them.
+            infinite: The number of one that has gradients without bounds, in a step.
+        """
         parameters, optimizer = self._start(members, rows)
         moves: dict[int, list[Tensor]] = {number: [] for number in parameters}
         for step in range(_NUM_STEPS):
             before = {number: parameter.detach().clone() for number, parameter in parameters.items()}
             self._give_gradients(parameters, step, rows)
+            if infinite is not None and step == _NUM_STEPS // 2:
+                parameters[infinite].grad = torch.full_like(parameters[infinite], torch.inf)
             optimizer.step()
             for number, parameter in parameters.items():
                 moves[number].append(parameter.detach() - before[number])
         return {number: torch.stack(each) for number, each in moves.items()}
 
-    def kept(self, *, with_gradients: bool) -> str:
-        """Return what the optimizer keeps outside of states after some steps."""
-        parameters, optimizer = self._start(((0,), (1,)))
-        for step in range(3):
-            if with_gradients:
+    def kept(self, members: _Members) -> dict[str, str]:
+        """Return what the optimizer keeps outside of states after some steps, by the name of its place."""
+        try:
+            parameters, optimizer = self._start(members)
+            for step in range(4):
                 self._give_gradients(parameters, step)
-            optimizer.step()
-        groups = [sorted((k, v) for k, v in group.items() if k != "params") for group in optimizer.param_groups]
-        return repr((groups, [optimizer.__dict__[name] for name in self.plan.settings.attributes]))
+                optimizer.step()
+        except Exception as error:
+            return {"": f"{type(error).__name__}: {error}"}
+        groups = [(number, key, group[key]) for number, group in enumerate(optimizer.param_groups) for key in group]
+        kept = {f"{key!r} of group {number}": _printed(value) for number, key, value in groups if key not in _MEMBERS}
+        return kept | {
+            f"self.{name}": _printed(value) for name, value in optimizer.__dict__.items() if name not in _USUAL
+        }
 
     def check_closure(self) -> None:
-        """Raise if the optimizer calls a closure more than once."""
-        parameters, optimizer = self._start(((0, 1), ()))
-        calls = 0
-
-        def closure() -> Tensor:
-            nonlocal calls
-            calls += 1
-            self._give_gradients(parameters, calls)
-            return torch.tensor(1.0)
-
-        try:
-            optimizer.step(closure)  # type: ignore[arg-type]
-        except TypeError:  # it takes none: whoever passes one is told so in one process too
-            return
-        if calls > 1:
+        """Raise if the optimizer calls a closure more than once, or depends on what it computes beside gradients."""
+        members: _Members = ((0, 1), ())
+        parameters, optimizer = self._start(members)
+        others, alike = self._start(members)
+        for step in range(_NUM_STEPS):
+            closure = _Closure(functools.partial(self._give_gradients, parameters, step), loss=1.0 + step)
+            try:
+                optimizer.step(closure)  # type: ignore[arg-type]
+            except TypeError:  # it takes none: whoever passes one is told so in one process too
+                return
+            if closure.calls > 1:
+                raise SkipPipeError(
+                    f"{self.plan.cls.__name__}.step called its closure {closure.calls} times on trial, but a pipeline "
+                    f"runs forward and backward once per step; {_OTHERWISE}"
+                )
+            self._give_gradients(others, step)
+            step_with_closure(alike)
+        if any(not torch.allclose(parameters[number], others[number], rtol=1e-5, atol=1e-6) for number in parameters):
             raise SkipPipeError(
-                f"{self.plan.cls.__name__}.step called its closure {calls} times on trial, but a pipeline runs forward "
-                f"and backward once per step; {_OTHERWISE}"
+                f"{self.plan.cls.__name__}.step depends on the loss that its closure returns, or on the gradients of "
+                "the step before: the workers' parts of the optimizer have neither. Let it depend on the gradients "
+                "after the closure, or train without the pipeline"
             )
+
+    def minds_early_gradients(self) -> bool:
+        """Tell whether parameters move otherwise when gradients are there before the closure."""
+        parameters, early = self._start(((0, 1), ()))
+        others, late = self._start(((0, 1), ()))
+        for step in range(_NUM_STEPS):
+            self._give_gradients(parameters, step)
+            early.step(lambda: 1.0)
+            self._give_gradients(others, step)
+            step_with_closure(late)
+        return any(not torch.allclose(parameters[each], others[each], rtol=1e-5, atol=1e-6) for each in parameters)
 
     def _start(self, members: _Members, rows: slice = slice(None)) -> tuple[dict[int, nn.Parameter], Optimizer]:
         numbers = [number for group in members for number in group]
@@ -250,6 +318,33 @@ class _Trial:
     def _values(self, number: int, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * number + step + 1)
         return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+
+
+@dataclass(slots=True)
+class _Closure:
+    """Gives gradients and returns a loss."""
+
+    give: Callable[[], None]
+    loss: float
+    calls: int = 0
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        self.give()
+        return torch.tensor(self.loss)
+
+
+def _printed(value: Any) -> str:  # Any: whatever the class keeps
+    """Tell plain values apart but for rounding; nothing else."""
+    if isinstance(value, Tensor):
+        return _printed(value.detach().tolist()) if value.numel() <= _MAX_PRINTED else str(tuple(value.shape))
+    if isinstance(value, float | complex):
+        return f"{value:.5g}"
+    if isinstance(value, dict):
+        return str({_printed(key): _printed(each) for key, each in value.items()})
+    if isinstance(value, list | tuple | set):
+        return str([_printed(each) for each in value if not isinstance(each, nn.Parameter)])
+    return repr(value) if isinstance(value, bool | int | str | bytes) else type(value).__name__
 
 
 def _only(number: int, members: _Members) -> _Members:

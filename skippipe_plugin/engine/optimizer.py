@@ -38,10 +38,16 @@ class Settings:
     groups: tuple[Hyperparameters, ...]
     attributes: Hyperparameters = field(default_factory=dict)
     """What the optimizer keeps on itself, by name."""
+    closure: bool = False
+    """Whether the step is given a closure: only when that has run are gradients there."""
 
     def dumps(self) -> bytes:
         """Return the settings as they travel."""
-        plain = (self.groups, self.attributes)  # objects of classes take longer, and this is for every step
+        plain = (
+            self.groups,
+            self.attributes,
+            self.closure,
+        )  # objects of classes take longer, and this is for every step
         try:
             return pickle.dumps(plain)
         except (pickle.PicklingError, AttributeError, TypeError):
@@ -81,7 +87,10 @@ class StageOptimizer:
         for group in self._optimizer.param_groups:
             if lr_factor != 1.0 and "lr" in group:
                 group["lr"] = group["lr"] * lr_factor  # of the driver's rate, so it never compounds
-        self._optimizer.step()
+        if settings.closure:
+            step_with_closure(self._optimizer)
+        else:
+            self._optimizer.step()
 
     def switch(self, method: str, settings: Settings) -> None:
         """Call ``train`` or ``eval`` of an optimizer that has them."""
@@ -111,13 +120,32 @@ class StageOptimizer:
         self._optimizer.load_state_dict(own)
 
 
-def settings_of(optimizer: Optimizer, attributes: Sequence[str] = ()) -> Settings:
+def step_with_closure(optimizer: Optimizer) -> None:
+    """Step with a closure as where the user's computes gradients: before it there are none."""
+    gradients = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def closure() -> Tensor:
+        while gradients:
+            parameter, gradient = gradients.pop()
+            parameter.grad = gradient
+        return torch.zeros(())
+
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        optimizer.step(closure)  # type: ignore[arg-type]
+    finally:
+        if gradients:
+            closure()
+
+
+def settings_of(optimizer: Optimizer, attributes: Sequence[str] = (), *, closure: bool = False) -> Settings:
     """Return the present settings of ``optimizer``, ready to send; later steps of it leave them as they are."""
     groups = tuple(
         {key: _portable(value) for key, value in group.items() if key not in _NOT_SENT}
         for group in optimizer.param_groups
     )
-    return Settings(groups, {name: _portable(optimizer.__dict__[name]) for name in attributes})
+    return Settings(groups, {name: _portable(optimizer.__dict__[name]) for name in attributes}, closure)
 
 
 def apply_settings(optimizer: Optimizer, settings: Settings) -> None:

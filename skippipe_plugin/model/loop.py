@@ -74,7 +74,6 @@ class LoopModel:
         self._compiled: CompiledParts | None = None
         self._optimizer: Optimizer | None = None
         self._remote: RemoteOptimizer | None = None
-        self._hooks: list[Any] = []  # Any: torch's removable handles
 
     @property
     def calls(self) -> ModelCalls:
@@ -115,9 +114,6 @@ class LoopModel:
             if self._remote is not None:
                 self._remote.detach()
         finally:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
             self._remote = self._optimizer = self._calls = self._whole = self._backwards = None
             self.blocks.bring_back()
             if self._compiled is not None:
@@ -144,13 +140,12 @@ class LoopModel:
         if self._optimizer is not None:
             raise SkipPipeError("a second optimizer of the model: a pipeline steps one; give it parameter groups")
         calls = self.calls
-        self._optimizer, self._remote = optimizer, RemoteOptimizer(self.blocks.pipeline, optimizer)
+        self._optimizer = optimizer
+        self._remote = RemoteOptimizer(
+            self.blocks.pipeline, optimizer, begun=calls.settle, ended=calls.count_optimizer_step
+        )
         if state["state"]:
             self._remote.load_state_dict(state)
-        self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: calls.settle()),
-            optimizer.register_step_post_hook(lambda *_: calls.count_optimizer_step()),
-        ]
 
     def is_here(self, parameters: Iterable[Tensor]) -> bool:
         """Whether all of some parameters are in this process, so that their gradients are an ordinary matter."""
