@@ -47,7 +47,7 @@ def _is_same(run: Callable[[Call, Tensor], Tensor], whole: Tensor, hidden: Tenso
     try:
         results = [run(call, piece) for call, piece in zip(parts.calls, pieces, strict=True)]
         together = torch.cat(results, parts.leaves)
-    except (RuntimeError, ValueError, AssertionError):  # the block refuses a part
+    except Exception:  # the block refuses a part, whatever it says of it
         return False
     tolerance = 1e-4 if whole.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu") else 3e-2
     scale = float(whole.detach().abs().nan_to_num(posinf=0.0).max()) if whole.numel() else 0.0

@@ -27,6 +27,7 @@ from ..engine.errors import SkipPipeError
 from .batch_state import BatchState
 from .batch_statistics import BatchStatistics
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
+from .entering import HIDDEN
 from .fakes import Fakes, Incomparable, Neutral
 from .interleaving import DRAWN, alike, by_turns, effect
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
@@ -99,6 +100,8 @@ class Answer:
     num_plain: int = 0
     """So many batches since held neither labels nor anything like a mask."""
 
+    odd: dict[str, str] = field(default_factory=dict)
+    """What else of the batch does not follow from the microbatches', and why; not to be seen in any one result."""
     problems: dict[str, str] = field(default_factory=dict)
     """By name of a result: why it follows from the microbatches' by no rule."""
     is_told: bool = False
@@ -247,7 +250,7 @@ class Asking:
                 learn = functools.partial(self._learn, question, answer, draw, trace)
                 self._spread.pipeline.surviving(learn)
         answer.hooks = answer.hooks and not self.is_watched  # those of before are looked at in each step
-        answer.problems = {}
+        answer.problems = dict(answer.odd)
         for name in sorted(answer.metrics):
             answer.problems[f"the metric {name}"] = "its counts are others when it is updated once for each of them"
         for key, plan in answer.plans.items():
@@ -333,6 +336,11 @@ class Asking:
             return error
         answer.constants |= mode.constants
         changes = trace.changes()
+        blocks = self._spread.pipeline.proxies.blocks
+        for entrance in fakes.entrances(question.view.rounding):
+            answer.failure = answer.failure or entrance.differs(blocks)
+            if not entrance.is_of_samples:
+                answer.odd[HIDDEN] = "it is computed over samples"
         answer.metrics |= self._metrics_that_differ(question, draw, restore)
         if fakes.dtypes == {torch.float64}:
             question.view.rounding = 1e-10

@@ -6,7 +6,7 @@ differs only by how the step reduces over samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..driver.capture.proxies import StackCall
+from .entering import Entered, Entrance
 
 _GOLDEN: Final = 0.6180339887
 _DROPOUTS: Final = frozenset(
@@ -58,6 +59,8 @@ class Fakes:
         self._draw = draw
         self._noise: list[list[tuple[Tensor, Tensor, int]]] = [[] for _ in sizes]
         self._calls = 0
+        self._entered: list[list[Entered]] = [[] for _ in (*sizes, 0)]
+        """By microbatch, and of the batch last: what its calls brought."""
         self.dtypes: set[torch.dtype] = set()
         """Of what was answered."""
         self.are_watched = False
@@ -66,6 +69,7 @@ class Fakes:
     def of_piece(self, index: int, call: StackCall) -> Tensor:
         """Answer the next call of the blocks by a microbatch."""
         self.are_watched |= bool(call.hooks)
+        self._entered[index].append(Entered.of(call))
         spec, size, number = call.specs[-1], self._sizes[index], len(self._noise[index])
         dim = next((d for d, n in enumerate(spec.shape) if n == size), None)
         if dim is None:
@@ -87,6 +91,7 @@ class Fakes:
         """Answer the next call of the blocks by the batch."""
         number, shape = self._calls, call.specs[-1].shape
         self._calls += 1
+        self._entered[-1].append(Entered.of(call))
         if any(len(noise) <= number for noise in self._noise):
             raise Incomparable("the batch calls the blocks more often than its microbatches do")
         noises, scales, dims = zip(*(noise[number] for noise in self._noise), strict=True)
@@ -101,6 +106,11 @@ class Fakes:
             forms = ", ".join(str(tuple(noise.shape)) for noise in noises)
             raise Incomparable(f"hidden states of shape {tuple(shape)} are {forms} in its microbatches")
         return self._made(call, joined, torch.cat(scales, dim) if scales[0].ndim else scales[0])
+
+    def entrances(self, rounding: float) -> Iterator[Entrance]:
+        """Yield what the batch's calls brought beside what those of its microbatches did."""
+        for whole, *parts in zip(self._entered[-1], *self._entered[:-1], strict=False):
+            yield Entrance(whole, parts, self._sizes, rounding)
 
     def _scale(self, sample: int) -> float:
         return 0.3 + 2.2 * ((sample + 1 + 3 * self._draw) * _GOLDEN % 1.0)
