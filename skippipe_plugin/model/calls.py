@@ -33,6 +33,7 @@ from .outputs import differentiable, find_loss, gated, guarded, map_tensors, wat
 from .shares import loss_weights
 from .spread import SpreadModel
 from .suspended import SuspendedStep, Train
+from .untrained import Untrained
 from .weight import MicrobatchWeight, view_of
 
 _ONE_BACKWARD: Final = (
@@ -114,6 +115,7 @@ class ModelCalls:
         self._entrance = Entrance()
         """Of the call under way."""
         self._asking = Asking(spread, model, device, weighted=callable(weight))
+        self._untrained = Untrained(model, self._asking)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model would return for the whole batch."""
@@ -381,6 +383,14 @@ class ModelCalls:
     # ----------------------------------------------------------- evaluation
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = self._evaluated(args, kwargs)
+        if not torch.is_grad_enabled() or any(is_cache(value) for value in (*args, *kwargs.values())):
+            return output
+        kind = code_of(self._function), len(args), frozenset(kwargs)
+        call = functools.partial(self._function, *args, **kwargs)
+        return self._untrained.marked(output, kind, call, (args, kwargs))
+
+    def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.settle()
         cut = self._cut(args, kwargs, training=False)
         if cut is None:

@@ -70,11 +70,20 @@ def differentiable(output: Any) -> list[Tensor]:
     return found
 
 
-def guarded(output: Any, message: str) -> Any:
-    """Return a detached ``output`` such that whoever back-propagates through it is told ``message``."""
+def guarded(output: Any, message: str, which: Sequence[bool] | None = None) -> Any:
+    """Return a detached ``output`` such that whoever back-propagates through it is told ``message``.
+
+    Args:
+        output: What a model returned.
+        message: Of the error.
+        which: By tensor, in a fixed order: whether it is concerned; None: those of floating point.
+    """
+    concerned = None if which is None else iter(which)
 
     def guard(tensor: Tensor) -> Tensor:
-        return _Refusal.apply(_root(), tensor, message) if tensor.is_floating_point() else tensor  # type: ignore[no-untyped-call]
+        if next(concerned) if concerned is not None else tensor.is_floating_point():
+            return _Refusal.apply(_root(), tensor, message)  # type: ignore[no-untyped-call, no-any-return]
+        return tensor
 
     return map_tensors(guard, output)
 
