@@ -175,8 +175,8 @@ class Accumulation:
             raise SkipPipeError(
                 f"the gradients that worker rank {', '.join(map(str, sorted(self._lacking)))} had accumulated are lost "
                 f"with it and cannot be computed again: {self._fixed}. Zero gradients after each optimizer step and "
-                "change them in on_before_optimizer_step only, or give the stages a replica (replicas=2), which holds "
-                "the same; go on from the last checkpoint"
+                "change them in on_before_optimizer_step only (in a loop of your own: right before optimizer.step()), "
+                "or give the stages a replica (replicas=2), which holds the same; go on from the last checkpoint"
             )
         self._survive(self._repeat)
 

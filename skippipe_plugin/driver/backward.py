@@ -142,7 +142,8 @@ class GradientControl:
         if current_thread() is not None and self._accumulates and not self._is_stepped:
             raise SkipPipeError(
                 "zero_grad() was called inside of a step, where the gradients of the batches before are out of reach; "
-                "call it in a hook, such as on_before_backward or optimizer_zero_grad"
+                "call it in a hook, such as on_before_backward or optimizer_zero_grad (in a loop of your own: outside "
+                "of the model's forward)"
             )
         self.keeps_stepped = self.keeps_stepped or not set_to_none
         self._zero = "drop" if set_to_none or self._zero == "drop" else "fill"

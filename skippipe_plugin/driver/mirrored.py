@@ -230,8 +230,9 @@ class Mirror:
             raise SkipPipeError(
                 f"{what} was asked for in the middle of a step, when the workers compute and cannot be asked. Read it "
                 "before the blocks are called, or between steps: in on_train_batch_start, on_before_optimizer_step, "
-                "on_train_batch_end. (A penalty on weights in the loss is the optimizer's weight_decay=... here; or "
-                "keep the block on the driver with blocks=..., which names the stack without it)"
+                "on_train_batch_end; in a loop of your own before it calls the model, or after loss.backward(). (A "
+                "penalty on weights in the loss is the optimizer's weight_decay=... here; or keep the block on the "
+                "driver with blocks=..., which names the stack without it)"
             )
 
     def fetch(self, what: str, blocks: Collection[int]) -> Mapping[str, Tensor]:

@@ -41,6 +41,10 @@ _ONE_BACKWARD: Final = (
     "each training call of the model, before the next one. Put both inputs into one batch, or add the losses before "
     "backward"
 )
+_GIVEN_UP: Final = (
+    "the workers have given up the call of the model that this loss belongs to: they were needed before its backward, "
+    "for {why}. Do that before the model is called, or after loss.backward()"
+)
 _HAS_A_LOSS: Final = (
     "backward went through an output of the model other than its loss, but the model computed a loss itself, so the "
     "backward of all microbatches ran when it was called. Use the returned loss alone, or call the model without "
@@ -67,6 +71,8 @@ class _Pending:
     suspended: SuspendedStep | None = None
     gradients: list[Tensor | None] | None = None
     is_over: bool = False
+    given_up: str = ""
+    """What for, if so."""
 
 
 class _LossIsOutside(Exception):
@@ -164,10 +170,10 @@ class ModelCalls:
         self._gradients.merge(1.0)
         pending.entrance.go_back(keep_graph=keep_graph)
 
-    def settle(self) -> None:
-        """Let no step wait any longer: the loop goes on to something that needs the workers."""
+    def settle(self, why: str) -> None:
+        """Let no step wait any longer: the loop goes on to something that needs the workers, and ``why`` says what."""
         self.complete()
-        if self._give_up():
+        if self._give_up(why):
             self._spread.pipeline.heal()  # nobody may take what comes next for a part of the step
 
     def count_optimizer_step(self) -> None:
@@ -185,14 +191,14 @@ class ModelCalls:
     def fail(self) -> None:
         """Drop what the last training call has left to do: a backward that has reached it failed."""
         if self._pending is not None and self._pending.is_over:
-            self._give_up()
+            self._give_up("a backward that failed")
             self._pending = None
         elif self._pending is not None and self._pending.suspended is not None:
             self._gradients.window.pause()
 
     def close(self) -> None:
         """Give up what is pending and end the thread."""
-        self._give_up()
+        self._give_up("the end of the pipeline")
         if self._thread is not None:
             self._thread.close()
             self._thread = None
@@ -200,7 +206,7 @@ class ModelCalls:
     # ------------------------------------------------------------- training
 
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.settle()
+        self.settle("another call of the model")
         self._pending = None
         if self._spread.attached is not None:
             self._spread.attached.begin_step(self.num_optimizer_steps)
@@ -281,7 +287,7 @@ class ModelCalls:
         pending = self._pending = _Pending(self._entrance, suspended)
         carrying = [tensor for output in outputs for tensor in differentiable(output)]
         if not carrying:
-            self._give_up()
+            self._give_up("nothing")
             raise SkipPipeError(
                 f"{type(self._model).__name__} was called for training, but nothing it returned carries a gradient; "
                 "return a loss or differentiable outputs, or call it under torch.no_grad() or after model.eval()"
@@ -366,17 +372,19 @@ class ModelCalls:
     def _claim(self, pending: _Pending) -> None:
         if pending is not self._pending:
             raise SkipPipeError(_ONE_BACKWARD.format(which="an earlier", state="gone"))
+        if pending.given_up:
+            raise SkipPipeError(_GIVEN_UP.format(why=pending.given_up))
         if pending.is_over:
-            raise SkipPipeError(_ONE_BACKWARD.format(which="a", state="added already or were given up"))
+            raise SkipPipeError(_ONE_BACKWARD.format(which="a", state="added already"))
         pending.is_over = True
 
-    def _give_up(self) -> bool:
-        """Give up a step that waits; return whether one did."""
+    def _give_up(self, why: str) -> bool:
+        """Give up a step that waits, and note what for; return whether one did."""
         pending = self._pending
         if pending is None or pending.suspended is None:
             return False
         suspended, pending.suspended = pending.suspended, None
-        pending.is_over = True
+        pending.is_over, pending.given_up = True, why
         suspended.abandon()
         return True
 
@@ -391,7 +399,7 @@ class ModelCalls:
         return self._untrained.marked(output, kind, call, (args, kwargs))
 
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.settle()
+        self.settle("a call of the model without gradients or in eval mode")
         cut = self._cut(args, kwargs, training=False)
         if cut is None:
             whole = self._whole_task(functools.partial(self._function, *args, **kwargs), args, kwargs)

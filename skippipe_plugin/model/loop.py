@@ -5,6 +5,7 @@ What loops of accelerate and plain ones share. The loop stays as it is: it calls
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
@@ -142,7 +143,10 @@ class LoopModel:
         calls = self.calls
         self._optimizer = optimizer
         self._remote = RemoteOptimizer(
-            self.blocks.pipeline, optimizer, begun=calls.settle, ended=calls.count_optimizer_step
+            self.blocks.pipeline,
+            optimizer,
+            begun=functools.partial(calls.settle, "optimizer.step()"),
+            ended=calls.count_optimizer_step,
         )
         if state["state"]:
             self._remote.load_state_dict(state)
@@ -175,7 +179,7 @@ class LoopModel:
     def _to_clip(self, parameters: Iterable[Tensor]) -> tuple[list[Tensor], RemoteOptimizer]:
         """Return those of the parameters that are here, and the optimizer of the others."""
         members = list(parameters)
-        self.calls.settle()
+        self.calls.settle("the clipping of gradients")
         asked = {id(parameter) for parameter in members}
         groups = self._optimizer.param_groups if self._optimizer is not None else ()
         trained = [p for group in groups for p in group["params"] if is_remote(p) and p.requires_grad]

@@ -50,12 +50,13 @@ _SEEN: Final = (
 _READS: Final = (
     "the step runs once for each of {count} microbatches, but it reads {name}, which is another with every batch, so "
     "that what it will do cannot be found out before. Run the step once, on the whole batch, with microbatches='stack' "
-    "or num_microbatches=1, or do where microbatches are not known (on_train_batch_end, ...) what depends on it"
+    "or num_microbatches=1, or do where microbatches are not known (on_train_batch_end, a loop of your own) what "
+    "depends on it"
 )
 _LEFT: Final = (
     "the step runs once for each of {count} microbatches, but {name} is then another than when it has run for the "
     "batch. Run the step once, on the whole batch, with microbatches='stack' or num_microbatches=1, or do where "
-    "microbatches are not known (on_train_batch_end, ...) what is to happen once for a batch"
+    "microbatches are not known (on_train_batch_end, a loop of your own) what is to happen once for a batch"
 )
 _WHOLE: Final = (
     "%s runs once, on the whole batch, of which only what enters the blocks is cut: every forward comes before the "

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from skippipe_plugin import SkipPipeError
 from skippipe_plugin.accelerate import SkipPipeAccelerator
 from tests.e2e.loops import Classifier, accelerator
 
-from .plain_loops import BATCHES, assert_same
+from .plain_loops import BATCHES, assert_same, run
 
 # ------------------------------------------------------------------------ zeroing
 
@@ -123,3 +124,42 @@ def test_hooks_on_gradients_see_the_whole_backward() -> None:
         return seen
 
     assert_same(loop)
+
+
+# ------------------------------------------------------------------------ what needs the workers meanwhile
+
+NEEDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "state_dict": (lambda model, optimizer, inputs: model.state_dict(), r"for state_dict\(\)"),
+    "load": (lambda model, optimizer, inputs: model.load_state_dict(model.state_dict()), r"for state_dict\(\)"),
+    "evaluation": (lambda model, optimizer, inputs: model.eval()(inputs), "without gradients or in eval mode"),
+    "step": (lambda model, optimizer, inputs: optimizer.step(), r"for optimizer\.step\(\)"),
+    "weights": (lambda model, optimizer, inputs: model.blocks[1].norm1.weight.sum(), "in a loop of your own before it"),
+}
+
+
+@pytest.mark.parametrize("need", NEEDS)
+def test_what_needs_the_workers_is_named_and_exact_elsewhere(need: str) -> None:
+    ask, message = NEEDS[need]
+
+    def loop(model: Any, optimizer: torch.optim.Optimizer, where: str) -> list[float]:
+        losses = []
+        for inputs, labels in BATCHES:
+            optimizer.zero_grad()
+            if where == "before":
+                ask(model, optimizer, inputs)
+            loss = functional.cross_entropy(model.train()(inputs), labels)
+            if where == "between":
+                ask(model, optimizer, inputs)
+            loss.backward()
+            if where == "after":
+                ask(model, optimizer, inputs)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    before = partial(loop, where="before")
+    with pytest.raises(SkipPipeError, match=message):
+        run(lambda model, optimizer: before(model, optimizer) + loop(model, optimizer, "between"), True)
+    assert_same(before)
+    if need != "step":
+        assert_same(partial(loop, where="after"))
