@@ -21,8 +21,8 @@ class Backwards:
     Args:
         begin: Called before every backward, with the tensors that it starts from and those that it is restricted to;
             says whether it must leave its graph.
-        complete: Does what a backward has left to do, and whether graphs are to stay is for it to know; nothing if it
-            did not reach the model.
+        complete: Does what a backward has left to do, given whether that keeps its graph; nothing if it did not reach
+            the model.
         abandon: Drops that: the backward failed.
     """
 
@@ -36,7 +36,7 @@ class Backwards:
         self._complete = complete
         self._abandon = abandon
         self._original: Callable[..., Any] | None = None
-        self._is_over = False
+        self._is_over = self._is_running = False
 
     def follow(self) -> None:
         """Begin."""
@@ -53,15 +53,20 @@ class Backwards:
 
     def _run(self, outputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         assert self._original is not None
-        if self._is_over or current_thread() is not None:  # a backward inside of a step is the step's own matter
+        # A backward inside of a step is the step's own matter, one inside of another (a checkpoint's) a part of that.
+        if self._is_over or self._is_running or current_thread() is not None:
             return self._original(outputs, *args, **kwargs)
         stays = bool(len(args) > 1 and args[1])  # as torch passes them: gradients, retain_graph, create_graph, inputs
-        if self._begin(outputs, args[3] if len(args) > 3 else ()) and not stays:
+        tensors = [each for each in outputs if isinstance(each, Tensor)]
+        if self._begin(tensors, args[3] if len(args) > 3 else ()) and not stays:
             args = (args[0], True, *args[2:])
+        self._is_running = True
         try:
             result = self._original(outputs, *args, **kwargs)
             self._complete(stays)
         except BaseException:
             self._abandon()
             raise
+        finally:
+            self._is_running = False
         return result

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from skippipe_plugin import SkipPipeConfig, SkipPipeError, TorchPipeline
 from tests.e2e.loops import Classifier, accelerator
@@ -218,3 +219,20 @@ def test_what_the_refusal_says_is_exact_and_so_are_gradients_of_outputs() -> Non
         return seen
 
     assert_same(loop)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_around_the_model(reentrant: bool) -> None:
+    """A reentrant one goes back inside of the loop's backward."""
+
+    def checkpointed(both: Any, inputs: Tensor, labels: Tensor) -> Tensor:
+        code = checkpoint(both.encoder, inputs.clone().requires_grad_(), use_reentrant=reentrant)
+        logits = both.model(code)
+        loss: Tensor = checkpoint(functional.cross_entropy, logits, labels, use_reentrant=reentrant)
+        return (
+            loss + 0.1 * checkpoint(both.model.head, torch.ones(2, 16).requires_grad_(), use_reentrant=reentrant).sum()
+        )
+
+    (found, weights), (expected, others) = trained(checkpointed, True, 2), trained(checkpointed, False, 2)
+    assert found == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-5)
