@@ -72,6 +72,8 @@ class RemoteOptimizer:
         self._step = OwnStep(optimizer, self)
         for parameter in [parameter for parameter in optimizer.state if is_remote(parameter)]:
             del optimizer.state[parameter]  # what an optimizer's constructor may have made for them
+        self._left: dict[ParameterKey, dict[str, Any]] | None = None
+        """What user code has left of the workers' state, which they are to have before anything uses it."""
         self._state = self._watch()
         self._describe()
         self._handles = [
@@ -93,6 +95,8 @@ class RemoteOptimizer:
             handle.remove()
         for name in ("zero_grad", *_MODES):
             self._optimizer.__dict__.pop(name, None)
+        if not self._pipeline.beyond_help:
+            self._follow_state()
         self._state.is_open = True
         state = self._optimizer.state = defaultdict(dict, self._state)
         remote = {} if self._pipeline.beyond_help else self._fetch()
@@ -172,6 +176,7 @@ class RemoteOptimizer:
         remote = {key: state_dict["state"][n] for key, n in numbers.items() if n in state_dict["state"]}
         taken = set(numbers.values())
         self._describe()
+        self._left = None
         self._put(remote)
         local = {number: state for number, state in state_dict["state"].items() if number not in taken}
         return {**state_dict, "state": local}
@@ -218,9 +223,30 @@ class RemoteOptimizer:
     def _watch(self) -> WatchedState:
         """Put a state in the optimizer's place that refuses to speak for parameters on workers."""
         name_of = {id(parameter): name for name, parameter in self._named_remote().items()}.get
-        state = WatchedState(self._optimizer.state, lambda key: name_of(id(key)))
+        state = WatchedState(self._optimizer.state, lambda key: name_of(id(key)), self)
         self._optimizer.state = state
         return state
+
+    def take(self, key: Tensor) -> dict[str, Any] | None:
+        """Let the workers drop the state of one parameter before the next step; return it."""
+        if self._left is None:
+            self._left = self._fetch()
+        return self._left.pop(self._keys[id(key)], None)
+
+    def drop(self) -> None:
+        """Let the workers drop their state before the next step."""
+        self._left = {}
+
+    def _follow_state(self) -> None:
+        """Let the workers have what user code has made of the state: it may have replaced it, or dropped some."""
+        if self._optimizer.state is not self._state:
+            state = self._optimizer.state
+            members = self._named_remote().values()
+            self._left = {self._keys[id(each)]: state.pop(each) for each in members if each in state}
+            self._state = self._watch()
+        if self._left is not None:
+            left, self._left = self._left, None
+            self._put(left)
 
     def _named_remote(self) -> dict[str, Tensor]:
         members = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
@@ -228,6 +254,7 @@ class RemoteOptimizer:
         return {f"{key[1]} of block {key[0]}": parameter for key, parameter in keys if key is not None}
 
     def _open_state(self) -> None:
+        self._follow_state()
         self._state.is_open = True
 
     # ----------------------------------------------------------------- what it is
@@ -312,6 +339,10 @@ class RemoteOptimizer:
 
     def show(self, *, everything: bool) -> None:
         """Let user code see all, or the optimizer's own code what is here, and nothing of what is elsewhere."""
+        if not everything:
+            self._follow_state()
+        elif self._optimizer.state is not self._state:  # its own code has made another, as that on the workers does
+            self._state = self._watch()
         self._state.is_open = self._pipeline.gradients.copies.hidden = not everything
 
     def finish(self) -> None:

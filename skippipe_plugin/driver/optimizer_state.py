@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, Self
 
 from torch import Tensor
 
@@ -14,17 +14,31 @@ from ..engine.errors import SkipPipeError
 _Entry = dict[str, Any]  # Any: the optimizer class defines it
 
 
+class Elsewhere(Protocol):
+    """Has the entries of the parameters that are elsewhere."""
+
+    def take(self, key: Tensor) -> _Entry | None:
+        """Drop the entry of one, and return it if there was one."""
+
+    def drop(self) -> None:
+        """Drop all entries."""
+
+
 class WatchedState(defaultdict[Tensor, _Entry]):
     """The ``state`` of an optimizer of which a part is elsewhere: reading that part is an error, not an empty dict.
 
     Args:
         state: What is here.
         name_of: Names a parameter that is elsewhere, None for others.
+        elsewhere: Drops there what is dropped here.
     """
 
-    def __init__(self, state: Mapping[Tensor, _Entry], name_of: Callable[[object], str | None]) -> None:
+    def __init__(
+        self, state: Mapping[Tensor, _Entry], name_of: Callable[[object], str | None], elsewhere: Elsewhere
+    ) -> None:
         super().__init__(dict)
-        self.update(state)
+        super().update(state)
+        self._elsewhere = elsewhere
         self._name_of = name_of
         self.is_open = False
         """Whether the optimizer's own code reads it, which passes by parameters without gradients."""
@@ -77,6 +91,52 @@ class WatchedState(defaultdict[Tensor, _Entry]):
         """Return parameters and states, which are not all here."""
         self._check_all()
         return super().items()
+
+    def __len__(self) -> int:
+        self._check_all()
+        return super().__len__()
+
+    # A state is dropped to begin anew: what is elsewhere goes with it.
+
+    def clear(self) -> None:
+        """Drop the state of all parameters."""
+        super().clear()
+        if not self.is_open:
+            self._elsewhere.drop()
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        """Drop the state of a parameter, and return it."""
+        if self.is_open or self._name_of(key) is None:
+            return super().pop(key, *default)
+        entry = self._elsewhere.take(key)
+        if entry is None and not default:
+            raise KeyError(key)
+        return default[0] if entry is None else entry
+
+    def __delitem__(self, key: Tensor) -> None:
+        if self.is_open or self._name_of(key) is None:
+            super().__delitem__(key)
+        elif self._elsewhere.take(key) is None:
+            raise KeyError(key)
+
+    def popitem(self) -> tuple[Tensor, _Entry]:
+        """Drop the last one's state, which may be elsewhere."""
+        self._check_all()
+        return super().popitem()
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """Return an entry that is here, or make it."""
+        self._check_key(key)
+        return super().setdefault(key, default)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Take over entries of what is here."""
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override, misc]
+        self.update(other)
+        return self
 
     def _check_key(self, key: object) -> None:
         if not self.is_open and "_name_of" in self.__dict__ and (name := self._name_of(key)) is not None:

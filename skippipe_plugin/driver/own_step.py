@@ -175,6 +175,7 @@ class OwnStep:
     # --------------------------------------------------------------- groups
 
     def _reduce(self) -> None:
+        self._rest.show(everything=False)
         for group in self._optimizer.param_groups:
             members, known = group["params"], self._local.get(id(group))
             if known is None or known[0] is not members or known[1] != len(members):
@@ -183,7 +184,6 @@ class OwnStep:
             if len(known[2]) != len(members):
                 self._whole.append((group, members))
                 group["params"] = known[2]
-        self._rest.show(everything=False)
 
     def _restore(self) -> None:
         for group, members in self._whole:

@@ -1,5 +1,6 @@
 """Optimizers whose step calls that of a base class, or does more to weights; workers import this: torch only."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,28 @@ class ClampingTooEarly(AdamW):
                 if parameter.grad is not None:
                     parameter.grad.data.clamp_(-0.1, 0.1)
         return super().step(closure)
+
+
+class Restarting(SGD):
+    """Forgets its momentum in every third step."""
+
+    def __init__(self, params: Any, lr: float = 0.02, momentum: float = 0.9, cleared: bool = True) -> None:
+        super().__init__(params, lr=lr, momentum=momentum)
+        self.defaults["cleared"] = cleared
+        self.num_steps = 0
+        for group in self.param_groups:
+            group["cleared"] = cleared
+
+    def step(self, closure: Closure | None = None) -> Any:
+        loss = closure() if closure is not None else None
+        self.num_steps += 1
+        if self.num_steps % 3 == 0:
+            if self.param_groups[0]["cleared"]:
+                self.state.clear()
+            else:
+                self.state = defaultdict(dict)
+        super().step()
+        return loss
 
 
 class Summing(Own):
