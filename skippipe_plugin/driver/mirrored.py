@@ -25,6 +25,7 @@ from .copies import GradientCopies, WeightCopies
 from .layout import Layout
 from .links import Links
 from .shards import ExpertShards
+from .shared_buffers import SharedBuffers
 
 _T = TypeVar("_T")
 
@@ -90,6 +91,7 @@ class Mirror:
         self._structure: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = []  # Any: tensors, modules, None
         self.weights = WeightCopies(self, self._slots)
         self.gradients = GradientCopies(self)
+        self.shared = SharedBuffers(self)
         self._blocks: tuple[nn.Module, ...] = ()
         """The blocks whose values are elsewhere."""
 
@@ -100,10 +102,13 @@ class Mirror:
 
     # ------------------------------------------------------------ hand-over
 
-    def own(self, blocks: Mapping[int, nn.Module], names: Sequence[str]) -> None:
+    def own(self, model: nn.Module, blocks: Mapping[int, nn.Module], names: Sequence[str]) -> None:
         """Take the values of blocks away from the driver's model; the workers have them."""
         self._blocks = (*self._blocks, *blocks.values())
+        staying = self.shared.own(model, blocks, names)
         for name, tensor in block_tensors(blocks).items():
+            if name in staying:
+                continue
             block, local = tensor_key(name)
             detach(tensor, self, block, local, f"{names[block]}.{local}")
             self._tensors[name] = tensor
@@ -130,6 +135,7 @@ class Mirror:
         self._tensors.clear()
         self._slots.clear()
         self._structure = []
+        self.shared.clear()
         self.gradients.outdate(present=False)
         return list(dict.fromkeys(lost))
 
@@ -173,20 +179,22 @@ class Mirror:
         """Let the workers have all that user code has written; called before anything runs there."""
         self._take_replaced()
         self.weights.flush()
+        self.shared.flush()
 
     def note_started(self, function: int) -> None:
         """Note that one of a step's functions has come to the blocks: only the first may have written anything."""
         if function == 0:
             self.weights.flush()
+            self.shared.flush()
         else:
             self.check_unwritten()
 
     def check_unwritten(self) -> None:
         """Raise when user code has written weights where the workers cannot have them any more."""
-        written = self.weights.written()
-        if written:
+        written = [self._slots[name].label for name in self.weights.written()]
+        if label := (written[0] if written else self.shared.written()):
             raise SkipPipeError(
-                f"{self._slots[next(iter(written))].label} was changed inside of a step, while the workers computed "
+                f"{label} was changed inside of a step, while the workers computed "
                 "with it or once for each microbatch. Change weights between steps, in on_train_batch_start or "
                 "on_train_batch_end (in a loop of your own: outside of the model's forward), or use num_microbatches=1"
             )

@@ -270,7 +270,7 @@ class Pipeline:
         if compile_with is not None:
             for block in self.layout.hosted(self.rank):
                 real[block].compile(**compile_with)
-        self.remote.own(proxies.blocks, proxies.names)
+        self.remote.own(model, proxies.blocks, proxies.names)
         local = [parameter for parameter in model.parameters() if not is_remote(parameter)]
         self.gradients.own(local, self._hosted)
         self.model = model
@@ -293,11 +293,15 @@ class Pipeline:
         proxies = self._proxies
         if proxies is None:
             return []
-        lost = self.mirror.give_back(self.remote.last(self))
-        proxies.remove()
-        self._proxies = self.model = None
-        self._hosted = {}
-        self.gradients.own([], {})
+        weights, shared = self.remote.last(self), self.mirror.shared
+        try:
+            shared.check_alike(weights)
+        finally:  # whatever that says, the model is whole
+            lost = self.mirror.give_back(weights)
+            proxies.remove()
+            self._proxies = self.model = None
+            self._hosted = {}
+            self.gradients.own([], {})
         return [proxies.names[block] for block in lost]
 
     def use_schedule(self, name: str, schedule: Schedule) -> None:

@@ -31,11 +31,16 @@ def probe(pipeline: Pipeline, block: int, spec: CallSpec, side_inputs: Sequence[
     call = Call(spec, tuple(side_inputs), 0)
     asked, holder = _holder(pipeline, block)
     if isinstance(holder, Stage):
-        return holder.probe(asked, call, enters)
+        return _checked(pipeline, asked, holder.probe(asked, call, enters))
     probed = holder.ask(Question(dump_probe(asked, call, enters)), Probed)
     if probed.traceback is not None:
         raise unpack_exception(bytes(probed.result), probed.traceback, str(holder))
-    return pickle.loads(probed.result)  # type: ignore[no-any-return]
+    return _checked(pipeline, asked, pickle.loads(probed.result))
+
+
+def _checked(pipeline: Pipeline, block: int, found: Probe) -> Probe:
+    pipeline.mirror.shared.check_kept(pipeline.proxies.book.alike(block), found.buffers)
+    return found
 
 
 def _holder(pipeline: Pipeline, block: int) -> tuple[int, Stage | Link]:

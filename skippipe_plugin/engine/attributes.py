@@ -27,6 +27,8 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 
+from .transport import as_bytes
+
 Key = tuple[int, str]
 """An attribute of a block: the number of its module in the order of ``modules()``, and its name."""
 Portrait = Any  # Any: nested tuples that compare by value
@@ -252,6 +254,21 @@ def attributes_kept(block: nn.Module) -> Iterator[None]:
             for name in own_attributes(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
+
+
+def changed_buffers(block: nn.Module, before: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Name the buffers of a block that are not, bit by bit, what they were, its old values given by name."""
+    now = dict(block.named_buffers())
+    return tuple(name for name, value in before.items() if name not in now or not have_equal_bits(now[name], value))
+
+
+def have_equal_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are alike, NaN included."""
+    if one is other:
+        return True
+    if one.shape != other.shape or one.dtype != other.dtype or one.is_meta or other.is_meta:
+        return False
+    return torch.equal(as_bytes(one), as_bytes(other))
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from .arguments import ArgumentGuard, ArrayInput, CacheRef, HiddenAgain, Packed, SideInput, array_of
-from .attributes import BlockWatch, Key, apply_changes, attributes_kept
+from .attributes import BlockWatch, Key, apply_changes, attributes_kept, changed_buffers
 from .call import Ambient, BlockMode, Call, CallSpec, Hop, block_seed, seed_everything
 from .errors import SkipPipeError
 from .independence import Parts, is_independent
@@ -41,6 +41,8 @@ class Probe:
     """Whether it changes the hidden states that enter it in place."""
     passes_input: bool = False
     """Whether its output shares memory with its input."""
+    buffers: tuple[str, ...] = ()
+    """The buffers that the block's forward writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,13 +261,13 @@ class Stage:
         """Run one block on random input without leaving a trace, to learn the form of its output and what it writes."""
         module = self.blocks[block]
         self._set_mode(block, call)
-        with self._without_a_trace(module, call), Returns(module) as hooks:
+        with self._without_a_trace(module, call) as buffers, Returns(module) as hooks:
             watch, inputs = BlockWatch(module), _random(enters, self.device)
             version = inputs._version
             output = self._call_block(block, call, inputs, filled={}, with_cache=False)
-            writes = watch.differences()
+            writes, written = watch.differences(), changed_buffers(module, buffers)
         found = _describe(output, inputs, changed=inputs._version != version)
-        return dataclasses.replace(found, writes=tuple(sorted(writes)), idle=hooks.idle())
+        return dataclasses.replace(found, writes=tuple(sorted(writes)), idle=hooks.idle(), buffers=written)
 
     def computes_parts_alike(self, block: int, call: Call, enters: TensorSpec, parts: Parts) -> bool:
         """Say whether one block makes the same of the parts of a batch as of all of it, without leaving a trace."""
@@ -281,7 +283,7 @@ class Stage:
             return is_independent(module, run, call, _random(enters, self.device), parts)
 
     @contextmanager
-    def _without_a_trace(self, module: nn.Module, call: Call) -> Iterator[None]:
+    def _without_a_trace(self, module: nn.Module, call: Call) -> Iterator[dict[str, Tensor]]:
         """Run a block under the call's conditions; bring back its buffers and attributes, and the random state."""
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         state = torch.get_rng_state()
@@ -290,7 +292,7 @@ class Stage:
         ambient = Ambient(asked.grad and self.company is None, False, asked.autocast)
         with torch.inference_mode(False), attributes_kept(module), ambient.entered():  # there no change is counted
             try:
-                yield
+                yield buffers
             finally:
                 torch.set_rng_state(state)
                 with torch.no_grad():
