@@ -38,6 +38,7 @@ from .capture.remote import is_remote
 from .capture.suspend import StepThreads, current_thread, suspend_here
 from .capture.writer import CallWriter
 from .clocks import WorkerClocks
+from .comparing import difference_of_parts
 from .formation import Formation
 from .forming import Forming
 from .keeper import Keeper, settle_in
@@ -45,7 +46,7 @@ from .layout import Layout
 from .links import Links
 from .measured import measured_network, measured_timeline
 from .mirrored import Mirror, check_hooks
-from .probing import computes_parts_alike, probe
+from .probing import probe
 from .rendezvous import Rendezvous
 from .repeating import repeating
 from .resizing import carried_over
@@ -494,7 +495,7 @@ class Pipeline:
                 task,
                 microbatches=self.microbatches,
                 book=self._cuts,
-                computes_alike=partial(computes_parts_alike, self),
+                differs=partial(difference_of_parts, self),
                 threads=self._threads,
                 proxies=self.proxies,
                 writer=self._writer,

@@ -10,14 +10,11 @@ from torch import Tensor
 
 from ..engine import phases
 from ..engine.call import Call, CallSpec
-from ..engine.control.answers import PartsCompared, Probed
-from ..engine.control.commands import CompareParts
+from ..engine.control.answers import Probed
 from ..engine.control.commands import Probe as Question
 from ..engine.errors import StageLostError, unpack_exception
 from ..engine.stage import Probe, Stage
 from ..engine.transport import TensorSpec
-from .capture.cutting import Cut, parts_of
-from .capture.proxies import StackCall
 from .capture.side_inputs import dump_probe
 from .links import Link
 
@@ -29,7 +26,7 @@ def probe(pipeline: Pipeline, block: int, spec: CallSpec, side_inputs: Sequence[
     """Ask what a block does to its input; raise what it raises, of which no rank takes harm."""
     phases.reach(phases.Phase.PROBING)
     call = Call(spec, tuple(side_inputs), 0)
-    asked, holder = _holder(pipeline, block)
+    asked, holder = holder_of(pipeline, block)
     if isinstance(holder, Stage):
         return _checked(pipeline, asked, holder.probe(asked, call, enters))
     probed = holder.ask(Question(dump_probe(asked, call, enters)), Probed)
@@ -43,7 +40,7 @@ def _checked(pipeline: Pipeline, block: int, found: Probe) -> Probe:
     return found
 
 
-def _holder(pipeline: Pipeline, block: int) -> tuple[int, Stage | Link]:
+def holder_of(pipeline: Pipeline, block: int) -> tuple[int, Stage | Link]:
     """Return who holds ``block``; where paths go around all who do, a block of its kind and who holds that."""
     for each in dict.fromkeys([block, *pipeline.proxies.book.alike(block)]):
         stage = pipeline.layout.stage_of_block(each)
@@ -58,19 +55,3 @@ def _holder(pipeline: Pipeline, block: int) -> tuple[int, Stage | Link]:
         "and was not replaced yet, and no other block is like it. Let training wait for the replacement "
         "(StageRecovery(while_missing='wait')), or keep a spare"
     )
-
-
-def computes_parts_alike(pipeline: Pipeline, call: StackCall, cut: Cut, num_samples: int) -> bool:
-    """Ask one block of each kind whether it makes the same of parts of the batch as of all of it."""
-    proxies = pipeline.proxies
-    for block in proxies.one_of_each(call):
-        spec, count = proxies.question_about(call, block), len(pipeline.microbatches)
-        whole, parts = parts_of(call, cut, num_samples, block, spec, count)
-        enters, (asked, holder) = call.specs[block], _holder(pipeline, block)
-        if isinstance(holder, Stage):
-            alike = holder.computes_parts_alike(asked, whole, enters, parts)
-        else:
-            alike = holder.ask(CompareParts(dump_probe(asked, whole, enters, parts)), PartsCompared).alike
-        if not alike:
-            return False
-    return True

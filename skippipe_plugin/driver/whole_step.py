@@ -88,7 +88,7 @@ class WholeRun:
         task: What to do.
         microbatches: The microbatches of the schedule that the call may make.
         book: How calls are cut.
-        computes_alike: Asks whether the blocks compute for the parts of a call what they compute for all of it.
+        differs: Asks what the blocks compute otherwise for the parts of a call than for all of it, if anything.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class WholeRun:
         *,
         microbatches: range,
         book: CutBook,
-        computes_alike: Callable[[StackCall, Cut, int], bool],
+        differs: Callable[[StackCall, Cut, int], str],
         threads: StepThreads,
         proxies: BlockProxies,
         writer: CallWriter,
@@ -108,7 +108,7 @@ class WholeRun:
         self._first = microbatches.start
         self._most = len(microbatches)
         self._book = book
-        self._computes_alike = computes_alike
+        self._differs = differs
         self._thread, self._asked = threads[_STEP], threads[_QUESTION]
         self._proxies = proxies
         self._writer = writer
@@ -346,13 +346,12 @@ class WholeRun:
         """Return the first way to cut the call that waits which does not change what the blocks compute."""
         if not isinstance(self._outcome, Suspended):
             return ways[0]
+        difference = ""
         for num_samples, cut in ways:
-            if self._computes_alike(self._outcome.request, cut, num_samples):
+            difference = self._differs(self._outcome.request, cut, num_samples)
+            if not difference:
                 return num_samples, cut
-        raise NotCuttable(
-            "a block computes something else for a part of the batch than for all of it, as BatchNorm and attention "
-            "between samples do"
-        )
+        raise NotCuttable(difference)
 
     def _ask(self, call: StackCall) -> list[tuple[int, Cut]]:
         """Give the function up, ask, and let it begin again: whoever it locked out could not answer."""

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .attributes import attributes_kept
 from .call import Call
+from .kept_state import KeptState, Values, others
+
+MIXES: Final = "mixes"
+"""A block makes something else of a part of the batch than of all of it."""
+FAILS: Final = "fails"
+"""A block fails when it is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,40 +33,175 @@ class Parts:
     enters: int
     leaves: int
     """The dimension of the block's result in which the parts' results are put together."""
+    known_aside: bool = False
+    """Whether BatchNorm, which is known to look at its batch, is left out."""
 
 
-def is_independent(
-    module: nn.Module, run: Callable[[Call, Tensor], Tensor], call: Call, hidden: Tensor, parts: Parts
-) -> bool:
-    """Compare what ``run`` makes of ``hidden`` with what it makes of its parts.
+Run = Callable[[Call, Tensor], Tensor]
+_Outcome = tuple[Tensor, Values]
+"""What the block gave, and what it has left."""
 
-    A block that draws random numbers is compared without them: in evaluation mode, but for BatchNorm.
+
+def difference(module: nn.Module, run: Run, call: Call, hidden: Tensor, parts: Parts) -> str:
+    """Compare what ``run`` makes of ``hidden``, and leaves in the block, with what it makes of its parts in turn.
+
+    Random functions draw nothing meanwhile. A block that has other randomness is compared in evaluation mode, but for
+    BatchNorm.
+
+    Returns:
+        :data:`MIXES`, :data:`FAILS`, the name of what the block keeps otherwise, or nothing where all is the same.
     """
-    torch.manual_seed(0)
-    whole = run(call, hidden)
-    torch.manual_seed(1)
-    if torch.equal(whole, run(call, hidden)) or not module.training:
-        return _is_same(run, whole, hidden, parts)
-    with _not_drawing(module):
-        return _is_same(run, run(call, hidden), hidden, parts)
+    if call.spec.ambient.grad and any(map(_divides_by_counts, module.modules())):
+        return MIXES  # a few samples need not show it
+    with _known_aside(module) if parts.known_aside else nullcontext():
+        for chance in (False, True):  # not everything runs under a dispatch mode
+            state = KeptState(module, _is_aside)
+            comparison = _Comparison(module, run, state, chance)
+            try:
+                found = comparison.between(call, hidden, parts)
+                if found or not (module.training and call.spec.ambient.grad and hidden.is_floating_point()):
+                    return found
+                return "" if comparison.have_same_gradients(call, hidden, parts) else MIXES
+            except Exception:
+                continue
+            finally:
+                state.restore()
+    return FAILS
 
 
-def _is_same(run: Callable[[Call, Tensor], Tensor], whole: Tensor, hidden: Tensor, parts: Parts) -> bool:
-    pieces = torch.split(hidden, list(parts.rows), parts.enters)
-    try:
-        results = [run(call, piece) for call, piece in zip(parts.calls, pieces, strict=True)]
-        together = torch.cat(results, parts.leaves)
-    except Exception:  # the block refuses a part, whatever it says of it
-        return False
+def uncompiled() -> AbstractContextManager[None]:
+    """Let what is compiled run as it was written."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return, unused-ignore]
+
+
+class _Comparison:
+    """Compares one block's results."""
+
+    def __init__(self, module: nn.Module, run: Run, state: KeptState, chance: bool) -> None:
+        self._module = module
+        self._run = run
+        self._state = state
+        self._mode: Callable[[], AbstractContextManager[None]] = nullcontext if chance else state.without_chance
+        self._shaken: list[str] = []
+
+    def between(self, call: Call, hidden: Tensor, parts: Parts) -> str:
+        before = self._state.read()
+        whole = self._whole(call, hidden)
+        self._shaken = self._state.written(before, whole[1])
+        if self._shaken:
+            whole = self._whole(call, hidden)
+        found = self._against(whole, parts, hidden)
+        if not found or _is_same(whole, self._whole(call, hidden, seed=1)):
+            return found
+        if not self._module.training:
+            return ""  # nothing can be said about it
+        with _evaluated(self._module):
+            whole = self._whole(call, hidden)
+            found = self._against(whole, parts, hidden)
+            return found if found and _is_same(whole, self._whole(call, hidden, seed=1)) else ""
+
+    def _whole(self, call: Call, hidden: Tensor, seed: int = 0) -> _Outcome:
+        with self._from_the_start(seed):
+            return self._run(call, hidden), self._state.read()
+
+    def _against(self, whole: _Outcome, parts: Parts, hidden: Tensor) -> str:
+        """Compare with the parts, each of which finds what the one before it has left."""
+        pieces = torch.split(hidden, list(parts.rows), parts.enters)
+        try:
+            with self._from_the_start(0):
+                results = [self._run(call, piece) for call, piece in zip(parts.calls, pieces, strict=True)]
+                left = self._state.read()
+            together = torch.cat(results, parts.leaves)
+        except Exception:  # the block refuses a part, whatever it says of it
+            return MIXES
+        changed = others(whole[1], left)
+        if changed:
+            return changed[0]
+        if parts.known_aside and whole[0].dtype in (torch.bfloat16, torch.float16):
+            return ""  # too coarse to tell
+        return "" if _are_close(whole[0], together) else MIXES
+
+    def have_same_gradients(self, call: Call, hidden: Tensor, parts: Parts) -> bool:
+        """Whether gradients of the parts add up to those of the whole; true where there are none to be compared."""
+        try:
+            whole = self._gradients([call], [hidden], parts)
+            pieces = self._gradients(parts.calls, torch.split(hidden, list(parts.rows), parts.enters), parts)
+            pairs = list(zip(whole, pieces, strict=True))
+            if all(_are_close(*pair, coarse=10.0) for pair in pairs):
+                return True
+            again = self._gradients([call], [hidden], parts)
+        except Exception:  # nothing goes back, or not in this way
+            return True
+        return not all(map(torch.equal, whole, again))
+
+    def _gradients(self, calls: Sequence[Call], pieces: Sequence[Tensor], parts: Parts) -> list[Tensor]:
+        weights = [each for each in self._module.parameters() if each.requires_grad]
+        leaves = [piece.detach().clone().requires_grad_() for piece in pieces]
+        with torch.enable_grad(), self._from_the_start(0):
+            results = [self._run(call, leaf) for call, leaf in zip(calls, leaves, strict=True)]
+            together = torch.cat(results, parts.leaves)
+            backward = torch.arange(together.numel()).mul(0.7).cos().reshape(together.shape).to(together)
+            found = torch.autograd.grad(together, [*leaves, *weights], backward, allow_unused=True)
+        entering = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=False)]
+        return [torch.cat(entering, parts.enters), *(g.to_dense() for g in found[len(leaves) :] if g is not None)]
+
+    @contextmanager
+    def _from_the_start(self, seed: int) -> Iterator[None]:
+        self._state.restore()
+        self._state.shake(self._shaken)
+        torch.manual_seed(seed)
+        with attributes_kept(self._module), self._mode():
+            yield
+
+
+def _is_same(one: _Outcome, other: _Outcome) -> bool:
+    return torch.equal(one[0], other[0]) and not others(one[1], other[1])
+
+
+def _are_close(whole: Tensor, together: Tensor, coarse: float = 1.0) -> bool:
     tolerance = 1e-4 if whole.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu") else 3e-2
+    tolerance *= coarse
     scale = float(whole.detach().abs().nan_to_num(posinf=0.0).max()) if whole.numel() else 0.0
     return together.shape == whole.shape and torch.allclose(
         together, whole, rtol=tolerance, atol=tolerance * scale, equal_nan=True
     )
 
 
+def _is_aside(part: nn.Module) -> bool:
+    """Whether what a part keeps is not looked at: BatchNorm shows in results, and metrics count what they are given."""
+    return isinstance(part, _BatchNorm) or any(
+        each.__module__.startswith("torchmetrics.") for each in type(part).__mro__
+    )
+
+
+def _divides_by_counts(part: nn.Module) -> bool:
+    """Whether the gradient of an embedding depends on how often the batch looks a row up."""
+    return isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.scale_grad_by_freq and part.weight.requires_grad
+
+
 @contextmanager
-def _not_drawing(module: nn.Module) -> Iterator[None]:
+def _known_aside(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm take no statistics from its batch."""
+    norms = [each for each in module.modules() if isinstance(each, _BatchNorm)]
+    before = [(each, each.training, each.running_mean, each.running_var) for each in norms]
+    for each in norms:
+        each.training = False
+        if each.running_mean is None and each.num_features:
+            weight = next(module.parameters(), None)
+            dtype, device = (torch.float32, None) if weight is None else (weight.dtype, weight.device)
+            each.running_mean = torch.zeros(each.num_features, dtype=dtype, device=device)
+            each.running_var = torch.ones(each.num_features, dtype=dtype, device=device)
+    try:
+        yield
+    finally:
+        for each, training, mean, var in before:
+            each.training, each.running_mean, each.running_var = training, mean, var
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[None]:
     modes = [(each, each.training) for each in module.modules()]
     for each, _ in modes:
         each.training = each.training and isinstance(each, _BatchNorm)

@@ -19,7 +19,8 @@ from .arguments import ArgumentGuard, ArrayInput, CacheRef, HiddenAgain, Packed,
 from .attributes import BlockWatch, Key, apply_changes, attributes_kept, changed_buffers
 from .call import Ambient, BlockMode, Call, CallSpec, Hop, block_seed, seed_everything
 from .errors import SkipPipeError
-from .independence import Parts, is_independent
+from .independence import Parts, difference, uncompiled
+from .kept_state import Buffers
 from .kvcache import CacheShelf
 from .process_switches import ProcessSwitches
 from .taps import Recorder, Returns, Tapped
@@ -269,24 +270,27 @@ class Stage:
         found = _describe(output, inputs, changed=inputs._version != version)
         return dataclasses.replace(found, writes=tuple(sorted(writes)), idle=hooks.idle(), buffers=written)
 
-    def computes_parts_alike(self, block: int, call: Call, enters: TensorSpec, parts: Parts) -> bool:
-        """Say whether one block makes the same of the parts of a batch as of all of it, without leaving a trace."""
+    def difference_of_parts(self, block: int, call: Call, enters: TensorSpec, parts: Parts) -> str:
+        """Say whether one block makes the same of the parts of a batch as of all of it, without leaving a trace.
+
+        See :func:`skippipe_plugin.engine.independence.difference`.
+        """
         if self.company is not None:
-            return True  # a matter of several ranks
+            return ""  # a matter of several ranks
 
         def run(part: Call, hidden: Tensor) -> Tensor:
             return _hidden_of(self._call_block(block, part, hidden.clone(), filled={}, with_cache=False))
 
         module = self.blocks[block]
         self._set_mode(block, call)
-        with self._without_a_trace(module, call), torch.no_grad():
-            return is_independent(module, run, call, _random(enters, self.device), parts)
+        with self._without_a_trace(module, call), torch.no_grad(), uncompiled():
+            torch.manual_seed(0)
+            return difference(module, run, call, _random(enters, self.device), parts)
 
     @contextmanager
     def _without_a_trace(self, module: nn.Module, call: Call) -> Iterator[dict[str, Tensor]]:
         """Run a block under the call's conditions; bring back its buffers and attributes, and the random state."""
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        state = torch.get_rng_state()
+        buffers, state = Buffers(module), torch.get_rng_state()
         asked = call.spec.ambient
         # Where experts are spread, what goes back through them would be a matter of several ranks.
         ambient = Ambient(asked.grad and self.company is None, False, asked.autocast)
@@ -295,9 +299,7 @@ class Stage:
                 yield buffers
             finally:
                 torch.set_rng_state(state)
-                with torch.no_grad():
-                    for name, buffer in module.named_buffers():
-                        buffer.copy_(buffers[name])
+                buffers.restore()
 
     def take_writes(self) -> list[tuple[int, Key]]:
         """Return (block, attribute) for what blocks have written that was not known to be written before."""

@@ -26,6 +26,7 @@ from ..engine.call import Ambient, device_types
 from ..engine.errors import SkipPipeError
 from .batch_state import BatchState
 from .batch_statistics import BatchStatistics
+from .blocks_apart import difference_of_blocks
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
 from .entering import HIDDEN
 from .fakes import Fakes, Incomparable, Neutral
@@ -94,6 +95,8 @@ class Answer:
     """What the step reads that tells where training is, and is another with every batch."""
     left: str = ""
     """What microbatches leave in an attribute, a buffer or a global name that is another after the batch."""
+    blocks: str | None = None
+    """What the blocks make otherwise of microbatches than of the batch; None before they were asked."""
     hooks: bool = False
     """Whether the step itself registers forward hooks on blocks, and removes them."""
     num_asked: int = 0
@@ -115,7 +118,7 @@ class Answer:
     @property
     def has_no_rule(self) -> bool:
         """Whether that holds for other steps of the kind, too, whatever is another for them."""
-        return bool(self.read or self.crossing or self.left or self.problems)
+        return bool(self.read or self.crossing or self.left or self.blocks or self.problems)
 
 
 def named(key: Key) -> str:
@@ -344,6 +347,8 @@ class Asking:
         answer.metrics |= self._metrics_that_differ(question, draw, restore)
         if fakes.dtypes == {torch.float64}:
             question.view.rounding = 1e-10
+        if answer.blocks is None:
+            answer.blocks = difference_of_blocks(self._spread, fakes, question.view.sizes)
         if changes and not answer.left:
             answer.left = self._left_behind(question, draw, drawn, changes, trace)
         return whole, parts

@@ -63,6 +63,10 @@ class Fakes:
         """By microbatch, and of the batch last: what its calls brought."""
         self.dtypes: set[torch.dtype] = set()
         """Of what was answered."""
+        self.calls: dict[int, StackCall] = {}
+        """By microbatch: its first call of the blocks."""
+        self.whole_call: StackCall | None = None
+        """The batch's first one."""
         self.are_watched = False
         """Whether forward hooks of the driver's were to see what the blocks do."""
 
@@ -70,6 +74,7 @@ class Fakes:
         """Answer the next call of the blocks by a microbatch."""
         self.are_watched |= bool(call.hooks)
         self._entered[index].append(Entered.of(call))
+        self.calls.setdefault(index, call)
         spec, size, number = call.specs[-1], self._sizes[index], len(self._noise[index])
         dim = next((d for d, n in enumerate(spec.shape) if n == size), None)
         if dim is None:
@@ -89,6 +94,7 @@ class Fakes:
 
     def of_whole(self, call: StackCall) -> Tensor:
         """Answer the next call of the blocks by the batch."""
+        self.whole_call = self.whole_call or call
         number, shape = self._calls, call.specs[-1].shape
         self._calls += 1
         self._entered[-1].append(Entered.of(call))

@@ -53,6 +53,10 @@ _READS: Final = (
     "or num_microbatches=1, or do where microbatches are not known (on_train_batch_end, a loop of your own) what "
     "depends on it"
 )
+_BLOCKS: Final = (
+    "the step runs once for each of {count} microbatches, and {why}. Run the step once, on the whole batch, with "
+    "microbatches='stack' or num_microbatches=1"
+)
 _LEFT: Final = (
     "the step runs once for each of {count} microbatches, but {name} is then another than when it has run for the "
     "batch. Run the step once, on the whole batch, with microbatches='stack' or num_microbatches=1, or do where "
@@ -98,6 +102,8 @@ class Merging:
             return _FAILS.format(count=count, why=answer.failure)
         if answer.crossing:
             return _CROSS.format(count=count, why=answer.crossing)
+        if answer.blocks:
+            return _BLOCKS.format(count=count, why=answer.blocks)
         return _LEFT.format(count=count, name=answer.left) if answer.left else ""
 
     @property

@@ -533,7 +533,7 @@ class Worker:
         block, call, enters, parts = pickle.loads(command.question)
         stage = next(stage for stage in self._holdings.stages.values() if block in stage.blocks)
         return answers.PartsCompared(
-            stage.computes_parts_alike(block, self._here(call), enters, self._parts_here(parts))
+            stage.difference_of_parts(block, self._here(call), enters, self._parts_here(parts))
         )
 
     # -------------------------------------------------------------- pieces

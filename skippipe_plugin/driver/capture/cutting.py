@@ -7,6 +7,7 @@ stays what it was, even where T happens to equal the number of samples. Nothing 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,6 @@ from ...engine.independence import Parts
 from ...engine.transport import TensorSpec
 from .arguments import SideInputs
 from .entered import EnteredStack
-from .microbatch import split_sizes
 from .proxies import StackCall
 
 
@@ -169,26 +169,32 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
     ]
 
 
-def parts_of(call: StackCall, cut: Cut, num_samples: int, block: int, spec: CallSpec, count: int) -> tuple[Call, Parts]:
-    """Return a call of one block with the whole batch, and the same in parts.
+def parts_of(
+    call: StackCall, cut: Cut, sizes: Sequence[int], block: int, spec: CallSpec
+) -> tuple[Call, TensorSpec, Parts]:
+    """Return a call of one block with the first samples of a batch, what enters it, and the same in parts.
 
     Args:
         call: The call of the stack.
         cut: How it is cut.
-        num_samples: The samples of its batch.
+        sizes: How many samples the parts have.
         block: Which block is asked.
         spec: How it is called.
-        count: How many parts there are at most; a block may refuse a small one.
     """
-    sizes = split_sizes(num_samples, count)
+    enters, leaves = cut.forms[block : block + 2]
+    shape = list(call.specs[block].shape)
+    shape[enters.dim] = enters.rows * sum(sizes)
     sides = [
-        [side] * len(sizes) if axis is None else axis.split(side, sizes)
+        side.detach() if axis is None else side.detach().narrow(axis.dim, 0, axis.rows * sum(sizes)).clone()
         for axis, side in zip(cut.side_inputs, call.side_inputs, strict=True)
     ]
-    calls = tuple(Call(spec, tuple(pieces[index].detach() for pieces in sides), 0) for index in range(len(sizes)))
-    enters, leaves = cut.forms[block : block + 2]
-    whole = Call(spec, tuple(side.detach() for side in call.side_inputs), 0)
-    return whole, Parts(calls, tuple(size * enters.rows for size in sizes), enters.dim, leaves.dim)
+    pieces = [
+        [side] * len(sizes) if axis is None else [piece.clone() for piece in axis.split(side, sizes)]
+        for axis, side in zip(cut.side_inputs, sides, strict=True)
+    ]
+    calls = tuple(Call(spec, tuple(each[index] for each in pieces), 0) for index in range(len(sizes)))
+    parts = Parts(calls, tuple(size * enters.rows for size in sizes), enters.dim, leaves.dim)
+    return Call(spec, tuple(sides), 0), dataclasses.replace(call.specs[block], shape=tuple(shape)), parts
 
 
 def kind_of(call: StackCall, counts: Sequence[int]) -> Hashable:

@@ -98,7 +98,7 @@ class Probed(Control):
 class PartsCompared(Control):
     """The answer to :class:`CompareParts`."""
 
-    alike: bool
+    difference: str
 
 
 @dataclass(frozen=True, slots=True)

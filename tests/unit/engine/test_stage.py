@@ -88,7 +88,7 @@ def test_a_question_about_parts_leaves_no_trace(name: str) -> None:
     module = BLOCKS[name]()
     stage, call = Stage(1, {0: module}, torch.device("cpu")), call_of(module, grad=False)
     before = trace(module)
-    stage.computes_parts_alike(0, call, TensorSpec((6, 4), torch.float32), Parts((call, call), (4, 2), 0, 0))
+    stage.difference_of_parts(0, call, TensorSpec((6, 4), torch.float32), Parts((call, call), (4, 2), 0, 0))
     assert_same(trace(module), before)
 
 

@@ -1,0 +1,74 @@
+"""Whether blocks make the same of microbatches as of the batch, and leave the same: answered where they live."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from ..engine import independence
+from ..engine.control.answers import PartsCompared
+from ..engine.control.commands import CompareParts
+from ..engine.stage import Stage
+from .capture.cutting import Cut, parts_of
+from .capture.microbatch import split_sizes
+from .capture.proxies import StackCall
+from .capture.side_inputs import dump_probe
+from .probing import holder_of
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+_FEW: Final = 2
+"""The most samples in a part that is tried first."""
+_MIXES: Final = (
+    "a block ({name}) computes something else for a part of the batch than for all of it, as BatchNorm and attention "
+    "between samples do"
+)
+_FAILS: Final = "a block ({name}) fails when it is asked what it makes of a part of the batch"
+_KEEPS: Final = (
+    "a block ({name}) keeps something from one forward to the next: {what} is another when it has run once for each "
+    "part of the batch than when it has run once for all of it"
+)
+
+
+def difference_of_parts(
+    pipeline: Pipeline, call: StackCall, cut: Cut, num_samples: int, *, in_doubt: bool = True, known_aside: bool = False
+) -> str:
+    """Ask one block of each kind whether parts of the batch come to the same as all of it; say what does not.
+
+    Args:
+        pipeline: Knows who holds the blocks.
+        call: The call of the stack with the whole batch.
+        cut: Where it is cut.
+        num_samples: The samples of its batch.
+        in_doubt: Whether a block counts that cannot be asked.
+        known_aside: Whether BatchNorm, which is known to look at its batch, is left out.
+    """
+    proxies, sizes = pipeline.proxies, split_sizes(num_samples, len(pipeline.microbatches))
+    few = [min(_FEW, *sizes)] * 2
+    for block in proxies.one_of_each(call):
+        found = _ask(pipeline, call, cut, few, block, known_aside)
+        if found and few != list(sizes):
+            found = _ask(pipeline, call, cut, sizes, block, known_aside)  # whether it is so in this batch
+        if not found or (found == independence.FAILS and not in_doubt):
+            continue
+        text = {independence.MIXES: _MIXES, independence.FAILS: _FAILS}.get(found, _KEEPS)
+        return text.format(name=proxies.names[block], what=found)
+    return ""
+
+
+def _ask(pipeline: Pipeline, call: StackCall, cut: Cut, sizes: Sequence[int], block: int, known_aside: bool) -> str:
+    spec = pipeline.proxies.question_about(call, block)
+    if known_aside:  # in full precision, where the two can be told from rounding
+        spec = dataclasses.replace(spec, ambient=dataclasses.replace(spec.ambient, autocast=()))
+    whole, enters, parts = parts_of(call, cut, sizes, block, spec)
+    if known_aside and call.ambient.autocast and enters.dtype in (torch.bfloat16, torch.float16):
+        enters = dataclasses.replace(enters, dtype=torch.float32)
+    parts = dataclasses.replace(parts, known_aside=known_aside)
+    asked, holder = holder_of(pipeline, block)
+    if isinstance(holder, Stage):
+        return holder.difference_of_parts(asked, whole, enters, parts)
+    return holder.ask(CompareParts(dump_probe(asked, whole, enters, parts)), PartsCompared).difference
