@@ -31,6 +31,8 @@ class Buffers:
             for tensor in table.values()
             if tensor is not None
         }
+        self.by_name = {name: self._copies[id(each)][1] for name, each in module.named_buffers()}
+        """Their copies."""
 
     def restore(self) -> None:
         """Bring them back, those too that were replaced or have got another size."""

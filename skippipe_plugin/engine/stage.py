@@ -296,7 +296,7 @@ class Stage:
         ambient = Ambient(asked.grad and self.company is None, False, asked.autocast)
         with torch.inference_mode(False), attributes_kept(module), ambient.entered():  # there no change is counted
             try:
-                yield buffers
+                yield buffers.by_name
             finally:
                 torch.set_rng_state(state)
                 buffers.restore()
