@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -379,7 +380,7 @@ class SkipPipeStrategy(DriversStrategy):
         super().setup_optimizers(trainer)
         if len(self.optimizers) > 1:
             raise SkipPipeError(f"{len(self.optimizers)} optimizers: a pipeline steps one; give it parameter groups")
-        if self.optimizers:
+        if self.optimizers and not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers made one
             self._remote = RemoteOptimizer(self._running().pipeline, self.optimizers[0])
             zero_everywhere(self.lightning_module, self._running().pipeline.gradients)
             if self._continuation is not None:
