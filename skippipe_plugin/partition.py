@@ -16,7 +16,7 @@ from itertools import accumulate, groupby
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .sharing import PartitionError, has_forward
+from .sharing import PartitionError, has_forward, original
 
 __all__ = [
     "BlockStack",
@@ -350,7 +350,7 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _kind(module: nn.Module) -> type[nn.Module]:
     """Return the class of a block, seen through torch.compile's wrapper."""
-    return type(module._modules.get("_orig_mod") or module)
+    return type(original(module))
 
 
 def _is_metric(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("hooks") or name.startswith("_state_dict"))
@@ -47,6 +48,7 @@ def check_hidden_references(model: nn.Module, names: Sequence[str], blocks: Sequ
                 "stage can only call whole blocks. Give its class a forward and call the blocks, or name another stack "
                 "with blocks=..."
             )
+        _check_can_travel(name, block)
     owners = _owners(model, names, blocks)
     seen: dict[int, tuple[int, str]] = {}
     for index, (name, block) in enumerate(zip(names, blocks, strict=True)):
@@ -73,8 +75,34 @@ def _made_by_hooks(block: nn.Module) -> set[int]:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether a module has a forward of its own, seen through torch.compile's wrapper."""
-    inner = module._modules.get("_orig_mod") or module
+    inner = original(module)
+    if isinstance(inner, torch.jit.ScriptModule):
+        return True  # it has one, and none that can be asked of its class
     return type(inner).forward is not nn.Module.forward or "forward" in vars(inner)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """Return the module itself where torch.compile has wrapped it; a scripted module's parts are no dictionary."""
+    parts = module._modules
+    return (parts.get("_orig_mod") if isinstance(parts, dict) else None) or module
+
+
+def _check_can_travel(name: str, block: nn.Module) -> None:
+    """Raise when a block has parts that cannot be handed over as they are."""
+    for path, part in block.named_modules():
+        where = f"{name}.{path}" if path else name
+        if isinstance(part, torch.jit.ScriptModule):
+            raise PartitionError(
+                f"{where} is compiled by torch.jit, and such a module cannot be handed over to a worker. Use the "
+                "module itself, without torch.jit.script or torch.jit.trace, or choose blocks without it, as in "
+                'blocks="model.layers.2:10"'
+            )
+        if any(map(is_lazy, (*part._parameters.values(), *part._buffers.values()))):
+            raise PartitionError(
+                f"{where} is lazy and has no weights yet, so nothing can be handed over to a worker. Let the model run "
+                "once before, on a small batch: in setup or configure_model of a LightningModule (in a loop of your "
+                "own: before the pipeline is opened)"
+            )
 
 
 def _owners(model: nn.Module, names: Sequence[str], blocks: Sequence[nn.Module]) -> dict[object, str]:

@@ -118,3 +118,38 @@ def test_constants_and_own_parts_are_fine() -> None:
         block.itself = weakref.ref(block.linear)
         block.register_forward_hook(lambda *args, model=model: None)
     check(model)
+
+
+class Lazy(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.LazyLinear(4)
+
+
+def traced() -> Block:
+    block = Block()
+    block.linear = torch.jit.trace(block.linear, torch.zeros(1, 4))
+    return block
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: torch.jit.script(nn.Linear(4, 4)), r"^blocks\.0 is compiled by torch.jit"),
+        (traced, r"^blocks\.0\.linear is compiled by torch.jit"),
+        (Lazy, r"^blocks\.0\.linear is lazy"),
+    ],
+    ids=["scripted", "traced", "lazy"],
+)
+def test_blocks_that_cannot_travel_are_refused(make: Callable[[], nn.Module], why: str) -> None:
+    model = Model()
+    model.blocks = nn.ModuleList(make() for _ in range(4))
+    with pytest.raises(PartitionError, match=why):
+        check(model)
+
+
+def test_a_lazy_block_that_has_run_is_no_lazy_one() -> None:
+    model = Model()
+    model.blocks = nn.ModuleList(Lazy() for _ in range(4))
+    nn.Sequential(*model.blocks)(torch.zeros(1, 4))
+    check(model)
