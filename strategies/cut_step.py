@@ -21,6 +21,7 @@ from ..model.spread import SpreadModel
 from ..model.weight import MicrobatchWeight, view_of
 from .averaged_log import AveragedLog, noted, noted_log
 from .clock import TrainersClock
+from .in_reach import in_reach
 from .outputs import loss_of, with_loss, without_loss
 from .sections import shared_sections
 
@@ -135,7 +136,8 @@ def asking_of(module: LightningModule, spread: SpreadModel, device: torch.device
     weighted = callable(spread.settings.microbatch_weight)
     clock, own = TrainersClock(module.trainer), vars(LightningModule())
     quiet = functools.partial(_asked, module, clock)
-    return Asking(spread, module, device, weighted=weighted, quiet=quiet, clock=clock, ignored=own)
+    others = functools.partial(in_reach, module.trainer)
+    return Asking(spread, module, device, weighted=weighted, quiet=quiet, clock=clock, ignored=own, others=others)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ..driver.capture.asking import questions
 from ..driver.capture.undo import undo_all
 from ..driver.whole_step import WholeTask
 from .averaged_log import replaced_log
+from .in_reach import in_reach
 from .outputs import loss_of
 
 
@@ -94,7 +95,7 @@ class WholeStep:
 
     def _note_state(self) -> Callable[[], None]:
         self._kept = []
-        return undo_all(self._module, self._device, self._batch)
+        return undo_all(self._module, self._device, self._batch, in_reach(self._module.trainer))
 
     def _log(self, *args: Any, **kwargs: Any) -> None:
         if self._asking:

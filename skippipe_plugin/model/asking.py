@@ -137,6 +137,7 @@ class Asking:
         quiet: Frames steps that are only asked, so that they reach nobody else.
         clock: What they read that tells where training is.
         ignored: Names of the module's attributes that are a framework's own.
+        others: Names what else the steps can reach and change.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Asking:
         quiet: Callable[[], AbstractContextManager[None]] = nullcontext,
         clock: Clock | None = None,
         ignored: Collection[str] = (),
+        others: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._spread = spread
         self._module = module
@@ -157,6 +159,7 @@ class Asking:
         self._quiet = quiet
         self.clock = clock or Clock()
         self._ignored = ignored
+        self._others = others
         self._answers: dict[Hashable, Answer] = {}
         self._last: dict[Hashable, Answer] = {}
         """By kind: what was known last."""
@@ -203,7 +206,7 @@ class Asking:
 
     def look(self, function: Callable[[], Results]) -> Results | None:
         """Return what a step gives on made-up hidden states, whole; None where it fails on them."""
-        with self._quiet(), untouched(self._module, self._device) as trace:
+        with self._quiet(), self._untouched() as trace:
 
             def run() -> Results:
                 self._spread.pipeline.heal()
@@ -238,13 +241,16 @@ class Asking:
 
     # ---------------------------------------------------------------- asking
 
+    def _untouched(self) -> AbstractContextManager[Untouched]:
+        return untouched(self._module, self._device, self._others())
+
     def _ask(self, question: Question, answer: Answer) -> Answer:
         blocks = self._spread.pipeline.proxies.blocks
         self.clock.reads.clear()
         with (
             self._quiet(),
-            untouched(self._module, self._device) as trace,
             uneven(self._module, blocks),
+            self._untouched() as trace,
             _with_batch(trace, question.view, answer) as trace,
         ):
             number = answer.num_asked  # each asks with hidden states of its own: what was 0 so far may be another

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..driver.capture.undo import undo_changes
+from ..driver.capture.contents import undo_changes
 from .counting import View, tensors
 
 

@@ -10,69 +10,56 @@ import random
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import nn
 
 from ...engine.outer_names import OuterName, outer_names
 
 _LIBRARIES: Final = ("torch", "lightning", "pytorch_lightning", "transformers", "torchmetrics", "peft", "accelerate")
 _PACKAGES: Final = frozenset((*_LIBRARIES, "numpy", "skippipe_plugin", "builtins"))
 """What these keep outside of their modules is theirs to keep."""
-_FOUND: Final[weakref.WeakKeyDictionary[nn.Module, list[OuterName]]] = weakref.WeakKeyDictionary()
-_FUNCTIONS: Final = (types.FunctionType, staticmethod, classmethod, property, types.ModuleType, type)
+_METHODS: Final = (types.FunctionType, staticmethod, classmethod, property)
 
 
-class OuterState:
-    """The global names that the code of a module's classes reads, and what stands in these classes, as they are now.
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What the code of a class or of a function refers to."""
 
-    Args:
-        module: Whose code it is, its parts included.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        classes = own_classes(module)
-        self._names = [(each, each.value()) for each in _names(module, classes)]
-        self._entries = [(cls, _entries(cls)) for cls in classes]
-
-    def values(self) -> Iterator[tuple[str, Any]]:  # Any: whatever the user keeps there
-        """Return, with its name, what is kept there and may be changed in place."""
-        for each, value in self._names:
-            yield each.name, value
-        for cls, entries in self._entries:
-            yield from ((f"{cls.__name__}.{name}", value) for name, value in entries.items())
-
-    def changes(self) -> Iterator[tuple[str, Any]]:
-        """Return the names that mean something else by now, and what; None where there is no such name any more."""
-        for each, value in self._names:
-            if (now := each.value()) is not value:
-                yield each.name, now
-        for cls, before in self._entries:
-            entries = _entries(cls)
-            for name in entries.keys() | before.keys():
-                if entries.get(name, _entries) is not before.get(name, _entries):
-                    yield f"{cls.__name__}.{name}", entries.get(name)
-
-    def rebind(self) -> None:
-        """Let every name mean again what it meant; what is changed in place is left alone."""
-        for each, value in self._names:
-            if each.value() is not value:
-                each.namespace[each.name] = value
-        for cls, before in self._entries:
-            now = _entries(cls)
-            for name in now.keys() - before.keys():
-                delattr(cls, name)
-            for name, value in before.items():
-                if now.get(name, _entries) is not value:
-                    setattr(cls, name, value)
+    names: list[OuterName]
+    """The user's global names that it reads."""
+    functions: list[types.FunctionType]
+    """Those with values of their own: variables of the function around them, attributes, defaults that may change."""
 
 
-def own_classes(module: nn.Module) -> tuple[type, ...]:
-    """Return the classes of ``module`` and its parts that are no library's."""
-    classes = dict.fromkeys(cls for part in module.modules() for cls in type(part).__mro__)
-    return tuple(cls for cls in classes if cls.__module__.partition(".")[0] not in _PACKAGES)
+_FOUND: Final[weakref.WeakKeyDictionary[Any, Code]] = weakref.WeakKeyDictionary()
+
+
+def code_of(owner: type | types.FunctionType) -> Code:
+    """Return what a class or function of the user's refers to; found once for each."""
+    if owner not in _FOUND:
+        cls = owner if isinstance(owner, type) else type("function", (), {"function": owner})
+        names = [each for each in outer_names([cls]) if is_users(each.module) and _may_hold(each.value())]
+        _FOUND[owner] = Code(names, [each for each in _functions(cls) if _has_values(each)])
+    return _FOUND[owner]
+
+
+@functools.cache
+def is_users(module: str | None) -> bool:
+    """Whether a module is neither Python's nor one of the libraries that a step is made with."""
+    package = (module or "").partition(".")[0]
+    return package == "__main__" or (package not in _PACKAGES and package not in sys.stdlib_module_names)
+
+
+def entries(cls: type) -> dict[str, Any]:
+    """Return what stands in a class, its methods aside."""
+    return {
+        name: value
+        for name, value in vars(cls).items()
+        if not name.startswith(("__", "_abc_")) and not isinstance(value, _METHODS) and not hasattr(value, "__get__")
+    }
 
 
 def generator_undo(value: Any) -> Callable[[], object] | None:
@@ -91,28 +78,21 @@ def generator_undo(value: Any) -> Callable[[], object] | None:
     return None
 
 
-def _names(module: nn.Module, classes: tuple[type, ...]) -> list[OuterName]:
-    """Return what the methods read, and the functions that the module has in attributes; found once for each module."""
-    if module not in _FOUND:
-        attributes = [value for part in module.modules() for value in vars(part).values()]
-        functions = {str(n): value for n, value in enumerate(attributes) if isinstance(value, types.FunctionType)}
-        found = outer_names([*classes, type("attributes", (), functions)])
-        _FOUND[module] = [each for each in found if _is_users(each) and _is_data(each.value())]
-    return _FOUND[module]
+def _may_hold(value: Any) -> bool:
+    """Whether something may be kept in what a global name means; of modules, the names that are read are looked at."""
+    if isinstance(value, (type, types.FunctionType)):
+        return is_users(value.__module__)
+    return not isinstance(value, (types.ModuleType, types.BuiltinFunctionType))
 
 
-def _is_users(name: OuterName) -> bool:
-    return name.module.partition(".")[0] not in _PACKAGES
+def _functions(cls: type) -> list[types.FunctionType]:
+    found = []
+    for value in vars(cls).values():
+        inner = [value.fget, value.fset, value.fdel] if isinstance(value, property) else [value]
+        plain = [getattr(each, "__func__", each) for each in inner]
+        found += [each for each in plain if isinstance(each, types.FunctionType)]
+    return found
 
 
-def _is_data(value: Any) -> bool:
-    return not isinstance(value, _FUNCTIONS) and not isinstance(value, types.BuiltinFunctionType)
-
-
-def _entries(cls: type) -> dict[str, Any]:
-    entries = vars(cls).items()
-    return {
-        name: value
-        for name, value in entries
-        if not (name.startswith("__") or name.startswith("_abc_")) and _is_data(value) and not hasattr(value, "__get__")
-    }
+def _has_values(function: types.FunctionType) -> bool:
+    return bool(function.__closure__ or function.__dict__ or function.__defaults__ or function.__kwdefaults__)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skippipe_plugin.driver.capture.undo import undo_all, undo_changes
+from skippipe_plugin.driver.capture.contents import undo_changes
+from skippipe_plugin.driver.capture.undo import undo_all
 
 CPU = torch.device("cpu")
 
