@@ -31,7 +31,11 @@ from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting,
 from .entering import HIDDEN
 from .fakes import Fakes, Incomparable, Neutral
 from .interleaving import DRAWN, alike, by_turns, effect
+from .kinks import COURSE, bent
+from .kinks import WHY as BENDS
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
+from .slopes import GRADIENT, Slopes, follows, slopes_of
+from .slopes import WHY as DETACHED
 from .spread import SpreadModel
 from .surroundings import Surroundings
 from .traceless import Untouched, uneven, untouched
@@ -285,7 +289,8 @@ class Asking:
         elif isinstance(seen, Exception):  # made-up hidden states may be its only reason
             answer.failure = f"it failed when it was tried on made-up hidden states: {type(seen).__name__}: {seen}"
         else:
-            self._narrow(question.view, answer, *seen)
+            self._narrow(question.view, answer, seen[0], seen[1])
+            seen[2]()
 
     def _narrow(self, view: View, answer: Answer, whole: Results, parts: Sequence[Results]) -> None:
         weightings = self._weightings(view, answer)
@@ -307,21 +312,24 @@ class Asking:
 
     def _observe(
         self, question: Question, draw: int, trace: Untouched, answer: Answer
-    ) -> tuple[Results, list[Results]] | Exception:
-        """Return the results of the batch and of its microbatches; the error, if there was one."""
+    ) -> tuple[Results, list[Results], Callable[[], None]] | Exception:
+        """Return the results of the batch and of its microbatches, and what looks at their gradients; or the error."""
         fakes, restore = Fakes(question.view.sizes, draw), trace.restore
         question.view.rounding = 2e-5
-        drawn, parts, failed = [], [], None
+        drawn, parts, slopes, kinks, failed = [], [], [], [], None
         for index, piece in enumerate(question.pieces):
             mode = Neutral()
             try:
                 parts.append(self._run(piece, functools.partial(fakes.of_piece, index), mode, restore))
+                size = question.view.sizes[index] / sum(question.view.sizes)
+                slopes.append(self._slopes(parts[-1], fakes.made[index], size))
             except SkipPipeError:
                 raise
             except Exception as error:
                 failed = error
                 break
             drawn.append(mode.drawn)
+            kinks.append(mode.kinks)
             answer.constants |= mode.constants
             answer.crossing = answer.crossing or (DRAWN if trace.has_drawn() else "")
         answer.hooks |= fakes.are_watched
@@ -343,6 +351,9 @@ class Asking:
             raise
         except Exception as error:
             return error
+        slopes.append(self._slopes(whole, fakes.made[-1]))
+        if bend := bent(mode.kinks, kinks):
+            answer.odd[COURSE] = BENDS.format(name=bend)
         answer.constants |= mode.constants
         changes = trace.changes()
         blocks = self._spread.pipeline.proxies.blocks
@@ -357,7 +368,21 @@ class Asking:
             answer.blocks = difference_of_blocks(self._spread, fakes, question.view.sizes)
         if changes and not answer.left:
             answer.left = self._left_behind(question, draw, drawn, changes, trace)
-        return whole, parts
+        return whole, parts, functools.partial(self._check_slopes, answer, slopes, fakes.dims, question.view)
+
+    def _slopes(self, results: Results, made: Sequence[Tensor], factor: float = 1.0) -> Slopes | None:
+        """Return the gradient of a loss, in whose backward user code may run."""
+        blocks = self._spread.pipeline.proxies.blocks
+        elsewhere = {id(parameter) for block in blocks for parameter in block.parameters()}
+        with Neutral():
+            own = [parameter for parameter in self._module.parameters() if id(parameter) not in elsewhere]
+            return slopes_of(results.get(LOSS), made, own, factor)
+
+    def _check_slopes(self, answer: Answer, slopes: Sequence[Slopes | None], dims: Sequence[int], view: View) -> None:
+        """Note where the gradient of the loss does not follow as the loss does."""
+        known = [each for each in slopes if each is not None]
+        if len(known) == len(slopes) and not follows(known[-1], known[:-1], dims, answer.plans.get(LOSS), view):
+            answer.odd[GRADIENT] = DETACHED
 
     def _crossing(
         self,
@@ -418,10 +443,11 @@ class Asking:
         fakes = Fakes(question.view.sizes, draw)
         for index, piece in enumerate(question.pieces):
             resume = _go_on if index else trace.restore
-            self._run(piece, functools.partial(fakes.of_piece, index), Neutral([drawn[index]]), resume)
+            part = self._run(piece, functools.partial(fakes.of_piece, index), Neutral([drawn[index]]), resume)
+            self._slopes(part, fakes.made[index])
         found = _others(changes, trace.changes(), question.view.rounding)
         if found:  # times and the like are others whenever a step runs
-            self._run(question.whole, fakes.of_whole, Neutral(drawn), trace.restore)
+            self._slopes(self._run(question.whole, fakes.of_whole, Neutral(drawn), trace.restore), fakes.made[-1])
             found -= _others(changes, trace.changes(), question.view.rounding)
         return min(found, default="")
 

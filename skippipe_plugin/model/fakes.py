@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..driver.capture.proxies import StackCall
 from .entering import Entered, Entrance
+from .kinks import Kink, Kinks, mark
 
 _GOLDEN: Final = 0.6180339887
 _DROPOUTS: Final = frozenset(
@@ -61,6 +62,8 @@ class Fakes:
         self._calls = 0
         self._entered: list[list[Entered]] = [[] for _ in (*sizes, 0)]
         """By microbatch, and of the batch last: what its calls brought."""
+        self.made: list[list[Tensor]] = [[] for _ in (*sizes, 0)]
+        """By microbatch, and of the batch last: what was answered."""
         self.dtypes: set[torch.dtype] = set()
         """Of what was answered."""
         self.calls: dict[int, StackCall] = {}
@@ -90,7 +93,7 @@ class Fakes:
         else:
             scales = torch.ones(())
         self._noise[index].append((noise, scales, dim))
-        return self._made(call, noise, scales)
+        return self._made(call, noise, scales, index)
 
     def of_whole(self, call: StackCall) -> Tensor:
         """Answer the next call of the blocks by the batch."""
@@ -103,7 +106,7 @@ class Fakes:
         noises, scales, dims = zip(*(noise[number] for noise in self._noise), strict=True)
         dim = dims[0]
         if all(noise.shape == shape for noise in noises):
-            return self._made(call, noises[0], scales[0])
+            return self._made(call, noises[0], scales[0], -1)
         try:
             joined = torch.cat(noises, dim)
         except RuntimeError:
@@ -111,7 +114,7 @@ class Fakes:
         if joined.shape != shape:
             forms = ", ".join(str(tuple(noise.shape)) for noise in noises)
             raise Incomparable(f"hidden states of shape {tuple(shape)} are {forms} in its microbatches")
-        return self._made(call, joined, torch.cat(scales, dim) if scales[0].ndim else scales[0])
+        return self._made(call, joined, torch.cat(scales, dim) if scales[0].ndim else scales[0], -1)
 
     def entrances(self, rounding: float) -> Iterator[Entrance]:
         """Yield what the batch's calls brought beside what those of its microbatches did."""
@@ -121,7 +124,12 @@ class Fakes:
     def _scale(self, sample: int) -> float:
         return 0.3 + 2.2 * ((sample + 1 + 3 * self._draw) * _GOLDEN % 1.0)
 
-    def _made(self, call: StackCall, noise: Tensor, scales: Tensor) -> Tensor:
+    @property
+    def dims(self) -> list[int]:
+        """By call: the dimension of the samples in what was answered."""
+        return [dim for _, _, dim in self._noise[0]]
+
+    def _made(self, call: StackCall, noise: Tensor, scales: Tensor, index: int) -> Tensor:
         spec, hidden = call.specs[-1], call.hidden if call.ambient.grad else call.hidden.detach()
         self.dtypes.add(spec.dtype)
         made = noise.to(hidden.device)
@@ -131,6 +139,8 @@ class Fakes:
         made = (made.abs() + 0.05 if self._draw % 4 > 1 else made).to(spec.dtype)
         if call.ambient.grad and made.is_floating_point() and not made.requires_grad:
             made.requires_grad_()
+        mark(made)
+        self.made[index].append(made)
         return made
 
 
@@ -153,6 +163,12 @@ class Neutral(TorchFunctionMode):
         self.drawn: list[Tensor] = []
         self._pieces = drawn
         self._number = 0
+        self._kinks = Kinks()
+
+    @property
+    def kinks(self) -> tuple[Kink, ...]:
+        """Where what has run under it bends."""
+        return tuple(self._kinks.seen)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -164,7 +180,7 @@ class Neutral(TorchFunctionMode):
         if kwargs.get("dropout_p"):
             kwargs = {**kwargs, "dropout_p": 0.0}
         self._note(name, args, kwargs)
-        result = func(*args, **kwargs)
+        result = self._kinks.follow(func, args, kwargs, func(*args, **kwargs))
         if name in _RANDOM or name in _RANDOM_IN_PLACE:
             return self._drawn(result, in_place=name in _RANDOM_IN_PLACE)
         return result

@@ -14,6 +14,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.model.slopes import slopes_of
 
 from ..support import assert_same_run, train
 
@@ -107,3 +108,159 @@ def test_it_is_refused_where_the_batch_must_be_cut() -> None:
             {**PIPELINE, "microbatches": "batch"},
             max_steps=4,
         )
+
+
+# ------------------------------------------------------------- gradients, and what bends
+
+
+class Scaled(torch.autograd.Function):
+    """Gives each batch a gradient of length one."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad / grad.norm()
+
+
+class Returning(LightningModule):
+    """Its loss is made by ``loss`` of what its head gives."""
+
+    def __init__(self, loss: Callable[[Any, Tensor, Tensor], Tensor], lr: float = 0.02) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.often = nn.Embedding(3, 8, scale_grad_by_freq=True)
+        self.scale = nn.Parameter(torch.tensor(0.3))
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.loss, self.lr, self.seen = loss, lr, []
+
+    def hidden(self, x: Tensor) -> Tensor:
+        entering = self.embed(x)
+        if self.loss is frequent:
+            entering = entering + self.often((x[:, 0].abs() * 2).long() % 3)
+        return functools.reduce(lambda h, block: block(h), self.blocks, entering)
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return self.loss(self, self.hidden(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> SGD:
+        return SGD(self.parameters(), lr=self.lr)
+
+
+def error(module: Any, h: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(module.head(h)[:, :1], y)
+
+
+def frequent(module: Any, h: Tensor, y: Tensor) -> Tensor:
+    return error(module, h, y)
+
+
+def balanced(module: Any, h: Tensor, y: Tensor) -> Tensor:
+    first, second = error(module, h, y), module.head(h)[:, 1:].abs().mean()
+    return first + 0.5 * second * (first / second).detach()
+
+
+def straight_through(module: Any, h: Tensor, y: Tensor) -> Tensor:
+    spread = h.std(0).sum()
+    return error(module, h, y) + spread - spread.detach()
+
+
+def hooked(module: Any, h: Tensor, y: Tensor) -> Tensor:
+    h.register_hook(lambda grad: grad / grad.norm())
+    return error(module, h, y)
+
+
+def listening(module: Any, h: Tensor, y: Tensor) -> Tensor:
+    h.register_hook(lambda grad: module.seen.append(float(grad.norm())))
+    return error(module, h, y)
+
+
+def followed(module: Any, h: Tensor, y: Tensor) -> Tensor:
+    """Ordinary: what it does on the way back it does for each sample, and its kinks are theirs or its weights'."""
+    h.register_hook(lambda grad: grad.clamp(-0.02, 0.02))
+    out, weight = module.head(h), module.scale.exp().clamp(max=50.0)
+    rows = (out[:, :1] - y).abs().clamp(max=900.0).relu() + F.huber_loss(out[:, :1], y, reduction="none")
+    rows = (
+        torch.maximum(rows, out[:, 1:])
+        + F.normalize(out).sum(1, keepdim=True)
+        + torch.stack([sample.mean().abs() for sample in h])[:, None]
+    )
+    loss = weight * rows.mean() + F.cross_entropy(out, (y[:, 0] > 3).long(), label_smoothing=0.1)
+    module.log("error", error(module, h, y).item())
+    module.log("accuracy", (out.argmax(1) == (y[:, 0] > 3)).float().mean())
+    assert torch.isfinite(loss)
+    return loss / torch.ones_like(y).sum().clamp(min=1) * len(y)
+
+
+def branching(module: Any, h: Tensor, y: Tensor) -> Tensor:
+    loss = error(module, h, y)
+    return loss * 1.5 if loss < 20.0 else loss
+
+
+def branching_by_number(module: Any, h: Tensor, y: Tensor) -> Tensor:
+    loss = error(module, h, y)
+    return loss * 1.5 if loss.detach().item() < 20.0 else loss
+
+
+GRADIENTS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "balanced": balanced,
+    "straight through": straight_through,
+    "hook": hooked,
+    "function": lambda module, h, y: error(module, Scaled.apply(h), y),
+    "frequencies": frequent,
+}
+BENT: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "flooding": lambda module, h, y: (error(module, h, y) - 0.1).abs() + 0.1,
+    "worst": lambda module, h, y: torch.maximum(error(module, h, y), module.head(h)[:, 1].pow(2).mean()),
+    "worst of a list": lambda module, h, y: torch.stack([error(module, h, y), h.pow(2).mean()]).max(),
+    "hinge": lambda module, h, y: F.relu(9.0 - h.mean()) + error(module, h, y),
+    "of means": lambda module, h, y: h.mean(0).clamp(min=-5.0).sum() + error(module, h, y),
+    "branch": branching,
+    "branch by a number": branching_by_number,
+}
+
+
+def both(make: Callable[[], LightningModule], caplog: Any, **options: Any) -> None:
+    with caplog.at_level(logging.WARNING, "skippipe_plugin"):
+        found = train(make, batches(), 3, {**PIPELINE, **options}, max_steps=4)
+    expected = train(make, batches(), 1, max_steps=4)
+    assert_same_run(found, expected)
+    assert len(found.module.seen) == len(expected.module.seen)  # type: ignore[arg-type]
+    assert found.module.seen == pytest.approx(expected.module.seen, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_gradient_that_does_not_follow_is_that_of_one_process(name: str, caplog: Any) -> None:
+    both(functools.partial(Returning, GRADIENTS[name]), caplog)
+    assert "the gradient of the loss of the batch does not follow from theirs" in caplog.text
+
+
+def test_what_hooks_on_gradients_leave_is_that_of_one_process(caplog: Any) -> None:
+    both(functools.partial(Returning, listening), caplog)
+    assert "self.seen is then another" in caplog.text
+
+
+@pytest.mark.parametrize("name", BENT)
+def test_what_bends_by_a_value_of_all_samples_is_that_of_one_process(name: str, caplog: Any) -> None:
+    both(functools.partial(Returning, BENT[name]), caplog)
+    assert "of a value that all samples make together goes one way or another" in caplog.text
+
+
+def test_what_bends_for_each_sample_leaves_the_batch_cut(caplog: Any) -> None:
+    both(functools.partial(Returning, followed), caplog, microbatches="batch")
+    assert "runs once" not in caplog.text
+
+
+def test_hooks_of_parameters_hear_of_no_gradient_that_is_only_asked_for() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    heard: list[Tensor] = []
+    weight.register_hook(heard.append)
+    slopes = slopes_of((weight * 3).sum(), [], [weight])
+    assert slopes is not None
+    torch.testing.assert_close(slopes.weights[0], torch.full((2,), 3.0))
+    assert not heard
+    assert weight.grad is None
+    (weight * 2).sum().backward()
+    assert len(heard) == 1

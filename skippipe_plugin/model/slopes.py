@@ -1,0 +1,141 @@
+"""Whether the gradient of a batch's loss follows from those of its microbatches' losses, as the loss itself does.
+
+A loss may add up where its gradient does not: behind ``detach()``, and where a hook or a function of the user's own
+computes over samples on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.errors import SkipPipeError
+from .counting import View
+from .reductions import Leaf, Mean, Plan, Sum
+
+GRADIENT: Final = "the gradient of the loss"
+WHY: Final = "the loss itself does, but on the way back something is computed over samples, or kept from its gradient"
+_FINE: Final = 2e-3, 2e-5
+_COARSE: Final = 0.15, 0.02
+"""How far gradients may be apart, relative to their own size and to that of the largest, where some are of 16 bits."""
+_LOW: Final = frozenset({torch.float16, torch.bfloat16})
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """The gradient of one loss."""
+
+    made: tuple[Tensor | None, ...]
+    """By call of the blocks: with respect to the made-up hidden states."""
+    weights: tuple[Tensor | None, ...]
+    """With respect to the driver's own parameters."""
+    factor: float
+    """What the loss was multiplied with."""
+
+
+def slopes_of(loss: Any, made: Sequence[Tensor], weights: Sequence[nn.Parameter], factor: float = 1.0) -> Slopes | None:
+    """Return the gradient of ``loss``; None where it has none. Nobody's ``grad`` changes, nor does the graph end.
+
+    Args:
+        loss: Of the batch or of a microbatch.
+        made: The made-up hidden states.
+        weights: The driver's own parameters.
+        factor: What the loss is multiplied with before; hooks may do something else with large gradients.
+    """
+    if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
+        return None
+    inputs: list[Tensor] = [each for each in (*made, *weights) if each.requires_grad]
+    if not inputs:
+        return None
+    try:
+        with _without_hooks(weights):
+            found = torch.autograd.grad(
+                loss, inputs, torch.full_like(loss, factor), retain_graph=True, allow_unused=True
+            )
+    except SkipPipeError:
+        raise
+    except Exception:  # the step itself will say so
+        return None
+    known = {id(each): _dense(slope) for each, slope in zip(inputs, found, strict=True)}
+    return Slopes(tuple(known.get(id(each)) for each in made), tuple(known.get(id(each)) for each in weights), factor)
+
+
+def follows(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], plan: Plan | None, view: View) -> bool:
+    """Whether the batch's gradient is made of the parts' by one of the rules of the loss.
+
+    Args:
+        whole: The batch's.
+        parts: The microbatches'.
+        dims: By call of the blocks: the dimension of the samples.
+        plan: What is known of the loss.
+        view: The batch.
+    """
+    rules = [rule for rule in plan.rules if isinstance(rule, (Mean, Sum))] if isinstance(plan, Leaf) else []
+    shares = [[1.0] * len(parts) if isinstance(rule, Sum) else view.shares(rule.weighting) for rule in rules]
+    known = [each for each in shares if each is not None]
+    return not known or any(_fits(whole, parts, dims, each) for each in known)
+
+
+def _fits(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], shares: Sequence[float]) -> bool:
+    pairs: list[tuple[Tensor, Tensor, float]] = []
+    """The batch's, the same made of the parts', and how large the parts are."""
+    shares = [share / part.factor for share, part in zip(shares, parts, strict=True)]
+    for number, (slope, dim) in enumerate(zip(whole.made, dims, strict=False)):
+        pieces = [part.made[number] if number < len(part.made) else None for part in parts]
+        scaled = [None if piece is None else piece * share for piece, share in zip(pieces, shares, strict=True)]
+        present = [piece for piece in scaled if piece is not None]
+        if slope is not None and len(present) == len(parts):
+            pairs.append((slope, *_joined(slope, present, dim)))
+    for number, slope in enumerate(whole.weights):
+        terms = [(part.weights[number], share) for part, share in zip(parts, shares, strict=True)]
+        added = [piece * share for piece, share in terms if piece is not None]
+        if slope is not None or added:
+            zero = torch.zeros_like(added[0] if slope is None else slope)
+            pairs.append((zero if slope is None else slope, sum(added, zero), sum(map(_size, added))))
+    relative, absolute = _COARSE if any(slope.dtype in _LOW for slope, _, _ in pairs) else _FINE
+    if not pairs or any(not bool(torch.isfinite(each).all()) for pair in pairs for each in pair[:2]):
+        return True
+    largest = max(_size(slope) for slope, _, _ in pairs)
+    return all(
+        slope.shape == other.shape
+        and _size(slope - other) <= relative * max(size, _size(slope)) + absolute * max(largest, size)
+        for slope, other, size in pairs
+    )
+
+
+def _joined(slope: Tensor, pieces: Sequence[Tensor], dim: int) -> tuple[Tensor, float]:
+    size = max(map(_size, pieces))
+    if all(piece.shape == slope.shape for piece in pieces):  # they share what they have made up
+        return sum(pieces[1:], pieces[0]), sum(map(_size, pieces))
+    try:
+        return torch.cat(list(pieces), dim), size
+    except RuntimeError:
+        return slope, size
+
+
+def _size(value: Tensor) -> float:
+    return float(value.abs().max()) if value.numel() else 0.0
+
+
+def _dense(slope: Tensor | None) -> Tensor | None:
+    if slope is None:
+        return None
+    return (slope if slope.layout is torch.strided else slope.to_dense()).detach()
+
+
+@contextmanager
+def _without_hooks(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let nobody who watches the parameters' gradients hear of one that is only asked for."""
+    put_aside = [(hooks, dict(hooks)) for each in weights if (hooks := each._backward_hooks)]
+    for hooks, _ in put_aside:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, held in put_aside:
+            hooks.update(held)
