@@ -18,7 +18,7 @@ from tests.processes.test_join import free_port
 CLI = [sys.executable, "-m", "skippipe_plugin.cli"]
 FIRST, SECOND = "127.0.0.1", "127.0.0.2"
 NUM_WORKERS = 2
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 class Hosts:

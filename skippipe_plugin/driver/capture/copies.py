@@ -135,8 +135,11 @@ class CopiedContainer:
 
 def container_copy(name: str, value: Any, hidden: frozenset[str]) -> CopiedContainer:
     """Note a container, of whatever class that is derived from Python's."""
-    base: Any = next(each for each in CONTAINERS if isinstance(value, each))
-    copy = base.copy(value) if base is not dict else dict(zip(dict.keys(value), dict.values(value), strict=True))
+    if isinstance(value, dict):
+        base: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # an ordered one has an order of its own
+        copy: Any = dict(zip(base.keys(value), base.values(value), strict=True))
+    else:
+        copy = next(each for each in CONTAINERS if isinstance(value, each)).copy(value)
     return CopiedContainer(name, value, copy, hidden)
 
 
