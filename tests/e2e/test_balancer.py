@@ -1,6 +1,7 @@
 """The balancer moves work away from a worker that became slow, and results stay those of the paths it chose."""
 
 import csv
+import itertools
 import logging
 import os
 import time
@@ -35,11 +36,10 @@ class Sleeper(Block):
 
     def __init__(self, claim: str = "", seconds: float = QUICK_S) -> None:
         super().__init__(16)
-        self.claim, self.seconds, self.calls = claim, seconds, 0
+        self.claim, self.seconds, self.calls = claim, seconds, itertools.count()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += self.training
-        if self.claim and self.calls == SLOW_FROM:
+        if self.claim and self.training and next(self.calls) == SLOW_FROM:
             with suppress(FileExistsError):
                 os.close(os.open(self.claim, os.O_CREAT | os.O_EXCL))
                 self.seconds = SLOW_S

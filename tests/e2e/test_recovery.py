@@ -257,8 +257,8 @@ def test_an_exception_in_a_worker_still_ends_the_run() -> None:
 
         def forward(self, hidden: Tensor) -> Tensor:
             self.calls += 1
-            if self.calls > 20:
-                raise ArithmeticError("the twentieth call is one too many")
+            if self.calls > 5:
+                raise ArithmeticError("the sixth call is one too many")
             return self.linear(hidden)
 
     class Small(LightningModule):

@@ -148,7 +148,7 @@ def test_the_way_out_that_is_named_is_one() -> None:
 
 
 def test_a_difference_of_batches_is_named() -> None:
-    """Whatever looks at the number of samples it gets is not what one microbatch would be."""
+    """What looks at the number of samples it gets, and is not found out when it is tried with a few of them."""
 
     class Sized(nn.Module):
         def __init__(self) -> None:
@@ -156,15 +156,14 @@ def test_a_difference_of_batches_is_named() -> None:
             self.linear = nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x) * len(x)
+            return self.linear(x) * (2 if len(x) > 4 else 1)
 
     torch.manual_seed(0)
     net = Residual()
     net.blocks = nn.ModuleList(Sized() for _ in range(DEPTH))
-    with pytest.raises(SkipPipeError, match=r"the loss is .* Likely a reduction over the batch.*microbatches='stack'"):
+    with pytest.raises(SkipPipeError, match=r"the loss is .* Likely a reduction over the batch.*num_microbatches=1"):
         _check(Classifier(net, momentum), points(BATCH))
-    for way_out in ({"microbatches": "stack"}, {"num_microbatches": 1}):
-        assert _check(Classifier(net, momentum), points(BATCH), way_out).largest < 1e-7
+    assert _check(Classifier(net, momentum), points(BATCH), {"num_microbatches": 1}).largest < 1e-7
 
 
 # ---------------------------------------------------------------- verify="first"
@@ -189,7 +188,7 @@ def test_a_verified_fit_stops_before_the_first_step() -> None:
             self.linear = nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x) * len(x)
+            return self.linear(x) * (2 if len(x) > 4 else 1)
 
     net = Residual()
     net.blocks = nn.ModuleList(Sized() for _ in range(DEPTH))

@@ -162,8 +162,10 @@ class Held:
         self._left_to_copy -= value.numel() if is_large and fits else 0
         self._copies.append(copies.tensor_copy(name, value, is_copied=fits))
 
-    def _note_container(self, value: Any, depth: int, name: str, hidden: frozenset[str] = frozenset()) -> None:
-        if not isinstance(value, set) and depth < _DEPTH:
+    def _note_container(
+        self, value: Any, depth: int, name: str, hidden: frozenset[str] = frozenset(), *, watches: bool = True
+    ) -> None:
+        if watches and not isinstance(value, set) and depth < _DEPTH:
             keys = list(value) if isinstance(value, dict) else range(len(value))
             for key in keys[:_MOST_ITEMS]:
                 if hasattr(type(item := value[key]), "__next__"):
@@ -193,12 +195,16 @@ class Held:
 
     def _note_module(self, module: nn.Module, depth: int, name: str, *, is_own: bool = False) -> None:
         """Look at all parts of a module; where it is a hidden one, what its metrics count is a value as any other."""
+        away = ""  # where the last block is that is on a worker: its iterators are there
         for path, part in list(module.named_modules()):
+            if "_skippipe_call" in part.__dict__:
+                away = path
             if part is module or id(part) not in self._seen:
                 self._seen[id(part)] = part
-                self._note_part(part, depth, f"{name}.{path}".rstrip("."), is_own=is_own)
+                is_here = not away or not f"{path}.".startswith(f"{away}.")
+                self._note_part(part, depth, f"{name}.{path}".rstrip("."), is_own=is_own, is_here=is_here)
 
-    def _note_part(self, part: nn.Module, depth: int, name: str, *, is_own: bool) -> None:
+    def _note_part(self, part: nn.Module, depth: int, name: str, *, is_own: bool, is_here: bool) -> None:
         hidden: frozenset[str] = frozenset()
         if isinstance(part, Metric):
             hidden = _METRICS | part._defaults.keys() if is_own else _METRICS
@@ -211,7 +217,7 @@ class Held:
             if isinstance(hooks := attributes[key], dict) and not hooks and id(hooks) not in self._seen:
                 self._seen[id(hooks)] = hooks
                 self._empty.append((name, key, hooks))
-        self._note_container(attributes, depth, name, hidden)
+        self._note_container(attributes, depth, name, hidden, watches=is_here)
         for key, parameter in part._parameters.items():
             if parameter is not None and id(parameter) not in self._seen:
                 self._seen[id(parameter)] = parameter
