@@ -42,6 +42,17 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
+class TanhBlock(nn.Module):
+    """The smallest block that is not linear: eight features, and a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.tanh(self.linear(hidden))
+
+
 class Widen(nn.Module):
     """A block that changes the width of the hidden states."""
 

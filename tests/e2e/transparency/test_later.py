@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from tests.e2e.models import TanhBlock as Block
 from tests.e2e.support import assert_same_run, train
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -37,15 +38,6 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def batches(batch_size: int = 8) -> DataLoader[Any]:
     return DataLoader(Samples(), batch_size=batch_size, collate_fn=collate)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + torch.tanh(self.linear(hidden))
 
 
 class Model(LightningModule):

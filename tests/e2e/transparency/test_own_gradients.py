@@ -9,18 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin import SkipPipeError
+from tests.e2e.models import TanhBlock as Block
 from tests.e2e.support import assert_same_run, train
 
 from lightning.pytorch import LightningModule  # isort: skip
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + torch.tanh(self.linear(hidden))
 
 
 class Model(LightningModule):

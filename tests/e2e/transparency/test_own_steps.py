@@ -13,20 +13,12 @@ from torch.optim import SGD, Adam, Optimizer
 
 from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e import own_steps as own
+from tests.e2e.models import TanhBlock as Block
 from tests.e2e.modules import loader
 from tests.e2e.support import Run, assert_same_run, train
 
 DATA = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
 Make = Callable[[LightningModule], Optimizer]
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + torch.tanh(self.linear(hidden))
 
 
 class Model(LightningModule):

@@ -12,19 +12,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from skippipe_plugin.engine.errors import SkipPipeError
+from tests.e2e.models import TanhBlock as Block
 from tests.e2e.modules import loader
 from tests.e2e.support import assert_same_run, train
 
 DATA = torch.randn(24, 6, 4, generator=torch.Generator().manual_seed(0))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + torch.tanh(self.linear(hidden))
 
 
 class Spectral(Block):
