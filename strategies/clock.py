@@ -55,7 +55,7 @@ class TrainersClock(Clock):
             del self._trainer.__dict__[_NOTES]
 
     def batch_index(self, number: Any) -> Any:
-        """Return the number of a batch such that its being read is noted."""
+        """See :meth:`skippipe_plugin.model.asking.Clock.batch_index`: its being read is noted."""
         if type(number) is not int:
             return number
         noted = _Index(number)

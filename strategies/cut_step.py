@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..driver.capture.batches import Cut
 from ..driver.steps import StepTask
-from ..model.asking import LOSS, Asking, Question, Results, detail_of, form_of, kind_of
+from ..model.asking import LOSS, Asking, Clock, Question, Results, detail_of, form_of, kind_of
 from ..model.merging import Agree, Merging
 from ..model.settings import CutWhere
 from ..model.shares import loss_weights
@@ -56,7 +56,7 @@ class CutStep:
         self._training = name == "training_step"
         self._step: Callable[..., Any] = getattr(module, name)
         self._rest, self._kwargs = rest, kwargs
-        self._index: Callable[[Any], Any] = lambda number: number
+        self._clock = Clock()
         self._log = AveragedLog(module, len(cut.sizes))
         self._weight = weight
         self.question = Question(
@@ -69,8 +69,7 @@ class CutStep:
 
     def prepared(self, asking: Asking, where: CutWhere, agree: Agree) -> PreparedStep | None:
         """Find out how the step's results merge; None when it must run once, on the whole batch."""
-        if isinstance(asking.clock, TrainersClock):
-            self._index = asking.clock.batch_index
+        self._clock = asking.clock
         merging = Merging(asking, self.question, self._weight)
         return None if merging.goes_whole(where, self._name, agree) else (self, merging)
 
@@ -119,10 +118,10 @@ class CutStep:
         return with_loss(merging.merged(_OUTPUT, rests), loss)
 
     def _results(self, batch: Any) -> Results:
-        rest = [*map(self._index, self._rest[:1]), *self._rest[1:]]
+        rest = [*map(self._clock.batch_index, self._rest[:1]), *self._rest[1:]]
         kwargs = {**self._kwargs}
         if "batch_idx" in kwargs:
-            kwargs["batch_idx"] = self._index(kwargs["batch_idx"])
+            kwargs["batch_idx"] = self._clock.batch_index(kwargs["batch_idx"])
         with noted() as logged:
             value = self._step(batch, *rest, **kwargs)
         return _by_key(logged(), value, training=self._training)

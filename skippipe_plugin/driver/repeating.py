@@ -10,8 +10,8 @@ import torch
 
 from ..engine.errors import GenerationAborted
 from .accumulation import Batch
+from .capture.randomness import RandomStates
 from .capture.rewind import rewinder
-from .capture.undo import undo_draws
 from .whole_step import WholeTask
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def _noted(pipeline: Pipeline, batch: Batch) -> Callable[[], None]:
     if isinstance(batch.task, WholeTask):
         return batch.task.note_state()
     assert pipeline.model is not None, "no model is loaded"
-    rewind, draws = rewinder(pipeline.model), undo_draws(pipeline.device)
+    rewind, draws = rewinder(pipeline.model), RandomStates(pipeline.device)
 
     def undo() -> None:
         rewind()
-        draws()
+        draws.set()
 
     return undo

@@ -68,6 +68,10 @@ class Clock:
         """Return what some of the hands show."""
         return tuple(sorted(names))
 
+    def batch_index(self, number: Any) -> Any:
+        """Return the number of a batch, as a step that is asked gets it."""
+        return number
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -255,7 +259,7 @@ class Asking:
             self._quiet(),
             uneven(self._module, blocks),
             self._untouched() as trace,
-            _with_batch(trace, question.view, answer) as trace,
+            _with_batch(trace, question.view) as trace,
         ):
             number = answer.num_asked  # each asks with hidden states of its own: what was 0 so far may be another
             draws = (0, 1) if not number else (4 * number + number % 2,)
@@ -355,6 +359,7 @@ class Asking:
         if bend := bent(mode.kinks, kinks):
             answer.odd[COURSE] = BENDS.format(name=bend)
         answer.constants |= mode.constants
+        answer.left = answer.left or trace.changed_in_batch()  # then microbatches cannot take its place
         changes = trace.changes()
         blocks = self._spread.pipeline.proxies.blocks
         for entrance in fakes.entrances(question.view.rounding):
@@ -483,21 +488,16 @@ class Asking:
 
 
 @contextmanager
-def _with_batch(trace: Untouched, view: View, answer: Answer) -> Iterator[Untouched]:
-    """Bring the batch back, too; where it is changed, microbatches cannot take its place."""
+def _with_batch(trace: Untouched, view: View) -> Iterator[Untouched]:
+    """Bring the batch back, too."""
     batch = BatchState(view)
 
     def restore() -> None:
         trace.restore()
         batch.restore()
 
-    def changes() -> dict[str, Any]:
-        changed = batch.changed()
-        answer.left = answer.left or changed
-        return trace.changes()
-
     try:
-        yield Untouched(restore, changes, trace.has_drawn)
+        yield dataclasses.replace(trace, restore=restore, changed_in_batch=batch.changed)
     finally:
         batch.restore()
 

@@ -6,12 +6,15 @@ third epoch. So what the driver's modules hold is looked at once per step, and s
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Collection, Hashable, Iterable
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torchmetrics import Metric
+
+from ..driver.capture.copies import TORCHS
 
 _EXACT: Final = frozenset({bool, int, str, types.NoneType})
 _RESTLESS: Final = 8
@@ -20,7 +23,8 @@ _FEW: Final = 16
 """Containers with more entries are known by their length."""
 _SMALL: Final = 4096
 """Changes in larger tensors are taken for what changes all the time."""
-_TORCHS: Final = frozenset(vars(nn.Module())) - {"training", "_modules", "_buffers"}
+_LOOKED_AT: Final = frozenset({"training", "_modules", "_buffers"})
+"""Of what torch keeps in a module."""
 
 
 class Surroundings:
@@ -35,7 +39,7 @@ class Surroundings:
     def __init__(self, module: nn.Module, blocks: Iterable[nn.Module], ignored: Collection[str] = ()) -> None:
         self._module = module
         self._elsewhere = {id(block) for block in blocks}
-        self._ignored = _TORCHS | (frozenset(ignored) - {"training", "_modules", "_buffers"})
+        self._ignored = (TORCHS | frozenset(ignored)) - _LOOKED_AT
         self._holders: list[dict[str, Any]] = []
         self._slots: list[tuple[dict[str, Any], str]] = []
         self._num_names = -1
@@ -94,10 +98,11 @@ def _token(value: Any) -> Hashable:
     kind = type(value)
     if kind in _EXACT:
         return value  # type: ignore[no-any-return]
-    if kind is dict or isinstance(value, (dict, list, tuple)):
+    if isinstance(value, (dict, list, tuple)):
         items = value.values() if isinstance(value, dict) else value
         return tuple(map(_leaf, items)) if len(value) <= _FEW else len(value)
-    if kind is not float and _is_plain(kind) and len(held := vars(value)) <= _FEW:
+    is_plain = kind is not float and _is_plain(kind)  # type: ignore[arg-type] # classes are hashable
+    if is_plain and len(held := vars(value)) <= _FEW:
         return tuple(map(_leaf, held.values()))
     return _leaf(value)
 
@@ -113,17 +118,9 @@ def _leaf(value: Any) -> Hashable:
     return id(value)
 
 
-_PLAIN: Final[dict[Any, bool]] = {}
-
-
+@functools.cache
 def _is_plain(kind: type) -> bool:
     """Whether objects of a kind hold settings of the user's, as a dataclass does."""
-    if kind not in _PLAIN:
-        _PLAIN[kind] = _looks_plain(kind)
-    return _PLAIN[kind]
-
-
-def _looks_plain(kind: type) -> bool:
     others = ("torch", "lightning", "pytorch_lightning", "transformers", "peft", "skippipe_plugin", "numpy")
     is_theirs = issubclass(kind, nn.Module | Tensor) or kind.__module__.partition(".")[0] in others
     return bool(kind.__dictoffset__) and not is_theirs

@@ -6,44 +6,20 @@ can be read before.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..driver.capture.held import Held
-from ..driver.capture.randomness import random_states, set_random_states
+from ..driver.capture.randomness import RandomStates
 from ..driver.capture.rewind import rewinder
 
 _UNEVEN: Final = 0.1
 _LOOKED_AT: Final = 64
-
-
-class RandomStates:
-    """The random states of torch, numpy and Python, as they are now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._torch = random_states(device)
-        self._numpy = np.random.get_state()
-        self._python = random.getstate()
-
-    def set(self) -> None:
-        """Put them back."""
-        set_random_states(self._device, self._torch)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-
-    def are_drawn_from(self) -> bool:
-        """Whether somebody has drawn by numpy's or Python's global functions since."""
-        before: Any = self._numpy  # Any: numpy's own
-        now: Any = np.random.get_state()
-        return random.getstate() != self._python or not np.array_equal(before[1], now[1]) or before[2] != now[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +32,8 @@ class Untouched:
     """Returns, by name, what attributes, buffers and global names hold since then that they did not hold before."""
     has_drawn: Callable[[], bool]
     """Returns whether numbers were drawn since then that numpy or Python makes; torch's are looked at one by one."""
+    changed_in_batch: Callable[[], str] = str
+    """Names what the batch holds since then that it did not hold before; nothing where there is none."""
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from .outer_state import generator_undo
 CONTAINERS: Final = (dict, list, set, deque)
 LARGE: Final = 1 << 20
 """Larger tensors are looked at by how often they were written to, before they are compared."""
-_TORCHS: Final = frozenset(vars(nn.Module()))
+TORCHS: Final = frozenset(vars(nn.Module()))
 """What torch keeps in a module."""
 _TOO_LARGE: Final = (
     "{name}, of {count} elements, was changed in place by a step that was tried before its first batch, and is too "
@@ -124,7 +124,7 @@ class CopiedContainer:
     def changes(self) -> Iterator[tuple[str, Any]]:
         value, copy = self.value, self.copy
         if isinstance(value, dict):
-            hidden = self.hidden | (_TORCHS if copy.keys() >= _TORCHS else frozenset())
+            hidden = self.hidden | (TORCHS if copy.keys() >= TORCHS else frozenset())
             yield from ((joined(self.name, key), kept(item)) for key, item in _differing(value, copy, hidden))
         elif isinstance(value, set):
             if value != copy:

@@ -58,10 +58,6 @@ _METRICS: Final = frozenset(vars(_Bare()))
 """What torchmetrics keeps in a metric."""
 
 
-_TORCHS: Final = frozenset(vars(nn.Module()))
-"""What torch keeps in a module."""
-
-
 class Held:
     """What a module's code finds, as it is now.
 
@@ -185,7 +181,7 @@ class Held:
 
     def _watch(self, item: Any, name: str, put: Callable[[Any, Any], None]) -> None:
         """Let an iterator keep what it gives."""
-        if is_opaque(item) and not type(item).__module__.startswith("skippipe_plugin."):  # nor what stands for a result
+        if is_opaque(item):
             iterator = self._standing_in.setdefault(id(item), Replayed(item))
             iterator.stand_in(put)
             item = iterator
@@ -213,7 +209,7 @@ class Held:
         attributes = part.__dict__
         for each in (attributes, *(attributes[key] for key in _APART & attributes.keys())):
             self._seen[id(each)] = each
-        for key in _TORCHS & attributes.keys():  # most are empty: of hooks, buffers
+        for key in copies.TORCHS & attributes.keys():  # most are empty: of hooks, buffers
             if isinstance(hooks := attributes[key], dict) and not hooks and id(hooks) not in self._seen:
                 self._seen[id(hooks)] = hooks
                 self._empty.append((name, key, hooks))

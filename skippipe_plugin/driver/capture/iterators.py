@@ -7,8 +7,6 @@ place, which keeps what is taken and gives it again. Afterwards that gives what 
 from __future__ import annotations
 
 import io
-import random
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ import torch
 
 from ...engine.errors import SkipPipeError
 from .contents import undo_changes
+from .randomness import RandomStates
 
 _DRAWS: Final = (
     "an iterator of yours draws random numbers when a step takes from it, and the step was tried with other draws "
@@ -39,9 +38,8 @@ class _Taken:
     item: Any  # Any: the user's
     error: Exception | None
     undo: Callable[[], None]
-    before: Any
-    """The random states when it was taken, if taking it changed them."""
-    after: Any
+    drew: tuple[RandomStates, RandomStates] | None
+    """The random states before and after it was taken, if taking it changed them."""
     taker: int
     """Who watched."""
 
@@ -78,25 +76,26 @@ class Replayed(Iterator[Any]):  # Any: whatever the user's iterator gives
 
     def _skippipe_again(self) -> Any:
         taken = self._skippipe_items[self._skippipe_position]
-        if taken.before is not None:
-            if _same(taken.before, _states()):
-                _set_states(taken.after)
+        if taken.drew is not None:
+            before, after = taken.drew
+            if before.are_those(RandomStates()):
+                after.set()
             elif taken.taker not in {id(each) for each in self._skippipe_watchers}:
                 raise SkipPipeError(_DRAWS)
         self._skippipe_position += 1
         return _given(taken)
 
     def _skippipe_take(self) -> Any:
-        before, item, error = _states(), None, None
+        before, item, error = RandomStates(), None, None
         try:
             with torch._C.DisableTorchFunction():  # a step that is tried runs under a mode of ours
                 item = next(self._skippipe_source)
         except Exception as raised:
             error = raised
-        after = _states()
-        drew = not _same(before, after)
+        after = RandomStates()
+        drew = None if before.are_those(after) else (before, after)
         taker = id(next(iter(self._skippipe_watchers)))
-        taken = _Taken(item, error, undo_changes(item), before if drew else None, after if drew else None, taker)
+        taken = _Taken(item, error, undo_changes(item), drew, taker)
         self._skippipe_items.append(taken)
         self._skippipe_position += 1
         return _given(taken)
@@ -165,9 +164,12 @@ def watched(iterator: Replayed, watcher: object, name: str) -> Place:
 
 
 def is_opaque(value: Any) -> bool:
-    """Whether ``value`` is an iterator without attributes of the user's, which could be noted instead."""
+    """Whether ``value`` is an iterator without attributes of the user's, which could be noted instead.
+
+    What stands for a result that is on a worker is none: it has every method, to refuse it.
+    """
     kind = type(value)
-    if not hasattr(kind, "__next__") or isinstance(value, (io.IOBase, Replayed)):
+    if not hasattr(kind, "__next__") or isinstance(value, io.IOBase) or kind.__module__.startswith("skippipe_plugin."):
         return False
     return not hasattr(value, "__dict__") or kind.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
 
@@ -176,21 +178,3 @@ def _given(taken: _Taken) -> Any:
     if taken.error is not None:
         raise taken.error
     return taken.item
-
-
-def _states() -> tuple[Any, Any, Any]:
-    numpy = sys.modules.get("numpy")
-    return torch.get_rng_state(), random.getstate(), None if numpy is None else numpy.random.get_state()
-
-
-def _same(one: tuple[Any, Any, Any], other: tuple[Any, Any, Any]) -> bool:
-    if not torch.equal(one[0], other[0]) or one[1] != other[1]:
-        return False
-    return one[2] is None or other[2] is None or (one[2][2] == other[2][2] and bool((one[2][1] == other[2][1]).all()))
-
-
-def _set_states(states: tuple[Any, Any, Any]) -> None:
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    if states[2] is not None:
-        sys.modules["numpy"].random.set_state(states[2])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_HOST: Final = torch.device("cpu")
 
 
 def random_states(device: torch.device) -> list[Tensor]:
@@ -18,6 +23,38 @@ def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
     torch.set_rng_state(states[0])
     for state in states[1:]:
         torch.cuda.set_rng_state(state, device)
+
+
+class RandomStates:
+    """The random states of torch, numpy and Python, as they are now.
+
+    Args:
+        device: Whose state counts beside the host's.
+    """
+
+    def __init__(self, device: torch.device = _HOST) -> None:
+        self._device = device
+        self._torch = random_states(device)
+        self._python = random.getstate()
+        self._numpy: Any = np.random.get_state()  # Any: numpy's own
+
+    def set(self) -> None:
+        """Put them back."""
+        set_random_states(self._device, self._torch)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+
+    def are_drawn_from(self) -> bool:
+        """Whether somebody has drawn by numpy's or Python's global functions since."""
+        return not self._is_alike_beside_torch(RandomStates(self._device))
+
+    def are_those(self, other: RandomStates) -> bool:
+        """Whether the same would be drawn from both."""
+        return all(map(torch.equal, self._torch, other._torch)) and self._is_alike_beside_torch(other)
+
+    def _is_alike_beside_torch(self, other: RandomStates) -> bool:
+        (_, array, position, *_), (_, others, at, *_) = self._numpy, other._numpy
+        return self._python == other._python and position == at and np.array_equal(array, others)
 
 
 class private_random_state:

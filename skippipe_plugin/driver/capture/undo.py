@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch import nn
 
 from .contents import undo_changes
 from .held import Held
-from .randomness import random_states, set_random_states
+from .randomness import RandomStates
 from .rewind import rewinder
 
 
@@ -32,28 +30,13 @@ def undo_all(
         batch: What it runs with.
         others: By name, what else the code can reach and is looked into.
     """
-    rewind, draws, unchange = rewinder(module), undo_draws(device), undo_changes(batch)
+    rewind, draws, unchange = rewinder(module), RandomStates(device), undo_changes(batch)
     held = Held(module, others or {}, most_copied=0)
 
     def undo() -> None:
         held.restore()
         rewind()
         unchange()
-        draws()
-
-    return undo
-
-
-def undo_draws(device: torch.device) -> Callable[[], None]:
-    """Return a function that sets the random states of torch, Python and numpy to what they are now."""
-    states, python = random_states(device), random.getstate()
-    numpy = sys.modules.get("numpy")
-    arrays = numpy.random.get_state() if numpy is not None else None
-
-    def undo() -> None:
-        set_random_states(device, states)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(arrays)
+        draws.set()
 
     return undo
