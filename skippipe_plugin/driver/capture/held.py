@@ -115,12 +115,17 @@ class Held:
     def _wait(self, items: Iterable[tuple[str, Any]], depth: int) -> None:
         """Look at what is in something at ``depth`` later: what is nearer comes first."""
         if depth < _DEPTH:
-            seen = self._seen
-            self._waiting.extend(
-                (item, depth + 1, name)
-                for name, item in itertools.islice(items, _MOST_ITEMS)
-                if type(item) not in _PLAIN and id(item) not in seen
-            )
+            self._waiting.extend((item, depth + 1, name) for name, item in items)
+
+    def _items(self, value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        """Return what is left to look into in a container, by name; buffers are called like attributes."""
+        seen = self._seen
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return (
+            (name if key == "_buffers" else joined(name, key), item)
+            for key, item in itertools.islice(items, _MOST_ITEMS)
+            if type(item) not in _PLAIN and id(item) not in seen and not (type(key) is str and key.startswith(_OURS))
+        )
 
     def _note(self, value: Any, depth: int, name: str) -> None:
         if id(value) in self._seen:
@@ -138,7 +143,7 @@ class Held:
             if type(value) not in _BARE_CONTAINERS:
                 self._note_object(value, depth, name)
         elif isinstance(value, tuple):
-            self._wait(_items(value, name), depth)
+            self._wait(self._items(value, name), depth)
         elif isinstance(value, type):
             self._note_class(value, depth)
         elif isinstance(value, types.FunctionType):
@@ -164,11 +169,11 @@ class Held:
         if watches and not isinstance(value, set) and depth < _DEPTH:
             keys = list(value) if isinstance(value, dict) else range(len(value))
             for key in keys[:_MOST_ITEMS]:
-                if hasattr(type(item := value[key]), "__next__"):
+                if type(item := value[key]) not in _PLAIN and hasattr(type(item), "__next__"):
                     self._watch(item, joined(name, key), functools.partial(_put_item, value, key))
         copy = copies.container_copy(name, value, hidden)
         self._copies.append(copy)
-        self._wait(_items(copy.copy, name), depth)
+        self._wait(self._items(copy.copy, name), depth)
 
     def _note_names(
         self, name: str, read: Callable[[], dict[str, Any]], write: Callable[[str, Any], object], erase: Any, depth: int
@@ -177,7 +182,7 @@ class Held:
             self._watch(item, joined(name, key), functools.partial(_put_name, read, write, key))
         copy = read()
         self._copies.append(copies.CopiedNames(name, read, write, erase, copy))
-        self._wait(_items(copy, name), depth)
+        self._wait(self._items(copy, name), depth)
 
     def _watch(self, item: Any, name: str, put: Callable[[Any, Any], None]) -> None:
         """Let an iterator keep what it gives."""
@@ -260,8 +265,8 @@ class Held:
         cells = dict(zip(variables, function.__closure__ or (), strict=True))
         read, write = functools.partial(_read_cells, cells), functools.partial(_write_cell, cells)
         self._note_names(name, read, write, functools.partial(_empty_cell, cells), depth)
-        self._wait(_items(function.__defaults__ or (), name), depth)
-        self._wait(_items(function.__kwdefaults__ or {}, name), depth)
+        self._wait(self._items(function.__defaults__ or (), name), depth)
+        self._wait(self._items(function.__kwdefaults__ or {}, name), depth)
         self._note_code(function, depth)
 
     def _note_code(self, owner: type | types.FunctionType, depth: int) -> None:
@@ -276,17 +281,6 @@ class Held:
 
 
 _SLOTS: Final[weakref.WeakKeyDictionary[type, tuple[str, ...]]] = weakref.WeakKeyDictionary()
-
-
-def _items(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Return what is in a container, with the name of each item; a module's buffers are called like its attributes."""
-    if not isinstance(value, dict):
-        return ((joined(name, key), item) for key, item in enumerate(value))
-    return (
-        (name if key == "_buffers" else joined(name, key), item)
-        for key, item in value.items()
-        if not (type(key) is str and key.startswith(_OURS))
-    )
 
 
 def _put_item(container: Any, key: Any, old: Any, new: Any) -> None:
