@@ -1,6 +1,6 @@
 """``self.log`` inside a microbatched step: collected, merged to what the whole batch would have logged, logged once.
 
-Lightning's own checks and settings hold: what is merged goes through ``self.log``, in the order of the step's calls.
+Lightning's own checks and settings hold: what is merged goes on from where it was met, in the order of the calls.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torchmetrics import Metric
 from ..driver.capture.suspend import current_thread
 from ..model.asking import Key, Results
 from ..model.reductions import MISSING
+from .logged import Logged, noting
 
-_NAMES = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
 Merge = Callable[[Key, list[Any]], Any]
 """Returns the whole batch's result, given its name and the microbatches'."""
 
@@ -27,34 +27,34 @@ class _Entries:
     """What one run of a step logs, by name and how often the name was logged before."""
 
     def __init__(self) -> None:
-        self.entries: dict[tuple[str, int], tuple[Any, dict[str, Any]]] = {}  # Any: what self.log accepts
+        self.entries: dict[tuple[str, int], Logged] = {}
+        self._forward: dict[tuple[str, int], Tensor] = {}
+        """What the last update of a metric gave."""
         self._counts: dict[str, int] = {}
 
-    def add(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs |= dict(zip(_NAMES, args, strict=False))
-        if isinstance(value, Metric):
-            kwargs["_forward"] = value._forward_cache
-        elif isinstance(value, Tensor):
-            value = value.detach()
-        number = self._counts.get(name, 0)
-        self._counts[name] = number + 1
-        self.entries[name, number] = (value, kwargs)
+    def add(self, logged: Logged) -> None:
+        number = self._counts.get(logged.name, 0)
+        self._counts[logged.name] = number + 1
+        self.entries[logged.name, number] = logged
+        forward: Any = logged.value._forward_cache if isinstance(logged.value, Metric) else None
+        if isinstance(forward, Tensor):
+            self._forward[logged.name, number] = forward
 
     def results(self) -> Results:
         """Return what has to be merged: values, sizes that the user gave, and metrics' last values."""
         found: Results = {}
-        for (name, number), (value, kwargs) in self.entries.items():
-            if not isinstance(value, Metric):
-                found["log", name, number] = value
-            elif isinstance(kwargs.get("_forward"), Tensor):
-                found["log", name, number] = kwargs["_forward"]
-            if kwargs.get("batch_size") is not None:
-                found["log", name, number, "batch_size"] = kwargs["batch_size"]
+        for key, logged in self.entries.items():
+            if not isinstance(logged.value, Metric):
+                found["log", *key] = logged.value
+            elif key in self._forward:
+                found["log", *key] = self._forward[key]
+            if logged.options.get("batch_size") is not None:
+                found["log", *key, "batch_size"] = logged.options["batch_size"]
         return found
 
 
 class AveragedLog:
-    """Stands in for ``module.log`` while a step runs.
+    """Collects what a step logs while it runs.
 
     Args:
         module: Whose step it is.
@@ -68,7 +68,7 @@ class AveragedLog:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Collect instead of logging."""
-        with replaced_log(self._module, self._collect):
+        with noting(self._module, self._collect):
             yield
 
     def within(self, microbatch: int, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -91,26 +91,26 @@ class AveragedLog:
         """Log what the whole batch would have."""
         results = self.results()
         keys = dict.fromkeys(key for each in self._entries for key in each.entries)
-        for name, number in keys:
-            value, kwargs = next(each.entries[name, number] for each in self._entries if (name, number) in each.entries)
-            kwargs = {key: item for key, item in kwargs.items() if key != "_forward"}
+        for key in keys:
+            logged = next(each.entries[key] for each in self._entries if key in each.entries)
+            value, options = logged.value, logged.options
 
             def merged(key: Key) -> Any:
                 parts = [result.get(key, MISSING) for result in results]
                 return MISSING if all(part is MISSING for part in parts) else merge(key, parts)
 
-            whole = merged(("log", name, number))
-            if (size := merged(("log", name, number, "batch_size"))) is not MISSING:
-                kwargs["batch_size"] = size
+            whole = merged(("log", *key))
+            if (size := merged(("log", *key, "batch_size"))) is not MISSING:
+                options = {**options, "batch_size": size}
             if not isinstance(value, Metric):
                 value = whole
             elif whole is not MISSING:
                 value.__dict__["_forward_cache"] = whole
-            self._module.log(name, value, **kwargs)
+            logged.carry_out(logged.name, value, **options)
 
-    def _collect(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    def _collect(self, logged: Logged) -> None:
         thread = current_thread()
-        self._entries[thread.label if thread is not None else 0].add(name, value, args, kwargs)
+        self._entries[thread.label if thread is not None else 0].add(logged)
 
 
 _noting: contextvars.ContextVar[_Entries] = contextvars.ContextVar("skippipe_noted_log")
@@ -120,22 +120,8 @@ _noting: contextvars.ContextVar[_Entries] = contextvars.ContextVar("skippipe_not
 @contextmanager
 def noted_log(module: LightningModule) -> Iterator[None]:
     """Let steps log nothing, and note what they would have logged where :func:`noted` says."""
-    with replaced_log(module, lambda name, value, *args, **kwargs: _noting.get().add(name, value, args, kwargs)):
+    with noting(module, lambda logged: _noting.get().add(logged)):
         yield
-
-
-@contextmanager
-def replaced_log(module: LightningModule, log: Callable[..., None]) -> Iterator[None]:
-    """Let ``module.log`` be another function."""
-    before = module.__dict__.get("log")
-    module.__dict__["log"] = log
-    try:
-        yield
-    finally:
-        if before is None:
-            module.__dict__.pop("log", None)
-        else:
-            module.__dict__["log"] = before
 
 
 @contextmanager
@@ -147,3 +133,9 @@ def noted() -> Iterator[Callable[[], Results]]:
         yield entries.results
     finally:
         _noting.reset(token)
+
+
+def has_noted() -> bool:
+    """Whether the step that runs now has logged anything, which nobody can read yet."""
+    entries = _noting.get(None)
+    return entries is not None and bool(entries.entries)

@@ -10,10 +10,12 @@ from typing import Any, Final
 from lightning.pytorch import Trainer
 
 from ..model.asking import Clock
+from .averaged_log import has_noted
 
 _METRICS: Final = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 _HANDS: Final = ("current_epoch", "global_step", "is_last_batch", "sanity_checking", *_METRICS)
 _BATCH_INDEX: Final = "batch_idx"
+_OWN_LOG: Final = "what it has logged itself"
 _READING: Final = tuple(
     f"__{name}__"
     for name in (
@@ -31,7 +33,7 @@ class TrainersClock(Clock):
         trainer: Whose it is.
     """
 
-    fast = frozenset({"global_step", _BATCH_INDEX})
+    fast = frozenset({"global_step", _BATCH_INDEX, _OWN_LOG})
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ def _noting(kind: type[Trainer]) -> type[Trainer]:
         real: Any = getattr(kind, name)
 
         def read(trainer: Trainer) -> Any:
-            trainer.__dict__[_NOTES].add(name)
+            trainer.__dict__[_NOTES].add(_OWN_LOG if name in _METRICS and has_noted() else name)
             return real.__get__(trainer, kind)
 
         return property(read, getattr(real, "fset", None))

@@ -1,5 +1,6 @@
 """What a cut step logs is what the whole batch would have logged, where microbatches are of unequal sizes."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from skippipe_plugin.driver.capture.batches import split
 from skippipe_plugin.driver.capture.suspend import StepThread, new_step_thread
 from skippipe_plugin.engine.call import Ambient
-from skippipe_plugin.model.asking import Results
+from skippipe_plugin.model.asking import Results as Found
 from skippipe_plugin.model.counting import Samples, View, candidates
 from skippipe_plugin.model.reductions import MISSING, find_plan, merge
 from skippipe_plugin.strategies.averaged_log import AveragedLog, noted, noted_log
@@ -28,16 +29,29 @@ EXPECTED: dict[str, Any] = {
 """By name: what one process logs, reckoned by hand."""
 
 
-class Module(nn.Module):
+class Results:
     """Notes what reaches Lightning."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.logged: dict[str, tuple[Any, dict[str, Any]]] = {}
 
-    def log(self, name: str, value: Any, **options: Any) -> None:
+    def log(self, fx: str, name: str, value: Any, **options: Any) -> None:
+        assert fx == "training_step"
         assert name not in self.logged, "logged twice"
         self.logged[name] = value, options
+
+
+class Module(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainer = SimpleNamespace(_results=Results())
+
+    @property
+    def logged(self) -> dict[str, tuple[Any, dict[str, Any]]]:
+        return self.trainer._results.logged  # type: ignore[no-any-return]
+
+    def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
+        self.trainer._results.log("training_step", name, value, prog_bar=prog_bar, **options)
 
 
 def step(module: Any, batch: dict[str, Tensor]) -> None:
@@ -74,11 +88,11 @@ def test_microbatches_count_by_their_samples(order: tuple[int, ...]) -> None:
     found = {name: float(value) for name, (value, _) in module.logged.items()}
     assert found == pytest.approx(EXPECTED, rel=1e-12)
     assert list(found) == list(EXPECTED)
-    assert module.logged["mean"][1] == {"on_epoch": True, "batch_size": 8}
+    assert module.logged["mean"][1] == {"prog_bar": False, "on_epoch": True, "batch_size": 8}
     assert module.logged["sum"][1] == {"prog_bar": True, "reduce_fx": "sum"}
 
 
-def whole_results(module: Module, batch: dict[str, Tensor]) -> Results:
+def whole_results(module: Module, batch: dict[str, Tensor]) -> Found:
     with noted_log(module), noted() as logged:  # type: ignore[arg-type]
         step(module, batch)
         return logged()
@@ -99,4 +113,4 @@ def test_a_name_that_some_microbatches_do_not_log_is_merged_from_the_others() ->
 
     log.replay(merged)
     assert seen == [(("log", "some", 0), [0.0, MISSING, 2.0])]
-    assert module.logged == {"some": (7.0, {})}
+    assert module.logged == {"some": (7.0, {"prog_bar": False})}
