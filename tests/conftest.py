@@ -54,7 +54,7 @@ def _reusable_workers() -> set[psutil.Process]:
     """List the workers that this process keeps for its next pipeline; a test may leave them."""
     job = sys.modules.get("skippipe_plugin.job.job")
     drivers = [entry for entry in job._registry.values() if isinstance(entry, job.DriverJob)] if job else []
-    pids = {int(ticket) for driver in drivers for ticket in driver._crew.running() if ticket.isdecimal()}
+    pids = {int(ticket) for driver in drivers for ticket in driver.crew.running() if ticket.isdecimal()}
     return {child for child in _children() if child.pid in pids}
 
 

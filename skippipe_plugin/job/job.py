@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ipaddress
-import itertools
-import json
 import logging
 import os
 import signal
@@ -26,24 +23,21 @@ import cloudpickle
 from ..driver.links import Link
 from ..driver.pool import EndedEarly, WorkerPool
 from ..driver.rendezvous import Rendezvous
-from ..engine.c10d import TCPStore, host_store
+from ..engine.c10d import TCPStore
 from ..engine.channel import connect
 from ..engine.control.line import to_driver
 from ..engine.control.presence import Hello, Release
 from ..engine.errors import SkipPipeError, StartRefused
-from ..engine.handout import find_secret, fingerprint, leave_secret
-from ..engine.job_store import JobStore
-from ..engine.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, job_secret, secret_file
+from ..engine.handout import fingerprint
 from ..engine.versions import own_versions
 from ..job.network import NetworkConfig
-from ..sources import Door, WorkerSource, make_source, workers_of
-from ..sources.local import LocalSource
-from ..supervisor import SupervisedProcesses, supervised
+from ..sources import Door, workers_of
 from ..worker import DriverProcesses, Worker
-from .crew import Crew, SourceCrew, SourceWatch
+from .crew import Crew
 from .fits import Fits
-from .launcher import MEET, Launcher, chosen_workers
-from .roll import RollCall, drop
+from .launcher import MEET, Launcher
+from .meetings import DriverAddress, Meeting, Met, driver_key, meeting_of, secret_of
+from .roll import drop
 
 log = logging.getLogger(__name__)
 
@@ -52,60 +46,62 @@ _SAY_S: Final = 5.0
 _LOOK_S: Final = 0.05
 _TRIES_AFTER_S: Final = (0.5, 1.0, 2.0, 4.0)
 """The pauses before a replacement is tried again that did not start."""
-_GENERATIONS: Final = 1 << 32
-"""More than one driver ever forms."""
 
 
 class DriverJob:
-    """The part of a driver: its pool of workers, and the other drivers."""
+    """The part of a driver: its pool of workers, and the other drivers.
 
-    def __init__(self, network: NetworkConfig, num_drivers: int, launcher: Launcher | None) -> None:
-        self.rank = launcher.rank if launcher is not None else 0
+    Args:
+        meeting: How it meets its workers.
+        network: The user's settings.
+        num_drivers: How many drivers the run has.
+        rank: Which of them this is.
+        launched: Whether a launcher has started the workers, and the other drivers.
+    """
+
+    def __init__(
+        self, meeting: Meeting, network: NetworkConfig, num_drivers: int = 1, rank: int = 0, *, launched: bool = False
+    ) -> None:
+        self.rank = rank
         self.num_drivers = num_drivers
-        self._network = network
-        self._launcher = launcher
-        if supervised() and (launcher is not None or num_drivers > 1):
-            other = "" if launcher is None else " and another launcher"
-            raise SkipPipeError(
-                "skippipe run can start a driver again that was started by hand and is the only one; this run has "
-                f"drivers={num_drivers}{other}: start it without skippipe run"
-            )
-        self._workers = workers = chosen_workers(network.workers, launcher, num_drivers)
-        self._starts_none = workers in ("launched", "kubernetes")
-        self._crew: Crew
-        self._drivers = DriverProcesses()
-        given = self._given_secret()
-        limit_s = network.join_timeout_s
-        if launcher is None and supervised():
-            self._crew = SupervisedProcesses(_supervised_key(network))
-            self._store_host, store = self._crew.store()
-            roll = RollCall(JobStore(self._crew.store()[1], self._store_host), self._crew.key)
-            host = network.host or self._store_host
-            self.pool = WorkerPool(
-                host, network.port, secret=self._crew.secret, store=store, join_timeout_s=limit_s, door=roll
-            )
-            # The store outlives this driver: its generations are others than those of the drivers before.
-            self.pool.generations = itertools.count(self._crew.attempt * _GENERATIONS)
-        elif launcher is None:
-            self._crew, self.pool = _staffed(make_source(workers), network, given, meets=num_drivers > 1)
-            self._store_host = self.pool.address[0]
-        else:
-            self._crew = SourceCrew(make_source("launched"))
-            store = launcher.store()
-            secret = given if self.rank == 0 else _secret_of(_get(store, _driver_key(0)), network)
-            own = network.host if self.rank == 0 else None  # it can be that of one machine only
-            self.pool = WorkerPool(
-                own or launcher.own_address(), network.port, secret=secret, store=store, join_timeout_s=limit_s
-            )
-            self._store_host = launcher.address
-        self._left = leave_secret(self.pool.secret) if launcher is not None and self.rank == 0 else None
-        self._publish()
-        if given is not None:
-            log.warning("workers may join this job by hand: %s", self._how_to_join())
         self.fits: Fits | None = None
         """Under a supervisor: what the drivers before this one have left."""
-        if isinstance(self._crew, SupervisedProcesses):
-            self.fits = Fits(self.pool, self._crew, roll)
+        self._meeting = meeting
+        self._network = network
+        self._launched = launched
+        self._drivers = DriverProcesses()
+        self._open: Met | None = None
+
+    def open(self) -> None:
+        """Let workers in, and say where."""
+        self._open = met = self._meeting.open()
+        try:
+            if met.pool.store is not None:
+                address = DriverAddress(*met.pool.address, fingerprint(met.pool.secret))
+                for key in met.keys:
+                    met.pool.store.set(key, address.text)
+            if met.join:
+                log.warning("workers may join this job by hand: %s", met.join)
+            if met.outlived is not None:
+                self.fits = Fits(met.pool, *met.outlived)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _met(self) -> Met:
+        assert self._open is not None, "the job is not open"
+        return self._open
+
+    @property
+    def crew(self) -> Crew:
+        """The workers that were started for this driver."""
+        return self._met.crew
+
+    @property
+    def pool(self) -> WorkerPool:
+        """The workers that are here."""
+        return self._met.pool
 
     @property
     def store(self) -> TCPStore:
@@ -115,17 +111,17 @@ class DriverJob:
 
     def prepare(self, num_workers: int) -> None:
         """Start what is missing to have ``num_workers`` idle workers soon; returns at once."""
-        if self._launcher is not None:
+        if self._launched:
             return
-        missing = 0 if self._starts_none else self._num_missing(num_workers)
+        missing = self._num_missing(num_workers) if self._meeting.starts_workers else 0
         if self._network.local_workers is not None:
-            missing = min(missing, self._network.local_workers - len(self._crew.running()))
+            missing = min(missing, self._network.local_workers - len(self.crew.running()))
         if missing > 0:
             host, port = self.pool.address
-            self._crew.start(missing, Door(host, port, self.pool.secret))
+            self.crew.start(missing, Door(host, port, self.pool.secret))
         if self.num_drivers > 1:
             ranks, count = range(1, self.num_drivers), self.num_drivers + num_workers
-            self._drivers.start(ranks, count, self._store_host, self.store.port, self.pool.secret)
+            self._drivers.start(ranks, count, self._met.store_host, self.store.port, self.pool.secret)
             self._await_drivers()
 
     def _await_drivers(self) -> None:
@@ -134,7 +130,7 @@ class DriverJob:
         Raises:
             SkipPipeError: One has ended before.
         """
-        keys, begun_s, told = [_driver_key(rank) for rank in range(1, self.num_drivers)], time.monotonic(), False
+        keys, begun_s, told = [driver_key(rank) for rank in range(1, self.num_drivers)], time.monotonic(), False
         while not self.store.check(keys):
             if ended := self._drivers.ended():
                 raise SkipPipeError(
@@ -151,16 +147,16 @@ class DriverJob:
 
     def acquire(self, num_workers: int) -> list[Link]:
         """Return ``num_workers`` workers, waiting for them to join."""
-        self._crew.reap()
+        self.crew.reap()
         self.pool.rouse(num_workers)
         if self.rank == 0:
             self.prepare(num_workers)
-            if self._launcher is None and (awaited := self._num_missing(num_workers)) > 0:
+            if not self._launched and (awaited := self._num_missing(num_workers)) > 0:
                 log.warning(
                     "waiting up to %g s for %d more of %d workers, which join by hand: %s",
-                    *(self._network.join_timeout_s, awaited, num_workers, self._how_to_join()),
+                    *(self._network.join_timeout_s, awaited, num_workers, self._met.join),
                 )
-        return self.pool.acquire(num_workers, lambda: self._crew.ended_early(self.pool.joined))
+        return self.pool.acquire(num_workers, lambda: self.crew.ended_early(self.pool.joined))
 
     def idle(self) -> list[Link]:
         """Return the workers that are ready and unused."""
@@ -176,11 +172,11 @@ class DriverJob:
 
     def num_coming(self) -> int:
         """Return how many workers are being started."""
-        return self._crew.num_starting(self.pool.joined)
+        return self.crew.num_starting(self.pool.joined)
 
     def starting(self) -> set[int]:
         """Return the process ids of the workers of this host that were started and have not joined yet."""
-        return {int(ticket) for ticket in {*self._crew.running()} - self.pool.joined if ticket.isdecimal()}
+        return {int(ticket) for ticket in {*self.crew.running()} - self.pool.joined if ticket.isdecimal()}
 
     def lend(self, links: Sequence[Link]) -> None:
         """Let these idle workers be used, and no others."""
@@ -208,19 +204,19 @@ class DriverJob:
     def fence(self, link: Link) -> None:
         """End the process of a lost worker, if this driver has started it and it is there still."""
         if link.ticket:
-            self._crew.kill(link.ticket)
+            self.crew.kill(link.ticket)
 
     def rendezvous(self) -> Rendezvous:
         """Return what workers need to find everybody."""
-        others = [_get(self.store, _driver_key(rank)) for rank in range(1, self.num_drivers)]
+        others = [DriverAddress.of_rank(self.store, rank) for rank in range(1, self.num_drivers)]
         self._take_back()  # all are here
-        addresses = tuple((other["host"], other["port"]) for other in others)
+        addresses = tuple((other.host, other.port) for other in others)
         port = self.store.port if self.pool.store is not None else 0
-        return Rendezvous(self.pool.address[0], self._store_host, port, addresses)
+        return Rendezvous(self.pool.address[0], self._met.store_host, port, addresses)
 
     def dismiss(self, results: Mapping[str, Any]) -> None:
         """Let the launcher's worker ranks return from their Trainer call with the driver's ``results``."""
-        if self._launcher is not None and self.rank == 0:
+        if self._launched and self.rank == 0:
             for link in self.pool.links:
                 link.tell(Release(cloudpickle.dumps(results)))
 
@@ -229,78 +225,24 @@ class DriverJob:
         self._take_back()
         self._drivers.wait()
         self.pool.close()
-        self._crew.stop()
+        self.crew.stop()
 
     def _take_back(self) -> None:
         """Remove the secret that was left for the other ranks."""
-        if self._left is not None:
-            self._left.unlink(missing_ok=True)
-            self._left = None
+        if self._met.left is not None:
+            self._met.left.unlink(missing_ok=True)
 
     def _num_missing(self, num_workers: int) -> int:
         """How many of ``num_workers`` are neither here and idle nor on their way."""
-        return num_workers - self.pool.num_idle - self._crew.num_starting(self.pool.joined)
-
-    def _how_to_join(self) -> str:
-        host, port = self.pool.address
-        file = os.environ.get(SECRET_FILE_VARIABLE) if supervised() else secret_file(self._network.secret_file)
-        name = f"--secret-file {file}" if file is not None else f"(which takes {SECRET_VARIABLE} from its environment)"
-        here = "; from this machine only, unless NetworkConfig(host=...) names an address of another network"
-        hint = here if ipaddress.ip_address(host).is_loopback else ""
-        return f"skippipe worker --join {host}:{port} {name}{hint}"
-
-    def _given_secret(self) -> str | None:
-        """Return the secret that the user has set, so that workers may join by hand; None when there is none."""
-        network = self._network
-        if supervised() and network.secret_file is not None:
-            raise ValueError(f"under skippipe run set {SECRET_FILE_VARIABLE} instead of secret_file=...")
-        is_set = not supervised() or SECRET_FILE_VARIABLE in os.environ  # the supervisor sets the other one by itself
-        secret = job_secret(network.secret_file, create=True) if self.rank == 0 and is_set else None
-        by_hand = self._starts_none and self._launcher is None
-        if secret is None and self.rank == 0 and (network.local_workers is not None or by_hand):
-            what = f"workers={self._workers!r}" if by_hand else f"local_workers={network.local_workers}"
-            raise ValueError(
-                f"{what} leaves workers to join by hand, who must know a secret: "
-                f"set secret_file=..., {SECRET_FILE_VARIABLE} or {SECRET_VARIABLE}"
-            )
-        return secret
-
-    def _publish(self) -> None:
-        if self.pool.store is None:
-            return
-        host, port = self.pool.address
-        entry = {"host": host, "port": port, "fingerprint": fingerprint(self.pool.secret)}
-        self.pool.store.set(_driver_key(self.rank), json.dumps(entry))
-        if isinstance(self._crew, SupervisedProcesses):
-            self.pool.store.set(self._crew.key, json.dumps(entry))
-
-
-def _staffed(
-    source: WorkerSource, network: NetworkConfig, secret: str | None, *, meets: bool
-) -> tuple[SourceCrew, WorkerPool]:
-    """Open a source, and the door for its workers; host a store too where this driver ``meets`` others."""
-    host, port = source.open()
-    try:
-        pool = WorkerPool(
-            network.host or host,
-            network.port or port,
-            secret=secret,
-            store=host_store(network.host or host) if meets else None,
-            join_timeout_s=network.join_timeout_s,
-            door=None if isinstance(source, LocalSource) else SourceWatch(source),
-        )
-    except BaseException:
-        source.close()
-        raise
-    return SourceCrew(source), pool
+        return num_workers - self.pool.num_idle - self.crew.num_starting(self.pool.joined)
 
 
 class WorkerJob:
     """The part of a launcher's rank that is not a driver: it serves while its driver trains."""
 
     def __init__(self, launcher: Launcher, network: NetworkConfig) -> None:
-        first = _get(launcher.store(), _driver_key(0))
-        channel = connect(first["host"], first["port"], bytes.fromhex(_secret_of(first, network)))
+        first = DriverAddress.of_rank(launcher.store(), 0)
+        channel = connect(first.host, first.port, bytes.fromhex(secret_of(first, network)))
         to_driver(channel).send(Hello(own_versions(), os.getpid(), launcher.rank))
         self._worker = Worker(channel)
 
@@ -360,10 +302,14 @@ def driver_job(network: NetworkConfig, num_drivers: int, launcher: Launcher | No
     """Return this process's job as a driver, the same one for the same arguments."""
     key = ("driver", network, num_drivers, workers_of(network.workers))
     if key not in _registry:
-        _register(key, DriverJob(network, num_drivers, launcher))
-    job = _registry[key]
-    assert isinstance(job, DriverJob)
-    return job
+        rank = launcher.rank if launcher is not None else 0
+        meeting = meeting_of(network, num_drivers, launcher)
+        job = DriverJob(meeting, network, num_drivers, rank, launched=launcher is not None)
+        job.open()
+        _register(key, job)
+    found = _registry[key]
+    assert isinstance(found, DriverJob)
+    return found
 
 
 def driver_jobs() -> list[DriverJob]:
@@ -392,31 +338,3 @@ def _register(key: tuple[object, ...], job: DriverJob | WorkerJob) -> None:
         atexit.unregister(stop_workers)
         atexit.register(stop_workers)
     _registry[key] = job
-
-
-def _supervised_key(network: NetworkConfig) -> str:
-    """Tell the jobs of one script apart, alike on every host where it may be started."""
-    return f"skippipe/supervised/{network.host or ''}:{network.port}"
-
-
-def _driver_key(rank: int) -> str:
-    # torchrun keeps its store when it restarts all processes: each attempt needs names of its own.
-    return f"skippipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/driver{rank}"
-
-
-def _secret_of(driver: Mapping[str, Any], network: NetworkConfig) -> str:
-    """Return the secret of the first driver, from this rank's environment or from where that driver has left it."""
-    given = job_secret(network.secret_file)
-    if given is None:
-        return find_secret(driver["fingerprint"])
-    if fingerprint(given) != driver["fingerprint"]:
-        raise SkipPipeError(
-            f"this rank knows another secret than rank 0: give all the same {SECRET_VARIABLE}, or the same file"
-        )
-    return given
-
-
-def _get(store: TCPStore, key: str) -> dict[str, Any]:
-    store.wait([key], MEET)
-    entry: dict[str, Any] = json.loads(store.get(key))
-    return entry

@@ -66,3 +66,23 @@ def test_few_files_know_accelerate() -> None:
 
 def test_schedules_need_no_torch() -> None:
     assert not [p.name for p in (ROOT / "schedule").glob("*.py") if any(n.split(".")[0] == "torch" for n in imports(p))]
+
+
+def test_nobody_reads_a_clock_that_jumps() -> None:
+    """Waits and measurements last as long as they do when a host's clock is set, or when summer time ends."""
+    jumping = {
+        ("time", "time"),
+        ("time", "time_ns"),
+        ("time", "localtime"),
+        ("datetime", "now"),
+        ("datetime", "utcnow"),
+    }
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and (node.value.id, node.attr) in jumping
+    ]
+    assert not wrong
