@@ -7,8 +7,6 @@ only on ``abort`` (wake a blocked main thread) and when a driver is gone (end th
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import logging
 import os
 import pickle
@@ -34,21 +32,17 @@ from ..engine.control.values import Opening
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
 from ..engine.executor import Executor
 from ..engine.handover import pack_tensors, unpack_blocks, unpack_tensors
-from ..engine.independence import Parts
-from ..engine.pairs import transport_for
-from ..engine.ping import measure_links
-from ..engine.program import Instruction, compile_program, directed_links
-from ..engine.rendezvous import DistantStore
 from ..engine.taps import Tapped
 from ..engine.transport import Transport
 from ..engine.versions import own_versions
 from ..engine.waiting import Waiting
 from ..engine.wire import CallDecoder, decode_optimizer_state
 from ..moe.board import RouterBoard
-from ..schedule import Schedule
 from .holdings import Holdings
 from .keep import Keep
+from .membership import Membership
 from .order import DriversOrder
+from .questions import compare_parts, probe
 from .routers import obey
 from .tallies import StageTallies
 
@@ -83,11 +77,9 @@ class Worker:
         """Where the next driver will be found, if this one has said so."""
         self._inbox: queue.SimpleQueue[tuple[int, Received | None]] = queue.SimpleQueue()
         self._readers: list[threading.Thread] = []
-        self._transport: Transport | None = None
+        self._formed: Membership | None = None
+        """Set before it forms, so that a reader can wake the main thread out of that."""
         self._keep = Keep()
-        self._programs: dict[str, tuple[Instruction, ...]] = {}
-        self._replica_groups: dict[int, str] = {}
-        self._schedules: dict[str, Schedule] = {}
         self._routers = RouterBoard()
         self._tallies = StageTallies()
         self._device = torch.device("cpu")
@@ -96,7 +88,7 @@ class Worker:
         self._sources: dict[int, int] = {}
         """By microbatch: which driver leads it."""
         self._pulled: dict[tuple[int, int], commands.Pulled] = {}
-        self._generation = self._rank = -1
+        self._generation = -1
         self._asked: tuple[int, int] = (0, -1)
         """Who sent the command under way, and its number on that one's channel."""
         self._given_up = -1
@@ -124,10 +116,10 @@ class Worker:
         handlers.on(commands.Pulled, lambda _: None)  # of a step that was given up
         handlers.on(commands.AskRouters, self._ask_routers)
         handlers.on(commands.MoveExperts, self._move_experts)
-        handlers.on(commands.MeasureLinks, self._measure_links)
+        handlers.on(commands.MeasureLinks, lambda c: self._answer(self._membership.measure_links(c.num_bytes)))
         handlers.on(commands.Merge, self._merge)
         handlers.on(commands.AskNorm, self._measure_norm)
-        handlers.on(commands.UseSchedule, self._use_schedule)
+        handlers.on(commands.UseSchedule, lambda c: self._membership.use_schedule(c.name, c.text))
         handlers.on(commands.BuildOptimizer, lambda command: self._holdings.build_optimizer(command.plan))
         handlers.on(commands.PutOptimizerState, self._put_optimizer_state)
         handlers.on(commands.StepOptimizer, self._step_optimizer)
@@ -136,14 +128,24 @@ class Worker:
         handlers.on(commands.Overwrite, self._overwrite)
         handlers.on(commands.Clip, self._clip)
         handlers.on(commands.AskClock, lambda _: answers.ClockReads(time.perf_counter()))
-        handlers.on(commands.Probe, self._probe)
-        handlers.on(commands.CompareParts, self._compare_parts)
+        handlers.on(commands.Probe, lambda c: probe(self._holdings, c, self._device))
+        handlers.on(commands.CompareParts, lambda c: compare_parts(self._holdings, c, self._device))
         self._keep.add_to(handlers)
         return handlers
 
     @property
     def _holdings(self) -> Holdings:
         return self._keep.holdings
+
+    @property
+    def _membership(self) -> Membership:
+        assert self._formed is not None, "this comes within a generation"
+        return self._formed
+
+    @property
+    def _transport(self) -> Transport | None:
+        formed = self._formed
+        return None if formed is None else formed.transport
 
     # ---------------------------------------------------------------- life
 
@@ -179,9 +181,9 @@ class Worker:
     def close(self) -> None:
         """Close the channels and groups; the readers end with them."""
         self._closing = True
-        if self._transport is not None:
-            self._transport.poison()
-            self._transport = None
+        if self._formed is not None:
+            self._formed.transport.poison()
+            self._formed = None
         for line in self._lines:
             line.channel.close()
         for reader in self._readers:
@@ -229,7 +231,7 @@ class Worker:
                     continue
                 case (
                     Outlive() as where
-                ):  # it joined a supervised job by hand; the news may come in the middle of a step
+                ):  # it joined a supervised job by hand, and this may come in the middle of a step
                     self.next_driver, self._outlives = where, True
                     continue
                 case Refuse(reason):
@@ -304,7 +306,7 @@ class Worker:
         self._lines[source].send(body, answers=answers, generation=self._generation)
 
     def _configure(self, command: commands.Configure) -> None:
-        self._generation, self._rank = command.generation, command.rank
+        self._generation = command.generation
         _extend_path(command.sys_path)
         self._may_leave = command.may_leave
         torch.set_num_threads(command.num_threads)
@@ -322,31 +324,10 @@ class Worker:
         self._answer(answers.Ready())
 
     def _form(self, command: commands.Configure) -> None:
-        self._transport = transport_for(
-            command.backend,
-            DistantStore(command.store_host, command.store_port),
-            rank=command.rank,
-            members=command.members,
-            generation=command.generation,
-            host=self._lines[0].channel.local_host,
-            device=command.device,
-            waiting=self._waiting,
-        )
-        if self._given_up >= self._transport.generation:  # the reader was faster, and found nothing to wake
-            self._transport.poison()
-        self._transport.form()
-        self._replica_groups = {}
-        for stage, ranks in command.replica_groups:
-            if command.rank in ranks:
-                self._replica_groups[stage] = f"stage{stage}"
-                self._transport.form_subgroup(f"stage{stage}", ranks)
-        self._holdings.experts.form(self._transport, command.expert_sets)
-        self._holdings.experts.bind(self._transport, self._holdings.stages)
-        schedules = {name: Schedule.from_json(text) for name, text in command.schedules.items()}
-        self._transport.connect(directed_links(*schedules.values()))
-        self._transport.leave_store()
-        self._programs = {name: compile_program(schedule, self._rank) for name, schedule in schedules.items()}
-        self._schedules = schedules
+        self._formed = membership = Membership(command, self._lines[0].channel.local_host, self._waiting)
+        if self._given_up >= command.generation:  # the reader was faster, and found nothing to wake
+            membership.transport.poison()
+        membership.form(self._holdings.experts, self._holdings.stages)
         self._step = command.step
 
     def _load(self, command: commands.Load) -> None:
@@ -386,7 +367,7 @@ class Worker:
         self._run_step(parts[0].news.step, openings, live)
 
     def _run_step(self, number: int, openings: list[Opening], live: set[int]) -> None:
-        assert self._transport is not None, "a step before the groups are formed"
+        membership = self._membership
         self._step, first = number, openings[0]
         self._let_go()
         self._order.start_step()
@@ -403,11 +384,11 @@ class Worker:
         self._pulled.clear()
         for stage in self._holdings.stages.values():
             stage.driver_hooks = self
-        executor = Executor(self._transport, self._holdings.stages, self._device)
-        events = executor.run(self._programs[first.program], live, _Feed(self))
+        executor = Executor(membership.transport, self._holdings.stages, self._device)
+        events = executor.run(membership.program(first.program), live, _Feed(self))
         if first.training:
             self._holdings.experts.end_step(events)
-            self._sum_over_replicas()
+            membership.sum_over_replicas(self._holdings.experts, self._holdings.stages)
             self._holdings.window.close()
             if first.repeats:
                 self._holdings.buffers.restore()  # its samples are counted
@@ -419,22 +400,15 @@ class Worker:
 
     def _open_tallies(self, opening: Opening, live: set[int]) -> None:
         if self._routers.balances:
-            assert self._transport is not None
+            membership = self._membership
             self._tallies.open(
-                self._schedules[opening.program],
+                membership.schedule(opening.program),
                 live,
                 self._holdings.stages,
-                rank=self._rank,
+                rank=membership.rank,
                 base=opening.loads,
-                post=self._transport,
+                post=membership.transport,
             )
-
-    def _sum_over_replicas(self) -> None:
-        transport = self._transport
-        assert transport is not None
-        for stage, group in self._replica_groups.items():
-            over_replicas = functools.partial(transport.all_reduce, name=group)
-            self._holdings.experts.sum_gradients(self._holdings.stages[stage], over_replicas, transport)
 
     def show(self, stage: int, microbatch: int, tapped: Tapped) -> None:
         """Send what the driver's hooks are to see of a stage's forward."""
@@ -456,11 +430,6 @@ class Worker:
     def _move_experts(self, command: commands.MoveExperts) -> None:
         self._answer(answers.ExpertNews(self._holdings.move_experts(command.moves)))
 
-    def _measure_links(self, command: commands.MeasureLinks) -> None:
-        assert self._transport is not None, "links are measured in a generation"
-        costs = measure_links(self._transport, command.num_bytes)
-        self._answer(answers.LinkCosts([(c.first, c.second, c.latency_s, c.bandwidth_Bps) for c in costs]))
-
     def _merge(self, command: commands.Merge) -> None:
         self._let_go()
         self._put_later()
@@ -473,13 +442,6 @@ class Worker:
         self._put_later()
         powers = self._holdings.norm_powers(float(command.norm_type), stepped=command.stepped)
         self._answer(answers.NormPowers(command.number, *powers))
-
-    def _use_schedule(self, command: commands.UseSchedule) -> None:
-        assert self._transport is not None, "schedules come within a generation"
-        schedule = Schedule.from_json(command.text)
-        self._transport.connect(directed_links(schedule))
-        self._programs[command.name] = compile_program(schedule, self._rank)
-        self._schedules[command.name] = schedule
 
     def _put_optimizer_state(self, command: commands.PutOptimizerState) -> None:
         self._holdings.load_optimizer_state(decode_optimizer_state(command.tensors, command.blobs))
@@ -516,33 +478,7 @@ class Worker:
         self._holdings.zero(command.zero)
         self._holdings.clip(command)
 
-    def _probe(self, command: commands.Probe) -> answers.Probed:
-        call: Call
-        block, call, enters = pickle.loads(command.question)
-        stage = next(stage for stage in self._holdings.stages.values() if block in stage.blocks)
-        try:
-            probe = stage.probe(block, self._here(call), enters)
-        except Exception as error:
-            if stage.company is not None:
-                raise  # others wait in the middle of it
-            packed, text = pack_exception(error)  # nothing has changed: an answer like another
-            return answers.Probed(text, packed)
-        return answers.Probed(None, pickle.dumps(probe))
-
-    def _compare_parts(self, command: commands.CompareParts) -> answers.PartsCompared:
-        block, call, enters, parts = pickle.loads(command.question)
-        stage = next(stage for stage in self._holdings.stages.values() if block in stage.blocks)
-        return answers.PartsCompared(
-            stage.difference_of_parts(block, self._here(call), enters, self._parts_here(parts))
-        )
-
     # -------------------------------------------------------------- pieces
-
-    def _here(self, call: Call) -> Call:
-        return dataclasses.replace(call, side_inputs=tuple(each.to(self._device) for each in call.side_inputs))
-
-    def _parts_here(self, parts: Parts) -> Parts:
-        return dataclasses.replace(parts, calls=tuple(map(self._here, parts.calls)))
 
     def next_calls(self, *, block: bool) -> list[tuple[int, Call]]:
         """Return calls of the step under way: those that came, or with ``block`` at least one message's worth."""
