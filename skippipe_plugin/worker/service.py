@@ -229,9 +229,7 @@ class Worker:
                     with contextlib.suppress(ChannelClosed):
                         line.send_if_free(Beat(self._waiting.turn, self._waiting.is_quiet()))
                     continue
-                case (
-                    Outlive() as where
-                ):  # it joined a supervised job by hand, and this may come in the middle of a step
+                case Outlive() as where:  # it joined by hand; this may come in the middle of a step
                     self.next_driver, self._outlives = where, True
                     continue
                 case Refuse(reason):
