@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from ..engine import phases
-from ..engine.call import Call, CallSpec
+from ..engine.call import Call
 from ..engine.control.answers import Probed
 from ..engine.control.commands import Probe as Question
 from ..engine.errors import StageLostError, unpack_exception
@@ -22,10 +19,9 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
 
 
-def probe(pipeline: Pipeline, block: int, spec: CallSpec, side_inputs: Sequence[Tensor], enters: TensorSpec) -> Probe:
+def probe(pipeline: Pipeline, block: int, call: Call, enters: TensorSpec) -> Probe:
     """Ask what a block does to its input; raise what it raises, of which no rank takes harm."""
     phases.reach(phases.Phase.PROBING)
-    call = Call(spec, tuple(side_inputs), 0)
     asked, holder = holder_of(pipeline, block)
     if isinstance(holder, Stage):
         return _checked(pipeline, asked, holder.probe(asked, call, enters))

@@ -10,10 +10,13 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from .call import CacheOp
+from .call import CacheOp, CacheUse
+from .errors import SkipPipeError
 
 CREATE = "create"
 """The CacheOp that founds a cache; its argument is an empty one of the driver's kind."""
+COPY = "copy"
+"""The CacheOp that makes another cache of one as it is; its argument is the new one's key."""
 
 
 class CacheShelf:
@@ -22,8 +25,20 @@ class CacheShelf:
     def __init__(self) -> None:
         self._caches: dict[int, Any] = {}  # Any: transformers' Cache, which need not be installed
 
+    @classmethod
+    def of(cls, use: CacheUse) -> CacheShelf:
+        """Return one with the caches that ``use`` founds."""
+        shelf = cls()
+        shelf.apply(use.ops)
+        return shelf
+
     def cache(self, key: int) -> Any:
         """Return the stage's cache for ``key``."""
+        if key not in self._caches:
+            raise SkipPipeError(
+                "a key-value cache was filled by a call that went to another replica of this stage, or to workers that "
+                "are gone: begin the generation anew in the step that goes on with it, or use replicas=1"
+            )
         return self._caches[key]
 
     def apply(self, ops: Iterable[CacheOp]) -> None:
@@ -31,6 +46,8 @@ class CacheShelf:
         for op in ops:
             if op.method == CREATE:
                 self._caches[op.key] = copy.deepcopy(op.args[0])
+            elif op.key in self._caches and op.method == COPY:
+                self._caches[op.args[0]] = copy.deepcopy(self._caches[op.key])
             elif op.key in self._caches:
                 getattr(self._caches[op.key], op.method)(*op.args)
 

@@ -265,7 +265,7 @@ class Stage:
         with self._without_a_trace(module, call) as buffers, Returns(module) as hooks:
             watch, inputs = BlockWatch(module), _random(enters, self.device)
             version = inputs._version
-            output = self._call_block(block, call, inputs, filled={}, with_cache=False)
+            output = self._call_block(block, call, inputs, filled={}, shelf=CacheShelf.of(call.caches))
             writes, written = watch.differences(), changed_buffers(module, buffers)
         found = _describe(output, inputs, changed=inputs._version != version)
         return dataclasses.replace(found, writes=tuple(sorted(writes)), idle=hooks.idle(), buffers=written)
@@ -279,7 +279,7 @@ class Stage:
             return ""  # a matter of several ranks
 
         def run(part: Call, hidden: Tensor) -> Tensor:
-            return _hidden_of(self._call_block(block, part, hidden.clone(), filled={}, with_cache=False))
+            return _hidden_of(self._call_block(block, part, hidden.clone(), filled={}, shelf=CacheShelf()))
 
         module = self.blocks[block]
         self._set_mode(block, call)
@@ -345,7 +345,7 @@ class Stage:
             if block in notes.bare:
                 output = module(hidden)
             else:
-                output = self._call_block(block, call, hidden, filled, with_cache=True)
+                output = self._call_block(block, call, hidden, filled, self._shelf)
             hidden = output if type(output) is Tensor else _hidden_of(output)
         if notes.lasting:
             self._settled = call.spec
@@ -383,13 +383,13 @@ class Stage:
         self._watches[block] = BlockWatch(self.blocks[block], known)
 
     def _call_block(
-        self, block: int, call: Call, hidden: Tensor, filled: _Filled, with_cache: bool
+        self, block: int, call: Call, hidden: Tensor, filled: _Filled, shelf: CacheShelf
     ) -> Any:  # Any: what the block returns
         index = call.spec.block_template[block]
         template = call.spec.templates[index]
         if index not in filled or template.repeats:
             tensors: list[Tensor] = []
-            args, kwargs = template.fill(self._leaf(call, hidden, with_cache, tensors))
+            args, kwargs = template.fill(self._leaf(call, hidden, shelf, tensors))
             guarded = tensors or template.mutable
             filled[index] = args, kwargs, ArgumentGuard(template, args, kwargs, tensors) if guarded else None
         args, kwargs, guard = filled[index]
@@ -403,7 +403,7 @@ class Stage:
             guard.check(block, module.forward)
         return output
 
-    def _leaf(self, call: Call, hidden: Tensor, with_cache: bool, used: list[Tensor]) -> Callable[[Any], Any]:
+    def _leaf(self, call: Call, hidden: Tensor, shelf: CacheShelf, used: list[Tensor]) -> Callable[[Any], Any]:
         """Return what makes an argument of a template's leaf, and notes the side inputs among them as ``used``."""
 
         def leaf(value: Any) -> Any:  # Any: a leaf of the user's arguments
@@ -412,7 +412,7 @@ class Stage:
                 used.append(call.side_inputs[value.slot])
                 return used[-1]
             if kind is CacheRef:
-                return self._shelf.cache(call.caches.keys[value.slot]) if with_cache else None
+                return shelf.cache(call.caches.keys[value.slot])
             if kind is HiddenAgain:
                 return hidden
             if kind is ArrayInput:

@@ -29,7 +29,17 @@ from ..engine.errors import SkipPipeError
 from .asking import LOSS, Asking, Question, Results, detail_of, form_of, kind_of
 from .entrance import Entrance, LoopGraph
 from .merging import Merging
-from .outputs import differentiable, find_loss, gated, guarded, map_tensors, watched, with_loss, without_caches
+from .outputs import (
+    differentiable,
+    find_loss,
+    gated,
+    guarded,
+    map_tensors,
+    watched,
+    with_closed_caches,
+    with_loss,
+    without_caches,
+)
 from .shares import loss_weights
 from .spread import SpreadModel
 from .suspended import SuspendedStep, Train
@@ -261,7 +271,8 @@ class ModelCalls:
         """Return the whole batch's output, whose loss is left to the caller."""
         if len(outputs) == 1:
             return outputs[0]
-        return merging.merged(_OUTPUT, [_without_loss(without_caches(output)) for output in outputs])
+        merged = merging.merged(_OUTPUT, [_without_loss(without_caches(output)) for output in outputs])
+        return with_closed_caches(merged, _without_loss(outputs[0]))
 
     def _run_with_loss(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Any, Tensor]:
         args, kwargs = call
@@ -459,7 +470,7 @@ class ModelCalls:
         return {_OUTPUT: output} if loss is None else {LOSS: loss, _OUTPUT: _without_loss(output)}
 
     def _pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> _Batch:
-        if any(is_cache(value) for value in (*args, *kwargs.values())):
+        if any(is_cache(value) for value in (*args, *kwargs.values())) or (not training and _asks_for_cache(kwargs)):
             return _Batch([(args, kwargs)], [1])  # generation: one call after another fills the caches
         try:
             cut = self._cutter.cut({**dict(enumerate(args)), **kwargs}, len(self._spread.pipeline.microbatches))
@@ -495,6 +506,11 @@ def code_of(function: Callable[..., Any]) -> Hashable:
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__code__", None) or getattr(type(function), "__qualname__", "")
+
+
+def _asks_for_cache(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a model says that others will go on from its key-value cache, by the names of transformers."""
+    return kwargs.get("use_cache") is True or not kwargs.keys().isdisjoint(("past_key_values", "cache"))
 
 
 def _nothing() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..driver.capture.caches import is_cache
+from ..driver.capture.caches import OF_MICROBATCHES, close, is_cache
 from ..driver.capture.microbatch import rebuild_mapping, rebuild_sequence
 from ..engine.errors import SkipPipeError
 
@@ -182,4 +182,15 @@ def without_caches(output: Any) -> Any:
         return rebuild_mapping(output, {key: None if is_cache(value) else value for key, value in output.items()})
     if isinstance(output, (tuple, list)):
         return rebuild_sequence(output, [None if is_cache(value) else value for value in output])
+    return output
+
+
+def with_closed_caches(output: Any, first: Any) -> Any:
+    """Return the ``output`` of microbatches with the caches of the ``first``, which say why nobody can use them."""
+    if isinstance(first, Mapping) and any(map(is_cache, first.values())):
+        kept = {key: close(value, OF_MICROBATCHES) for key, value in first.items() if is_cache(value)}
+        return rebuild_mapping(output, {key: kept.get(key, output.get(key)) for key in first})
+    if isinstance(first, (tuple, list)) and any(map(is_cache, first)):
+        pairs = zip(output, first, strict=True)
+        return rebuild_sequence(output, [close(old, OF_MICROBATCHES) if is_cache(old) else new for new, old in pairs])
     return output

@@ -94,6 +94,7 @@ class ArgumentTaker:
         side_inputs: Of this call of the stack; what is found is put here.
         grad: Whether gradients are on.
         cache_slot: Gives a key-value cache its slot.
+        leave: Gets a cache that is not sent, since gradients are on.
         others: Other stacks of the model, as ``blocks=`` names them.
     """
 
@@ -106,6 +107,7 @@ class ArgumentTaker:
         *,
         grad: bool,
         cache_slot: Callable[[Any], int],
+        leave: Callable[[Any], None] = lambda _: None,
         others: Sequence[str] = (),
     ) -> None:
         self._names = names
@@ -114,6 +116,7 @@ class ArgumentTaker:
         self._side_inputs = side_inputs
         self._grad = grad
         self._cache_slot = cache_slot
+        self._leave = leave
         self._others = others
         self._argument = ""
 
@@ -145,8 +148,10 @@ class ArgumentTaker:
             return pytree.tree_map(self._take, value, is_leaf=is_cache)
         if isinstance(value, Unavailable):
             raise SkipPipeError(
-                f"{self._name} takes the second output of another block, which stays on its worker; "
-                "blocks of a pipeline exchange one tensor only"
+                f"argument {self._argument} of {self._name} is {value!r}: blocks of a pipeline exchange their hidden "
+                "states only. Keys and values that a block is to find again in the next call can be kept in a "
+                "transformers.DynamicCache() that all blocks get and update(keys, values, layer), under "
+                "torch.no_grad(): each worker keeps its blocks' part of it"
             )
         return self._array(value) if isinstance(value, np.ndarray) else self._object(value)
 
@@ -184,8 +189,10 @@ class ArgumentTaker:
             raise SkipPipeError(
                 f"argument {self._argument} of {self._name} is a key-value cache that is filled already (prefix tuning "
                 "does that): keys and values that carry a gradient into every block cannot be sent to the workers. Use "
-                "a method whose weights are inside the blocks, such as LoRA, or train without the pipeline"
+                "a method whose weights are inside the blocks, such as LoRA, or train without the pipeline. To go on "
+                "writing from a cache, call the model under torch.no_grad()"
             )
+        self._leave(value)
         return None
 
     def _array(self, value: Any) -> Any:

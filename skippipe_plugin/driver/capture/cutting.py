@@ -163,6 +163,7 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
             templates=call.templates,
             block_template=call.block_template,
             modes=list(call.modes),
+            unkept=call.unkept,
             specs=[TensorSpec.of(piece)],
         )
         for index, piece in enumerate(hidden)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...engine.arguments import Template
 from ...engine.attributes import Key
-from ...engine.call import Ambient, BlockMode, CacheUse, CallSpec, Hop
+from ...engine.call import Ambient, BlockMode, CacheUse, Call, CallSpec, Hop
 from ...engine.errors import SkipPipeError
 from ...engine.process_switches import ProcessSwitches
 from ...engine.stage import Probe
@@ -29,7 +29,7 @@ from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
 from .arguments import ArgumentTaker, SideInputs, is_settled
 from .attributes import BlockAttributes, written_elsewhere
-from .caches import CacheLedger
+from .caches import WITH_GRADIENTS, CacheLedger, close
 from .classes import ClassWatch
 from .entered import EnteredStack
 from .hooks import Running, StackHooks
@@ -71,6 +71,8 @@ class StackCall:
     seen: list[Tensor] = field(default_factory=list)
     """The tensors in that."""
     caches: dict[int, Any] = field(default_factory=dict)  # Any: transformers' Cache
+    unkept: list[Any] = field(default_factory=list)  # Any: the same
+    """Caches that stay empty, since gradients are on."""
     placeholder: Tensor | None = None
     """What the next block must be called with."""
     specs: list[TensorSpec] = field(default_factory=list)
@@ -102,7 +104,7 @@ class BlockProxies:
         names: Sequence[str],
         blocks: Sequence[nn.Module],
         device_types: Sequence[str],
-        probe: Callable[[int, CallSpec, Sequence[Tensor], TensorSpec], Probe],
+        probe: Callable[[int, Call, TensorSpec], Probe],
         forward: Callable[[StackCall], Tensor],
         other_stacks: Sequence[str] = (),
     ) -> None:
@@ -235,7 +237,9 @@ class BlockProxies:
         return CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient)
 
     def cache_use(self, call: StackCall) -> CacheUse:
-        """Return the key-value caches of ``call``, with what happened to them since the call before."""
+        """Return the key-value caches of ``call``, which runs, with what happened to them since the call before."""
+        for cache in call.unkept:
+            close(cache, WITH_GRADIENTS)
         return CacheUse(tuple(call.caches), self.ledger.take_ops(list(call.caches)))
 
     def check_complete(self, owner: object) -> None:
@@ -363,6 +367,7 @@ class BlockProxies:
             call.beside,
             grad=call.ambient.grad,
             cache_slot=cache_slot,
+            leave=call.unkept.append,
             others=self.other_stacks,
         )
 
@@ -396,7 +401,9 @@ class BlockProxies:
 
     def _ask(self, call: StackCall, block: int) -> Probe:
         """Ask the holder of ``block`` what it does with this input."""
-        probe = self._probe(block, self.question_about(call, block), call.side_inputs, call.specs[-1])
+        empty = self.ledger.emptied(list(call.caches))  # as in the first call of a generation
+        question = Call(self.question_about(call, block), tuple(call.side_inputs), 0, empty)
+        probe = self._probe(block, question, call.specs[-1])
         for each in self.book.alike(block):
             self.note_writes(each, probe.writes)
         hooks = self._hooks.blocks[block]

@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "module": (nn.Linear(2, 2), r"a module with parameters \(Linear\)"),
     "method of a module": (nn.Linear(2, 2).forward, "a module with parameters"),
     "module in a closure": (scaled(nn.Linear(2, 2)), "a module with parameters"),
-    "second output": (Unavailable(), "takes the second output of another block"),
+    "second output": (Unavailable(), "a second output of a block, which stays"),
     "sparse": (torch.eye(2).to_sparse(), "layout torch.sparse_coo"),
     "file": (io.StringIO, ""),
 }
