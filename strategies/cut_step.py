@@ -94,6 +94,7 @@ class CutStep:
             rewind=rewind,
             loss_is_sum=found.is_sum,
             share=found.share,
+            scale=1 / self._module.trainer.accumulate_grad_batches,
             framed=self._framed,
         )
 

@@ -59,6 +59,7 @@ class WholeStep:
             note_state=self._note_state,
             repeats=repeats,
             share=1 / drivers,
+            scale=1 / self._module.trainer.accumulate_grad_batches,
             framed=self._module.trainer.precision_plugin.train_step_context,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ thirds of the gradient; ``"visit"`` makes up for it. SGD's steps shrink in propo
 do, since it divides by the gradient's own scale. Clipping by norm and weight decay weigh such a stage differently
 under the two.
 """
+
+
+_ROUNDING: Final = 1e-6
 
 
 class GradientControl:
@@ -338,23 +341,35 @@ class MergeOnBackward(torch.autograd.Function):
     """The batch's loss as autograd sees it: its backward hands the incoming gradient to ``control.merge``."""
 
     @staticmethod
-    def forward(ctx: Any, root: Tensor, loss: Tensor, control: GradientControl) -> Tensor:
-        ctx.control, ctx.is_over = control, False
+    def forward(ctx: Any, root: Tensor, loss: Tensor, control: GradientControl, scale: float) -> Tensor:
+        ctx.control, ctx.scale, ctx.is_over = control, scale, False
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.is_over:
             raise SkipPipeError(
                 "backward was called twice for the loss of one batch (retain_graph=True), but a pipeline has its "
                 "gradients once; add up what is to be back-propagated, such as 2 * loss, and call backward once"
             )
         ctx.is_over = True
-        ctx.control.merge(float(grad_outputs[0]))
-        return torch.zeros(()), None, None
+        ctx.control.merge(_quotient(float(grad_outputs[0]), ctx.scale))
+        return torch.zeros(()), None, None, None
 
 
-def mergeable(loss: Tensor, control: GradientControl) -> Tensor:
-    """Return ``loss`` such that ``backward`` merges the step's gradients, scaled by the gradient it receives."""
+def _quotient(scale: float, expected: float) -> float:
+    """Return one over the other, and 1 where they are the same in the precision of a loss."""
+    quotient = scale / expected
+    return 1.0 if abs(quotient - 1.0) < _ROUNDING else quotient
+
+
+def mergeable(loss: Tensor, control: GradientControl, scale: float = 1.0) -> Tensor:
+    """Return ``loss`` such that ``backward`` merges the step's gradients, scaled by the gradient it receives.
+
+    Args:
+        loss: Of the batch.
+        control: Merges.
+        scale: What the step's gradients were scaled with already.
+    """
     root = torch.zeros((), requires_grad=True)
-    return MergeOnBackward.apply(root, loss, control)  # type: ignore[no-untyped-call, no-any-return]
+    return MergeOnBackward.apply(root, loss, control, scale)  # type: ignore[no-untyped-call, no-any-return]

@@ -370,7 +370,7 @@ class Pipeline:
         self._forth_and_back(run, task, choose)
         self.gradients.count_visits(self.schedules[TRAINING], run.shares)
         loss = run.loss_of_batch()
-        return run.values(), None if loss is None else mergeable(loss, self.gradients)
+        return run.values(), None if loss is None else mergeable(loss, self.gradients, task.scale)
 
     def repeat(self, batch: Batch, *, keep: bool) -> None:
         """Run a training step once more for its gradients alone; ``keep`` them here and everywhere, to be merged."""
@@ -382,16 +382,17 @@ class Pipeline:
     def _forth_and_back(self, run: StepRun | WholeRun, task: StepTask | WholeTask, choose: Callable[[], None]) -> None:
         """Run forwards and backwards of a training step; its gradients are then kept aside everywhere."""
         with run.random_state():
-            self.gradients.window.open()
+            if not isinstance(run, WholeRun) or (self._hosted and self.layout.num_drivers > 1):
+                self.gradients.window.open()  # a function that runs once sees what is accumulated, and opens it behind
             self.in_step = True
             try:
                 live = run.live(lambda: self.proxies.is_settled)
                 choose()
                 self.mirror.settle()  # the first function may have written weights
                 self._check_unwatched(live)
-                self.routers.board.open(1 / max(1, len(live) * self.layout.num_drivers))
+                self.routers.board.open(task.scale / max(1, len(live) * self.layout.num_drivers))
                 if live or self.layout.num_drivers > 1:
-                    self._execute(TRAINING, run, live)
+                    self._execute(TRAINING, run, live, task.scale)
                 self.mirror.check_unwritten()
             except BaseException as error:
                 self._give_up(error)
@@ -399,6 +400,7 @@ class Pipeline:
             finally:
                 self.in_step = self.is_announced = False
             if self.layout.num_drivers > 1:
+                self.gradients.window.open()
                 sum_over_holders(self.gradients.window.parameters, self._forming.sum_over_drivers)
             self.gradients.window.close()
             self.routers.board.close()
@@ -447,7 +449,7 @@ class Pipeline:
         task = StepTask([lambda: suspend_here(call)], [1.0], lambda _: None, self._step, training=False)
         return self.evaluate(task)[0]  # type: ignore[no-any-return]
 
-    def _execute(self, name: str, run: StepRun | WholeRun, live: Sequence[int]) -> None:
+    def _execute(self, name: str, run: StepRun | WholeRun, live: Sequence[int], scale: float = 1.0) -> None:
         transport, programs, schedule = self._forming.transport, self._forming.programs, self.schedules[name]
         assert transport is not None
         self._step += 1
@@ -455,7 +457,7 @@ class Pipeline:
         if timeline and self.leads:
             self._clocks.read()
         proxies = self.proxies
-        opening = Opening(name, list(live), schedule.backward, timeline, proxies.ledger.take_freed())
+        opening = Opening(name, list(live), schedule.backward, timeline, proxies.ledger.take_freed(), scale=scale)
         if name == TRAINING:
             opening = self.gradients.opening(opening)
         # As many ahead of their turns as have had them: twice the hidden states on the driver, not all of them. What is
@@ -501,6 +503,7 @@ class Pipeline:
                 writer=self._writer,
                 device=self.device,
                 ambient=ambient,
+                before_backward=self.gradients.window.open,
             )
         return StepRun(
             task,

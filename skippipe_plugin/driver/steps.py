@@ -85,6 +85,9 @@ class StepTask:
     """Whether this driver's loss is the sum of the weighted ones as they are, instead of their mean."""
     share: float = 1.0
     """The batch's share of the global batch: one over the number of drivers."""
+    scale: float = 1.0
+    """What the backward of the batch's loss is expected to bring: one over the number of batches that are accumulated.
+    The step's own backward has it already, for hooks and functions with a backward of their own may bend by it."""
     framed: Callable[[], AbstractContextManager[None]] = nullcontext
     """What the functions run in when the step is repeated after its end; what they log then is dropped."""
 
@@ -314,7 +317,7 @@ class StepRun:
         self.losses[index] = None if loss is None else loss.detach()
         if loss is not None and weight:  # what counts nothing may be NaN, a mean over no label
             meet = self._around.look([loss], self._hidden[index])
-            back_propagate(loss, torch.full_like(loss, weight), keep_graph=meet)
+            back_propagate(loss, torch.full_like(loss, weight * self._task.scale), keep_graph=meet)
             if meet:  # nothing else is to keep this microbatch's graph until the end of the step
                 detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outcome.value)
                 self._outcomes[index] = Returned(detached)

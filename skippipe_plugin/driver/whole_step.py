@@ -60,6 +60,8 @@ class WholeTask:
     """Whether an interrupted step is repeated, so that the state is noted before each."""
     share: float = 1.0
     """The batch's share of the loss of the global batch: one over the number of drivers."""
+    scale: float = 1.0
+    """What the backward of the batch's loss is expected to bring; see :class:`StepTask`."""
     framed: Callable[[], AbstractContextManager[None]] = nullcontext
     """What the function runs in when the step is repeated after its end; what it logs then is dropped."""
     outside: Callable[[Sequence[Any], Tensor], None] | None = None
@@ -89,6 +91,7 @@ class WholeRun:
         microbatches: The microbatches of the schedule that the call may make.
         book: How calls are cut.
         differs: Asks what the blocks compute otherwise for the parts of a call than for all of it, if anything.
+        before_backward: Puts aside the accumulated gradients, which the function has seen.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class WholeRun:
         writer: CallWriter,
         device: torch.device,
         ambient: Ambient,
+        before_backward: Callable[[], None],
     ) -> None:
         self._task = task
         self._first = microbatches.start
@@ -114,6 +118,7 @@ class WholeRun:
         self._writer = writer
         self._device = device
         self._ambient = ambient
+        self._before_backward = before_backward
         self._outcome: Outcome | None = None
         self._undo: Callable[[], None] | None = None
         """Undoes what the function has changed so far, where that may be asked for."""
@@ -392,6 +397,7 @@ class WholeRun:
     def _back_propagate(self, value: Any) -> None:  # Any: what the user's function returned
         task, call = self._task, self._call
         assert call is not None
+        self._before_backward()
         if task.outside is not None:
             task.outside([value], call.hidden)
             return
@@ -399,7 +405,7 @@ class WholeRun:
         if loss is not None:
             self._loss = loss.detach()
             again = call.hidden.requires_grad and goes_past([loss], call.hidden)
-            back_propagate(loss, torch.full_like(loss, task.share), keep_graph=again)
+            back_propagate(loss, torch.full_like(loss, task.share * task.scale), keep_graph=again)
 
     def _joined(self, results: Mapping[int, Tensor]) -> Tensor:
         pieces = [results[index] for index in range(len(self._parts))]

@@ -26,12 +26,17 @@ class GradientWindow:
 
     def open(self) -> None:
         """Start a step: put what is accumulated aside, so that the backward fills ``.grad`` from nothing."""
+        if self._accumulated is not None:
+            return
         self._paused = False
         self._accumulated = _take(self.parameters)
         self._hooks.take(self.parameters)
 
     def close(self) -> None:
         """End a step: keep its gradients aside and put the accumulated ones back."""
+        if self._accumulated is None:
+            self._new = []
+            return
         self._new = _take(self.parameters)
         self._hooks.put_back()
         self._restore()

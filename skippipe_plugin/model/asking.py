@@ -44,6 +44,7 @@ Key = tuple[Any, ...]
 """Names a result of a step: ``("loss",)``, ``("output",)``, ``("log", name, number)``."""
 Results = dict[Key, Any]
 LOSS: Final[Key] = ("loss",)
+_GRADIENTS: Final = "the gradients of parameters"
 _LEAST_ASKED: Final = 3
 """So many batches with labels or masks are asked about in any case: rules that are none may fit one by chance."""
 _MOST_DETAILS: Final = 32
@@ -274,9 +275,9 @@ class Asking:
             answer.problems |= problems(plan, named(key))
         answer.num_asked += 1
         answer.watch.learn(question.view, answer.constants)
-        reads = self._reads.get(question.kind, frozenset()) | self.clock.reads
-        self._reads[question.kind] = reads - self.clock.fast
-        answer.read = min(reads & self.clock.fast, default="")
+        reads, fast = self._reads.get(question.kind, frozenset()) | self.clock.reads, {*self.clock.fast, _GRADIENTS}
+        self._reads[question.kind] = reads - fast
+        answer.read = min(reads & fast, default="")
         self._answers[self._key(question)] = self._last[question.kind] = answer
         return answer
 
@@ -332,6 +333,8 @@ class Asking:
             except Exception as error:
                 failed = error
                 break
+            if mode.reads_gradients:
+                self.clock.reads.add(_GRADIENTS)
             drawn.append(mode.drawn)
             kinks.append(mode.kinks)
             answer.constants |= mode.constants

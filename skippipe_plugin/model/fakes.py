@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..driver.capture.proxies import StackCall
@@ -36,6 +36,7 @@ _RANDOM_IN_PLACE: Final = frozenset(
         *("exponential_", "geometric_", "cauchy_", "log_normal_"),
     )
 )
+_GRADIENT: Final = getattr(Tensor.grad, "__get__")  # noqa: B009 # mypy takes it for a gradient
 _COMPARISONS: Final = frozenset(["ne", "eq", "lt", "le", "gt", "ge"])
 _MIRRORED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 
@@ -164,6 +165,8 @@ class Neutral(TorchFunctionMode):
         self._pieces = drawn
         self._number = 0
         self._kinks = Kinks()
+        self.reads_gradients = False
+        """Whether what has run under it looked at gradients of parameters."""
 
     @property
     def kinks(self) -> tuple[Kink, ...]:
@@ -179,13 +182,13 @@ class Neutral(TorchFunctionMode):
             return torch.arange(args[0] if args else kwargs["n"], device=kwargs.get("device"))
         if kwargs.get("dropout_p"):
             kwargs = {**kwargs, "dropout_p": 0.0}
-        self._note(name, args, kwargs)
+        self._note(func, name, args, kwargs)
         result = self._kinks.follow(func, args, kwargs, func(*args, **kwargs))
         if name in _RANDOM or name in _RANDOM_IN_PLACE:
             return self._drawn(result, in_place=name in _RANDOM_IN_PLACE)
         return result
 
-    def _note(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _note(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         if "ignore_index" in kwargs:
             self._remember("ne", kwargs["ignore_index"])
         if name in _COMPARISONS and len(args) == 2:
@@ -193,6 +196,8 @@ class Neutral(TorchFunctionMode):
                 self._remember(name, args[1])
             else:
                 self._remember(_MIRRORED.get(name, name), args[0])
+        elif name == "get" and func == _GRADIENT:
+            self.reads_gradients = self.reads_gradients or (isinstance(args[0], nn.Parameter) and args[0].requires_grad)
         elif name in ("isnan", "nansum", "nanmean", "nan_to_num"):
             self.constants.add(("isnan", 0.0))
         elif name in ("clamp", "clip", "clamp_min", "clamp_max"):

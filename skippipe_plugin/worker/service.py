@@ -376,7 +376,7 @@ class Worker:
         if first.training:
             self._holdings.zero(first.zero)
             self._holdings.begin_step(may_repeat=self._may_leave)
-            self._routers.open(1 / max(1, len(live)))
+            self._routers.open(first.scale / max(1, len(live)))
             self._open_tallies(first, live)
         self._holdings.experts.begin_step()
         self._pulled.clear()

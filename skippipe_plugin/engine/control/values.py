@@ -45,6 +45,8 @@ class Opening:
     """Whether the batch runs once more for some of its gradients: what it counts in buffers is counted."""
     loads: Loads = field(default_factory=dict)
     """The visits of earlier batches of the same optimizer step."""
+    scale: float = 1.0
+    """What the batch's loss is scaled with."""
 
 
 @dataclass(frozen=True, slots=True)

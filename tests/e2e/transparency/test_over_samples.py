@@ -222,10 +222,11 @@ BENT: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 }
 
 
-def both(make: Callable[[], LightningModule], caplog: Any, **options: Any) -> None:
+def both(make: Callable[[], LightningModule], caplog: Any, accumulated: int = 1, **options: Any) -> None:
+    fit = {"max_steps": 4, "accumulate_grad_batches": accumulated}
     with caplog.at_level(logging.WARNING, "skippipe_plugin"):
-        found = train(make, batches(), 3, {**PIPELINE, **options}, max_steps=4)
-    expected = train(make, batches(), 1, max_steps=4)
+        found = train(make, batches(), 3, {**PIPELINE, **options}, **fit)
+    expected = train(make, batches(), 1, **fit)
     assert_same_run(found, expected)
     assert len(found.module.seen) == len(expected.module.seen)  # type: ignore[arg-type]
     assert found.module.seen == pytest.approx(expected.module.seen, rel=1e-4)
@@ -251,6 +252,55 @@ def test_what_bends_by_a_value_of_all_samples_is_that_of_one_process(name: str, 
 def test_what_bends_for_each_sample_leaves_the_batch_cut(caplog: Any) -> None:
     both(functools.partial(Returning, followed), caplog, microbatches="batch")
     assert "runs once" not in caplog.text
+
+
+class Clamped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad.clamp(-0.01, 0.01)
+
+
+class ClampedBlock(Block):
+    def forward(self, h: Tensor, beside: Any = None, **named: Any) -> Tensor:
+        return Clamped.apply(super().forward(Clamped.apply(h)))  # type: ignore[no-any-return]
+
+
+class Bending(Returning):
+    """Large gradients are cut off in front of the blocks, in them and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__(error, lr=0.1)
+        self.blocks = nn.ModuleList(ClampedBlock() for _ in range(3))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        entering = self.embed(x)
+        entering.register_hook(lambda grad: grad.clamp(-0.004, 0.004))
+        leaving = functools.reduce(lambda h, block: block(h), self.blocks, entering)
+        leaving.register_hook(lambda grad: grad.clamp(-0.02, 0.02))
+        return leaving
+
+
+class Retaining(Bending):
+    """Looks at gradients of what it has computed."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        self.leaving = super().hidden(x)
+        self.leaving.retain_grad()
+        return self.leaving
+
+    def on_after_backward(self) -> None:
+        assert self.leaving.grad is not None
+        self.seen.append(float(self.leaving.grad.norm()))
+
+
+@pytest.mark.parametrize("make", [Bending, Retaining])
+def test_backwards_that_bend_see_the_gradient_of_one_of_several_batches(make: type[Bending], caplog: Any) -> None:
+    both(make, caplog, accumulated=3)
+    assert ("self.leaving is then another" in caplog.text) == (make is Retaining)
 
 
 def test_hooks_of_parameters_hear_of_no_gradient_that_is_only_asked_for() -> None:
