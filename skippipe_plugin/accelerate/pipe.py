@@ -148,7 +148,13 @@ class SkipPipe:
         assert self._job is not None
         device = self._accelerator.device
         self._loop = LoopModel(
-            model, self.config, job=self._job, num_stages=self._num_stages, device=device, events=self.events
+            model,
+            self.config,
+            job=self._job,
+            num_stages=self._num_stages,
+            device=device,
+            events=self.events,
+            scale=lambda: 1 / self._accelerator.gradient_accumulation_steps,
         )
         try:
             self._loop.spread(self._accelerator.print)

@@ -98,6 +98,7 @@ class ModelCalls:
         device: The driver's device.
         rewinds: Whether interrupted steps are repeated.
         weight: What a microbatch weighs, by the user.
+        scale: Tells what the backward of a loss that the model returns is expected to bring.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class ModelCalls:
         *,
         rewinds: bool,
         weight: MicrobatchWeight | None = None,
+        scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.num_calls = 0
         """The training calls so far; dropout in the blocks is seeded by it."""
@@ -127,6 +129,7 @@ class ModelCalls:
         self._seen: set[Kind] = set()
         """The kinds of which that is known."""
         self._weight = weight
+        self._scale = scale
         self._loop_graph = LoopGraph(model)
         self._entrance = Entrance()
         """Of the call under way."""
@@ -253,6 +256,7 @@ class ModelCalls:
             sizes=batch.sizes,
             rewind=rewind,
             loss_is_sum=found.is_sum,
+            scale=self._scale(),
         )
         values, loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
@@ -344,7 +348,7 @@ class ModelCalls:
 
     def _train_whole_inside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function = functools.partial(self._run_with_loss, (args, kwargs))
-        task = self._whole_task(function, args, kwargs, loss_of=lambda value: value[1])
+        task = self._whole_task(function, args, kwargs, loss_of=lambda value: value[1], scale=self._scale())
         [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
         loss = self._watched(loss)

@@ -45,6 +45,7 @@ class LoopModel:
         num_stages: How many block stages to make.
         device: Where what is not in the blocks is computed.
         events: Gets the recoveries and moves.
+        scale: Tells what the loop's backward of a loss that the model returns is expected to bring.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LoopModel:
         num_stages: int,
         device: torch.device,
         events: list[RecoveryEvent | MoveEvent],
+        scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.model = model
         self.blocks = SpreadModel(
@@ -69,6 +71,7 @@ class LoopModel:
         self._config = config
         self._device = device
         self._events = events
+        self._scale = scale
         self._calls: ModelCalls | None = None
         self._backwards: Backwards | None = None
         self._whole: WholeModel | None = None
@@ -97,7 +100,9 @@ class LoopModel:
         if config.verbose:
             say(str(start_panel(self.blocks, root, blocks, described)))
         rewinds = policy is not None
-        calls = ModelCalls(self.blocks, model, self._device, rewinds=rewinds, weight=config.microbatch_weight)
+        calls = ModelCalls(
+            self.blocks, model, self._device, rewinds=rewinds, weight=config.microbatch_weight, scale=self._scale
+        )
         self._calls = calls
         self._whole = WholeModel(model, root, self.blocks, calls)
         self._backwards = Backwards(calls.begin_backward, calls.complete, calls.fail)

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
+from skippipe_plugin.accelerate import SkipPipeAccelerator, SkipPipeConfig
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.model.slopes import slopes_of
 
-from ..support import assert_same_run, train
+from ..support import assert_same_run, assert_same_weights, train
 
 PIPELINE = {"num_microbatches": 3, "verbose": False}
 
@@ -301,6 +303,37 @@ class Retaining(Bending):
 def test_backwards_that_bend_see_the_gradient_of_one_of_several_batches(make: type[Bending], caplog: Any) -> None:
     both(make, caplog, accumulated=3)
     assert ("self.leaving is then another" in caplog.text) == (make is Retaining)
+
+
+class Returned(nn.Module):
+    """Returns its loss; large gradients are cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Bending()
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": error(self.inner, self.inner.hidden(x), y)}
+
+
+def accelerated(accelerator: Accelerator) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Returned()
+    model, optimizer = accelerator.prepare(model, SGD(model.parameters(), lr=0.1))
+    for x, y in [*batches()] * 2:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(x, y)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = {name: value.clone() for name, value in accelerator.get_state_dict(model).items()}
+    accelerator.end_training()
+    return weights
+
+
+def test_so_they_do_in_a_loop_of_accelerate() -> None:
+    config = SkipPipeConfig(num_stages=2, num_microbatches=4, verbose=False)
+    found = accelerated(SkipPipeAccelerator(cpu=True, gradient_accumulation_steps=3, config=config))
+    assert_same_weights(found, accelerated(Accelerator(cpu=True, gradient_accumulation_steps=3)), atol=1e-6)
 
 
 def test_hooks_of_parameters_hear_of_no_gradient_that_is_only_asked_for() -> None:
