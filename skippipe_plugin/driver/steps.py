@@ -57,7 +57,8 @@ def not_called(proxies: BlockProxies) -> str:
     others = " or ".join(f'blocks="{name}"' for name in proxies.other_stacks[:5]) or "blocks=..."
     return (
         "the training step returned without calling the blocks of the pipeline "
-        f"({proxies.names[0]} ...); name the stack it does call with {others}"
+        f"({proxies.names[0]} ...); name the stack it does call with {others}. Where it does without them for a while "
+        "(a warm-up of the head), let it call them all the same under torch.no_grad(), and drop what they return"
     )
 
 

@@ -75,7 +75,9 @@ def pack_blocks(
     except Exception as error:
         raise SkipPipeError(
             f"the blocks cannot be sent to a worker: {error}. A block must not hold what cannot be pickled, such as "
-            "locks, open files or the Trainer; keep such things outside of the block"
+            "locks, open files or the Trainer; keep such things outside of the block. What the blocks' code reads "
+            "and cannot be pickled either, such as a function of torch.jit.script in the script itself, belongs with "
+            "the blocks into a module that the script imports"
         ) from error
     tensors = {str(index): tensor for index, tensor in enumerate(pickler.tensors)}
     left_out = set() if values else {id(t) for b in blocks.values() for t in (*b.parameters(), *b.buffers())}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ..engine.errors import SkipPipeError
-from .asking import Answer, Asking, Key, Question, named
+from .asking import LOSS, Answer, Asking, Key, Question, named
 from .counting import Given, Samples
 from .reductions import Mean, Unsettled, check_settled, merge
 from .settings import CutWhere
@@ -33,6 +33,8 @@ _WAYS: Final = (
     "Run the step once, on the whole batch, with microbatches='stack', or say what a microbatch weighs with "
     "microbatch_weight=... (a function of the microbatch, 'samples' or 'sum')"
 )
+_WAY: Final = "Run the step once, on the whole batch, with microbatches='stack'"
+"""Of what is no mean, so that no weight helps."""
 _FAILS: Final = (
     "the step runs once for each of {count} microbatches, and {why}. Run the step once, on the whole batch, with "
     "microbatches='stack', or put what it needs of the whole batch (a padded length, for instance) into the batch"
@@ -117,7 +119,8 @@ class Merging:
             return SkipPipeError(obstacle)
         for what, why in self.problems.items():
             count = len(self.question.pieces)
-            return SkipPipeError(_NOT_CUT.format(count=count, what=what, why=why, ways=_WAYS))
+            ways = _WAYS if what == named(LOSS) else _WAY
+            return SkipPipeError(_NOT_CUT.format(count=count, what=what, why=why, ways=ways))
         return None
 
     def goes_whole(self, where: CutWhere, name: str, agree: Agree = alone) -> bool:
@@ -188,7 +191,8 @@ class Merging:
     def unclear(self, key: Key, why: str) -> SkipPipeError:
         """Return the error that says why a result does not follow from the microbatches'."""
         count = len(self.question.pieces)
-        return SkipPipeError(_NOT_CUT.format(count=count, what=named(key), why=why, ways=_WAYS))
+        ways = _WAYS if key == LOSS else _WAY
+        return SkipPipeError(_NOT_CUT.format(count=count, what=named(key), why=why, ways=ways))
 
     def _merge(self, key: Key, parts: Sequence[Any]) -> Any:
         assert self.answer is not None

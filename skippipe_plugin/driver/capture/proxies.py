@@ -43,6 +43,11 @@ from .token import HiddenToken
 _BARE: Final = Template((None,), {}, 0)
 """A block's hidden states and nothing else."""
 
+_PAST_HOOKS: Final = (
+    "block.forward(...) is called on a block that has forward hooks, which would not run in one process, but do on a "
+    "pipeline's workers: remove the hooks, or call block(...)"
+)
+
 log = logging.getLogger(__name__)
 
 _FROM_BEFORE: Final = (
@@ -439,7 +444,19 @@ def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_skippipe_call"](args, kwargs)
 
-    names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise SkipPipeError(_PAST_HOOKS)
+        return self.__dict__["_skippipe_call"](args, kwargs)
+
+    named = functools.wraps(cls.forward)(forward)  # for who asks for its signature
+    names = {
+        "__call__": call,
+        "forward": named,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
     return type(cls.__name__, (cls,), names | {"__deepcopy__": copied(cls), "__reduce_ex__": reduced(cls)})
 
 
@@ -452,8 +469,9 @@ def _refuse_captured_outputs(kwargs: dict[str, Any], name: str) -> None:
     if asked:
         raise SkipPipeError(
             f"the model was asked for {', '.join(sorted(set(asked)))} of every layer, but the layers from {name} on "
-            "are on the workers and only the last hidden states come back; do not ask for them, or train without "
-            "the pipeline"
+            "are on the workers and only the last hidden states come back; do not ask for them (where a head of "
+            "transformers does so by itself, as those of Wav2Vec2 do, call the model below it and give that a head of "
+            "your own), or train without the pipeline"
         )
 
 

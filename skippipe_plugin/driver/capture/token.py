@@ -6,7 +6,9 @@ whether it needs a gradient). Whatever would need its values raises, and says wh
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any, Final, NoReturn
 
 import torch
@@ -26,6 +28,10 @@ FORM_QUESTIONS: Final = frozenset(
     }
 )
 """What may be asked of a tensor without reading it."""
+_REENTRANT: Final = (
+    "torch.utils.checkpoint.checkpoint(block, ..., use_reentrant=True) is called on a block of a pipeline, whose "
+    "output stays on a worker: pass use_reentrant=False, or checkpoint inside of the block's forward"
+)
 _KEEPING: Final = frozenset(
     {"contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "__repr__", "__format__"}
 )
@@ -166,6 +172,8 @@ class HiddenToken(Tensor):
         return wanted.type == own.type and wanted.index in (None, own.index)
 
     def _refuse(self, operation: str) -> NoReturn:
+        if _is_in_reentrant_checkpoint():
+            raise SkipPipeError(_REENTRANT)
         name, following = self._names[self._block], self._names[self._block + 1]
         parts = named_parts(self._names, self._block, self._block)
         instead = f", or pipeline a part of the stack that ends with it or begins after it ({parts})" if parts else ""
@@ -175,6 +183,16 @@ class HiddenToken(Tensor):
             f"out (layer drop, an early exit). Move that code into a block{instead}. What uses the outputs of many "
             "layers (a loss on each, their mean) cannot be pipelined yet"
         )
+
+
+def _is_in_reentrant_checkpoint() -> bool:
+    """Whether reentrant activation checkpointing is what asks: it detaches what a block gets to run that again."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return frame.f_code.co_name == "detach_variable" or bool(frame.f_locals.get("use_reentrant"))
+        frame = frame.f_back
+    return False
 
 
 def named_parts(names: Sequence[str], first: int, last: int) -> str:

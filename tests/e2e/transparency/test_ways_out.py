@@ -1,0 +1,148 @@
+"""What refusals advise, followed: each way out gives the result of one process."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from skippipe_plugin import SkipPipeError
+from tests.e2e.modules import loader
+from tests.e2e.support import assert_same_run, train
+
+DATA = loader(torch.randn(24, 4, generator=torch.Generator().manual_seed(0)), 8)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.tanh(self.linear(hidden))
+
+
+class Model(LightningModule):
+    def __init__(self, between: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.head, self.between = nn.Linear(4, 8), nn.Linear(8, 1), between
+        self.blocks = nn.ModuleList([Block() for _ in range(4)])
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return F.mse_loss(self.head(self.between(self, self.embed(batch))), batch.sum(1, keepdim=True))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def called(module: Any, hidden: Tensor) -> Tensor:
+    for block in module.blocks:
+        hidden = block(hidden)
+    return hidden
+
+
+def forwarded(module: Any, hidden: Tensor) -> Tensor:
+    for block in module.blocks:
+        hidden = block.forward(hidden)
+    return hidden
+
+
+def reentrant(module: Any, hidden: Tensor) -> Tensor:
+    for block in module.blocks:
+        hidden = checkpoint(block, hidden, use_reentrant=True)
+    return hidden
+
+
+def not_reentrant(module: Any, hidden: Tensor) -> Tensor:
+    for block in module.blocks:
+        hidden = checkpoint(block, hidden, use_reentrant=False)
+    return hidden
+
+
+def head_first(module: Any, hidden: Tensor) -> Tensor:
+    return called(module, hidden) if module.current_epoch >= 1 else hidden
+
+
+def head_first_beside_the_blocks(module: Any, hidden: Tensor) -> Tensor:
+    if module.current_epoch >= 1:
+        return called(module, hidden)
+    with torch.no_grad():
+        called(module, hidden)
+    return hidden
+
+
+def run(between: Callable[[Any, Tensor], Tensor], devices: int) -> Any:
+    return train(lambda: Model(between), DATA, devices, {"num_microbatches": 4} if devices > 1 else None, max_steps=6)
+
+
+@pytest.mark.parametrize(
+    ("refused", "message", "way_out"),
+    [
+        (reentrant, "pass use_reentrant=False", not_reentrant),
+        (head_first, r"warm-up of the head.* under torch\.no_grad\(\)", head_first_beside_the_blocks),
+    ],
+    ids=["checkpoints", "warm-up"],
+)
+def test_what_is_refused_has_a_way_out_that_is_exact(
+    refused: Callable[[Any, Tensor], Tensor], message: str, way_out: Callable[[Any, Tensor], Tensor]
+) -> None:
+    with pytest.raises(SkipPipeError, match=message):
+        run(refused, 3)
+    assert_same_run(run(way_out, 3), run(refused, 1))
+
+
+def test_forward_of_a_block_is_a_call_of_it() -> None:
+    assert_same_run(run(forwarded, 3), run(forwarded, 1))
+
+
+def test_forward_of_a_block_with_hooks_is_refused() -> None:
+    def hooked() -> Model:
+        model = Model(forwarded)
+        model.blocks[1].register_forward_hook(lambda *_: None)
+        return model
+
+    with pytest.raises(SkipPipeError, match="has forward hooks"):
+        train(hooked, DATA, 3, {"num_microbatches": 4})
+
+
+class Speech(LightningModule):
+    def __init__(self, own_head: bool) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+        front = {"conv_dim": (8,), "conv_kernel": (3,), "conv_stride": (2,), "num_feat_extract_layers": 1}
+        places = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
+        off = dict.fromkeys(["hidden", "attention", "activation", "feat_proj", "final"], 0.0)
+        dropout = {f"{name}_dropout": rate for name, rate in off.items()} | {
+            "layerdrop": 0.0,
+            "apply_spec_augment": False,
+        }
+        config = hf.Wav2Vec2Config(**sizes, **front, **places, **dropout, num_labels=3)
+        self.own_head, self.net = own_head, hf.Wav2Vec2ForSequenceClassification(config)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        if self.own_head:
+            hidden = self.net.wav2vec2(batch).last_hidden_state
+            logits = self.net.classifier(self.net.projector(hidden).mean(1))
+        else:
+            logits = self.net(batch).logits
+        return F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])[: len(batch)].clone())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_a_head_that_asks_for_hidden_states_by_itself() -> None:
+    data = loader(torch.randn(8, 40, generator=torch.Generator().manual_seed(0)), 4)
+
+    def speech(devices: int, *, own_head: bool) -> Any:
+        settings = {"num_microbatches": 2, "microbatches": "stack"} if devices > 1 else None
+        return train(lambda: Speech(own_head), data, devices, settings, max_steps=2)
+
+    with pytest.raises(SkipPipeError, match="as those of Wav2Vec2 do, call the model below it"):
+        speech(3, own_head=False)
+    assert_same_run(speech(3, own_head=True), speech(1, own_head=False))
