@@ -190,10 +190,10 @@ def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 def fingerprint(values: Any) -> bytes | None:  # Any: arguments of a block
-    """Describe the content of arguments, tensors by their identity; None for what cannot be pickled."""
+    """Describe the content of arguments, tensors and classes by their identity; None for what cannot be pickled."""
     buffer = io.BytesIO()
     try:
-        Packer(buffer, lambda part: ("tensor", id(part)) if isinstance(part, Tensor) else None).dump(values)
+        Packer(buffer, lambda part: ("same", id(part)) if isinstance(part, (Tensor, type)) else None).dump(values)
     except Exception:
         return None
     return buffer.getvalue()

@@ -58,7 +58,7 @@ def judge(features: Sequence[Feature]) -> Verdict:
 
 def load(text: str) -> dict[str, Any]:
     """Execute a program's text as a script of its own."""
-    names: dict[str, Any] = {"__name__": "__fuzz__"}
+    names: dict[str, Any] = {"__name__": "__main__"}
     torch.manual_seed(0)
     exec(compile(text, "<program>", "exec"), names)
     return names
