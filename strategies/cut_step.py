@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..driver.capture.batches import Cut
 from ..driver.steps import StepTask
-from ..model.asking import LOSS, Asking, Clock, Question, Results, detail_of, form_of, kind_of
+from ..model.asking import LOSS, Asking, Clock, Question, Results
+from ..model.kinds import detail_of, form_of, kind_of
 from ..model.merging import Agree, Merging
 from ..model.settings import CutWhere
 from ..model.shares import loss_weights

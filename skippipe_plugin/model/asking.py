@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
-import math
-from collections import UserDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,11 +25,13 @@ from ..engine.errors import SkipPipeError
 from .batch_state import BatchState
 from .batch_statistics import BatchStatistics
 from .blocks_apart import difference_of_blocks
-from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates
+from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates, tensors
 from .entering import HIDDEN
 from .fakes import Fakes, Incomparable, Neutral
+from .flips import WHY as TURNS
+from .flips import Flip, flips
 from .interleaving import DRAWN, alike, by_turns, effect
-from .kinks import COURSE, bent
+from .kinks import COURSE, bent, features
 from .kinks import WHY as BENDS
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
 from .slopes import GRADIENT, Slopes, follows, slopes_of
@@ -49,8 +49,6 @@ _LEAST_ASKED: Final = 3
 """So many batches with labels or masks are asked about in any case: rules that are none may fit one by chance."""
 _MOST_DETAILS: Final = 32
 """After so many details of a kind further ones are taken to say nothing, as numbers of samples and names of files."""
-_FEW: Final = 8
-_GROUP: Final = 8
 _MOST_ASKED: Final = 32
 """After so many batches of a kind nothing new is asked about, nor are masks looked for where there were none."""
 
@@ -108,6 +106,8 @@ class Answer:
     """What the blocks make otherwise of microbatches than of the batch; None before they were asked."""
     hooks: bool = False
     """Whether the step itself registers forward hooks on blocks, and removes them."""
+    flips: tuple[Flip, ...] = ()
+    """Comparisons that came out alike for all samples when the step was asked first."""
     num_asked: int = 0
     num_plain: int = 0
     """So many batches since held neither labels nor anything like a mask."""
@@ -267,6 +267,8 @@ class Asking:
             for draw in draws:
                 learn = functools.partial(self._learn, question, answer, draw, trace)
                 self._spread.pipeline.surviving(learn)
+            if not (number or answer.is_hopeless or answer.odd):
+                self._spread.pipeline.surviving(functools.partial(self._turn, question, answer, trace))
         answer.hooks = answer.hooks and not self.is_watched  # those of before are looked at in each step
         answer.problems = dict(answer.odd)
         for name in sorted(answer.metrics):
@@ -297,6 +299,30 @@ class Asking:
             self._narrow(question.view, answer, seen[0], seen[1])
             seen[2]()
 
+    def _turn(self, question: Question, answer: Answer, trace: Untouched) -> None:
+        """Let what was compared come out otherwise for one sample."""
+        self._spread.pipeline.heal()
+        for flip in answer.flips:
+            fakes = Fakes(question.view.sizes, 0)
+            modes = [Neutral(flip=None if index else flip) for index in range(len(question.pieces))]
+            try:
+                parts = [
+                    self._run(piece, functools.partial(fakes.of_piece, index), modes[index], trace.restore)
+                    for index, piece in enumerate(question.pieces)
+                ]
+                mode = Neutral([each.drawn for each in modes], flip=flip)
+                whole = self._run(question.whole, fakes.of_whole, mode, trace.restore)
+            except SkipPipeError:
+                raise
+            except Exception:  # an assertion of the step's, for instance
+                continue
+            turned = dataclasses.replace(answer, plans={**answer.plans})
+            self._narrow(question.view, turned, whole, parts)
+            if any(problems(plan, named(key)) for key, plan in turned.plans.items()):
+                answer.odd[COURSE] = TURNS.format(name=flip.name)
+                return
+            answer.plans = turned.plans  # of rules that fitted a batch without any such sample, one may be left
+
     def _narrow(self, view: View, answer: Answer, whole: Results, parts: Sequence[Results]) -> None:
         weightings = self._weightings(view, answer)
         keys = dict.fromkeys([*whole, *(key for part in parts for key in part)])
@@ -320,10 +346,10 @@ class Asking:
     ) -> tuple[Results, list[Results], Callable[[], None]] | Exception:
         """Return the results of the batch and of its microbatches, and what looks at their gradients; or the error."""
         fakes, restore = Fakes(question.view.sizes, draw), trace.restore
-        question.view.rounding = 2e-5
-        drawn, parts, slopes, kinks, failed = [], [], [], [], None
+        question.view.rounding, marked = 2e-5, _features(question.view)
+        drawn, parts, slopes, kinks, compared, failed = [], [], [], [], [], None
         for index, piece in enumerate(question.pieces):
-            mode = Neutral()
+            mode = Neutral(features=marked)
             try:
                 parts.append(self._run(piece, functools.partial(fakes.of_piece, index), mode, restore))
                 size = question.view.sizes[index] / sum(question.view.sizes)
@@ -337,6 +363,7 @@ class Asking:
                 self.clock.reads.add(_GRADIENTS)
             drawn.append(mode.drawn)
             kinks.append(mode.kinks)
+            compared.append(mode.compared)
             answer.constants |= mode.constants
             answer.crossing = answer.crossing or (DRAWN if trace.has_drawn() else "")
         answer.hooks |= fakes.are_watched
@@ -351,7 +378,7 @@ class Asking:
             except Exception as error:
                 return error
             return _PieceFailed(f"a microbatch fails where the batch does not: {type(failed).__name__}: {failed}")
-        mode = Neutral(drawn)
+        mode = Neutral(drawn, features=marked)
         try:
             whole = self._run(question.whole, fakes.of_whole, mode, restore)
         except SkipPipeError:
@@ -361,6 +388,8 @@ class Asking:
         slopes.append(self._slopes(whole, fakes.made[-1]))
         if bend := bent(mode.kinks, kinks):
             answer.odd[COURSE] = BENDS.format(name=bend)
+        if not draw:
+            answer.flips = flips(mode.compared, compared, question.view)
         answer.constants |= mode.constants
         answer.left = answer.left or trace.changed_in_batch()  # then microbatches cannot take its place
         changes = trace.changes()
@@ -505,6 +534,13 @@ def _with_batch(trace: Untouched, view: View) -> Iterator[Untouched]:
         batch.restore()
 
 
+def _features(view: View) -> set[int]:
+    """Return the ids of the tensors in a batch and its microbatches whose values are features."""
+    paths = {path for path, leaf in view.leaves.items() if next(features([leaf]), None) is not None}
+    every = [each for part in (view.batch, *view.pieces) for each in tensors(part, "batch")]
+    return {id(leaf) for path, leaf in every if path in paths}
+
+
 def _beginning(last: Answer | None) -> Answer:
     """Begin with the rules of other steps of the kind: of several that fit, they are the likelier ones."""
     if last is None:
@@ -542,47 +578,6 @@ def _same_counts(whole: Mapping[str, Any], parts: Mapping[str, Any], rounding: f
 
 class _PieceFailed(Exception):
     """A microbatch fails where the batch does not."""
-
-
-def kind_of(value: Any) -> Hashable:
-    """Return the structure of a batch, without sizes: batches of one structure are taken to be treated alike."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.ndim
-    if isinstance(value, (Mapping, UserDict)):
-        return tuple((key, kind_of(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        kinds = [kind_of(item) for item in value]
-        return (type(value), *kinds) if len(kinds) <= _FEW else (type(value), frozenset(kinds))
-    if isinstance(value, bool) or value is None:
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return tuple((each.name, kind_of(getattr(value, each.name))) for each in dataclasses.fields(value))
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def detail_of(value: Any) -> Hashable:
-    """Return the numbers and texts in a batch that are of no sample: a task's name, for instance."""
-    if isinstance(value, (str, int)):
-        return value
-    if isinstance(value, float):
-        return (value > 0) - (value < 0)
-    if isinstance(value, (Mapping, UserDict)):
-        return tuple(detail_of(item) for item in value.values())
-    if isinstance(value, (list, tuple)) and len(value) <= _FEW and not _is_per_sample(value):
-        return tuple(map(detail_of, value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return tuple(detail_of(getattr(value, each.name)) for each in dataclasses.fields(value))
-    return None
-
-
-def _is_per_sample(items: Sequence[Any]) -> bool:
-    """Whether a list holds a number or a text for each sample, and not a batch's parts."""
-    return len({*map(type, items)}) == 1 and isinstance(items[0], (str, int, float))
-
-
-def form_of(sizes: Sequence[int]) -> Hashable:
-    """Return of microbatches' sizes what code often depends on: one sample, pairs and groups of a power of two."""
-    return len(sizes), min(sizes) == 1, math.gcd(_GROUP, *sizes)
 
 
 def _is_finite(loss: Any) -> bool:

@@ -42,7 +42,9 @@ def _plain(batch: Any) -> list[tuple[str, Tensor]]:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _keys(value: Any) -> tuple[Any, ...]:

@@ -26,8 +26,9 @@ from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
-from .asking import LOSS, Asking, Question, Results, detail_of, form_of, kind_of
+from .asking import LOSS, Asking, Question, Results
 from .entrance import Entrance, LoopGraph
+from .kinds import detail_of, form_of, kind_of
 from .merging import Merging
 from .outputs import (
     differentiable,

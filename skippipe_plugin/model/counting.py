@@ -6,6 +6,7 @@ Pure functions of tensors. Which weighting a result follows is found out in :mod
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ ALWAYS: Final[tuple[Constant, ...]] = (("ne", -100), ("ne", 0), ("gt", 0))
 _OPERATORS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
     name: getattr(operator, name) for name in ("ne", "eq", "lt", "le", "gt", "ge")
 }
+_STEP: Final = 8
+_VARIED: Final = 2
 _WATCHED_FLOATS: Final = 1 << 16
 """Larger floating tensors are taken for inputs, not for masks that may change from batch to batch."""
 
@@ -168,6 +171,28 @@ def candidates(view: View, constants: Iterable[Constant]) -> list[Counted]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Sizes that steps were asked with: what code does from a length on it was seen to do, or not to."""
+
+    least: int
+    most: int
+    steps: frozenset[int]
+    """The powers of two that divided them."""
+
+    @classmethod
+    def of(cls, size: int) -> _Lengths:
+        return cls(size, size, frozenset({math.gcd(size, _STEP)}))
+
+    def with_(self, other: _Lengths | None) -> _Lengths:
+        if other is None:
+            return self
+        return _Lengths(min(self.least, other.least), max(self.most, other.most), self.steps | other.steps)
+
+    def __contains__(self, size: int) -> bool:
+        return self.least <= size <= self.most and math.gcd(size, _STEP) in self.steps
+
+
 class Watch:
     """Notices that a batch holds what no batch held before that was asked about."""
 
@@ -176,7 +201,13 @@ class Watch:
         """By tensor: the landmarks that it was seen to hold."""
         self._beyond: dict[str, tuple[bool, ...]] = {}
         self._landmarks: tuple[float, ...] = ()
-        self._plain: set[str] = set()
+        self._plain: dict[str, int] = {}
+        """By tensor that held one number only: how many batches are still asked about in which it holds several."""
+        self._lengths: dict[tuple[str, int], _Lengths] = {}
+        """By tensor and dimension beside the samples': the sizes it has had."""
+        self._looks_for_nan = False
+        self._numbers: set[str] = set()
+        """The tensors in which NaN was not met, by steps that look for it."""
 
     def learn(self, view: View, constants: Iterable[Constant]) -> None:
         """Take note of a batch that is asked about."""
@@ -190,9 +221,17 @@ class Watch:
             self._beyond[path] = tuple(a or b for a, b in zip(self._beyond[path], now, strict=True))
             held = self._values.setdefault(path, set())
             held |= {mark for mark in self._landmarks if _holds(leaf, mark)}
-        for path, leaf in view.leaves.items():
-            if leaf.is_floating_point() and 0 < leaf.numel() <= _WATCHED_FLOATS and _is_constant(leaf):
-                self._plain.add(path)
+        for path, leaf in _small(view):
+            if _is_constant(leaf):
+                self._plain.setdefault(path, _VARIED)
+            elif path in self._plain:
+                self._plain[path] -= 1
+        for path, dim, size in _sizes(view):
+            self._lengths[path, dim] = _Lengths.of(size).with_(self._lengths.get((path, dim)))
+        if ("isnan", 0.0) in constants:
+            free = {path for path, leaf in _small(view) if leaf.is_floating_point() and not _has_nan(leaf)}
+            self._numbers = (self._numbers & free) if self._looks_for_nan else free
+            self._looks_for_nan = True
 
     def is_new(self, view: View) -> bool:
         """Whether the batch holds something new."""
@@ -204,13 +243,37 @@ class Watch:
             unseen = [mark for mark in self._landmarks if low <= mark <= high and mark not in self._values[path]]
             if any(_holds(leaf, mark) for mark in unseen):
                 return True
-        return any(path in view.leaves and not _is_constant(view.leaves[path]) for path in self._plain)
+        nothing = _Lengths(1, 0, frozenset())
+        if any(size not in self._lengths.get((path, dim), nothing) for path, dim, size in _sizes(view)):
+            return True
+        open_ = [path for path, left in self._plain.items() if left and path in view.leaves]
+        if any(not _is_constant(view.leaves[path]) for path in open_):
+            return True
+        return any(path in view.leaves and _has_nan(view.leaves[path]) for path in self._numbers)
 
     def _between(self, low: float, high: float) -> tuple[bool, ...]:
         """By interval between landmarks: whether the smallest or the largest value lies in it."""
         edges = self._landmarks
         places = {sum(value > mark for mark in edges) for value in (low, high) if value not in edges}
         return tuple(place in places for place in range(len(edges) + 1))
+
+
+def _small(view: View) -> Iterator[tuple[str, Tensor]]:
+    """Yield what may be labels, lengths or a mask."""
+    for path, leaf in view.leaves.items():
+        if 0 < leaf.numel() <= _WATCHED_FLOATS and not leaf.is_complex():
+            yield path, leaf
+
+
+def _sizes(view: View) -> Iterator[tuple[str, int, int]]:
+    """Yield tensor, dimension and size beside the samples'."""
+    for path, leaf in view.leaves.items():
+        for dim, size in enumerate(leaf.shape[1:], 1):
+            yield path, dim, size
+
+
+def _has_nan(leaf: Tensor) -> bool:
+    return bool(torch.isnan(leaf).any())
 
 
 def _watched(view: View) -> list[tuple[str, Tensor]]:
@@ -228,8 +291,8 @@ def _is_like_a_mask(leaf: Tensor) -> bool:
 
 
 def _is_constant(leaf: Tensor) -> bool:
-    low, high = torch.aminmax(leaf.detach())
-    return bool(low == high)
+    low, high = _range(leaf.detach())
+    return low == high
 
 
 def _range(leaf: Tensor) -> tuple[float, float]:

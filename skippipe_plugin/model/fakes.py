@@ -6,7 +6,7 @@ differs only by how the step reduces over samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..driver.capture.proxies import StackCall
 from .entering import Entered, Entrance
+from .flips import COMPARISONS, Compared, Comparisons, Flip
 from .kinks import Kink, Kinks, mark
 
 _GOLDEN: Final = 0.6180339887
@@ -37,7 +38,6 @@ _RANDOM_IN_PLACE: Final = frozenset(
     )
 )
 _GRADIENT: Final = getattr(Tensor.grad, "__get__")  # noqa: B009 # mypy takes it for a gradient
-_COMPARISONS: Final = frozenset(["ne", "eq", "lt", "le", "gt", "ge"])
 _MIRRORED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 
 
@@ -153,18 +153,27 @@ class Neutral(TorchFunctionMode):
 
     Args:
         drawn: What the microbatches drew; None while they run.
+        features: The ids of tensors of the batch whose values bend a step as made-up ones do.
+        flip: A comparison that comes out otherwise.
     """
 
     is_for_the_driver = True
     """Whether blocks on workers may run without it."""
 
-    def __init__(self, drawn: Sequence[Sequence[Tensor]] | None = None) -> None:
+    def __init__(
+        self,
+        drawn: Sequence[Sequence[Tensor]] | None = None,
+        *,
+        features: Collection[int] = (),
+        flip: Flip | None = None,
+    ) -> None:
         super().__init__()
         self.constants: set[tuple[str, float]] = set()
         self.drawn: list[Tensor] = []
         self._pieces = drawn
         self._number = 0
-        self._kinks = Kinks()
+        self._kinks = Kinks(features)
+        self._comparisons = Comparisons(flip)
         self.reads_gradients = False
         """Whether what has run under it looked at gradients of parameters."""
 
@@ -172,6 +181,11 @@ class Neutral(TorchFunctionMode):
     def kinks(self) -> tuple[Kink, ...]:
         """Where what has run under it bends."""
         return tuple(self._kinks.seen)
+
+    @property
+    def compared(self) -> Sequence[Compared]:
+        """The comparisons of more than a number that were made."""
+        return self._comparisons.seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -183,7 +197,10 @@ class Neutral(TorchFunctionMode):
         if kwargs.get("dropout_p"):
             kwargs = {**kwargs, "dropout_p": 0.0}
         self._note(func, name, args, kwargs)
-        result = self._kinks.follow(func, args, kwargs, func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        if name in COMPARISONS:
+            result = self._comparisons.follow(name, args, result)
+        result = self._kinks.follow(func, args, kwargs, result)
         if name in _RANDOM or name in _RANDOM_IN_PLACE:
             return self._drawn(result, in_place=name in _RANDOM_IN_PLACE)
         return result
@@ -191,7 +208,7 @@ class Neutral(TorchFunctionMode):
     def _note(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         if "ignore_index" in kwargs:
             self._remember("ne", kwargs["ignore_index"])
-        if name in _COMPARISONS and len(args) == 2:
+        if name in COMPARISONS and len(args) == 2:
             if isinstance(args[0], Tensor):
                 self._remember(name, args[1])
             else:

@@ -6,7 +6,7 @@ later steps need not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -29,34 +29,58 @@ _BENT: Final = _COMPARISONS | frozenset(
 )
 
 
-def mark(value: Any) -> None:
-    """Note that a tensor follows from made-up hidden states."""
+_COUNTING: Final = frozenset({"unique", "unique_consecutive"})
+"""What bends by how often samples hold the same: never among few of them, perhaps."""
+
+
+def mark(value: Any, *, made_up: bool = True) -> None:
+    """Note that a tensor follows from made-up hidden states, or else from the batch's features alone."""
     if isinstance(value, Tensor) and value.is_floating_point():
-        value.__dict__[_MARK] = True
+        value.__dict__[_MARK] = made_up
+
+
+def features(leaves: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors of a batch that hold features: floating ones, but for masks and what is one number."""
+    for leaf in leaves:
+        if (
+            leaf.is_floating_point()
+            and leaf.numel()
+            and not bool(((leaf == 0) | (leaf == 1) | (leaf == leaf.max())).all())
+        ):
+            yield leaf
 
 
 class Kinks:
-    """What one run of a step has bent."""
+    """What one run of a step has bent.
 
-    def __init__(self) -> None:
+    Args:
+        features: The ids of tensors of the batch.
+    """
+
+    def __init__(self, features: Collection[int] = ()) -> None:
         self.seen: list[Kink] = []
+        self._features = features
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
         """Note what a function of torch was called with, mark what it returns, and return that."""
-        marked = [each for each in _tensors((*args, *kwargs.values())) if _MARK in each.__dict__]
+        name = getattr(func, "__name__", "").strip("_")
+        given = list(_tensors((*args, *kwargs.values())))
+        marked = [each for each in given if _MARK in each.__dict__ or id(each) in self._features]
+        if name in _COUNTING and given:
+            self.note(name, given[0].shape)
         if not marked:
             return result
-        name = getattr(func, "__name__", "").strip("_")
-        if name in _BENT:
+        made_up = any(each.__dict__.get(_MARK) for each in marked)
+        if name in _BENT and (made_up or not _is_floor(name, args, kwargs)):
             self.note(name, marked[0].shape)
         if name == "item" and type(result) is float:
             return Watched(result, self.note)
         if name == "setitem":
-            mark(args[0])
+            mark(args[0], made_up=made_up)
         if name == "iter":
             result = list(result)
         for each in _tensors((result,)):
-            mark(each)
+            mark(each, made_up=made_up)
         return iter(result) if name == "iter" else result
 
     def note(self, name: str, shape: Sequence[int] = ()) -> None:
@@ -112,9 +136,21 @@ def bent(whole: Sequence[Kink], parts: Sequence[Sequence[Kink]]) -> str:
     if any(len(part) != len(whole) for part in parts):
         return ""
     for number, kink in enumerate(whole):
-        if 0 not in kink[1] and all(part[number] == kink for part in parts):
+        others = [part[number] for part in parts]
+        if kink[0] in _COUNTING and any(other != kink for other in others):
+            return kink[0]
+        if kink[0] not in _COUNTING and 0 not in kink[1] and all(other == kink for other in others):
             return f"a comparison ({kink[0]})" if kink[0] in _COMPARISONS else kink[0]
     return ""
+
+
+def _is_floor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function keeps a sum of weights from being nothing."""
+    if name not in ("clamp", "clip", "clamp_min"):
+        return False
+    low, high = (*args[1:], None, None)[:2]
+    low, high = kwargs.get("min", low), kwargs.get("max", high)
+    return high is None and isinstance(low, (int, float)) and 0 < low <= 1
 
 
 def _of_numbers(kinks: Sequence[Kink]) -> list[Kink]:

@@ -1,0 +1,140 @@
+"""Comparisons that came out alike for all samples of a batch: what if one of them comes out the other way?
+
+What a step selects, or does once there is any sample of a kind, does not show in a batch in which no sample is, or all
+are. So when a step is asked such a comparison is turned for one sample, in its microbatch as in the batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .counting import View
+
+WHY: Final = (
+    "when a comparison ({name}) comes out the other way for one sample, its results are no longer those that follow "
+    "from microbatches'"
+)
+COMPARISONS: Final = frozenset({"ne", "eq", "lt", "le", "gt", "ge"})
+_MOST: Final = 6
+"""So many comparisons of a step are turned."""
+_NOT_THE_STEPS: Final = "torchmetrics"
+"""Its checks of values, whose outcomes are those of every batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One comparison that a step has made."""
+
+    name: str
+    outcome: Tensor
+    operands: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """A comparison that is turned for the first sample."""
+
+    number: int
+    """How many others the step makes before."""
+    dim: int
+    """Where samples are."""
+    name: str
+
+    def of(self, outcome: Tensor) -> Tensor:
+        """Return an outcome, turned."""
+        turned = outcome.clone()
+        first = turned.narrow(self.dim, 0, 1)
+        return turned if not first.numel() else _filled(turned, first)
+
+
+class Comparisons:
+    """The comparisons that one run of a step makes.
+
+    Args:
+        flip: The one that is turned.
+    """
+
+    def __init__(self, flip: Flip | None = None) -> None:
+        self.seen: list[Compared] = []
+        self._flip = flip
+
+    def follow(self, name: str, args: Sequence[Any], result: Any) -> Any:
+        """Note a comparison, and return how it is to come out."""
+        if not isinstance(result, Tensor) or result.dtype != torch.bool or not result.ndim or _is_not_the_steps():
+            return result
+        flip = self._flip
+        if flip is not None and flip.number == len(self.seen) and flip.dim < result.ndim:
+            result = flip.of(result)
+        self.seen.append(Compared(name, result, tuple(each for each in args if isinstance(each, Tensor))))
+        return result
+
+
+def flips(whole: Sequence[Compared], parts: Sequence[Sequence[Compared]], view: View) -> tuple[Flip, ...]:
+    """Return the comparisons that told the batch's samples apart no better than those of microbatches.
+
+    Those of a label or a mask as it stands in the batch are looked at in each batch (:class:`.counting.Watch`).
+    """
+    if any([each.name for each in part] != [each.name for each in whole] for part in parts):
+        return ()
+    found: list[Flip] = []
+    for number, (one, *others) in enumerate(zip(whole, *parts, strict=True)):
+        dim = _dim_of_samples(one.outcome, others[0].outcome)
+        if dim is not None and _is_even(one, others) and not _is_watched(one, others[0], view):
+            found.append(Flip(number, dim, one.name))
+    return tuple(found[:_MOST])
+
+
+def _filled(turned: Tensor, first: Tensor) -> Tensor:
+    first.fill_(not first.reshape(-1)[0].item())
+    return turned
+
+
+def _dim_of_samples(whole: Tensor, part: Tensor) -> int | None:
+    if whole.ndim != part.ndim:
+        return None
+    dims = [dim for dim, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b]
+    return dims[0] if len(dims) == 1 else None
+
+
+def _is_even(whole: Compared, parts: Sequence[Compared]) -> bool:
+    shares = [float(each.outcome.float().mean()) for each in (whole, *parts) if each.outcome.numel()]
+    return bool(shares) and max(shares) - min(shares) < 1e-6
+
+
+def _is_watched(whole: Compared, part: Compared, view: View) -> bool:
+    own = [a for a, b in zip(whole.operands, part.operands, strict=False) if a.shape != b.shape]
+    with torch.no_grad():
+        return all(any(_is_same(operand, leaf) for leaf in _watched(view)) for operand in own)
+
+
+def _watched(view: View) -> Iterator[Tensor]:
+    for leaf in view.leaves.values():
+        if (
+            not leaf.is_complex()
+            and leaf.numel()
+            and (not leaf.is_floating_point() or bool((leaf == leaf.min()).all()))
+        ):
+            yield leaf
+            if leaf.ndim > 1 and leaf.shape[1] > 1:
+                yield leaf[:, 1:]
+                yield leaf[:, :-1]
+
+
+def _is_same(operand: Tensor, leaf: Tensor) -> bool:
+    if operand.numel() != leaf.numel() or operand.is_complex():
+        return False
+    return torch.equal(operand.reshape(-1).double(), leaf.reshape(-1).to(operand.device).double())
+
+
+def _is_not_the_steps() -> bool:
+    """Whether a library makes the comparison that is followed."""
+    frame = sys._getframe(3)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch."):
+        frame = frame.f_back
+    return bool(frame.f_globals.get("__name__", "").partition(".")[0] == _NOT_THE_STEPS)

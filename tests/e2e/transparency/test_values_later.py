@@ -1,0 +1,188 @@
+"""What a step does by values or lengths that its first batches do not have: one process's result all the same."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..models import TanhBlock
+from ..support import assert_same_run, train
+
+Batch = tuple[Tensor, Tensor, Tensor]
+Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+class Model(LightningModule):
+    def __init__(self, loss: Loss, columns: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, columns)
+        self.blocks = nn.ModuleList(TanhBlock() for _ in range(2))
+        self.loss = loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = functools.reduce(lambda h, block: block(h), self.blocks, self.embed(x))
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        loss = self.loss(self, *batch)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def features() -> list[Batch]:
+    """Batches whose features are small, and then large; labels that all differ, and then do not."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for number in range(4):
+        x, labels = torch.rand(8, 4, generator=generator) - 0.5, torch.arange(8)
+        if number > 1:
+            x, labels = x * 8 - torch.tensor([0.5, 0, 0, 0]), labels // 2
+        batches.append((x, labels, 0.5 + torch.rand(8, generator=generator)))
+    return batches
+
+
+def classes(module: Any, x: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(module(x), labels, reduction="none")
+
+
+def selected(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    return classes(module, x, labels)[x[:, 0] < 0.6].mean()
+
+
+def weighted(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    kept = (x[:, 0].abs() > 1) + 1.0
+    return (classes(module, x, labels) * kept).sum() / kept.sum()
+
+
+def negatives(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    output, negative = module(x), x[:, 0] < -0.6
+    loss = F.cross_entropy(output, labels)
+    return loss + output[negative].pow(2).mean() if negative.any() else loss
+
+
+def outlying(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    loss = classes(module, x, labels).mean()
+    return loss * 2 if x.abs().max() > 2 else loss
+
+
+def outlying_by_number(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    loss = classes(module, x, labels).mean()
+    return loss * 2 if x.abs().max().item() > 2 else loss
+
+
+def hardest(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    loss = classes(module, x, labels)
+    return loss[loss > 1.95].mean()
+
+
+BY_VALUES: dict[str, Loss] = {
+    "selected": selected,
+    "weighted": weighted,
+    "negatives": negatives,
+    "outlying": outlying,
+    "outlying, by a number": outlying_by_number,
+    "hardest": hardest,
+    "clipped": lambda module, x, y, w: classes(module, x * torch.clamp(4 / x.norm(), max=1.0), y).mean(),
+    "different labels": lambda module, x, y, w: classes(module, x, y).mean() * len(torch.unique(y)),
+}
+
+
+def ordinary(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """What it compares and counts leaves its results those of its samples."""
+    assert x.isfinite().all()
+    assert (labels < 8).all()
+    output = module(torch.where(x > 9, 9.0, x))
+    loss = F.cross_entropy(output, labels, reduction="none").clamp(max=50)
+    loss = (loss * weights).sum() / weights.sum().clamp(min=1e-6)
+    module.log("accuracy", (output.argmax(1) == labels).float().mean())
+    module.log("bounded", torch.where(output > 40, output, output * 0.1).mean())
+    return loss
+
+
+def by_length(lengths: list[Any]) -> list[Batch]:
+    """Batches of padded sequences; a number says that all samples have that length."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for each in lengths:
+        own = torch.tensor([each] * 8 if isinstance(each, int) else each)
+        size = (8, int(own.max()))
+        x, y = torch.randn(*size, 4, generator=generator), torch.randn(*size, 1, generator=generator)
+        batches.append((x, y, own))
+    return batches
+
+
+def errors(module: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(module(x), y, reduction="none")
+
+
+def long_ones(module: Any, x: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
+    output = module(x)
+    loss = F.mse_loss(output, y)
+    return loss + output.std(0).mean() if x.size(1) > 12 else loss
+
+
+def odd_ones(module: Any, x: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
+    output = module(x)
+    loss = F.mse_loss(output, y)
+    return loss * output.pow(2).mean().sqrt() if x.size(1) % 2 else loss
+
+
+def padded(module: Any, x: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
+    mask = (torch.arange(x.size(1)) < lengths[:, None]).float()[..., None]
+    return (errors(module, x, y) * mask).sum() / mask.sum()
+
+
+def both(loss: Loss, batches: list[Batch], caplog: Any) -> str:
+    make = functools.partial(Model, loss, 8 if batches[0][1].ndim == 1 else 1)
+    with caplog.at_level(logging.WARNING, "skippipe_plugin"):
+        found = train(make, _Batches(batches), 3, {"num_microbatches": 3, "verbose": False}, max_steps=len(batches))
+    assert_same_run(found, train(make, _Batches(batches), 1, max_steps=len(batches)))
+    return caplog.text  # type: ignore[no-any-return]
+
+
+def observed(module: Any, x: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
+    known = ~torch.isnan(y)
+    return F.mse_loss(module(x)[known], y[known])
+
+
+class _Batches(torch.utils.data.IterableDataset[Batch]):
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.batches
+
+
+@pytest.mark.parametrize("name", BY_VALUES)
+def test_what_depends_on_values_of_later_batches_is_that_of_one_process(name: str, caplog: Any) -> None:
+    assert "runs once, on the whole batch" in both(BY_VALUES[name], features(), caplog)
+
+
+def test_comparisons_of_samples_leave_the_batch_cut(caplog: Any) -> None:
+    assert "runs once" not in both(ordinary, features(), caplog)
+
+
+@pytest.mark.parametrize("loss", [long_ones, odd_ones])
+def test_what_depends_on_lengths_of_later_batches_is_that_of_one_process(loss: Loss, caplog: Any) -> None:
+    assert "runs once, on the whole batch" in both(loss, by_length([8, 12, 8, 20, 9, 8]), caplog)
+
+
+def test_padding_that_comes_later_leaves_the_batch_cut(caplog: Any) -> None:
+    later = [12, 12, 12, 12, [12, 3, 4, 5, 12, 9, 2, 1], [7, 8, 9, 10, 11, 2, 3, 12]]
+    assert "runs once" not in both(padded, by_length(later), caplog)
+
+
+def test_targets_that_are_missing_later_leave_the_batch_cut(caplog: Any) -> None:
+    batches = by_length([4] * 6)
+    for number in (3, 4):
+        batches[number][1][number : 2 * number, :2] = float("nan")
+    assert "runs once" not in both(observed, batches, caplog)
