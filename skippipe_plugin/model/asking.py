@@ -176,6 +176,7 @@ class Asking:
         self._reads: dict[Hashable, frozenset[str]] = {}
         self._around: Surroundings | None = None
         self._statistics: BatchStatistics | None = None
+        self._parts_of_blocks: list[nn.Module] = []
 
     def about(self, question: Question) -> Answer:
         """Return what is known about a step, asking first where that is not enough."""
@@ -207,7 +208,14 @@ class Asking:
         detail = question.detail if question.detail in details or len(details) < _MOST_DETAILS else None
         details.add(detail)
         read = self.clock.shows(self._reads.get(question.kind, frozenset()))
-        return question.kind, detail, read, self.surroundings.number()
+        return question.kind, detail, read, self.surroundings.number(), self._modes()
+
+    def _modes(self) -> Hashable:
+        """Return which parts of the blocks train: one that was frozen may look at other samples from then on."""
+        if not self._parts_of_blocks:
+            blocks = self._spread.pipeline.proxies.blocks
+            self._parts_of_blocks = [part for block in blocks for part in block.modules()]
+        return tuple([part.training for part in self._parts_of_blocks])
 
     def again(self, question: Question, answer: Answer) -> Answer:
         """Ask about a step of which something is known, but not enough."""

@@ -201,7 +201,8 @@ def parts_of(
 def kind_of(call: StackCall, counts: Sequence[int]) -> Hashable:
     """Return what calls have in common that are cut alike: which sizes are equal to which, not what they are.
 
-    A longest sample of another length makes no new kind, but one that is as long as there are samples does.
+    A longest sample of another length makes no new kind, but one that is as long as there are samples does. So does a
+    block that is put into another mode: a BatchNorm that was frozen looks at other samples from then on.
 
     Args:
         call: The call.
@@ -219,6 +220,7 @@ def kind_of(call: StackCall, counts: Sequence[int]) -> Hashable:
         tuple(side.dtype for side in call.side_inputs),
         tuple(constants),
         tuple((bool(mode.attributes), mode.tensors) for mode in call.modes if mode.attributes),
+        tuple(mode.training for mode in call.modes),
         call.ambient.grad,
     )
 

@@ -186,3 +186,44 @@ def test_targets_that_are_missing_later_leave_the_batch_cut(caplog: Any) -> None
     for number in (3, 4):
         batches[number][1][number : 2 * number, :2] = float("nan")
     assert "runs once" not in both(observed, batches, caplog)
+
+
+# ------------------------------------------------------------- blocks that are put into another mode
+
+
+class OwnNorm(nn.Module):
+    """Looks at its batch while it trains."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h - h.mean(0) if self.training else h
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), norm()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.tanh(self.norm(self.linear(h)))  # type: ignore[no-any-return]
+
+
+class Thawed(Model):
+    """Lets its norms train from the third batch on."""
+
+    def __init__(self, norm: Callable[[], nn.Module]) -> None:
+        super().__init__(lambda module, x, y, _: classes(module, x, y).mean(), 8)
+        self.blocks = nn.ModuleList(Normed(norm) for _ in range(2))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        for block in self.blocks:
+            block.norm.train(batch_idx > 1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "microbatches"), [(OwnNorm, "auto"), (OwnNorm, "stack"), (functools.partial(nn.BatchNorm1d, 8), "stack")]
+)
+def test_norms_that_train_later_get_the_whole_batch(norm: Callable[[], nn.Module], microbatches: str) -> None:
+    make, batches = functools.partial(Thawed, norm), features()
+    pipe = {"num_microbatches": 3, "verbose": False, "microbatches": microbatches}
+    found = train(make, _Batches(batches), 3, pipe, max_steps=len(batches))
+    assert_same_run(found, train(make, _Batches(batches), 1, max_steps=len(batches)))
