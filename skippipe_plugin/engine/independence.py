@@ -20,6 +20,8 @@ MIXES: Final = "mixes"
 """A block makes something else of a part of the batch than of all of it."""
 FAILS: Final = "fails"
 """A block fails when it is asked."""
+_ROUNDING: Final = 1e-6
+"""Gradients are summed to so much of the largest of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +130,8 @@ class _Comparison:
         try:
             whole = self._gradients([call], [hidden], parts)
             pieces = self._gradients(parts.calls, torch.split(hidden, list(parts.rows), parts.enters), parts)
-            pairs = list(zip(whole, pieces, strict=True))
-            if all(_are_close(*pair, coarse=10.0) for pair in pairs):
+            rounding = _ROUNDING * max(map(_largest, whole))  # of those too that are 0 but for it, as of biases of keys
+            if all(_are_close(*pair, coarse=10.0, least=rounding) for pair in zip(whole, pieces, strict=True)):
                 return True
             again = self._gradients([call], [hidden], parts)
         except Exception:  # nothing goes back, or not in this way
@@ -160,12 +162,15 @@ def _is_same(one: _Outcome, other: _Outcome) -> bool:
     return torch.equal(one[0], other[0]) and not others(one[1], other[1])
 
 
-def _are_close(whole: Tensor, together: Tensor, coarse: float = 1.0) -> bool:
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().nan_to_num(posinf=0.0).max()) if tensor.numel() else 0.0
+
+
+def _are_close(whole: Tensor, together: Tensor, coarse: float = 1.0, least: float = 0.0) -> bool:
     tolerance = 1e-4 if whole.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu") else 3e-2
     tolerance *= coarse
-    scale = float(whole.detach().abs().nan_to_num(posinf=0.0).max()) if whole.numel() else 0.0
     return together.shape == whole.shape and torch.allclose(
-        together, whole, rtol=tolerance, atol=tolerance * scale, equal_nan=True
+        together, whole, rtol=tolerance, atol=max(least, tolerance * _largest(whole)), equal_nan=True
     )
 
 
