@@ -16,7 +16,7 @@ def outputs(notebook: Any) -> list[Any]:
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
-SLOW = {"04_experts"}
+SLOW = {"03_survive_a_kill", "04_experts"}
 
 
 @pytest.mark.parametrize(

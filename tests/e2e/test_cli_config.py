@@ -148,6 +148,7 @@ def test_what_a_file_gets_wrong_is_named(argument: str, message: str, capsys: py
     assert message in capsys.readouterr().err + str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_example_runs_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"model.num_layers": 3, "model.width": 32, "data.batch_size": 8, "data.path": "text.txt"}
     short = {"trainer.max_steps": 4, "trainer.val_check_interval": 4, "trainer.limit_val_batches": 1}

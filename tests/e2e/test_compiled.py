@@ -75,7 +75,9 @@ def uncompiled() -> Run:
     return _run(lambda: LanguageModel(Transformer()), 1)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.slow if form == "whole_network" else ()) for form in FORMS]
+)
 def test_compiled_models(form: str, uncompiled: Run, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
     run = _run(FORMS[form], 3, callbacks=[checkpoint], enable_checkpointing=True)

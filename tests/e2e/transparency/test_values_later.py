@@ -220,7 +220,12 @@ class Thawed(Model):
 
 
 @pytest.mark.parametrize(
-    ("norm", "microbatches"), [(OwnNorm, "auto"), (OwnNorm, "stack"), (functools.partial(nn.BatchNorm1d, 8), "stack")]
+    ("norm", "microbatches"),
+    [
+        pytest.param(OwnNorm, "auto", marks=pytest.mark.slow),
+        (OwnNorm, "stack"),
+        (functools.partial(nn.BatchNorm1d, 8), "stack"),
+    ],
 )
 def test_norms_that_train_later_get_the_whole_batch(norm: Callable[[], nn.Module], microbatches: str) -> None:
     make, batches = functools.partial(Thawed, norm), features()
