@@ -470,7 +470,13 @@ FROZEN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", [*SETTINGS.values(), {"replicas": 2}], ids=[*SETTINGS, "replicas"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=() if name in ("1f1b", "driver_stage") else pytest.mark.slow)
+        for name, options in {**SETTINGS, "replicas": {"replicas": 2}}.items()
+    ],
+)
 @pytest.mark.parametrize("members", FROZEN.values(), ids=FROZEN)
 def test_steps_without_some_gradients(members: dict[str, Any], options: dict[str, Any]) -> None:
     assert_exact(made(**members), options)

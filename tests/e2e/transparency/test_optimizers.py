@@ -332,7 +332,7 @@ class DroppingABatchByTheOptimizer(Model):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("name", [pytest.param("SGD", marks=pytest.mark.slow), "AdamW"])
 @pytest.mark.parametrize(
     "model",
     [
