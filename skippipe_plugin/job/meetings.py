@@ -146,7 +146,7 @@ class ByHand:
         except BaseException:
             source.close()
             raise
-        join = "" if secret is None else _join_command(pool, secret_file(network.secret_file))
+        join = _join_command(pool, secret, secret_file(network.secret_file))
         return Met(pool, SourceCrew(source), pool.address[0], (driver_key(0),), join)
 
 
@@ -168,7 +168,7 @@ class Launched:
         store = launcher.store()
         if launcher.rank == 0:
             secret = job_secret(network.secret_file, create=True)
-            if secret is None and network.local_workers is not None:
+            if secret is None:
                 _need_no_secret(network, None)
         else:
             secret = secret_of(DriverAddress.of_rank(store, 0), network)
@@ -182,8 +182,7 @@ class Launched:
         )
         left, join = None, ""
         if launcher.rank == 0:
-            left = leave_secret(pool.secret)
-            join = "" if secret is None else _join_command(pool, secret_file(network.secret_file))
+            left, join = leave_secret(pool.secret), _join_command(pool, secret, secret_file(network.secret_file))
         crew = SourceCrew(make_source("launched"))
         return Met(pool, crew, launcher.address, (driver_key(launcher.rank),), join, left=left)
 
@@ -226,7 +225,7 @@ class Supervised:
         )
         # The store outlives this driver: its generations are others than those of the drivers before.
         pool.generations = itertools.count(crew.attempt * _GENERATIONS)
-        join = "" if file is None else _join_command(pool, file)
+        join = _join_command(pool, file, file)
         return Met(pool, crew, host, (driver_key(0), crew.key), join, (crew, roll))
 
 
@@ -271,7 +270,10 @@ def _need_no_secret(network: NetworkConfig, workers: Workers | None) -> None:
         )
 
 
-def _join_command(pool: WorkerPool, file: str | None) -> str:
+def _join_command(pool: WorkerPool, given: str | None, file: str | None) -> str:
+    """Return how workers join by hand; nothing where no secret was ``given`` that they could know."""
+    if given is None:
+        return ""
     host, port = pool.address
     name = f"--secret-file {file}" if file is not None else f"(which takes {SECRET_VARIABLE} from its environment)"
     here = "; from this machine only, unless NetworkConfig(host=...) names an address of another network"

@@ -49,8 +49,10 @@ class Flip:
     def of(self, outcome: Tensor) -> Tensor:
         """Return an outcome, turned."""
         turned = outcome.clone()
-        first = turned.narrow(self.dim, 0, 1)
-        return turned if not first.numel() else _filled(turned, first)
+        if turned.numel():
+            first = turned.narrow(self.dim, 0, 1)
+            first.fill_(not first.reshape(-1)[0].item())
+        return turned
 
 
 class Comparisons:
@@ -88,11 +90,6 @@ def flips(whole: Sequence[Compared], parts: Sequence[Sequence[Compared]], view: 
         if dim is not None and _is_even(one, others) and not _is_watched(one, others[0], view):
             found.append(Flip(number, dim, one.name))
     return tuple(found[:_MOST])
-
-
-def _filled(turned: Tensor, first: Tensor) -> Tensor:
-    first.fill_(not first.reshape(-1)[0].item())
-    return turned
 
 
 def _dim_of_samples(whole: Tensor, part: Tensor) -> int | None:
