@@ -1,16 +1,20 @@
 """What every test may count on: one thread per process, and nothing left behind by the test before."""
 
 import contextlib
+import fcntl
 import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from hypothesis import settings
 
+DOOR, ROOM = Path(__file__), Path(__file__).parent
+"""Two things to lock, that all processes of a run have."""
 GRACE_S = 5.0
 LEAK_PREFIXES = ("SKIPPIPE_", "RANK", "WORLD_SIZE", "MASTER_")
 # Helpers that Python and torch start once and keep until the process ends.
@@ -23,6 +27,28 @@ settings.load_profile("skippipe")
 # Children inherit it. Two threads per process on contended cores cost far more than they bring.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Let a test that is marked ``alone`` run beside no other test of this folder."""
+    alone = item.get_closest_marker("alone") is not None
+    with contextlib.ExitStack() as held:
+        with _locked(DOOR, fcntl.LOCK_EX):  # who waits to be alone keeps it, so that nobody slips in
+            held.enter_context(_locked(ROOM, fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        return (yield)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
+    """Hold a lock on what lies at a path."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that a test has forked holds it open, too
+        os.close(descriptor)
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,8 @@ from .models import Block, tokens
 from .modules import loader
 from .support import Run, assert_same_run, train, trainer_for
 
+pytestmark = pytest.mark.alone
+
 STEPS, MICROBATCHES = 14, 8
 SLOW_FROM = 12
 """The training forward, counted on each worker, from which one worker is slow."""

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from skippipe_plugin.schedule import CostModel, Timeline, full_schedule, messages, simulate
 from skippipe_plugin.strategies import SkipPipeStrategy
 
+pytestmark = pytest.mark.alone
+
 FORWARD_S = 0.02
 
 

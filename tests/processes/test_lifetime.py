@@ -10,6 +10,8 @@ import pytest
 
 from tests.processes.support import half_way, plain, start, wait_until, workers_of
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def training():

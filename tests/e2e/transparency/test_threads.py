@@ -365,6 +365,7 @@ def test_a_step_that_waits_for_another_is_found(kind: str, in_threads: bool, mon
     assert_same_run(run(context, 3, strategy={"num_microbatches": 1}), run(context, 1))  # the way out
 
 
+@pytest.mark.slow  # it waits whenever it is asked
 @pytest.mark.usefixtures("impatient")
 def test_a_step_that_works_or_waits_alone_is_not_disturbed() -> None:
     @contextlib.contextmanager

@@ -20,6 +20,8 @@ from skippipe_plugin.engine.control.presence import Beat, Hello
 from skippipe_plugin.engine.errors import ConnectionsBroken, SkipPipeError, StageLostError
 from skippipe_plugin.engine.versions import own_versions
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def pool() -> Iterator[WorkerPool]:

@@ -173,7 +173,7 @@ def test_constants_are_equal_to_themselves_only() -> None:
         assert [other for other, template in enumerate(again) if template == one] == [index], CONSTANTS[index]
 
 
-@pytest.mark.parametrize("value", CONSTANTS, ids=str)
+@pytest.mark.parametrize("value", CONSTANTS, ids=lambda value: str(value).partition(" at 0x")[0])
 def test_constants_arrive(value: Any) -> None:
     args, _ = filled(*take(value))
     assert type(args[1]) is type(value)
