@@ -15,8 +15,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ..driver.capture.suspend import current_thread
-from ..model.asking import Key, Results
 from ..model.reductions import MISSING
+from ..model.trials import Key, Results
 from .logged import Logged, noting
 
 Merge = Callable[[Key, list[Any]], Any]

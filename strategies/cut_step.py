@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..driver.capture.batches import Cut
 from ..driver.steps import StepTask
-from ..model.asking import LOSS, Asking, Clock, Question, Results
+from ..model.asking import Asking, Clock
 from ..model.kinds import detail_of, form_of, kind_of
 from ..model.merging import Agree, Merging
 from ..model.settings import CutWhere
 from ..model.shares import loss_weights
 from ..model.spread import SpreadModel
+from ..model.trials import LOSS, Question, Results
 from ..model.weight import MicrobatchWeight, view_of
 from .averaged_log import AveragedLog, noted, noted_log
 from .clock import TrainersClock

@@ -7,7 +7,6 @@ nothing the functions change stays (:mod:`.traceless`).
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -18,9 +17,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..driver.capture.rewind import metric_states, set_metric_states
-from ..driver.capture.suspend import Suspended, new_step_thread
-from ..engine.call import Ambient, device_types
 from ..engine.errors import SkipPipeError
 from .batch_state import BatchState
 from .batch_statistics import BatchStatistics
@@ -30,20 +26,19 @@ from .entering import HIDDEN
 from .fakes import Fakes, Incomparable, Neutral
 from .flips import WHY as TURNS
 from .flips import Flip, flips
-from .interleaving import DRAWN, alike, by_turns, effect
+from .interleaving import DRAWN
 from .kinks import COURSE, bent, features
 from .kinks import WHY as BENDS
-from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same
-from .slopes import GRADIENT, Slopes, follows, slopes_of
+from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems
+from .resized import FACTORS, ROUNDING, Sizes, resize
+from .resized import WHY as SIZES
+from .slopes import GRADIENT, Slopes, follows
 from .slopes import WHY as DETACHED
 from .spread import SpreadModel
 from .surroundings import Surroundings
 from .traceless import Untouched, uneven, untouched
+from .trials import LOSS, Key, Question, Results, Trials, named
 
-Key = tuple[Any, ...]
-"""Names a result of a step: ``("loss",)``, ``("output",)``, ``("log", name, number)``."""
-Results = dict[Key, Any]
-LOSS: Final[Key] = ("loss",)
 _GRADIENTS: Final = "the gradients of parameters"
 _LEAST_ASKED: Final = 3
 """So many batches with labels or masks are asked about in any case: rules that are none may fit one by chance."""
@@ -72,19 +67,6 @@ class Clock:
         return number
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One step to ask about."""
-
-    kind: Hashable
-    """Steps of the same kind reduce alike, as far as what follows does not matter."""
-    view: View
-    whole: Callable[[], Results]
-    pieces: Sequence[Callable[[], Results]]
-    detail: Hashable = ()
-    """What a step may do otherwise for, if it has few values: numbers and texts in the batch, forms of microbatches."""
-
-
 @dataclass(slots=True)
 class Answer:
     """What is known about a kind of step."""
@@ -108,6 +90,7 @@ class Answer:
     """Whether the step itself registers forward hooks on blocks, and removes them."""
     flips: tuple[Flip, ...] = ()
     """Comparisons that came out alike for all samples when the step was asked first."""
+    sizes: Sizes = field(default_factory=Sizes)
     num_asked: int = 0
     num_plain: int = 0
     """So many batches since held neither labels nor anything like a mask."""
@@ -128,11 +111,6 @@ class Answer:
     def has_no_rule(self) -> bool:
         """Whether that holds for other steps of the kind, too, whatever is another for them."""
         return bool(self.read or self.crossing or self.left or self.blocks or self.problems)
-
-
-def named(key: Key) -> str:
-    """Return how users call a result."""
-    return {"loss": "the loss", "output": "the output"}.get(key[0]) or f"self.log({key[1]!r})"
 
 
 class Asking:
@@ -164,6 +142,7 @@ class Asking:
         self._spread = spread
         self._module = module
         self._device = device
+        self._trials = Trials(spread, module, device)
         self._weighted = weighted
         self._quiet = quiet
         self.clock = clock or Clock()
@@ -227,7 +206,9 @@ class Asking:
 
             def run() -> Results:
                 self._spread.pipeline.heal()
-                return self._run(function, functools.partial(Fakes([1], 0).of_piece, 0), Neutral(), trace.restore)
+                return self._trials.run(
+                    function, functools.partial(Fakes([1], 0).of_piece, 0), Neutral(), trace.restore
+                )
 
             try:
                 return self._spread.pipeline.surviving(run)
@@ -270,13 +251,18 @@ class Asking:
             self._untouched() as trace,
             _with_batch(trace, question.view) as trace,
         ):
-            number = answer.num_asked  # each asks with hidden states of its own: what was 0 so far may be another
+            suspect, number = (
+                answer.sizes.suspect,
+                answer.num_asked,
+            )  # each asks with hidden states of its own: what was 0 so far may be another
             draws = (0, 1) if not number else (4 * number + number % 2,)
             for draw in draws:
                 learn = functools.partial(self._learn, question, answer, draw, trace)
                 self._spread.pipeline.surviving(learn)
             if not (number or answer.is_hopeless or answer.odd):
                 self._spread.pipeline.surviving(functools.partial(self._turn, question, answer, trace))
+            if answer.sizes.suspect and not (suspect or answer.is_hopeless or answer.odd):
+                self._spread.pipeline.surviving(functools.partial(self._resize, question, answer, trace))
         answer.hooks = answer.hooks and not self.is_watched  # those of before are looked at in each step
         answer.problems = dict(answer.odd)
         for name in sorted(answer.metrics):
@@ -309,27 +295,39 @@ class Asking:
 
     def _turn(self, question: Question, answer: Answer, trace: Untouched) -> None:
         """Let what was compared come out otherwise for one sample."""
-        self._spread.pipeline.heal()
         for flip in answer.flips:
-            fakes = Fakes(question.view.sizes, 0)
-            modes = [Neutral(flip=None if index else flip) for index in range(len(question.pieces))]
-            try:
-                parts = [
-                    self._run(piece, functools.partial(fakes.of_piece, index), modes[index], trace.restore)
-                    for index, piece in enumerate(question.pieces)
-                ]
-                mode = Neutral([each.drawn for each in modes], flip=flip)
-                whole = self._run(question.whole, fakes.of_whole, mode, trace.restore)
-            except SkipPipeError:
-                raise
-            except Exception:  # an assertion of the step's, for instance
+            found = self._trials.both(question, Fakes(question.view.sizes, 0), trace.restore, flip)
+            if found is None:
                 continue
             turned = dataclasses.replace(answer, plans={**answer.plans})
-            self._narrow(question.view, turned, whole, parts)
+            self._narrow(question.view, turned, *found)
             if any(problems(plan, named(key)) for key, plan in turned.plans.items()):
                 answer.odd[COURSE] = TURNS.format(name=flip.name)
                 return
             answer.plans = turned.plans  # of rules that fitted a batch without any such sample, one may be left
+
+    def _resize(self, question: Question, answer: Answer, trace: Untouched) -> None:
+        """Let features and hidden states be of other sizes, for steps that may do something else then."""
+        for factor in FACTORS:
+            if factor > 1 and answer.sizes.has_indices:
+                continue
+
+            def restore(factor: float = factor) -> None:
+                trace.restore()
+                resize(question.view, _features(question.view), factor)
+
+            fakes = Fakes(question.view.sizes, 0, factor)
+            found = self._trials.both(question, fakes, restore)
+            if found is None:
+                continue
+            rounding, question.view.rounding = question.view.rounding, ROUNDING
+            other = dataclasses.replace(answer, plans={**answer.plans})
+            self._narrow(question.view, other, *found)
+            question.view.rounding = rounding
+            is_cut = all(entrance.is_of_samples for entrance in fakes.entrances(ROUNDING))
+            if not is_cut or any(problems(plan, named(key)) for key, plan in other.plans.items()):
+                answer.odd[COURSE] = SIZES.format(name=answer.sizes.suspect)
+                return
 
     def _narrow(self, view: View, answer: Answer, whole: Results, parts: Sequence[Results]) -> None:
         weightings = self._weightings(view, answer)
@@ -359,9 +357,9 @@ class Asking:
         for index, piece in enumerate(question.pieces):
             mode = Neutral(features=marked)
             try:
-                parts.append(self._run(piece, functools.partial(fakes.of_piece, index), mode, restore))
+                parts.append(self._trials.run(piece, functools.partial(fakes.of_piece, index), mode, restore))
                 size = question.view.sizes[index] / sum(question.view.sizes)
-                slopes.append(self._slopes(parts[-1], fakes.made[index], size))
+                slopes.append(self._trials.slopes(parts[-1], fakes.made[index], size))
             except SkipPipeError:
                 raise
             except Exception as error:
@@ -373,14 +371,15 @@ class Asking:
             kinks.append(mode.kinks)
             compared.append(mode.compared)
             answer.constants |= mode.constants
+            answer.sizes |= mode.sizes
             answer.crossing = answer.crossing or (DRAWN if trace.has_drawn() else "")
         answer.hooks |= fakes.are_watched
         if failed is None and draw < 2:
-            answer.crossing = answer.crossing or self._crossing(question, draw, parts, drawn, restore)
+            answer.crossing = answer.crossing or self._trials.crossing(question, draw, parts, drawn, restore)
         if failed is not None:
             alone = Fakes([sum(question.view.sizes)], draw)
             try:
-                self._run(question.whole, functools.partial(alone.of_piece, 0), Neutral(), restore)
+                self._trials.run(question.whole, functools.partial(alone.of_piece, 0), Neutral(), restore)
             except SkipPipeError:
                 raise
             except Exception as error:
@@ -388,17 +387,18 @@ class Asking:
             return _PieceFailed(f"a microbatch fails where the batch does not: {type(failed).__name__}: {failed}")
         mode = Neutral(drawn, features=marked)
         try:
-            whole = self._run(question.whole, fakes.of_whole, mode, restore)
+            whole = self._trials.run(question.whole, fakes.of_whole, mode, restore)
         except SkipPipeError:
             raise
         except Exception as error:
             return error
-        slopes.append(self._slopes(whole, fakes.made[-1]))
+        slopes.append(self._trials.slopes(whole, fakes.made[-1]))
         if bend := bent(mode.kinks, kinks):
             answer.odd[COURSE] = BENDS.format(name=bend)
         if not draw:
             answer.flips = flips(mode.compared, compared, question.view)
         answer.constants |= mode.constants
+        answer.sizes |= mode.sizes
         answer.left = answer.left or trace.changed_in_batch()  # then microbatches cannot take its place
         changes = trace.changes()
         blocks = self._spread.pipeline.proxies.blocks
@@ -406,125 +406,20 @@ class Asking:
             answer.failure = answer.failure or entrance.differs(blocks)
             if not entrance.is_of_samples:
                 answer.odd[HIDDEN] = "it is computed over samples"
-        answer.metrics |= self._metrics_that_differ(question, draw, restore)
+        answer.metrics |= self._trials.metrics_that_differ(question, draw, restore)
         if fakes.dtypes == {torch.float64}:
             question.view.rounding = 1e-10
         if answer.blocks is None:
             answer.blocks = difference_of_blocks(self._spread, fakes, question.view.sizes)
         if changes and not answer.left:
-            answer.left = self._left_behind(question, draw, drawn, changes, trace)
+            answer.left = self._trials.left_behind(question, draw, drawn, changes, trace)
         return whole, parts, functools.partial(self._check_slopes, answer, slopes, fakes.dims, question.view)
-
-    def _slopes(self, results: Results, made: Sequence[Tensor], factor: float = 1.0) -> Slopes | None:
-        """Return the gradient of a loss, in whose backward user code may run."""
-        blocks = self._spread.pipeline.proxies.blocks
-        elsewhere = {id(parameter) for block in blocks for parameter in block.parameters()}
-        with Neutral():
-            own = [parameter for parameter in self._module.parameters() if id(parameter) not in elsewhere]
-            return slopes_of(results.get(LOSS), made, own, factor)
 
     def _check_slopes(self, answer: Answer, slopes: Sequence[Slopes | None], dims: Sequence[int], view: View) -> None:
         """Note where the gradient of the loss does not follow as the loss does."""
         known = [each for each in slopes if each is not None]
         if len(known) == len(slopes) and not follows(known[-1], known[:-1], dims, answer.plans.get(LOSS), view):
             answer.odd[GRADIENT] = DETACHED
-
-    def _crossing(
-        self,
-        question: Question,
-        draw: int,
-        alone: Sequence[Results],
-        drawn: Sequence[Sequence[Tensor]],
-        restore: Callable[[], None],
-    ) -> str:
-        """Say how microbatches that take turns affect each other; nothing where they do not.
-
-        Args:
-            question: The step.
-            draw: The draw of hidden states.
-            alone: What each microbatch gave.
-            drawn: By microbatch: what random functions gave it.
-            restore: Brings everything back.
-        """
-        fakes = Fakes(question.view.sizes, draw)
-        replies = [functools.partial(fakes.of_piece, index) for index in range(len(question.pieces))]
-        modes = [Neutral([each]) for each in drawn]
-        ambient = Ambient.current(device_types(self._device))
-        restore()
-        context = contextvars.copy_context()
-        together = context.run(by_turns, question.pieces, replies, modes, ambient)
-        return effect(alone, together, 1e-10 if fakes.dtypes == {torch.float64} else question.view.rounding)
-
-    def _metrics_that_differ(self, question: Question, draw: int, restore: Callable[[], None]) -> set[str]:
-        """Name the torchmetrics that microbatches leave with other counts than the batch, whose run was the last."""
-        whole = metric_states(self._module)
-        if not whole:
-            return set()
-        fakes = Fakes(question.view.sizes, draw)
-        for index, piece in enumerate(question.pieces):
-            counted = metric_states(self._module) if index else None
-            resume = functools.partial(_set_back, self._module, restore, counted)
-            self._run(piece, functools.partial(fakes.of_piece, index), Neutral(), resume)
-        counts = metric_states(self._module)
-        return {name for name in whole if not _same_counts(whole[name][1], counts[name][1], question.view.rounding)}
-
-    def _left_behind(
-        self,
-        question: Question,
-        draw: int,
-        drawn: Sequence[Sequence[Tensor]],
-        changes: Mapping[str, Any],
-        trace: Untouched,
-    ) -> str:
-        """Name what is another when the step has run for each microbatch than when it has run for the batch.
-
-        Args:
-            question: The step.
-            draw: The draw of hidden states.
-            drawn: By microbatch: what random functions gave it.
-            changes: What the batch has left.
-            trace: What the step finds.
-        """
-        fakes = Fakes(question.view.sizes, draw)
-        for index, piece in enumerate(question.pieces):
-            resume = _go_on if index else trace.restore
-            part = self._run(piece, functools.partial(fakes.of_piece, index), Neutral([drawn[index]]), resume)
-            self._slopes(part, fakes.made[index])
-        found = _others(changes, trace.changes(), question.view.rounding)
-        if found:  # times and the like are others whenever a step runs
-            self._slopes(self._run(question.whole, fakes.of_whole, Neutral(drawn), trace.restore), fakes.made[-1])
-            found -= _others(changes, trace.changes(), question.view.rounding)
-        return min(found, default="")
-
-    def _run(
-        self,
-        function: Callable[[], Results],
-        reply: Callable[[Any], Tensor],
-        mode: Neutral,
-        restore: Callable[[], None],
-    ) -> Results:
-        restore()
-        return contextvars.copy_context().run(self._run_in_own_context, function, reply, mode)
-
-    def _run_in_own_context(
-        self, function: Callable[[], Results], reply: Callable[[Any], Tensor], mode: Neutral
-    ) -> Results:
-        thread = new_step_thread()
-
-        def under_mode() -> Results:
-            with mode:
-                return function()
-
-        try:
-            outcome = thread.start(under_mode, Ambient.current(device_types(self._device)))
-            while isinstance(outcome, Suspended):
-                with outcome.request.ambient.entered():
-                    answer = reply(outcome.request)
-                outcome = thread.resume(answer)
-            results: Results = outcome.value
-            return results
-        finally:
-            thread.close()
 
 
 @contextmanager
@@ -554,34 +449,6 @@ def _beginning(last: Answer | None) -> Answer:
     if last is None:
         return Answer()
     return Answer({} if last.is_hopeless else {**last.plans}, constants={*last.constants}, is_told=last.is_told)
-
-
-def _set_back(module: nn.Module, restore: Callable[[], None], counted: Mapping[str, Any] | None) -> None:
-    restore()
-    if counted is not None:
-        set_metric_states(module, counted)
-
-
-def _go_on() -> None:
-    """Bring nothing back."""
-
-
-def _others(one: Mapping[str, Any], other: Mapping[str, Any], tolerance: float) -> set[str]:
-    """Return the names of what two runs have left differently."""
-    names = one.keys() | other.keys()
-    return {n for n in names if n not in one or n not in other or not alike(one[n], other[n], tolerance)}
-
-
-def _same_counts(whole: Mapping[str, Any], parts: Mapping[str, Any], rounding: float) -> bool:
-    """Compare a metric's states; lists are what was gathered so far, in pieces of any length."""
-    for name, state in whole.items():
-        one, other = state, parts[name]
-        if isinstance(one, list) and one and other and all(isinstance(x, Tensor) and x.ndim for x in (*one, *other)):
-            one, other = torch.cat(one), torch.cat(other)
-        scale = float(one.abs().max()) if isinstance(one, Tensor) and one.is_floating_point() and one.numel() else 0.0
-        if not same(one, other, rounding, scale):
-            return False
-    return True
 
 
 class _PieceFailed(Exception):

@@ -26,7 +26,7 @@ from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
-from .asking import LOSS, Asking, Question, Results
+from .asking import Asking
 from .entrance import Entrance, LoopGraph
 from .kinds import detail_of, form_of, kind_of
 from .merging import Merging
@@ -44,6 +44,7 @@ from .outputs import (
 from .shares import loss_weights
 from .spread import SpreadModel
 from .suspended import SuspendedStep, Train
+from .trials import LOSS, Question, Results
 from .untrained import Untrained
 from .weight import MicrobatchWeight, view_of
 

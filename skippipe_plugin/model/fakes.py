@@ -17,6 +17,7 @@ from ..driver.capture.proxies import StackCall
 from .entering import Entered, Entrance
 from .flips import COMPARISONS, Compared, Comparisons, Flip
 from .kinks import Kink, Kinks, mark
+from .resized import Sizes
 
 _GOLDEN: Final = 0.6180339887
 _DROPOUTS: Final = frozenset(
@@ -54,11 +55,13 @@ class Fakes:
     Args:
         sizes: The microbatches' numbers of samples.
         draw: Different numbers give different hidden states; of four in a row the last two are positive.
+        factor: By how much all are multiplied.
     """
 
-    def __init__(self, sizes: Sequence[int], draw: int) -> None:
+    def __init__(self, sizes: Sequence[int], draw: int, factor: float = 1.0) -> None:
         self._sizes = sizes
         self._draw = draw
+        self._factor = factor
         self._noise: list[list[tuple[Tensor, Tensor, int]]] = [[] for _ in sizes]
         self._calls = 0
         self._entered: list[list[Entered]] = [[] for _ in (*sizes, 0)]
@@ -137,7 +140,7 @@ class Fakes:
         if hidden.shape == spec.shape and hidden.is_floating_point():
             made = made + torch.sin((1.7 + 0.4 * (self._draw % 4)) * hidden.float())
         made = made * scales.to(hidden.device)
-        made = (made.abs() + 0.05 if self._draw % 4 > 1 else made).to(spec.dtype)
+        made = ((made.abs() + 0.05 if self._draw % 4 > 1 else made) * self._factor).to(spec.dtype)
         if call.ambient.grad and made.is_floating_point() and not made.requires_grad:
             made.requires_grad_()
         mark(made)
@@ -181,6 +184,11 @@ class Neutral(TorchFunctionMode):
     def kinks(self) -> tuple[Kink, ...]:
         """Where what has run under it bends."""
         return tuple(self._kinks.seen)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What of it may go another way with values of other sizes."""
+        return self._kinks.sizes
 
     @property
     def compared(self) -> Sequence[Compared]:

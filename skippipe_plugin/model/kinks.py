@@ -12,6 +12,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from .resized import Sizes
+
 Kink = tuple[str, tuple[int, ...]]
 """The name of a function, and the shape of what it was taken of."""
 COURSE: Final = "the outcome"
@@ -59,6 +61,8 @@ class Kinks:
 
     def __init__(self, features: Collection[int] = ()) -> None:
         self.seen: list[Kink] = []
+        self.sizes = Sizes()
+        """What may bend where values are of other sizes."""
         self._features = features
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
@@ -71,8 +75,10 @@ class Kinks:
         if not marked:
             return result
         made_up = any(each.__dict__.get(_MARK) for each in marked)
-        if name in _BENT and (made_up or not _is_floor(name, args, kwargs)):
+        is_floor = not made_up and _is_floor(name, args, kwargs)
+        if name in _BENT and not is_floor:
             self.note(name, marked[0].shape)
+        self.sizes |= Sizes.of(name, is_floor=is_floor)
         if name == "item" and type(result) is float:
             return Watched(result, self.note)
         if name == "setitem":

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ..engine.errors import SkipPipeError
-from .asking import LOSS, Answer, Asking, Key, Question, named
+from .asking import Answer, Asking
 from .counting import Given, Samples
 from .reductions import Mean, Unsettled, check_settled, merge
 from .settings import CutWhere
+from .trials import LOSS, Key, Question, named
 from .weight import MicrobatchWeight
 
 Agree = Callable[[Any], list[Any]]

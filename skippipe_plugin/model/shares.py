@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..engine.errors import SkipPipeError
-from .asking import LOSS
 from .counting import Given, Samples
 from .merging import Agree, Merging, alone
 from .reductions import Mean, Sum, Unsettled, weighting_of
+from .trials import LOSS
 
 
 @dataclass(frozen=True, slots=True)

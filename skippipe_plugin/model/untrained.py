@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.errors import SkipPipeError
-from .asking import Asking, Key
+from .asking import Asking
 from .outputs import differentiable, guarded, map_tensors
+from .trials import Key
 
 _OUTPUT: Final[Key] = ("output",)
 _EVAL: Final = (

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,6 +85,11 @@ def hardest(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return loss[loss > 1.95].mean()
 
 
+def bounded(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    output = module(x)
+    return F.cross_entropy(output, labels) * min(1.0, float(output.detach().abs().max()))
+
+
 BY_VALUES: dict[str, Loss] = {
     "selected": selected,
     "weighted": weighted,
@@ -92,6 +98,11 @@ BY_VALUES: dict[str, Loss] = {
     "outlying, by a number": outlying_by_number,
     "hardest": hardest,
     "clipped": lambda module, x, y, w: classes(module, x * torch.clamp(4 / x.norm(), max=1.0), y).mean(),
+    "clipped, by a number": lambda module, x, y, w: classes(module, x / max(1.0, float(x.abs().max())), y).mean(),
+    "clipped, by a list": lambda module, x, y, w: classes(module, x / max(*x.flatten().tolist(), 1.0), y).mean(),
+    "clipped, by an array": lambda module, x, y, w: classes(module, x / max(1.0, x.numpy().max()), y).mean(),
+    "clipped, by a sum": lambda module, x, y, w: classes(module, x / x.abs().max().clamp(min=1), y).mean(),
+    "hidden states by a number": bounded,
     "different labels": lambda module, x, y, w: classes(module, x, y).mean() * len(torch.unique(y)),
 }
 
@@ -104,6 +115,8 @@ def ordinary(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     loss = F.cross_entropy(output, labels, reduction="none").clamp(max=50)
     loss = (loss * weights).sum() / weights.sum().clamp(min=1e-6)
     module.log("accuracy", (output.argmax(1) == labels).float().mean())
+    module.log("highest", float(output.max()), reduce_fx="max")
+    assert math.isfinite(float(loss) + x.sum().item() + output.detach().numpy().mean() + loss.tolist())
     module.log("bounded", torch.where(output > 40, output, output * 0.1).mean())
     return loss
 

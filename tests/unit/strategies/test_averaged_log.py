@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from skippipe_plugin.driver.capture.batches import split
 from skippipe_plugin.driver.capture.suspend import StepThread, new_step_thread
 from skippipe_plugin.engine.call import Ambient
-from skippipe_plugin.model.asking import Results as Found
 from skippipe_plugin.model.counting import Samples, View, candidates
 from skippipe_plugin.model.reductions import MISSING, find_plan, merge
+from skippipe_plugin.model.trials import Results as Found
 from skippipe_plugin.strategies.averaged_log import AveragedLog, noted, noted_log
 
 SIZES = (5, 1, 2)
