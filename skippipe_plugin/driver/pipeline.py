@@ -504,6 +504,7 @@ class Pipeline:
                 device=self.device,
                 ambient=ambient,
                 before_backward=self.gradients.window.open,
+                shown=self.gradients.window.shown,
             )
         return StepRun(
             task,

@@ -92,6 +92,8 @@ class WholeRun:
         book: How calls are cut.
         differs: Asks what the blocks compute otherwise for the parts of a call than for all of it, if anything.
         before_backward: Puts aside the accumulated gradients, which the function has seen.
+        shown: Shows the function the accumulated gradients where they are put aside already, since a stage on this
+            driver may have others' microbatches.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class WholeRun:
         device: torch.device,
         ambient: Ambient,
         before_backward: Callable[[], None],
+        shown: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._task = task
         self._first = microbatches.start
@@ -119,6 +122,7 @@ class WholeRun:
         self._device = device
         self._ambient = ambient
         self._before_backward = before_backward
+        self._shown = shown
         self._outcome: Outcome | None = None
         self._undo: Callable[[], None] | None = None
         """Undoes what the function has changed so far, where that may be asked for."""
@@ -261,12 +265,16 @@ class WholeRun:
     # -------------------------------------------------------------- pieces
 
     def _start(self) -> None:
-        self._take(self._thread.start(self._task.function, self._ambient))
+        with self._shown():
+            outcome = self._thread.start(self._task.function, self._ambient)
+        self._take(outcome)
         if self._task.training and isinstance(self._outcome, Returned) and self._outcome.value is not None:
             raise SkipPipeError(not_called(self._proxies))
 
     def _resume(self, answer: Tensor) -> None:
-        self._take(self._thread.resume(answer))
+        with self._shown():
+            outcome = self._thread.resume(answer)
+        self._take(outcome)
 
     def _take(self, outcome: Outcome) -> None:
         if isinstance(outcome, Returned):

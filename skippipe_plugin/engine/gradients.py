@@ -6,7 +6,8 @@ Lightning zeroes gradients after ``training_step`` and before ``backward``, whil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,22 @@ class GradientWindow:
         """Go on with a step that was paused."""
         if self._paused:
             self.open()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Let user code in the middle of a step see what is accumulated, and change that."""
+        if self._accumulated is None:
+            yield
+            return
+        new = _take(self.parameters)
+        self._hooks.put_back()
+        self._restore()
+        try:
+            yield
+        finally:
+            self.open()
+            for parameter, gradient in zip(self.parameters, new, strict=True):
+                parameter.grad = gradient
 
     def new_of(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return the new gradients of some of the parameters, to be changed in place."""

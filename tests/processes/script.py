@@ -1,5 +1,6 @@
 """A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced] [experts] [port=N] [two_nodes] [pause]``.
 
+``hosts``: each driver holds a stage. ``reads``: the step reads gradients.
 ``moves=+@1,-2@3 folder=PATH`` makes it elastic, see ``mortal.py``. Prints one JSON line per process.
 """
 
@@ -46,6 +47,9 @@ class Model(LightningModule):
             sys.stdout.write("half way\n")  # the test has a moment to interfere
             time.sleep(0.5)
         loss = self.loss_of(batch)
+        if "reads" in sys.argv:
+            gradients = [each.grad for each in self.head.parameters() if each.grad is not None]
+            loss = loss * (1 + sum(float(gradient.norm()) for gradient in gradients))
         self.log("train_loss", loss)
         return loss
 
@@ -81,7 +85,10 @@ def strategy_for(devices: int, drivers: int) -> object:
     network = NetworkConfig(port=ports[0], local_workers=0, join_timeout_s=60) if ports else None
     replicas = 2 if {"balanced", "experts"} & set(sys.argv) else 1
     moe = MoEConfig(expert_parallel=2) if "experts" in sys.argv else None
-    return SkipPipeStrategy(num_microbatches=4, drivers=drivers, replicas=replicas, network=network, moe=moe)
+    hosts = "hosts" in sys.argv
+    return SkipPipeStrategy(
+        num_microbatches=4, drivers=drivers, driver_stage=hosts, replicas=replicas, network=network, moe=moe
+    )
 
 
 def elastic() -> list[Callback]:

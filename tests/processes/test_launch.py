@@ -62,6 +62,13 @@ def test_two_drivers_share_the_data_like_ddp(launch, data_parallel: list[dict]) 
 
 
 @pytest.mark.slow
+def test_drivers_that_hold_a_stage_see_the_accumulated_gradients_in_a_step() -> None:
+    expected, results = run(plain(0, 2, "reads")), run(plain(3, 2, "reads", "hosts"))
+    for rank in (0, 1):
+        assert losses(results, rank) == pytest.approx(losses(expected, rank), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_two_drivers_change_their_paths_together(data_parallel: list[dict]) -> None:
     results = run(plain(6, 2, "balanced"))
     for rank in (0, 1):

@@ -66,6 +66,24 @@ def test_a_discarded_step_leaves_no_trace() -> None:
     assert params[0].grad is before
 
 
+def test_user_code_in_the_middle_of_a_step_sees_what_is_accumulated_and_may_change_it() -> None:
+    params = parameters()
+    window = GradientWindow(params)
+    backward(params, 1.0)
+    before = params[0].grad
+    window.open()
+    backward(params, 2.0)
+    with window.shown():
+        assert params[0].grad is before
+        params[0].grad = None
+    torch.testing.assert_close(params[0].grad, 4 * params[0].detach())
+    window.close()
+    assert params[0].grad is None
+    window.merge(1.0)
+    torch.testing.assert_close(params[0].grad, 4 * params[0].detach())
+    torch.testing.assert_close(params[1].grad, 6 * params[1].detach())
+
+
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
 @pytest.mark.parametrize("max_norm", [0.1, 100.0])
 def test_norms_of_parts_are_the_norm_of_the_whole(norm_type: float, max_norm: float) -> None:
