@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ _LEAST_ASKED: Final = 3
 """So many batches with labels or masks are asked about in any case: rules that are none may fit one by chance."""
 _MOST_DETAILS: Final = 32
 """After so many details of a kind further ones are taken to say nothing, as numbers of samples and names of files."""
+_MOST_SHOWN: Final = 8
+"""A hand of the clock that has shown more than so many, most of them once, is taken to move with every batch."""
 _MOST_ASKED: Final = 32
 """After so many batches of a kind nothing new is asked about, nor are masks looked for where there were none."""
 
@@ -153,12 +156,16 @@ class Asking:
         """By kind: what was known last."""
         self._details: dict[Hashable, set[Hashable]] = {}
         self._reads: dict[Hashable, frozenset[str]] = {}
+        self._shown: dict[tuple[Hashable, str], Counter[Hashable]] = {}
+        """By kind and hand of the clock: how often it showed what."""
+        self._fast = {*self.clock.fast, _GRADIENTS}
         self._around: Surroundings | None = None
         self._statistics: BatchStatistics | None = None
         self._parts_of_blocks: list[nn.Module] = []
 
     def about(self, question: Question) -> Answer:
         """Return what is known about a step, asking first where that is not enough."""
+        self._look_at_clock(question.kind)
         key = self._key(question)
         answer = self._answers.get(key)
         if answer is None:
@@ -186,8 +193,16 @@ class Asking:
         details = self._details.setdefault(question.kind, set())
         detail = question.detail if question.detail in details or len(details) < _MOST_DETAILS else None
         details.add(detail)
-        read = self.clock.shows(self._reads.get(question.kind, frozenset()))
+        read = self.clock.shows(self._reads.get(question.kind, frozenset()) - self._fast)
         return question.kind, detail, read, self.surroundings.number(), self._modes()
+
+    def _look_at_clock(self, kind: Hashable) -> None:
+        """Find out which of the hands of the clock that steps of a kind read move with every batch."""
+        for name in self._reads.get(kind, frozenset()) - self._fast:
+            shown = self._shown.setdefault((kind, name), Counter())
+            shown[self.clock.shows((name,))] += 1
+            if len(shown) > _MOST_SHOWN and 2 * len(shown) > shown.total():
+                self._fast.add(name)
 
     def _modes(self) -> Hashable:
         """Return which parts of the blocks train: one that was frozen may look at other samples from then on."""
@@ -271,9 +286,9 @@ class Asking:
             answer.problems |= problems(plan, named(key))
         answer.num_asked += 1
         answer.watch.learn(question.view, answer.constants)
-        reads, fast = self._reads.get(question.kind, frozenset()) | self.clock.reads, {*self.clock.fast, _GRADIENTS}
-        self._reads[question.kind] = reads - fast
-        answer.read = min(reads & fast, default="")
+        reads = self._reads.get(question.kind, frozenset()) | self.clock.reads
+        self._reads[question.kind] = reads
+        answer.read = min(reads & self._fast, default="")
         self._answers[self._key(question)] = self._last[question.kind] = answer
         return answer
 

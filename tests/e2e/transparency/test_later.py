@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from skippipe_plugin.model.asking import Asking
 from tests.e2e.models import TanhBlock as Block
 from tests.e2e.support import assert_same_run, train
 
@@ -152,6 +153,26 @@ def test_what_a_step_does_later_is_one_processs(kind: str) -> None:
     own = LATER[kind]
     make = type("Kind", (own, Validated), {}) if kind == "a metric" else own
     assert_same_run(*both(make, val_data=batches() if kind == "a metric" else None))
+
+
+class Follows(Model):
+    """Weighs its loss by that of the step before, as logged."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        before = self.trainer.callback_metrics.get("loss", torch.tensor(1.0))
+        loss = super().training_step(batch, batch_idx) * (1 + 0.1 * before)
+        self.log("loss", loss)
+        return loss
+
+
+def test_a_step_by_a_number_that_always_moves_is_asked_a_few_times(
+    told: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ask = [], Asking._ask
+    monkeypatch.setattr(Asking, "_ask", lambda *args: asked.append(1) or ask(*args))
+    assert_same_run(*both(Follows, max_epochs=6))
+    assert told()
+    assert len(asked) < 15
 
 
 def test_what_is_kept_after_the_sanity_check_is_one_processs() -> None:
