@@ -97,6 +97,7 @@ class CutStep:
             loss_is_sum=found.is_sum,
             share=found.share,
             scale=1 / self._module.trainer.accumulate_grad_batches,
+            bends=functools.partial(merging.asking.bend, self.question.kind, self.question.whole),
             framed=self._framed,
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -55,7 +55,7 @@ from ..schedule import CostModel, Schedule, Timeline
 from ..sources import workers_of
 from ..supervisor import supervised
 from ..worker import end_with_driver
-from .checks import check_fit
+from .checks import check_fit, check_replaceable, check_single, check_unreplaced
 from .clipping import clip_everywhere, clip_locally
 from .compiled import uncompile
 from .continuation import FROM_MEMORY, Continuation
@@ -378,13 +378,30 @@ class SkipPipeStrategy(DriversStrategy):
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        if len(self.optimizers) > 1:
-            raise SkipPipeError(f"{len(self.optimizers)} optimizers: a pipeline steps one; give it parameter groups")
+        self._take_optimizer()
+
+    def _take_optimizer(self) -> None:
+        check_single(self.optimizers)
         if self.optimizers and not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers made one
             self._remote = RemoteOptimizer(self._running().pipeline, self.optimizers[0])
             zero_everywhere(self.lightning_module, self._running().pipeline.gradients)
             if self._continuation is not None:
                 self._continuation.attach(self._running(), self._remote)
+
+    @property
+    @override
+    def optimizers(self) -> list[Optimizer]:
+        return self._optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        """Use others; while a model is spread, the parts on the workers become parts of the new one."""
+        self._optimizers = optimizers
+        self._lightning_optimizers = [LightningOptimizer._to_lightning_optimizer(each, self) for each in optimizers]
+        if self._remote is not None:
+            check_replaceable(optimizers, is_continued=self._continuation is not None)
+            self._remote = self._remote.replaced_by(optimizers[0])
+            self._reach_workers(self._remote)
 
     @override
     def setup_precision_plugin(self) -> None:
@@ -395,9 +412,13 @@ class SkipPipeStrategy(DriversStrategy):
                 "use precision='bf16-mixed'"
             )
         if self._remote is not None:
-            # What self.optimizers() returns has a zero_grad of its own, which sees this driver's parameters only.
-            self._lightning_optimizers[0].__dict__["zero_grad"] = self.optimizers[0].zero_grad
-            clip_everywhere(self.precision_plugin, self._remote)
+            self._reach_workers(self._remote)
+
+    def _reach_workers(self, remote: RemoteOptimizer) -> None:
+        """Let what Lightning does to gradients reach those on workers."""
+        # What self.optimizers() returns has a zero_grad of its own, which sees this driver's parameters only.
+        self._lightning_optimizers[0].__dict__["zero_grad"] = remote.optimizer.zero_grad
+        clip_everywhere(self.precision_plugin, remote)
 
     @override
     def teardown(self) -> None:
@@ -504,6 +525,7 @@ class SkipPipeStrategy(DriversStrategy):
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, batch, rest = self._step_arguments(args)
         running = self._running()
+        check_unreplaced(self.optimizers, self._remote)
         if running.attached is not None:
             running.attached.begin_step(module.trainer.global_step)
         with self.precision_plugin.train_step_context():
@@ -558,7 +580,8 @@ class SkipPipeStrategy(DriversStrategy):
         return step.finish(merging, values)
 
     def _whole_task(self, whole: WholeStep) -> WholeTask:
-        return whole.task(self._seed(), drivers=self.drivers, repeats=self._recovery is not None)
+        assert self._asking is not None
+        return whole.task(self._seed(), self._asking, drivers=self.drivers, repeats=self._recovery is not None)
 
     def _rewinder(self, module: LightningModule) -> Callable[[], None]:
         return rewinder(module) if self._recovery is not None else lambda: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,9 @@ from lightning.pytorch import LightningModule
 from ..driver.capture.asking import questions
 from ..driver.capture.undo import undo_all
 from ..driver.whole_step import WholeTask
+from ..model.asking import Asking
+from ..model.trials import LOSS, Results
+from .averaged_log import noted
 from .in_reach import in_reach
 from .logged import Logged, noting, undo_logs
 from .outputs import loss_of
@@ -46,7 +50,7 @@ class WholeStep:
         self._shared: list[Logged] = []
         """What is logged with other drivers."""
 
-    def task(self, seed: int, *, drivers: int, repeats: bool) -> WholeTask:
+    def task(self, seed: int, asking: Asking, *, drivers: int, repeats: bool) -> WholeTask:
         """Return what the pipeline has to do."""
         training = self._name == "training_step"
         return WholeTask(
@@ -60,6 +64,7 @@ class WholeStep:
             repeats=repeats,
             share=1 / drivers,
             scale=1 / self._module.trainer.accumulate_grad_batches,
+            bends=functools.partial(asking.bend, self._name, self._results),
             framed=self._module.trainer.precision_plugin.train_step_context,
         )
 
@@ -73,6 +78,12 @@ class WholeStep:
             yield
         for logged in self._shared:
             logged.carry_out(logged.name, logged.value, **logged.options)
+
+    def _results(self) -> Results:
+        """Run the step, which is only asked what its loss is."""
+        with noted():
+            loss = loss_of(self._call(self._batch))
+        return {} if loss is None else {LOSS: loss}
 
     def _run(self) -> Any:
         self._shared = []

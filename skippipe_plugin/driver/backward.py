@@ -39,6 +39,13 @@ under the two.
 
 
 _ROUNDING: Final = 1e-6
+_BENDS: Final = (
+    "the loss is multiplied (by {quotient:.6g}) between the step and its backward, which has run already, and {what} "
+    "does something else with a multiple of a gradient than with the gradient (a hook or a function that clips it, "
+    "for instance). Multiply the loss inside of the step: in training_step, in the model's forward or in what run() is "
+    "given; or let the Trainer or accelerate divide it (accumulate_grad_batches, gradient_accumulation_steps). In a "
+    "loop it may also be computed from what the model returns (called without labels)"
+)
 
 
 class GradientControl:
@@ -341,20 +348,25 @@ class MergeOnBackward(torch.autograd.Function):
     """The batch's loss as autograd sees it: its backward hands the incoming gradient to ``control.merge``."""
 
     @staticmethod
-    def forward(ctx: Any, root: Tensor, loss: Tensor, control: GradientControl, scale: float) -> Tensor:
-        ctx.control, ctx.scale, ctx.is_over = control, scale, False
+    def forward(
+        ctx: Any, root: Tensor, loss: Tensor, control: GradientControl, scale: float, bends: Callable[[], str]
+    ) -> Tensor:
+        ctx.control, ctx.scale, ctx.bends, ctx.is_over = control, scale, bends, False
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         if ctx.is_over:
             raise SkipPipeError(
                 "backward was called twice for the loss of one batch (retain_graph=True), but a pipeline has its "
                 "gradients once; add up what is to be back-propagated, such as 2 * loss, and call backward once"
             )
         ctx.is_over = True
-        ctx.control.merge(_quotient(float(grad_outputs[0]), ctx.scale))
-        return torch.zeros(()), None, None, None
+        quotient = _quotient(float(grad_outputs[0]), ctx.scale)
+        if quotient != 1.0 and (bend := ctx.bends()):
+            raise SkipPipeError(_BENDS.format(what=bend, quotient=quotient))
+        ctx.control.merge(quotient)
+        return torch.zeros(()), None, None, None, None
 
 
 def _quotient(scale: float, expected: float) -> float:
@@ -363,13 +375,16 @@ def _quotient(scale: float, expected: float) -> float:
     return 1.0 if abs(quotient - 1.0) < _ROUNDING else quotient
 
 
-def mergeable(loss: Tensor, control: GradientControl, scale: float = 1.0) -> Tensor:
+def mergeable(
+    loss: Tensor, control: GradientControl, scale: float = 1.0, bends: Callable[[], str] = lambda: ""
+) -> Tensor:
     """Return ``loss`` such that ``backward`` merges the step's gradients, scaled by the gradient it receives.
 
     Args:
         loss: Of the batch.
         control: Merges.
         scale: What the step's gradients were scaled with already.
+        bends: Names what on the way back is not linear, if anything: then they cannot be scaled afterwards.
     """
     root = torch.zeros((), requires_grad=True)
-    return MergeOnBackward.apply(root, loss, control, scale)  # type: ignore[no-untyped-call, no-any-return]
+    return MergeOnBackward.apply(root, loss, control, scale, bends)  # type: ignore[no-untyped-call, no-any-return]

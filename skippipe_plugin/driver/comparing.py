@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from ..engine import independence
+from ..engine.call import Call
 from ..engine.control.answers import PartsCompared
 from ..engine.control.commands import CompareParts
+from ..engine.independence import Parts
 from ..engine.stage import Stage
+from ..engine.transport import TensorSpec
 from .capture.cutting import Cut, parts_of
 from .capture.microbatch import split_sizes
 from .capture.proxies import StackCall
@@ -44,7 +47,7 @@ def difference_of_parts(
         call: The call of the stack with the whole batch.
         cut: Where it is cut.
         num_samples: The samples of its batch.
-        in_doubt: Whether a block counts that cannot be asked.
+        in_doubt: Whether a block counts that cannot be asked, and numbers that may name samples, if not in this batch.
         known_aside: Whether BatchNorm, which is known to look at its batch, is left out.
     """
     proxies, sizes = pipeline.proxies, split_sizes(num_samples, len(pipeline.microbatches))
@@ -53,6 +56,9 @@ def difference_of_parts(
         found = _ask(pipeline, call, cut, few, block, known_aside)
         if found and few != list(sizes):
             found = _ask(pipeline, call, cut, sizes, block, known_aside)  # whether it is so in this batch
+        if not found and in_doubt and cut.has_numbers(call):
+            found = _ask(pipeline, call, cut, few, block, known_aside, turned=True)
+            found = "" if found == independence.FAILS else found  # they are made up
         if not found or (found == independence.FAILS and not in_doubt):
             continue
         text = {independence.MIXES: _MIXES, independence.FAILS: _FAILS}.get(found, _KEEPS)
@@ -60,14 +66,37 @@ def difference_of_parts(
     return ""
 
 
-def _ask(pipeline: Pipeline, call: StackCall, cut: Cut, sizes: Sequence[int], block: int, known_aside: bool) -> str:
+def bending_block(pipeline: Pipeline, call: StackCall) -> str:
+    """Ask one block of each kind whether its backward is linear; name one whose is not, and nothing otherwise."""
+    proxies = pipeline.proxies
+    for block in proxies.one_of_each(call):
+        whole = Call(proxies.question_about(call, block), tuple(side.detach() for side in call.side_inputs), 0)
+        if _answer(pipeline, whole, call.specs[block], Parts((), (), 0, 0), block) == independence.BENDS:
+            return f"a block ({proxies.names[block]})"
+    return ""
+
+
+def _ask(
+    pipeline: Pipeline,
+    call: StackCall,
+    cut: Cut,
+    sizes: Sequence[int],
+    block: int,
+    known_aside: bool,
+    *,
+    turned: bool = False,
+) -> str:
     spec = pipeline.proxies.question_about(call, block)
     if known_aside:  # in full precision, where the two can be told from rounding
         spec = dataclasses.replace(spec, ambient=dataclasses.replace(spec.ambient, autocast=()))
-    whole, enters, parts = parts_of(call, cut, sizes, block, spec)
+    whole, enters, parts = parts_of(call, cut, sizes, block, spec, turned=turned)
     if known_aside and call.ambient.autocast and enters.dtype in (torch.bfloat16, torch.float16):
         enters = dataclasses.replace(enters, dtype=torch.float32)
     parts = dataclasses.replace(parts, known_aside=known_aside)
+    return _answer(pipeline, whole, enters, parts, block)
+
+
+def _answer(pipeline: Pipeline, whole: Call, enters: TensorSpec, parts: Parts, block: int) -> str:
     asked, holder = holder_of(pipeline, block)
     if isinstance(holder, Stage):
         return holder.difference_of_parts(asked, whole, enters, parts)

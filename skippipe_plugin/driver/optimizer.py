@@ -105,6 +105,22 @@ class RemoteOptimizer:
             if own is not None:
                 state[parameter] = own  # in the order in which one process would have made them
 
+    def replaced_by(self, optimizer: Optimizer) -> RemoteOptimizer:
+        """Make the optimizer an ordinary one, and extend another, with what state it has, in its place."""
+        if optimizer is self.optimizer:
+            return self
+        self.detach()
+        state = optimizer.state_dict()
+        other = RemoteOptimizer(self._pipeline, optimizer, begun=self._begun, ended=self._ended)
+        if any(_has_values(state["state"].get(number)) for number in other.numbers().values()):
+            other.load_state_dict(state)
+        return other
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What is extended."""
+        return self._optimizer
+
     # ------------------------------------------------------------ clipping
 
     def clip_norm(self, max_norm: float, norm_type: float = 2.0, local: Sequence[Tensor] | None = None) -> float:
@@ -390,6 +406,12 @@ def _holds_parameters(value: Any) -> bool:
     if isinstance(value, dict):
         return any(_holds_parameters(each) for each in value.values())
     return isinstance(value, list | tuple | set) and any(_holds_parameters(each) for each in value)
+
+
+def _has_values(state: Mapping[str, Any] | None) -> bool:
+    """Whether a parameter's state is one that it was given or has got, not what a constructor makes on the driver."""
+    values = [] if state is None else state.values()
+    return state is not None and not any(isinstance(v, Tensor) and (v.is_meta or is_remote(v)) for v in values)
 
 
 def to_device(optimizer: Optimizer, device: torch.device) -> None:

@@ -370,7 +370,7 @@ class Pipeline:
         self._forth_and_back(run, task, choose)
         self.gradients.count_visits(self.schedules[TRAINING], run.shares)
         loss = run.loss_of_batch()
-        return run.values(), None if loss is None else mergeable(loss, self.gradients, task.scale)
+        return run.values(), None if loss is None else mergeable(loss, self.gradients, task.scale, task.bends)
 
     def repeat(self, batch: Batch, *, keep: bool) -> None:
         """Run a training step once more for its gradients alone; ``keep`` them here and everywhere, to be merged."""

@@ -89,6 +89,9 @@ class StepTask:
     scale: float = 1.0
     """What the backward of the batch's loss is expected to bring: one over the number of batches that are accumulated.
     The step's own backward has it already, for hooks and functions with a backward of their own may bend by it."""
+    bends: Callable[[], str] = lambda: ""
+    """Names what of the step's backward is not linear in the loss, if anything; asked where its gradient is not
+    :attr:`scale`."""
     framed: Callable[[], AbstractContextManager[None]] = nullcontext
     """What the functions run in when the step is repeated after its end; what they log then is dropped."""
 

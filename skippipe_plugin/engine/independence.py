@@ -20,13 +20,20 @@ MIXES: Final = "mixes"
 """A block makes something else of a part of the batch than of all of it."""
 FAILS: Final = "fails"
 """A block fails when it is asked."""
+BENDS: Final = "bends"
+"""A block's backward makes something else of a multiple of a gradient than that multiple of what it makes of it."""
+FACTORS: Final = (2.0**20, 2.0**-20)
+"""Multiples that show it: powers of two round nothing, and what cuts gradients off reaches none of both or differs."""
 _ROUNDING: Final = 1e-6
 """Gradients are summed to so much of the largest of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """How a call of one block is cut, for the question whether that changes what the block computes."""
+    """How a call of one block is cut, for the question whether that changes what the block computes.
+
+    Without any part the question is whether the block's backward is linear.
+    """
 
     calls: tuple[Call, ...]
     """The calls with the parts' side inputs."""
@@ -51,8 +58,11 @@ def difference(module: nn.Module, run: Run, call: Call, hidden: Tensor, parts: P
     BatchNorm.
 
     Returns:
-        :data:`MIXES`, :data:`FAILS`, the name of what the block keeps otherwise, or nothing where all is the same.
+        :data:`MIXES`, :data:`FAILS`, the name of what the block keeps otherwise, or nothing where all is the same;
+        :data:`BENDS` where there are no parts and its backward is not linear.
     """
+    if not parts.calls:
+        return _bend(module, run, call, hidden)
     if call.spec.ambient.grad and any(map(_divides_by_counts, module.modules())):
         return MIXES  # a few samples need not show it
     with _known_aside(module) if parts.known_aside else nullcontext():
@@ -69,6 +79,37 @@ def difference(module: nn.Module, run: Run, call: Call, hidden: Tensor, parts: P
             finally:
                 state.restore()
     return FAILS
+
+
+def _bend(module: nn.Module, run: Run, call: Call, hidden: Tensor) -> str:
+    state = KeptState(module, _is_aside)
+    weights = [each for each in module.parameters() if each.requires_grad]
+    leaf = hidden.detach().clone()
+    leaf = leaf.requires_grad_(leaf.is_floating_point())
+    try:
+        with torch.enable_grad(), attributes_kept(module):
+            torch.manual_seed(0)
+            result = run(call, leaf)
+        backward = torch.arange(result.numel()).mul(0.7).cos().reshape(result.shape).to(result)
+        sources = [each for each in (leaf, *weights) if each.requires_grad]
+        one, *others = [
+            torch.autograd.grad(result, sources, backward * factor, retain_graph=True, allow_unused=True)
+            for factor in (1.0, *FACTORS)
+        ]
+    except Exception:  # nothing goes back, or not in this way
+        return ""
+    finally:
+        state.restore()
+    return "" if all(is_multiple(one, other, f) for other, f in zip(others, FACTORS, strict=True)) else BENDS
+
+
+def is_multiple(one: Sequence[Tensor | None], other: Sequence[Tensor | None], factor: float) -> bool:
+    """Whether the gradients of the ``factor``-fold are the ``factor``-fold; true where they are not all finite."""
+    pairs = [(a.to_dense(), b.to_dense()) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    if not all(bool(torch.isfinite(each).all()) for pair in pairs for each in pair):
+        return True
+    least = max((_largest(a) for a, _ in pairs), default=0.0) * _ROUNDING
+    return all(torch.allclose(b.double() / factor, a.double(), rtol=1e-2, atol=least) for a, b in pairs)
 
 
 def uncompiled() -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..engine.errors import SkipPipeError
 from .batch_state import BatchState
 from .batch_statistics import BatchStatistics
-from .blocks_apart import difference_of_blocks
+from .blocks_apart import bend_of_blocks, difference_of_blocks
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates, tensors
 from .entering import HIDDEN
 from .fakes import Fakes, Incomparable, Neutral
@@ -159,6 +159,7 @@ class Asking:
         self._shown: dict[tuple[Hashable, str], Counter[Hashable]] = {}
         """By kind and hand of the clock: how often it showed what."""
         self._fast = {*self.clock.fast, _GRADIENTS}
+        self._bends: dict[Hashable, str] = {}
         self._around: Surroundings | None = None
         self._statistics: BatchStatistics | None = None
         self._parts_of_blocks: list[nn.Module] = []
@@ -231,6 +232,34 @@ class Asking:
                 raise
             except Exception:
                 return None
+
+    def bend(self, kind: Hashable, function: Callable[[], Results]) -> str:
+        """Name what of a step's backward does something else with a multiple of a gradient; nothing if unknown.
+
+        Args:
+            kind: What steps have in common of which one is asked.
+            function: Runs the step, whole.
+        """
+        if kind not in self._bends:
+            self._bends[kind] = self._bend(function)
+        return self._bends[kind]
+
+    def _bend(self, function: Callable[[], Results]) -> str:
+        fakes = Fakes([1], 0)
+        with torch.enable_grad(), self._quiet(), self._untouched() as trace:  # it is asked in a backward
+
+            def run() -> str:
+                reply = functools.partial(fakes.of_piece, 0)
+                results = self._trials.run(function, reply, Neutral(), trace.restore)
+                return "" if self._trials.is_linear(results, fakes.made[0]) else "the step, around the blocks,"
+
+            try:
+                found = self._spread.pipeline.surviving(run)
+            except SkipPipeError:
+                raise
+            except Exception:  # made-up hidden states may be its only reason
+                found = ""
+        return found or bend_of_blocks(self._spread, fakes)
 
     @property
     def is_watched(self) -> bool:

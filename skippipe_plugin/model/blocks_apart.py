@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..driver.capture.cutting import CallForm, NotCuttable, find_cut
-from ..driver.comparing import difference_of_parts
+from ..driver.comparing import bending_block, difference_of_parts
 from .fakes import Fakes
 from .spread import SpreadModel
 
@@ -26,3 +26,11 @@ def difference_of_blocks(spread: SpreadModel, fakes: Fakes, sizes: Sequence[int]
     except NotCuttable:
         return ""
     return difference_of_parts(spread.pipeline, whole, cut, sum(sizes), in_doubt=False, known_aside=True)
+
+
+def bend_of_blocks(spread: SpreadModel, fakes: Fakes) -> str:
+    """Name a block whose backward is not linear; nothing if unknown."""
+    call = fakes.calls.get(0)
+    if call is None or call.caches or call.hooks or spread.attached is not None:
+        return ""
+    return spread.pipeline.surviving(lambda: bending_block(spread.pipeline, call))

@@ -259,6 +259,7 @@ class ModelCalls:
             rewind=rewind,
             loss_is_sum=found.is_sum,
             scale=self._scale(),
+            bends=functools.partial(self._asking.bend, merging.question.kind, merging.question.whole),
         )
         values, loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
@@ -333,7 +334,7 @@ class ModelCalls:
         kind = code_of(self._function), len(args), frozenset(kwargs)
         self.num_calls += 1
         if kind not in self._seen and not self._outside.get(kind):  # a step that is given up would count in buffers
-            given = self._asking.look(functools.partial(self._results, (args, kwargs)))
+            given = self._asking.look(functools.partial(self._results, self._function, (args, kwargs)))
             self._outside[kind] = given is not None and LOSS not in given
         if not self._outside.setdefault(kind, False):
             undo = undo_all(self._model, self._device, (args, kwargs)) if kind not in self._seen else _nothing
@@ -350,7 +351,11 @@ class ModelCalls:
 
     def _train_whole_inside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function = functools.partial(self._run_with_loss, (args, kwargs))
-        task = self._whole_task(function, args, kwargs, loss_of=lambda value: value[1], scale=self._scale())
+        kind, asked = code_of(self._function), functools.partial(self._results, self._function, (args, kwargs))
+        bends = functools.partial(self._asking.bend, kind, asked)
+        task = self._whole_task(
+            function, args, kwargs, loss_of=lambda value: value[1], scale=self._scale(), bends=bends
+        )
         [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
         loss = self._watched(loss)
@@ -459,8 +464,8 @@ class ModelCalls:
                 kind_of((args, kwargs)),
             ),
             view=view_of(_given(args, kwargs), [_given(*call) for call in batch.calls], batch.sizes, self._weight),
-            whole=functools.partial(self._results, (args, kwargs)),
-            pieces=[functools.partial(self._results, call) for call in batch.calls],
+            whole=functools.partial(self._results, self._function, (args, kwargs)),
+            pieces=[functools.partial(self._results, self._function, call) for call in batch.calls],
             detail=(detail_of((args, kwargs)), form_of(batch.sizes)),
         )
         merging = Merging(self._asking, question, self._weight)
@@ -468,10 +473,11 @@ class ModelCalls:
             return None
         return batch, merging
 
-    def _results(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Results:
+    @staticmethod
+    def _results(function: Callable[..., Any], call: tuple[tuple[Any, ...], dict[str, Any]]) -> Results:
         """Run a call that is only asked how its results merge."""
         args, kwargs = call
-        output = without_caches(self._function(*args, **kwargs))
+        output = without_caches(function(*args, **kwargs))
         loss = find_loss(output)
         return {_OUTPUT: output} if loss is None else {LOSS: loss, _OUTPUT: _without_loss(output)}
 

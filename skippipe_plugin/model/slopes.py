@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.errors import SkipPipeError
+from ..engine.independence import FACTORS, is_multiple
 from .counting import View
 from .reductions import Leaf, Mean, Plan, Sum
 
@@ -63,6 +64,18 @@ def slopes_of(loss: Any, made: Sequence[Tensor], weights: Sequence[nn.Parameter]
         return None
     known = {id(each): _dense(slope) for each, slope in zip(inputs, found, strict=True)}
     return Slopes(tuple(known.get(id(each)) for each in made), tuple(known.get(id(each)) for each in weights), factor)
+
+
+def is_linear(loss: Any, made: Sequence[Tensor], weights: Sequence[nn.Parameter]) -> bool:
+    """Whether the backward of ``loss`` makes multiples of multiples; true where it has none."""
+    one = slopes_of(loss, made, weights)
+    for factor in FACTORS:
+        other = slopes_of(loss, made, weights, factor)
+        if one is not None and other is not None:
+            pairs = (*one.made, *one.weights), (*other.made, *other.weights)
+            if not is_multiple(*pairs, factor):
+                return False
+    return True
 
 
 def follows(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], plan: Plan | None, view: View) -> bool:

@@ -23,7 +23,7 @@ from .fakes import Fakes, Neutral
 from .flips import Flip
 from .interleaving import alike, by_turns, effect
 from .reductions import same
-from .slopes import Slopes, slopes_of
+from .slopes import Slopes, is_linear, slopes_of
 from .spread import SpreadModel
 from .traceless import Untouched
 
@@ -92,11 +92,20 @@ class Trials:
 
     def slopes(self, results: Results, made: Sequence[Tensor], factor: float = 1.0) -> Slopes | None:
         """Return the gradient of a loss, in whose backward user code may run."""
+        with Neutral():
+            return slopes_of(results.get(LOSS), made, self._own, factor)
+
+    def is_linear(self, results: Results, made: Sequence[Tensor]) -> bool:
+        """Whether the backward of a loss around the blocks makes multiples of multiples."""
+        with Neutral():
+            return is_linear(results.get(LOSS), made, self._own)
+
+    @property
+    def _own(self) -> list[nn.Parameter]:
+        """The parameters around the blocks."""
         blocks = self._spread.pipeline.proxies.blocks
         elsewhere = {id(parameter) for block in blocks for parameter in block.parameters()}
-        with Neutral():
-            own = [parameter for parameter in self._module.parameters() if id(parameter) not in elsewhere]
-            return slopes_of(results.get(LOSS), made, own, factor)
+        return [parameter for parameter in self._module.parameters() if id(parameter) not in elsewhere]
 
     def crossing(
         self,

@@ -15,7 +15,7 @@ import torch
 
 from ...engine.call import Ambient
 from ...engine.errors import SkipPipeError
-from .cutting import CallForm, Cut, NotCuttable, find_cut
+from .cutting import CallForm, Cut, NotCuttable, are_numbers, find_cut
 from .growing import sample_counts, with_more_samples
 from .proxies import StackCall
 from .suspend import StepThread, Suspended
@@ -78,6 +78,8 @@ class CutBook:
         """The user's functions whose calls were all known in their last step: their state need not be noted."""
         self._known: dict[Hashable, list[tuple[int, Cut] | None]] = {}
         self._told: set[str] = set()
+        self._ranges: dict[Hashable, list[tuple[int, int]]] = {}
+        """By kind: the least and the largest of the whole numbers among the blocks' arguments, in all calls so far."""
 
     def find(self, kind: Hashable, call: StackCall, counts: Sequence[int]) -> tuple[bool, tuple[int, Cut] | None]:
         """Return whether a call is of a known kind, and its number of samples and cut; None when it has no cut."""
@@ -92,6 +94,18 @@ class CutBook:
     def put(self, kind: Hashable, known: tuple[int, Cut] | None) -> None:
         """Remember what was found: which count is that of the samples, and the cut."""
         self._known.setdefault(kind, []).append(known)
+
+    def forget(self, kind: Hashable) -> None:
+        """Forget the cuts of a kind of call: it has none."""
+        self._known[kind] = [None]
+
+    def has_new_numbers(self, kind: Hashable, call: StackCall) -> bool:
+        """Whether whole numbers among the blocks' arguments are beyond those of the calls before: what they name is."""
+        found = [each.aminmax() for each in call.side_inputs if are_numbers(each)]
+        ranges = [(int(low), int(high)) for low, high in found]
+        known = self._ranges.get(kind, ranges)
+        self._ranges[kind] = [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(ranges, known, strict=True)]
+        return self._ranges[kind] != known
 
     def tell(self, reason: str) -> None:
         """Say once why the blocks get a batch whole."""

@@ -69,6 +69,11 @@ class Cut:
         """Of what leaves the stack."""
         return self.forms[-1]
 
+    def has_numbers(self, call: StackCall) -> bool:
+        """Whether the blocks get whole numbers of each sample's own, which may be those of other samples."""
+        sides = zip(self.side_inputs, call.side_inputs, strict=True)
+        return any(axis is not None and are_numbers(side) for axis, side in sides)
+
     def fits(self, call: StackCall, num_samples: int) -> bool:
         """Whether a call has so many samples where this says that they are."""
         tensors = [(axis, spec.shape) for axis, spec in zip(self.forms, call.specs, strict=True)]
@@ -170,8 +175,22 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
     ]
 
 
+def are_numbers(side: Tensor) -> bool:
+    """Whether a tensor's values may be numbers of rows."""
+    return not (side.is_floating_point() or side.is_complex() or side.dtype == torch.bool) and side.numel() > 0
+
+
+def _turned(side: Tensor, whole: Tensor, dim: int) -> Tensor:
+    """Return numbers in a tensor's place of which two take turns: as numbers of rows they name others in each part."""
+    low, high = (int(each) for each in whole.aminmax())
+    least = max(low, min(0, high))
+    turns = least + (torch.arange(side.shape[dim], device=side.device) + 1) % (1 + (least < high))
+    shape = [-1 if each == dim else 1 for each in range(side.ndim)]
+    return turns.reshape(shape).expand(side.shape).to(side.dtype).clone()
+
+
 def parts_of(
-    call: StackCall, cut: Cut, sizes: Sequence[int], block: int, spec: CallSpec
+    call: StackCall, cut: Cut, sizes: Sequence[int], block: int, spec: CallSpec, *, turned: bool = False
 ) -> tuple[Call, TensorSpec, Parts]:
     """Return a call of one block with the first samples of a batch, what enters it, and the same in parts.
 
@@ -181,6 +200,7 @@ def parts_of(
         sizes: How many samples the parts have.
         block: Which block is asked.
         spec: How it is called.
+        turned: Whether numbers of the samples are others than those of the batch, which need not name other samples.
     """
     enters, leaves = cut.forms[block : block + 2]
     shape = list(call.specs[block].shape)
@@ -189,6 +209,11 @@ def parts_of(
         side.detach() if axis is None else side.detach().narrow(axis.dim, 0, axis.rows * sum(sizes)).clone()
         for axis, side in zip(cut.side_inputs, call.side_inputs, strict=True)
     ]
+    if turned:
+        sides = [
+            _turned(side, whole, axis.dim) if axis is not None and are_numbers(side) else side
+            for axis, side, whole in zip(cut.side_inputs, sides, call.side_inputs, strict=True)
+        ]
     pieces = [
         [side] * len(sizes) if axis is None else [piece.clone() for piece in axis.split(side, sizes)]
         for axis, side in zip(cut.side_inputs, sides, strict=True)
