@@ -146,3 +146,82 @@ def test_a_head_that_asks_for_hidden_states_by_itself() -> None:
     with pytest.raises(SkipPipeError, match="as those of Wav2Vec2 do, call the model below it"):
         speech(3, own_head=False)
     assert_same_run(speech(3, own_head=True), speech(1, own_head=False))
+
+
+# ------------------------------------------------------------- what does not follow from microbatches
+
+Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+def root(module: Any, batch: Tensor, hidden: Tensor, errors: Tensor) -> Tensor:
+    return errors.mean().sqrt()
+
+
+def weighted(module: Any, batch: Tensor, hidden: Tensor, errors: Tensor) -> Tensor:
+    shares = weight_of_samples(batch)
+    return (errors[:, 0] * shares).sum() / shares.sum()
+
+
+def weight_of_samples(batch: Tensor) -> Tensor:
+    return batch.prod(1).exp()
+
+
+def far(hidden: Tensor) -> Tensor:
+    """Nothing, but for hidden states that are larger than those of this model: only its user knows that."""
+    return (hidden / 2).pow(32).mean().square()
+
+
+def averaged(module: Any, batch: Tensor, hidden: Tensor, errors: Tensor) -> Tensor:
+    return errors.mean() + far(hidden)
+
+
+def summed(module: Any, batch: Tensor, hidden: Tensor, errors: Tensor) -> Tensor:
+    return errors.sum() / 8 + far(hidden)
+
+
+def spread(module: Any, batch: Tensor, hidden: Tensor, errors: Tensor) -> Tensor:
+    module.log("spread", errors.std())
+    return errors.mean()
+
+
+class Judged(Model):
+    """Its loss is made by ``loss`` of the errors of its samples."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(called)
+        self.loss = loss
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        hidden = called(self, torch.tanh(self.embed(batch)) / 16)
+        return self.loss(self, batch, hidden, (self.head(hidden) - batch.sum(1, keepdim=True)).pow(2))
+
+
+STACK = {"microbatches": "stack"}
+WEIGHT = (
+    r"microbatches='stack', or say .* microbatch_weight=\.\.\. \(a function of the microbatch, 'samples' or 'sum'\)$"
+)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message", "way_out"),
+    [
+        (root, WEIGHT, STACK),
+        (weighted, WEIGHT, {"microbatch_weight": lambda batch: float(weight_of_samples(batch).sum())}),
+        (averaged, WEIGHT, {"microbatch_weight": "samples"}),
+        (summed, WEIGHT, {"microbatch_weight": "sum"}),
+        (spread, r"self\.log\('spread'\) of the batch does not follow.*with microbatches='stack'$", STACK),
+    ],
+    ids=["stack", "function", "samples", "sum", "log"],
+)
+def test_what_does_not_follow_has_ways_out_that_are_exact(loss: Loss, message: str, way_out: dict[str, Any]) -> None:
+    uneven = loader(torch.randn(22, 4, generator=torch.Generator().manual_seed(0)), 11)
+
+    def judged(devices: int, **settings: Any) -> Any:
+        strategy = {"num_microbatches": 4, "microbatches": "batch", **settings} if devices > 1 else None
+        return train(lambda: Judged(loss), uneven, devices, strategy, max_steps=4)
+
+    with pytest.raises(SkipPipeError, match=message):
+        judged(3)
+    found, expected = judged(3, **way_out), judged(1)
+    assert_same_run(found, expected)
+    torch.testing.assert_close(found.trainer.logged_metrics, expected.trainer.logged_metrics)
