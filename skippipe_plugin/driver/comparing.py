@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
+from torch import Tensor
 
 from ..engine import independence
-from ..engine.call import Call
+from ..engine.arguments import Template
+from ..engine.call import Call, CallSpec
 from ..engine.control.answers import PartsCompared
 from ..engine.control.commands import CompareParts
 from ..engine.independence import Parts
@@ -66,6 +68,41 @@ def difference_of_parts(
     return ""
 
 
+def difference_of_arguments(
+    pipeline: Pipeline, call: StackCall, others: Sequence[tuple[Template, Sequence[Tensor]]]
+) -> int | None:
+    """Ask one block of each kind whether other arguments come to the same; return which block says that they do not.
+
+    Args:
+        pipeline: Knows who holds the blocks.
+        call: A call of the stack.
+        others: By block: the other arguments, and the side inputs that stand in them.
+    """
+    proxies = pipeline.proxies
+    kinds: dict[tuple[int, int, int], int] = {}
+    for block, (template, _) in enumerate(others):
+        kinds.setdefault((proxies.book.alike(block)[0], call.block_template[block], id(template)), block)
+    for block in kinds.values():
+        spec, enters = _precise(call, proxies.question_about(call, block), call.specs[block])
+        template, sides = others[block]
+        other = Call(dataclasses.replace(spec, templates=(template,)), _own(sides), 0)
+        parts = Parts((other,), (enters.shape[0],), 0, 0, known_aside=True)
+        if _answer(pipeline, Call(spec, _own(call.side_inputs), 0), enters, parts, block):
+            return block
+    return None
+
+
+def _own(sides: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(side.detach().clone() for side in sides)
+
+
+def _precise(call: StackCall, spec: CallSpec, enters: TensorSpec) -> tuple[CallSpec, TensorSpec]:
+    """Return a question in full precision, where differences can be told from rounding."""
+    if call.ambient.autocast and enters.dtype in (torch.bfloat16, torch.float16):
+        enters = dataclasses.replace(enters, dtype=torch.float32)
+    return dataclasses.replace(spec, ambient=dataclasses.replace(spec.ambient, autocast=())), enters
+
+
 def bending_block(pipeline: Pipeline, call: StackCall) -> str:
     """Ask one block of each kind whether its backward is linear; name one whose is not, and nothing otherwise."""
     proxies = pipeline.proxies
@@ -87,11 +124,11 @@ def _ask(
     turned: bool = False,
 ) -> str:
     spec = pipeline.proxies.question_about(call, block)
-    if known_aside:  # in full precision, where the two can be told from rounding
-        spec = dataclasses.replace(spec, ambient=dataclasses.replace(spec.ambient, autocast=()))
+    if known_aside:
+        spec, _ = _precise(call, spec, call.specs[block])
     whole, enters, parts = parts_of(call, cut, sizes, block, spec, turned=turned)
-    if known_aside and call.ambient.autocast and enters.dtype in (torch.bfloat16, torch.float16):
-        enters = dataclasses.replace(enters, dtype=torch.float32)
+    if known_aside:
+        _, enters = _precise(call, spec, enters)
     parts = dataclasses.replace(parts, known_aside=known_aside)
     return _answer(pipeline, whole, enters, parts, block)
 

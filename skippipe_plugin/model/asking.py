@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..engine.errors import SkipPipeError
 from .batch_state import BatchState
 from .batch_statistics import BatchStatistics
-from .blocks_apart import bend_of_blocks, difference_of_blocks
+from .blocks_apart import bend_of_blocks, difference_of_blocks, difference_of_lacking
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates, tensors
 from .entering import HIDDEN
 from .fakes import Fakes, Incomparable, Neutral
@@ -30,6 +30,7 @@ from .flips import Flip, flips
 from .interleaving import DRAWN
 from .kinks import COURSE, bent, features
 from .kinks import WHY as BENDS
+from .outstanding import Outstanding
 from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems
 from .resized import FACTORS, ROUNDING, Sizes, resize
 from .resized import WHY as SIZES
@@ -80,6 +81,7 @@ class Answer:
     crossing: str = ""
     """How microbatches that take turns see each other."""
     watch: Watch = field(default_factory=Watch)
+    outstanding: Outstanding = field(default_factory=Outstanding)
     constants: set[Constant] = field(default_factory=set)
     metrics: set[str] = field(default_factory=set)
     """The torchmetrics that microbatches leave with other counts than the batch."""
@@ -177,7 +179,8 @@ class Asking:
             return self._ask(question, _beginning(last))
         if answer.is_hopeless or answer.num_asked >= _MOST_ASKED:
             return answer
-        if self._is_open(answer, question.view) or answer.watch.is_new(question.view):
+        view = question.view
+        if self._is_open(answer, view) or answer.watch.is_new(view) or answer.outstanding.is_new(view):
             return self._ask(question, answer)
         return answer
 
@@ -315,6 +318,7 @@ class Asking:
             answer.problems |= problems(plan, named(key))
         answer.num_asked += 1
         answer.watch.learn(question.view, answer.constants)
+        answer.outstanding.learn(question.view, answer.watch.landmarks)
         reads = self._reads.get(question.kind, frozenset()) | self.clock.reads
         self._reads[question.kind] = reads
         answer.read = min(reads & self._fast, default="")
@@ -448,6 +452,7 @@ class Asking:
         blocks = self._spread.pipeline.proxies.blocks
         for entrance in fakes.entrances(question.view.rounding):
             answer.failure = answer.failure or entrance.differs(blocks)
+            answer.failure = answer.failure or difference_of_lacking(self._spread, entrance)
             if not entrance.is_of_samples:
                 answer.odd[HIDDEN] = "it is computed over samples"
         answer.metrics |= self._trials.metrics_that_differ(question, draw, restore)

@@ -128,7 +128,7 @@ class View:
     @property
     def may_be_counted(self) -> bool:
         """Whether there are labels, or something like a mask: numbers of them may be equal by chance."""
-        return any(_is_discrete(leaf) or _is_like_a_mask(leaf) for leaf in self.leaves.values())
+        return any(is_discrete(leaf) or _is_like_a_mask(leaf) for leaf in self.leaves.values())
 
     def _count(self, weighting: Weighting) -> tuple[float, ...] | None:
         if isinstance(weighting, Samples):
@@ -200,7 +200,8 @@ class Watch:
         self._values: dict[str, set[float]] = {}
         """By tensor: the landmarks that it was seen to hold."""
         self._beyond: dict[str, tuple[bool, ...]] = {}
-        self._landmarks: tuple[float, ...] = ()
+        self.landmarks: tuple[float, ...] = ()
+        """What steps compare with, in order."""
         self._plain: dict[str, int] = {}
         """By tensor that held one number only: how many batches are still asked about in which it holds several."""
         self._lengths: dict[tuple[str, int], _Lengths] = {}
@@ -212,16 +213,16 @@ class Watch:
     def learn(self, view: View, constants: Iterable[Constant]) -> None:
         """Take note of a batch that is asked about."""
         marks = {value for _, value in (*ALWAYS, *constants)}
-        self._landmarks = tuple(sorted({*self._landmarks, *marks}))
+        self.landmarks = tuple(sorted({*self.landmarks, *marks}))
         self._beyond = {path: self._between(*_range(leaf)) for path, leaf in _watched(view)} | {
-            path: old for path, old in self._beyond.items() if len(old) == len(self._landmarks) + 1
+            path: old for path, old in self._beyond.items() if len(old) == len(self.landmarks) + 1
         }
         for path, leaf in _watched(view):
             now = self._between(*_range(leaf))
             self._beyond[path] = tuple(a or b for a, b in zip(self._beyond[path], now, strict=True))
             held = self._values.setdefault(path, set())
-            held |= {mark for mark in self._landmarks if _holds(leaf, mark)}
-        for path, leaf in _small(view):
+            held |= {mark for mark in self.landmarks if _holds(leaf, mark)}
+        for path, leaf in small(view):
             if _is_constant(leaf):
                 self._plain.setdefault(path, _VARIED)
             elif path in self._plain:
@@ -229,7 +230,7 @@ class Watch:
         for path, dim, size in _sizes(view):
             self._lengths[path, dim] = _Lengths.of(size).with_(self._lengths.get((path, dim)))
         if ("isnan", 0.0) in constants:
-            free = {path for path, leaf in _small(view) if leaf.is_floating_point() and not _has_nan(leaf)}
+            free = {path for path, leaf in small(view) if leaf.is_floating_point() and not _has_nan(leaf)}
             self._numbers = (self._numbers & free) if self._looks_for_nan else free
             self._looks_for_nan = True
 
@@ -240,7 +241,7 @@ class Watch:
             known = self._beyond.get(path)
             if known is None or any(b and not a for a, b in zip(known, self._between(low, high), strict=True)):
                 return True
-            unseen = [mark for mark in self._landmarks if low <= mark <= high and mark not in self._values[path]]
+            unseen = [mark for mark in self.landmarks if low <= mark <= high and mark not in self._values[path]]
             if any(_holds(leaf, mark) for mark in unseen):
                 return True
         nothing = _Lengths(1, 0, frozenset())
@@ -253,12 +254,12 @@ class Watch:
 
     def _between(self, low: float, high: float) -> tuple[bool, ...]:
         """By interval between landmarks: whether the smallest or the largest value lies in it."""
-        edges = self._landmarks
+        edges = self.landmarks
         places = {sum(value > mark for mark in edges) for value in (low, high) if value not in edges}
         return tuple(place in places for place in range(len(edges) + 1))
 
 
-def _small(view: View) -> Iterator[tuple[str, Tensor]]:
+def small(view: View) -> Iterator[tuple[str, Tensor]]:
     """Yield what may be labels, lengths or a mask."""
     for path, leaf in view.leaves.items():
         if 0 < leaf.numel() <= _WATCHED_FLOATS and not leaf.is_complex():
@@ -277,10 +278,11 @@ def _has_nan(leaf: Tensor) -> bool:
 
 
 def _watched(view: View) -> list[tuple[str, Tensor]]:
-    return [(path, leaf) for path, leaf in view.leaves.items() if _is_discrete(leaf) and leaf.numel()]
+    return [(path, leaf) for path, leaf in view.leaves.items() if is_discrete(leaf) and leaf.numel()]
 
 
-def _is_discrete(leaf: Tensor) -> bool:
+def is_discrete(leaf: Tensor) -> bool:
+    """Whether a tensor may be labels, a mask, or lengths."""
     return not (leaf.is_floating_point() or leaf.is_complex())
 
 

@@ -25,6 +25,8 @@ _TOLD: Final = ATOMS | {SideInput}
 _COPIED_ELEMENTS: Final = 1 << 20
 """Larger tensors are not copied: what a step changes in place later is small."""
 _ROUNDING: Final = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 2e-5}
+Filled = tuple[Template, Sequence[Tensor]]
+"""Arguments of a block, and the side inputs that stand in them."""
 HIDDEN: Final = "what enters the blocks"
 _OF_SEVERAL: Final = "{what} is another there than for the batch, computed over samples"
 
@@ -40,6 +42,8 @@ class Entered:
     attributes: tuple[tuple[bytes, tuple[int, ...]], ...]
     rounding: float
     """How far values may be apart because of the precision that the driver's code computes in."""
+    call: StackCall | None = None
+    """The call itself."""
 
     @classmethod
     def of(cls, call: StackCall) -> Entered:
@@ -51,6 +55,7 @@ class Entered:
             tuple(call.block_template),
             tuple((mode.attributes, mode.tensors) for mode in call.modes),
             max((_ROUNDING.get(dtype, 0.0) for _, dtype in call.ambient.autocast), default=0.0),
+            call,
         )
 
 
@@ -86,6 +91,36 @@ class Entrance:
     def is_of_samples(self) -> bool:
         """Whether the hidden states are each sample's own."""
         return self._follows(self.whole.hidden, [part.hidden for part in self.parts])
+
+    def lacking(self, blocks: Sequence[Any]) -> Iterator[tuple[StackCall, str, list[Filled]]]:
+        """Yield calls of microbatches that have None where the batch has a tensor, each kind of them once.
+
+        With each comes the name of an argument that is None, and by block what it would be called with otherwise.
+        """
+        seen: set[frozenset[int]] = set()
+        for number, part in enumerate(self.parts):
+            filled = [self._filled(number, *each) for each in enumerate(blocks)]
+            slots = frozenset(slot for _, _, lacks in filled for slot in lacks)
+            if not slots or slots in seen or part.call is None:
+                continue
+            seen.add(slots)
+            name = next(name for _, _, lacks in filled for name in lacks.values())
+            yield part.call, name, [(template, sides) for template, sides, _ in filled]
+
+    def _filled(self, number: int, block: int, module: Any) -> tuple[Template, list[Tensor], dict[int, str]]:
+        """Return what a microbatch calls a block with when the batch's rows take the place of None; and those slots."""
+        part = self.parts[number]
+        whole, own = (each.templates[each.block_template[block]] for each in (self.whole, part))
+        sides, lacks, arguments = list(self.whole.sides), dict[int, str](), dict(_arguments(own))
+        forward = getattr(module, "forward", None)
+        for position, value in _arguments(whole):
+            pairs = zip(_leaves(value), _leaves(arguments.get(position)), strict=False)
+            for slot, other in itertools.chain.from_iterable(itertools.starmap(_pairs, pairs)):
+                if other is None:
+                    sides[slot], lacks[slot] = _rows(sides[slot], self.sizes)[number], whole.name_of(position, forward)
+                else:
+                    sides[slot] = part.sides[other]
+        return whole, sides, lacks
 
     def _differing(self, whole: Template, parts: Sequence[Template], forward: Callable[..., Any] | None) -> str:
         if any(part.hidden != whole.hidden for part in parts):
@@ -133,9 +168,10 @@ class Entrance:
             values = [pytree.tree_flatten(each[key], is_leaf=_is_leaf) for each in (whole, *parts)]
             if any(form != values[0][1] for _, form in values[1:]):
                 return False
-            rows = zip(*(leaves for leaves, _ in values), strict=True)
-            if not all(self._leaf_follows(first, rest) for first, *rest in rows if type(first) in _TOLD):
-                return False
+            for first, *rest in zip(*(leaves for leaves, _ in values), strict=True):
+                lacks = type(first) is SideInput and None in rest
+                if lacks or (type(first) in _TOLD and not self._leaf_follows(first, rest)):
+                    return False
         return True
 
     def _follows(self, whole: Tensor, parts: Sequence[Tensor | None]) -> bool:
@@ -174,6 +210,18 @@ def _arguments(template: Template) -> Iterator[tuple[int | str, Any]]:
 
 def _is_leaf(value: Any) -> bool:
     return type(value) in _LEAVES
+
+
+def _leaves(value: Any) -> list[Any]:
+    return pytree.tree_leaves(value, is_leaf=_is_leaf)
+
+
+def _pairs(whole: Any, part: Any) -> Iterator[tuple[int, int | None]]:
+    """Yield the slots in a leaf of the batch's argument, with those in a microbatch's."""
+    if isinstance(whole, Packed) and isinstance(part, Packed):
+        yield from zip(whole.slots, part.slots, strict=True)
+    elif isinstance(whole, (SideInput, ArrayInput)):
+        yield whole.slot, None if part is None else part.slot
 
 
 def _kept(tensor: Tensor) -> Tensor:
@@ -232,15 +280,19 @@ def _added_up(whole: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]:
     yield torch.cat([parts[0][:1], *(part[1:] + start for part, start in zip(parts, starts[:-1], strict=True))])
 
 
+def _rows(whole: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    return torch.split(whole, [size * (whole.shape[0] // sum(sizes)) for size in sizes])
+
+
 def _with_masks(whole: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Tensor] | None:
     """Return the parts, with the batch's rows where there is none: a mask that hides the same in all of them.
 
-    Models pass no mask when no sample of the batch is padded.
+    Models pass no mask when no sample of the batch is padded. Whether that is the same to the blocks they are asked.
     """
     total = sum(sizes)
     if whole.ndim < 2 or whole.shape[0] % total:
         return None
-    rows = torch.split(whole, [size * (whole.shape[0] // total) for size in sizes])
+    rows = _rows(whole, sizes)
     unmasked = [row for row, part in zip(rows, parts, strict=True) if part is None]
     if not all(torch.equal(row, unmasked[0][:1].expand_as(row)) for row in unmasked):
         return None
