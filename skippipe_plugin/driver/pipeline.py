@@ -367,7 +367,8 @@ class Pipeline:
         self.heal()
         self.gradients.accumulation.settle()
         run = self._step_run(task, self._ambient())
-        self._forth_and_back(run, task, choose)
+        with run.explained():
+            self._forth_and_back(run, task, choose)
         self.gradients.count_visits(self.schedules[TRAINING], run.shares)
         loss = run.loss_of_batch()
         return run.values(), None if loss is None else mergeable(loss, self.gradients, task.scale, task.bends)
@@ -417,6 +418,11 @@ class Pipeline:
     def _evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None]) -> list[Any]:
         self.heal()
         run = self._step_run(task, self._ambient())
+        with run.explained():
+            self._answer(run, choose)
+        return run.values()
+
+    def _answer(self, run: StepRun | WholeRun, choose: Callable[[], None]) -> None:
         self.in_step = True
         try:
             run.start_all()
@@ -430,7 +436,6 @@ class Pipeline:
             raise
         finally:
             self.in_step = self.is_announced = False
-        return run.values()
 
     def _check_unwatched(self, live: Sequence[int]) -> None:
         if len(live) > 1 and self.proxies.is_watched:

@@ -161,6 +161,10 @@ class StepRun:
 
     # ------------------------------------------------------ life of a step
 
+    def explained(self) -> AbstractContextManager[None]:
+        """Explain failures; those of the user's functions are clear."""
+        return nullcontext()
+
     def live(self, settled: Callable[[], bool]) -> list[int]:
         """Return the microbatches (numbers of the schedule) of a training step that will call the blocks.
 

@@ -37,6 +37,12 @@ _STEP: Final = 0
 """The thread in which the user's function runs."""
 _QUESTION: Final = 1
 """The thread in which it is asked."""
+_BEYOND: Final = "out of range", "out of bounds"
+_NAMES_ROWS: Final = (
+    "a block failed on a microbatch ({error}), and gets whole numbers of each sample's own: where they name rows of "
+    "the batch, a microbatch lacks those rows. Give the blocks the whole batch, with num_microbatches=1. Where they "
+    "name something else, one process fails in the same way"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +155,20 @@ class WholeRun:
         proxies.begin_step()
 
     # ------------------------------------------------------ life of a step
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say of a failed look-up of rows that the rows may be those of another microbatch."""
+        try:
+            yield
+        except (IndexError, RuntimeError) as error:
+            is_ours = isinstance(error, SkipPipeError)
+            looked_up = isinstance(error, IndexError) or any(words in str(error) for words in _BEYOND)
+            if is_ours or not looked_up or self._cut is None or self._call is None:
+                raise
+            if not self._cut.has_numbers(self._call):
+                raise
+            raise SkipPipeError(_NAMES_ROWS.format(error=error)) from error
 
     def live(self, settled: Callable[[], bool]) -> list[int]:
         """Run the function up to the blocks; return the microbatches that will call them."""

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
+from skippipe_plugin import SkipPipeError
 from tests.e2e.support import assert_same_run, train
 
 LATER = [
@@ -32,6 +33,13 @@ class Block(nn.Module):
         return h + torch.tanh(self.linear(seen))
 
 
+class Switched(Block):
+    """Looks at other samples only where the hidden states, which nobody can know before, are large."""
+
+    def forward(self, h: Tensor, other: Tensor) -> Tensor:
+        return super().forward(h, other if bool(h.detach().abs().amax() > 20) else torch.full_like(other, -1))
+
+
 class Counting(Block):
     """Has an ordinary whole number for each sample."""
 
@@ -49,6 +57,9 @@ class Model(LightningModule):
         x, other = batch
         h = functools.reduce(lambda h, block: block(h, other), self.blocks, self.embed(x))
         return F.mse_loss(self.head(h), x.sum(1, keepdim=True))
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("loss", self.training_step(batch))
 
     def configure_optimizers(self) -> optim.Optimizer:
         return optim.SGD(self.parameters(), lr=0.05)
@@ -76,3 +87,22 @@ def test_ordinary_numbers_leave_it_cut(later: Tensor, caplog: pytest.LogCaptureF
         found = fit(Counting, later, 3)
     assert_same_run(found, fit(Counting, later, 1))
     assert "the blocks get whole batches" not in caplog.text
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_what_only_hidden_states_show_says_why_it_fails(evaluates: bool) -> None:
+    x = torch.cat([torch.full((8, 4), 0.1), torch.full((8, 4), 1e3)])
+    others = torch.arange(8).flip(0).repeat(2)
+    strategy = {"num_microbatches": 4, "microbatches": "stack"}
+
+    data = DataLoader(TensorDataset(x, others), batch_size=8)
+    first = DataLoader(TensorDataset(x[:8], others[:8]), batch_size=8)
+
+    def fit(*settings: Any) -> Any:
+        batches, val_data = (first, data) if evaluates else (data, None)
+        return train(lambda: Model(Switched), batches, *settings, max_steps=2, val_data=val_data)
+
+    with pytest.raises(SkipPipeError, match=r"a microbatch lacks those rows.*num_microbatches=1") as raised:
+        fit(3, strategy)
+    assert isinstance(raised.value.__cause__, IndexError)
+    assert_same_run(fit(3, strategy | {"num_microbatches": 1}), fit(1))
