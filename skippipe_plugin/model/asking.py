@@ -42,6 +42,7 @@ from .traceless import Untouched, uneven, untouched
 from .trials import LOSS, Key, Question, Results, Trials, named
 
 _GRADIENTS: Final = "the gradients of parameters"
+_WEIGHS: Final = "it is a mean over the weights of the samples' classes, which may differ from batch to batch"
 _LEAST_ASKED: Final = 3
 """So many batches with labels or masks are asked about in any case: rules that are none may fit one by chance."""
 _MOST_DETAILS: Final = 32
@@ -441,6 +442,8 @@ class Asking:
         except Exception as error:
             return error
         slopes.append(self._trials.slopes(whole, fakes.made[-1]))
+        if mode.weighs_classes:
+            answer.odd[named(LOSS)] = _WEIGHS
         if bend := bent(mode.kinks, kinks):
             answer.odd[COURSE] = BENDS.format(name=bend)
         if not draw:

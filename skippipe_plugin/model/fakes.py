@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..driver.capture.proxies import StackCall
 from .entering import Entered, Entrance
-from .flips import COMPARISONS, Compared, Comparisons, Flip
+from .flips import COMPARISONS, LOOKUPS, Compared, Comparisons, Flip
 from .kinks import Kink, Kinks, mark
 from .resized import Sizes
 
@@ -38,6 +38,7 @@ _RANDOM_IN_PLACE: Final = frozenset(
         *("exponential_", "geometric_", "cauchy_", "log_normal_"),
     )
 )
+_WEIGHED: Final = frozenset({"cross_entropy", "nll_loss"})
 _GRADIENT: Final = getattr(Tensor.grad, "__get__")  # noqa: B009 # mypy takes it for a gradient
 _MIRRORED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 
@@ -179,6 +180,8 @@ class Neutral(TorchFunctionMode):
         self._comparisons = Comparisons(flip)
         self.reads_gradients = False
         """Whether what has run under it looked at gradients of parameters."""
+        self.weighs_classes = False
+        """Whether it took a mean over weights of classes, which is none over samples or labels."""
 
     @property
     def kinks(self) -> tuple[Kink, ...]:
@@ -206,8 +209,8 @@ class Neutral(TorchFunctionMode):
             kwargs = {**kwargs, "dropout_p": 0.0}
         self._note(func, name, args, kwargs)
         result = func(*args, **kwargs)
-        if name in COMPARISONS:
-            result = self._comparisons.follow(name, args, result)
+        if name in COMPARISONS or name in LOOKUPS:
+            result = self._comparisons.follow(name, (*args, *kwargs.values()), result)
         result = self._kinks.follow(func, args, kwargs, result)
         if name in _RANDOM or name in _RANDOM_IN_PLACE:
             return self._drawn(result, in_place=name in _RANDOM_IN_PLACE)
@@ -216,6 +219,9 @@ class Neutral(TorchFunctionMode):
     def _note(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         if "ignore_index" in kwargs:
             self._remember("ne", kwargs["ignore_index"])
+        if name in _WEIGHED and kwargs.get("reduction") == "mean" and isinstance(kwargs.get("weight"), Tensor):
+            weights = kwargs["weight"].detach()
+            self.weighs_classes = self.weighs_classes or bool((weights != weights.reshape(-1)[:1]).any())
         if name in COMPARISONS and len(args) == 2:
             if isinstance(args[0], Tensor):
                 self._remember(name, args[1])

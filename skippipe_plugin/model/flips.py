@@ -17,10 +17,12 @@ from torch import Tensor
 from .counting import View
 
 WHY: Final = (
-    "when a comparison ({name}) comes out the other way for one sample, its results are no longer those that follow "
-    "from microbatches'"
+    "when a comparison or a lookup ({name}) comes out otherwise for one sample, its results are no longer those that "
+    "follow from microbatches'"
 )
 COMPARISONS: Final = frozenset({"ne", "eq", "lt", "le", "gt", "ge"})
+LOOKUPS: Final = frozenset({"getitem", "index_select", "gather", "take"})
+"""What finds a number for each sample in a table, as the weight of its class; counts like a comparison."""
 _MOST: Final = 6
 """So many comparisons of a step are turned."""
 _NOT_THE_STEPS: Final = "torchmetrics"
@@ -51,7 +53,10 @@ class Flip:
         turned = outcome.clone()
         if turned.numel():
             first = turned.narrow(self.dim, 0, 1)
-            first.fill_(not first.reshape(-1)[0].item())
+            if turned.dtype == torch.bool:
+                first.fill_(not first.reshape(-1)[0].item())
+            else:
+                first.add_(1.0)
         return turned
 
 
@@ -67,8 +72,10 @@ class Comparisons:
         self._flip = flip
 
     def follow(self, name: str, args: Sequence[Any], result: Any) -> Any:
-        """Note a comparison, and return how it is to come out."""
-        if not isinstance(result, Tensor) or result.dtype != torch.bool or not result.ndim or _is_not_the_steps():
+        """Note a comparison or a lookup, and return how it is to come out."""
+        if not isinstance(result, Tensor) or not result.ndim:
+            return result
+        if not (_is_found(args) if name in LOOKUPS else result.dtype == torch.bool) or _is_not_the_steps():
             return result
         flip = self._flip
         if flip is not None and flip.number == len(self.seen) and flip.dim < result.ndim:
@@ -87,9 +94,18 @@ def flips(whole: Sequence[Compared], parts: Sequence[Sequence[Compared]], view: 
     found: list[Flip] = []
     for number, (one, *others) in enumerate(zip(whole, *parts, strict=True)):
         dim = _dim_of_samples(one.outcome, others[0].outcome)
-        if dim is not None and _is_even(one, others) and not _is_watched(one, others[0], view):
+        is_watched = one.name not in LOOKUPS and _is_watched(one, others[0], view)
+        if dim is not None and _is_even(one, others) and not is_watched:
             found.append(Flip(number, dim, one.name))
     return tuple(found[:_MOST])
+
+
+def _is_found(args: Sequence[Any]) -> bool:
+    """Whether a lookup is one of integers in a table of numbers that is not trained."""
+    table, *rest = args
+    if not isinstance(table, Tensor) or table.ndim != 1 or not table.is_floating_point() or table.requires_grad:
+        return False
+    return any(isinstance(each, Tensor) and each.ndim and each.dtype in (torch.int64, torch.int32) for each in rest)
 
 
 def _dim_of_samples(whole: Tensor, part: Tensor) -> int | None:
