@@ -465,12 +465,23 @@ class Asking:
             answer.blocks = difference_of_blocks(self._spread, fakes, question.view.sizes)
         if changes and not answer.left:
             answer.left = self._trials.left_behind(question, draw, drawn, changes, trace)
-        return whole, parts, functools.partial(self._check_slopes, answer, slopes, fakes.dims, question.view)
+        check = functools.partial(self._check_slopes, answer, slopes, fakes.dims, question.view)
+        return whole, parts, functools.partial(check, is_coarse=mode.is_coarse)
 
-    def _check_slopes(self, answer: Answer, slopes: Sequence[Slopes | None], dims: Sequence[int], view: View) -> None:
+    def _check_slopes(
+        self,
+        answer: Answer,
+        slopes: Sequence[Slopes | None],
+        dims: Sequence[int],
+        view: View,
+        *,
+        is_coarse: bool,
+    ) -> None:
         """Note where the gradient of the loss does not follow as the loss does."""
         known = [each for each in slopes if each is not None]
-        if len(known) == len(slopes) and not follows(known[-1], known[:-1], dims, answer.plans.get(LOSS), view):
+        if len(known) != len(slopes):
+            return
+        if not follows(known[-1], known[:-1], dims, answer.plans.get(LOSS), view, is_coarse=is_coarse):
             answer.odd[GRADIENT] = DETACHED
 
 

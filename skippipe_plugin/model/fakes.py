@@ -39,6 +39,7 @@ _RANDOM_IN_PLACE: Final = frozenset(
     )
 )
 _WEIGHED: Final = frozenset({"cross_entropy", "nll_loss"})
+_COARSE: Final = frozenset({torch.float16, torch.bfloat16})
 _GRADIENT: Final = getattr(Tensor.grad, "__get__")  # noqa: B009 # mypy takes it for a gradient
 _MIRRORED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 
@@ -178,6 +179,8 @@ class Neutral(TorchFunctionMode):
         self._number = 0
         self._kinks = Kinks(features)
         self._comparisons = Comparisons(flip)
+        self.is_coarse = False
+        """Whether anything that has run under it was computed in 16 bits."""
         self.reads_gradients = False
         """Whether what has run under it looked at gradients of parameters."""
         self.weighs_classes = False
@@ -209,6 +212,7 @@ class Neutral(TorchFunctionMode):
             kwargs = {**kwargs, "dropout_p": 0.0}
         self._note(func, name, args, kwargs)
         result = func(*args, **kwargs)
+        self.is_coarse = self.is_coarse or (isinstance(result, Tensor) and result.dtype in _COARSE)
         if name in COMPARISONS or name in LOOKUPS:
             result = self._comparisons.follow(name, (*args, *kwargs.values()), result)
         result = self._kinks.follow(func, args, kwargs, result)

@@ -292,11 +292,15 @@ def _find_leaf(whole: Any, parts: Sequence[Any], view: View, weightings: Sequenc
 
 
 def _sharp(whole: Any, found: Mapping[Rule, Any], view: View, scale: float) -> float:
-    """Return how far a rule may be off: little where another fits well, for losses of samples may differ little."""
+    """Return how far a rule may be off: little where another fits well, for losses of samples may differ little.
+
+    Never less than rounding alone makes of the batch's result and of its microbatches'.
+    """
     tolerance = _tolerance(whole, view)
-    for part in (_SHARPER, _SHARP):
-        if any(same(whole, value, tolerance * part, scale) for value in found.values()):
-            return tolerance * part
+    digits = torch.finfo(whole.dtype).eps if isinstance(whole, Tensor) and whole.is_floating_point() else 0.0
+    for sharp in (tolerance * _SHARPER, tolerance * _SHARP):
+        if sharp > digits and any(same(whole, value, sharp, scale) for value in found.values()):
+            return sharp
     return tolerance
 
 

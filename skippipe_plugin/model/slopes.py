@@ -23,8 +23,7 @@ GRADIENT: Final = "the gradient of the loss"
 WHY: Final = "the loss itself does, but on the way back something is computed over samples, or kept from its gradient"
 _FINE: Final = 2e-3, 2e-5
 _COARSE: Final = 0.15, 0.02
-"""How far gradients may be apart, relative to their own size and to that of the largest, where some are of 16 bits."""
-_LOW: Final = frozenset({torch.float16, torch.bfloat16})
+"""How far gradients may be apart, relative to their own size and to that of the largest: of 32 bits, and of 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,9 @@ def is_linear(loss: Any, made: Sequence[Tensor], weights: Sequence[nn.Parameter]
     return True
 
 
-def follows(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], plan: Plan | None, view: View) -> bool:
+def follows(
+    whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], plan: Plan | None, view: View, *, is_coarse: bool
+) -> bool:
     """Whether the batch's gradient is made of the parts' by one of the rules of the loss.
 
     Args:
@@ -87,14 +88,17 @@ def follows(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], plan: P
         dims: By call of the blocks: the dimension of the samples.
         plan: What is known of the loss.
         view: The batch.
+        is_coarse: Whether anything was computed in 16 bits, by autocast for instance.
     """
     rules = [rule for rule in plan.rules if isinstance(rule, (Mean, Sum))] if isinstance(plan, Leaf) else []
     shares = [[1.0] * len(parts) if isinstance(rule, Sum) else view.shares(rule.weighting) for rule in rules]
     known = [each for each in shares if each is not None]
-    return not known or any(_fits(whole, parts, dims, each) for each in known)
+    return not known or any(_fits(whole, parts, dims, each, is_coarse=is_coarse) for each in known)
 
 
-def _fits(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], shares: Sequence[float]) -> bool:
+def _fits(
+    whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], shares: Sequence[float], *, is_coarse: bool
+) -> bool:
     pairs: list[tuple[Tensor, Tensor, float]] = []
     """The batch's, the same made of the parts', and how large the parts are."""
     shares = [share / part.factor for share, part in zip(shares, parts, strict=True)]
@@ -110,7 +114,7 @@ def _fits(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], shares: S
         if slope is not None or added:
             zero = torch.zeros_like(added[0] if slope is None else slope)
             pairs.append((zero if slope is None else slope, sum(added, zero), sum(map(_size, added))))
-    relative, absolute = _COARSE if any(slope.dtype in _LOW for slope, _, _ in pairs) else _FINE
+    relative, absolute = _COARSE if is_coarse else _FINE
     if not pairs or any(not bool(torch.isfinite(each).all()) for pair in pairs for each in pair[:2]):
         return True
     largest = max(_size(slope) for slope, _, _ in pairs)

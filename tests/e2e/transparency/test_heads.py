@@ -155,6 +155,13 @@ def test_heads_of_transformers_over_several_batches(name: str, tmp_path: Path) -
     assert_exact(name, tmp_path, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 7})
 
 
+@pytest.mark.parametrize("name", ["llama", "bert classes", "bert masked"])
+def test_heads_under_autocast_are_cut(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain, found = (run(HEADS[name], tmp_path, pipeline, {"bf16": True}) for pipeline in (False, True))
+    assert found[0] == pytest.approx(plain[0], rel=2e-3)  # of a bfloat16, 8e-3 is the next one
+    assert "runs once, on the whole batch" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert tags"])
 def test_smoothed_labels(name: str, tmp_path: Path) -> None:
     assert_exact(name, tmp_path, {"label_smoothing_factor": 0.1})
