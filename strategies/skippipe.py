@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..checked import COUNT, NUM_PROCESSES, SHARE, checked
@@ -27,7 +25,7 @@ from ..driver.capture.batches import Cutter
 from ..driver.capture.devices import move_around
 from ..driver.capture.rewind import rewinder
 from ..driver.moving import MoveEvent
-from ..driver.optimizer import RemoteOptimizer, to_device
+from ..driver.optimizer import to_device
 from ..driver.pipeline import TRAINING
 from ..driver.recovery.policy import RecoveryPolicy
 from ..driver.recovery.report import RecoveryEvent
@@ -55,25 +53,23 @@ from ..schedule import CostModel, Schedule, Timeline
 from ..sources import workers_of
 from ..supervisor import supervised
 from ..worker import end_with_driver
-from .checks import check_fit, check_replaceable, check_single, check_unreplaced
-from .clipping import clip_everywhere, clip_locally
+from .checks import check_fit
 from .compiled import uncompile
 from .continuation import FROM_MEMORY, Continuation
 from .cut_step import CutStep, PreparedStep, asking_of
-from .drivers import DriversStrategy
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import cut_or_whole, loader_hint
+from .optimizing import OptimizingStrategy
 from .outputs import with_loss, without_loss
 from .sections import shared_sections
 from .verify import Verify, check_step, verify_first
 from .whole_step import WholeStep
-from .zeroing import zero_everywhere, zero_locally
 
 log = logging.getLogger(__name__)
 
 
 @checked(skip_ratio=SHARE, num_microbatches=COUNT, replicas=NUM_PROCESSES, drivers=NUM_PROCESSES)
-class SkipPipeStrategy(DriversStrategy):
+class SkipPipeStrategy(OptimizingStrategy):
     """Train an unchanged LightningModule as a pipeline of stages on other processes.
 
     ``Trainer(devices=N, strategy=SkipPipeStrategy())`` uses N processes: one driver, which runs the Trainer, the
@@ -165,12 +161,10 @@ class SkipPipeStrategy(DriversStrategy):
         self._job: DriverJob | None = None
         self._spread: SpreadModel | None = None
         self._asking: Asking | None = None
-        self._remote: RemoteOptimizer | None = None
         self._compiled: CompiledParts | None = None
         self._restore_late = False
         self._cutter = Cutter()
         self._recovery: Recovery | None = None
-        self._continuation: Continuation | None = None
         self._record_timeline = False
         self._timeline: Timeline | None = None
 
@@ -376,65 +370,14 @@ class SkipPipeStrategy(DriversStrategy):
         move_around(self.model, set(self._running().remote_blocks), self.root_device)
 
     @override
-    def setup_optimizers(self, trainer: Trainer) -> None:
-        super().setup_optimizers(trainer)
-        self._take_optimizer()
-
-    def _take_optimizer(self) -> None:
-        check_single(self.optimizers)
-        if self.optimizers and not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers made one
-            self._remote = RemoteOptimizer(self._running().pipeline, self.optimizers[0])
-            zero_everywhere(self.lightning_module, self._running().pipeline.gradients)
-            if self._continuation is not None:
-                self._continuation.attach(self._running(), self._remote)
-
-    @property
-    @override
-    def optimizers(self) -> list[Optimizer]:
-        return self._optimizers
-
-    @optimizers.setter
-    def optimizers(self, optimizers: list[Optimizer]) -> None:
-        """Use others; while a model is spread, the parts on the workers become parts of the new one."""
-        self._optimizers = optimizers
-        self._lightning_optimizers = [LightningOptimizer._to_lightning_optimizer(each, self) for each in optimizers]
-        if self._remote is not None:
-            check_replaceable(optimizers, is_continued=self._continuation is not None)
-            self._remote = self._remote.replaced_by(optimizers[0])
-            self._reach_workers(self._remote)
-
-    @override
-    def setup_precision_plugin(self) -> None:
-        super().setup_precision_plugin()
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise SkipPipeError(
-                "precision='16-mixed' scales the loss, which stages on other processes cannot follow yet; "
-                "use precision='bf16-mixed'"
-            )
-        if self._remote is not None:
-            self._reach_workers(self._remote)
-
-    def _reach_workers(self, remote: RemoteOptimizer) -> None:
-        """Let what Lightning does to gradients reach those on workers."""
-        # What self.optimizers() returns has a zero_grad of its own, which sees this driver's parameters only.
-        self._lightning_optimizers[0].__dict__["zero_grad"] = remote.optimizer.zero_grad
-        clip_everywhere(self.precision_plugin, remote)
-
-    @override
     def teardown(self) -> None:
         self._bring_back(over=True)
         super().teardown()
 
     def _bring_back(self, *, over: bool) -> None:
         """Make model and optimizer whole again on this driver, and free the workers."""
-        remote, self._remote = self._remote, None
         try:
-            if remote is not None:
-                clip_locally(self.precision_plugin)
-                zero_locally(self.lightning_module)
-                for wrapper in self._lightning_optimizers:
-                    wrapper.__dict__.pop("zero_grad", None)
-                remote.detach()
+            self._detach_optimizer()
         finally:
             self._bring_blocks_back()
         continuation, self._continuation = self._continuation, None
@@ -509,6 +452,7 @@ class SkipPipeStrategy(DriversStrategy):
     def _is_spread(self) -> bool:
         return self._spread is not None and self._spread.is_spread
 
+    @override
     def _running(self) -> SpreadModel:
         if self._spread is None:
             raise SkipPipeError("the pipeline is not set up: call this from inside fit, validate, test or predict")
@@ -525,7 +469,7 @@ class SkipPipeStrategy(DriversStrategy):
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, batch, rest = self._step_arguments(args)
         running = self._running()
-        check_unreplaced(self.optimizers, self._remote)
+        self._check_optimizers()
         if running.attached is not None:
             running.attached.begin_step(module.trainer.global_step)
         with self.precision_plugin.train_step_context():
@@ -609,15 +553,3 @@ class SkipPipeStrategy(DriversStrategy):
         if self.settings.moe is not None and self.settings.moe.exact_bias and self._spread is None:
             widen_biases(find_routers(self.lightning_module).values())
         super().load_model_state_dict(checkpoint, strict)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return super().optimizer_state(optimizer) if self._remote is None else self._remote.state_dict()
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        if self._remote is None:
-            super().load_optimizer_state_dict(checkpoint)
-            return
-        self._remote.load_state_dict(checkpoint["optimizer_states"][0])
-        to_device(self.optimizers[0], self.root_device)

@@ -1,0 +1,101 @@
+"""The Trainer's optimizer, which steps what is on the workers too: what Lightning does to it reaches them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from ..driver.optimizer import RemoteOptimizer, to_device
+from ..engine.errors import SkipPipeError
+from ..model.spread import SpreadModel
+from .checks import check_replaceable, check_single, check_unreplaced
+from .clipping import clip_everywhere, clip_locally
+from .continuation import Continuation
+from .drivers import DriversStrategy
+from .zeroing import zero_everywhere, zero_locally
+
+
+class OptimizingStrategy(DriversStrategy):
+    """The part of the strategy that knows of the optimizer; abstract."""
+
+    def __init__(self, drivers: int, *, brings_workers: bool = False) -> None:
+        super().__init__(drivers, brings_workers=brings_workers)
+        self._remote: RemoteOptimizer | None = None
+        self._continuation: Continuation | None = None
+
+    def _running(self) -> SpreadModel:
+        raise NotImplementedError
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        check_single(self.optimizers)
+        if self.optimizers and not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers made one
+            self._remote = RemoteOptimizer(self._running().pipeline, self.optimizers[0])
+            zero_everywhere(self.lightning_module, self._running().pipeline.gradients)
+            if self._continuation is not None:
+                self._continuation.attach(self._running(), self._remote)
+
+    @property
+    @override
+    def optimizers(self) -> list[Optimizer]:
+        return self._optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        """Use others; while a model is spread, the parts on the workers become parts of the new one."""
+        self._optimizers = optimizers
+        self._lightning_optimizers = [LightningOptimizer._to_lightning_optimizer(each, self) for each in optimizers]
+        if self._remote is not None:
+            check_replaceable(optimizers, is_continued=self._continuation is not None)
+            self._remote = self._remote.replaced_by(optimizers[0])
+            self._reach_workers(self._remote)
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise SkipPipeError(
+                "precision='16-mixed' scales the loss, which stages on other processes cannot follow yet; "
+                "use precision='bf16-mixed'"
+            )
+        if self._remote is not None:
+            self._reach_workers(self._remote)
+
+    def _reach_workers(self, remote: RemoteOptimizer) -> None:
+        """Let what Lightning does to gradients reach those on workers."""
+        # What self.optimizers() returns has a zero_grad of its own, which sees this driver's parameters only.
+        self._lightning_optimizers[0].__dict__["zero_grad"] = remote.optimizer.zero_grad
+        clip_everywhere(self.precision_plugin, remote)
+
+    def _check_optimizers(self) -> None:
+        """Raise when the list of optimizers is another than Lightning and the workers know."""
+        check_unreplaced(self.optimizers, self._remote)
+
+    def _detach_optimizer(self) -> None:
+        """Let the optimizer step what is on this driver alone."""
+        remote, self._remote = self._remote, None
+        if remote is None:
+            return
+        clip_locally(self.precision_plugin)
+        zero_locally(self.lightning_module)
+        for wrapper in self._lightning_optimizers:
+            wrapper.__dict__.pop("zero_grad", None)
+        remote.detach()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return super().optimizer_state(optimizer) if self._remote is None else self._remote.state_dict()
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self._remote is None:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        self._remote.load_state_dict(checkpoint["optimizer_states"][0])
+        to_device(self.optimizers[0], self.root_device)
