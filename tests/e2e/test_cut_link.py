@@ -52,6 +52,17 @@ class Hosts:
         _, said = self.joined[index].communicate(timeout=ENDS_WITHIN_S)
         return self.joined[index].returncode, said
 
+    def forget_quickly(self) -> None:
+        """Let the other host's kernel drop connections of ended processes that nobody answers at once."""
+        setting = "net.ipv4.tcp_orphan_retries=1"
+        subprocess.run([*self.cable.node.prefix, "sysctl", "-q", "-w", setting], check=True)
+
+    def open_connections(self) -> list[str]:
+        """List the other host's connections."""
+        listing = [*self.cable.node.prefix, sys.executable, "-c", "print(open('/proc/net/tcp').read())"]
+        lines = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+        return [line for line in lines if line.strip()]
+
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
@@ -97,6 +108,29 @@ def test_a_worker_that_was_cut_off_has_no_say_and_may_join_anew(hosts: Hosts) ->
     ]
     stop_workers()
     assert hosts.end_of(2)[0] == 0
+
+
+def test_connections_that_are_half_open_are_given_up(hosts: Hosts) -> None:
+    """Its last words are lost with its host: this end's connections stay open until the other says that it has none."""
+
+    def lose(trainer: Trainer) -> None:
+        lost.extend({1, 2, 3} - trainer.strategy.worker_pids.keys())
+        hosts.cable.cut()
+        hosts.joined[0].kill()
+        hosts.joined[0].wait()
+        assert wait_until(lambda: not hosts.open_connections())  # their kernel has given up to say goodbye
+        hosts.cable.repair()
+        hosts.join(None)  # who will take over
+
+    hosts.forget_quickly()
+    lost: list[int] = []
+    recovery = StageRecovery(spares=0, heartbeat_s=2.0)
+    happenings = [At("on_train_batch_start", 3, lose)]
+    result, _ = run(*happenings, recovery=recovery, strategy={"network": hosts.network})
+    assert_counted(result)
+    assert [event.rank for event in recovery.events] == lost
+    stop_workers()
+    assert hosts.end_of(1)[0] == 0
 
 
 def test_a_link_that_stays_cut_is_an_error_at_both_ends(hosts: Hosts) -> None:
