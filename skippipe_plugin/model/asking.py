@@ -24,17 +24,17 @@ from .batch_statistics import BatchStatistics
 from .blocks_apart import bend_of_blocks, difference_of_blocks, difference_of_lacking
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates, tensors
 from .entering import HIDDEN
-from .fakes import Fakes, Incomparable, Neutral
+from .fakes import COARSE, Fakes, Incomparable, Neutral
 from .flips import WHY as TURNS
 from .flips import Flip, flips
 from .interleaving import DRAWN
 from .kinks import COURSE, bent, features
 from .kinks import WHY as BENDS
 from .outstanding import Outstanding
-from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems
+from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same, without
 from .resized import FACTORS, ROUNDING, Sizes, resize
 from .resized import WHY as SIZES
-from .slopes import GRADIENT, Slopes, follows
+from .slopes import GRADIENT, Slopes, follows, refuted_by
 from .slopes import WHY as DETACHED
 from .spread import SpreadModel
 from .surroundings import Surroundings
@@ -465,12 +465,13 @@ class Asking:
             answer.blocks = difference_of_blocks(self._spread, fakes, question.view.sizes)
         if changes and not answer.left:
             answer.left = self._trials.left_behind(question, draw, drawn, changes, trace)
-        check = functools.partial(self._check_slopes, answer, slopes, fakes.dims, question.view)
+        check = functools.partial(self._check_slopes, answer, (whole, *parts), slopes, fakes.dims, question.view)
         return whole, parts, functools.partial(check, is_coarse=mode.is_coarse)
 
     def _check_slopes(
         self,
         answer: Answer,
+        results: Sequence[Results],
         slopes: Sequence[Slopes | None],
         dims: Sequence[int],
         view: View,
@@ -483,6 +484,11 @@ class Asking:
             return
         if not follows(known[-1], known[:-1], dims, answer.plans.get(LOSS), view, is_coarse=is_coarse):
             answer.odd[GRADIENT] = DETACHED
+        elif LOSS in answer.plans and _is_rough(results[0].get(LOSS)):
+            wrong = refuted_by(known[-1], known[:-1], dims, answer.plans[LOSS], view)
+            for key, plan in answer.plans.items():  # what is logged of a loss is reduced as the loss is
+                if key == LOSS or all(same(each.get(key), each.get(LOSS)) for each in results):
+                    answer.plans[key] = without(plan, wrong)
 
 
 @contextmanager
@@ -516,6 +522,10 @@ def _beginning(last: Answer | None) -> Answer:
 
 class _PieceFailed(Exception):
     """A microbatch fails where the batch does not."""
+
+
+def _is_rough(loss: Any) -> bool:
+    return isinstance(loss, Tensor) and loss.dtype in COARSE
 
 
 def _is_finite(loss: Any) -> bool:

@@ -39,7 +39,7 @@ _RANDOM_IN_PLACE: Final = frozenset(
     )
 )
 _WEIGHED: Final = frozenset({"cross_entropy", "nll_loss"})
-_COARSE: Final = frozenset({torch.float16, torch.bfloat16})
+COARSE: Final = frozenset({torch.float16, torch.bfloat16})
 _GRADIENT: Final = getattr(Tensor.grad, "__get__")  # noqa: B009 # mypy takes it for a gradient
 _MIRRORED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 
@@ -212,7 +212,7 @@ class Neutral(TorchFunctionMode):
             kwargs = {**kwargs, "dropout_p": 0.0}
         self._note(func, name, args, kwargs)
         result = func(*args, **kwargs)
-        self.is_coarse = self.is_coarse or (isinstance(result, Tensor) and result.dtype in _COARSE)
+        self.is_coarse = self.is_coarse or (isinstance(result, Tensor) and result.dtype in COARSE)
         if name in COMPARISONS or name in LOOKUPS:
             result = self._comparisons.follow(name, (*args, *kwargs.values()), result)
         result = self._kinks.follow(func, args, kwargs, result)

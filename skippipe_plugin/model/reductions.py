@@ -199,6 +199,13 @@ def problems(plan: Plan, name: str) -> dict[str, str]:
     return found
 
 
+def without(plan: Plan, wrong: frozenset[Rule]) -> Plan:
+    """Return what is known of a result of which some rules were found not to hold otherwise."""
+    if not isinstance(plan, Leaf):
+        return plan
+    return replace(plan, rules=tuple(rule for rule in plan.rules if rule not in wrong), refuted=plan.refuted | wrong)
+
+
 def as_loss(plan: Plan) -> Plan:
     """Return what is known of a loss: only means and sums say what share each microbatch has of its gradient."""
     if not isinstance(plan, Leaf) or not plan.rules or any(isinstance(rule, (Mean, Sum)) for rule in plan.rules):

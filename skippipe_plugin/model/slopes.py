@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from ..engine.errors import SkipPipeError
 from ..engine.independence import FACTORS, is_multiple
 from .counting import View
-from .reductions import Leaf, Mean, Plan, Sum
+from .reductions import Leaf, Mean, Plan, Rule, Sum
 
 GRADIENT: Final = "the gradient of the loss"
 WHY: Final = "the loss itself does, but on the way back something is computed over samples, or kept from its gradient"
 _FINE: Final = 2e-3, 2e-5
 _COARSE: Final = 0.15, 0.02
 """How far gradients may be apart, relative to their own size and to that of the largest: of 32 bits, and of 16."""
+_SHARE: Final = 0.02
+"""More than this a share of 16 bits is not off by rounding alone, which evens out over the hidden states."""
+_WORSE: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,56 @@ def follows(
     shares = [[1.0] * len(parts) if isinstance(rule, Sum) else view.shares(rule.weighting) for rule in rules]
     known = [each for each in shares if each is not None]
     return not known or any(_fits(whole, parts, dims, each, is_coarse=is_coarse) for each in known)
+
+
+def refuted_by(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], plan: Plan, view: View) -> frozenset[Rule]:
+    """Return the rules of a loss whose shares are not those of its gradient, where others' are.
+
+    A loss of 16 bits does not tell them apart: one mean is like the other within rounding. Its gradient has the share
+    of a microbatch in each of the hidden states.
+
+    Args:
+        whole: The batch's.
+        parts: The microbatches'.
+        dims: By call of the blocks: the dimension of the samples.
+        plan: What is known of the loss.
+        view: The batch.
+    """
+    rules = [rule for rule in plan.rules if isinstance(rule, (Mean, Sum))] if isinstance(plan, Leaf) else []
+    found = _shares(whole, parts, dims)
+    off = {rule: _off(rule, found, view) for rule in rules}
+    worst = max(_SHARE, _WORSE * min(off.values(), default=0.0))
+    return frozenset(rule for rule, error in off.items() if error > worst)
+
+
+def _shares(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int]) -> list[float | None]:
+    """Return what share of each microbatch's gradient the batch's has; None where that is not to be seen."""
+    products = [[0.0, 0.0] for _ in parts]
+    for number, (slope, dim) in enumerate(zip(whole.made, dims, strict=False)):
+        pieces = [part.made[number] for part in parts if number < len(part.made)]
+        present = [piece for piece in pieces if piece is not None and piece.ndim > dim]
+        if slope is None or len(present) < len(parts):
+            continue
+        sizes = [piece.shape[dim] for piece in present]
+        if slope.ndim <= dim or sum(sizes) != slope.shape[dim]:
+            continue
+        for product, piece, of_batch in zip(products, present, torch.split(slope, sizes, dim), strict=True):
+            if piece.shape == of_batch.shape:
+                product[0] += float((piece.double() * of_batch.double()).sum())
+                product[1] += float(piece.double().square().sum())
+    return [
+        cross / square * part.factor if square > 0 else None
+        for (cross, square), part in zip(products, parts, strict=True)
+    ]
+
+
+def _off(rule: Mean | Sum, found: Sequence[float | None], view: View) -> float:
+    """Return by how much the shares of a rule are off, relative to those found."""
+    shares = [1.0] * len(found) if isinstance(rule, Sum) else view.shares(rule.weighting)
+    if shares is None:
+        return 0.0
+    pairs = [(share, each) for share, each in zip(shares, found, strict=True) if each is not None and each > 0]
+    return max((abs(share / each - 1) for share, each in pairs), default=0.0)
 
 
 def _fits(

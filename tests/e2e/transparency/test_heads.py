@@ -162,6 +162,16 @@ def test_heads_under_autocast_are_cut(name: str, tmp_path: Path, caplog: pytest.
     assert "runs once, on the whole batch" not in caplog.text
 
 
+def test_a_head_in_bfloat16_is_cut_where_the_mask_could_count_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {**TEXT, "attention_mask": (TOKENS != -100).long(), "labels": CLASSES}
+    head = (lambda: hf.BertForSequenceClassification(hf.BertConfig(**BERT)).to(torch.bfloat16), columns, None)
+    plain, found = (run(head, tmp_path, pipeline, {}) for pipeline in (False, True))
+    assert found[0] == pytest.approx(plain[0], rel=1e-2)
+    assert "runs once, on the whole batch" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert tags"])
 def test_smoothed_labels(name: str, tmp_path: Path) -> None:
     assert_exact(name, tmp_path, {"label_smoothing_factor": 0.1})
