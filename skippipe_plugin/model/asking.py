@@ -24,14 +24,14 @@ from .batch_statistics import BatchStatistics
 from .blocks_apart import bend_of_blocks, difference_of_blocks, difference_of_lacking
 from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates, tensors
 from .entering import HIDDEN
-from .fakes import COARSE, Fakes, Incomparable, Neutral
+from .fakes import Fakes, Incomparable, Neutral
 from .flips import WHY as TURNS
 from .flips import Flip, flips
 from .interleaving import DRAWN
 from .kinks import COURSE, bent, features
 from .kinks import WHY as BENDS
 from .outstanding import Outstanding
-from .reductions import MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same, without
+from .reductions import COARSE, MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same, without
 from .resized import FACTORS, ROUNDING, Sizes, resize
 from .resized import WHY as SIZES
 from .slopes import GRADIENT, Slopes, follows, refuted_by

@@ -17,6 +17,7 @@ from ..driver.capture.proxies import StackCall
 from .entering import Entered, Entrance
 from .flips import COMPARISONS, LOOKUPS, Compared, Comparisons, Flip
 from .kinks import Kink, Kinks, mark
+from .reductions import COARSE
 from .resized import Sizes
 
 _GOLDEN: Final = 0.6180339887
@@ -39,7 +40,6 @@ _RANDOM_IN_PLACE: Final = frozenset(
     )
 )
 _WEIGHED: Final = frozenset({"cross_entropy", "nll_loss"})
-COARSE: Final = frozenset({torch.float16, torch.bfloat16})
 _GRADIENT: Final = getattr(Tensor.grad, "__get__")  # noqa: B009 # mypy takes it for a gradient
 _MIRRORED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 

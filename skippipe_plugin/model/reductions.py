@@ -30,9 +30,14 @@ class _Missing:
 
 
 MISSING: Final = _Missing()
+COARSE: Final = frozenset({torch.float16, torch.bfloat16})
+"""The types of 16 bits."""
 _ROUNDING: Final = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 _SHARPER, _SHARP = 1 / 16, 1 / 4
 """To what part of the usual rounding rules are held as soon as one of them keeps to it."""
+_SAME_SHARE: Final = 1e-9
+_SAME_ROUGHLY: Final = 0.015
+"""How far shares may be apart and say the same: of a result of 16 bits, of which one is up to 0.004 off by rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,8 @@ class Leaf:
     refuted: frozenset[Rule] = frozenset()
     problem: str = ""
     """Why no rule is left."""
+    is_rough: bool = False
+    """Whether it has 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +232,7 @@ def check_settled(plan: Plan, view: View) -> None:
         return
     means = [rule.weighting for rule in plan.rules if isinstance(rule, Mean)]
     for other in means[1:]:
-        if not _alike(view.shares(means[0]), view.shares(other)):
+        if not _alike(plan, view.shares(means[0]), view.shares(other)):
             raise Unsettled(f"means over {means[0]} and over {other} both fit what was tried")
 
 
@@ -249,7 +256,7 @@ def weighting_of(plan: Plan, view: View) -> Mean | Sum | None:
     for other in rules[1:]:
         if isinstance(other, Sum) or isinstance(first, Sum):
             raise Unsettled("a mean and a sum both fit")
-        if not _alike(view.shares(first.weighting), view.shares(other.weighting)):
+        if not _alike(plan, view.shares(first.weighting), view.shares(other.weighting)):
             raise Unsettled(f"means over {first.weighting} and {other.weighting} both fit so far")
     return first
 
@@ -283,7 +290,9 @@ def _find_leaf(whole: Any, parts: Sequence[Any], view: View, weightings: Sequenc
         who = "the whole batch" if present else "its microbatches"
         return replace(known, rules=(), problem=f"{who} had none")
     if not math.isfinite(_magnitude(whole)):
-        return known if known.rules else Leaf(tuple(_possible(whole, present[0], weightings)))  # that tells nothing
+        return (
+            known if known.rules else replace(known, rules=tuple(_possible(whole, present[0], weightings)))
+        )  # that tells nothing
     refuted = set(known.refuted)
     merged: dict[Rule, Any] = {}
     for rule in _possible(whole, present[0], weightings):
@@ -295,7 +304,8 @@ def _find_leaf(whole: Any, parts: Sequence[Any], view: View, weightings: Sequenc
     tolerance, scale = _sharp(whole, found, view, _scale(present)), _scale(present)
     fitting = tuple(rule for rule, value in found.items() if same(whole, value, tolerance, scale))
     refuted |= found.keys() - set(fitting)
-    return Leaf(fitting, frozenset(refuted), "" if fitting else _describe(whole, present, view))
+    is_rough = known.is_rough or (isinstance(whole, Tensor) and whole.dtype in COARSE)
+    return Leaf(fitting, frozenset(refuted), "" if fitting else _describe(whole, present, view), is_rough)
 
 
 def _sharp(whole: Any, found: Mapping[Rule, Any], view: View, scale: float) -> float:
@@ -360,7 +370,7 @@ def _merge_leaf(leaf: Leaf, parts: Sequence[Any], view: View) -> Any:
     found, first = MISSING, None
     for rule in leaf.rules:
         if isinstance(rule, Mean) and isinstance(first, Mean):
-            if not _alike(view.shares(first.weighting), view.shares(rule.weighting)):
+            if not _alike(leaf, view.shares(first.weighting), view.shares(rule.weighting)):
                 raise Unsettled(f"means over {first.weighting} and {rule.weighting} both fit so far")
             continue
         merged = _attempt(rule, parts if isinstance(rule, Mean) else present, view)
@@ -391,10 +401,11 @@ def _combined(parts: Sequence[Any], weights: Sequence[float] | None) -> Any:
     return math.fsum(part * weight for part, weight in zip(parts, weights, strict=True))
 
 
-def _alike(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
+def _alike(plan: Plan, a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
     if a is None or b is None:
         return a is b
-    return all(abs(x - y) <= 1e-9 for x, y in zip(a, b, strict=True))
+    relative = _SAME_ROUGHLY if isinstance(plan, Leaf) and plan.is_rough else 0.0
+    return all(abs(x - y) <= _SAME_SHARE + relative * max(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _tolerance(value: Any, view: View) -> float:

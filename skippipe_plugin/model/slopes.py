@@ -24,7 +24,7 @@ WHY: Final = "the loss itself does, but on the way back something is computed ov
 _FINE: Final = 2e-3, 2e-5
 _COARSE: Final = 0.15, 0.02
 """How far gradients may be apart, relative to their own size and to that of the largest: of 32 bits, and of 16."""
-_SHARE: Final = 0.02
+_SHARE: Final = 0.01
 """More than this a share of 16 bits is not off by rounding alone, which evens out over the hidden states."""
 _WORSE: Final = 3
 

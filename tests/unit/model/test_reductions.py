@@ -18,6 +18,7 @@ from skippipe_plugin.model.reductions import (
     Plan,
     Sum,
     Unsettled,
+    check_settled,
     find_plan,
     merge,
     problems,
@@ -181,3 +182,17 @@ def test_tensors_are_joined_along_the_dimension_that_was_cut() -> None:
     assert find_plan(whole, [whole[:, :2], whole[:, 2:]], view, [Samples()]) == Leaf(
         (Joined(1),), frozenset({Joined(0), Joined(2)})
     )
+
+
+def test_means_whose_shares_are_alike_within_rounding_are_one_to_a_result_of_16_bits() -> None:
+    labels = torch.ones(8, 100, dtype=torch.long)
+    labels[1, -1] = -100
+    view = View(labels, labels.chunk(4), (2, 2, 2, 2))
+    rules = (Mean(Samples()), Mean(Counted("batch", "ne", -100)))
+    check_settled(Leaf(rules, is_rough=True), view)
+    assert weighting_of(Leaf(rules, is_rough=True), view) == rules[0]
+    with pytest.raises(Unsettled):
+        check_settled(Leaf(rules), view)
+    labels[1] = -100
+    with pytest.raises(Unsettled):
+        check_settled(Leaf(rules, is_rough=True), View(labels, labels.chunk(4), (2, 2, 2, 2)))
