@@ -6,7 +6,9 @@ later steps need not.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -19,6 +21,15 @@ Kink = tuple[str, tuple[int, ...]]
 COURSE: Final = "the outcome"
 WHY: Final = "{name} of a value that all samples make together goes one way or another, for a microbatch by its own"
 _MARK: Final = "_skippipe_made_up"
+_COMPARED: Final = "_skippipe_compared"
+"""Marks what tells by a comparison of values that were made up, or of features."""
+_IS_SHARE: Final = "_skippipe_share"
+"""Marks what lies between 0 and 1 whatever the values."""
+_SHARES: Final = frozenset({"sigmoid", "softmax"})
+_PLACES: Final = frozenset(
+    {"getitem", "squeeze", "unsqueeze", "flatten", "reshape", "view", "detach", "float", "select"}
+)
+"""What keeps the values."""
 _COMPARISONS: Final = frozenset({"lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"})
 _BENT: Final = _COMPARISONS | frozenset(
     (
@@ -31,8 +42,11 @@ _BENT: Final = _COMPARISONS | frozenset(
 )
 
 
-_COUNTING: Final = frozenset({"unique", "unique_consecutive"})
-"""What bends by how often samples hold the same: never among few of them, perhaps."""
+_ANY: Final = frozenset({"any", "all"})
+_COUNTING: Final = frozenset({"unique", "unique_consecutive"}) | _ANY
+"""What bends by how often samples hold the same, or whether one of them does: never among few of them, perhaps."""
+_BETWEEN: Final = frozenset({"torch", __name__.partition(".")[0]})
+"""Whose functions call others for the step."""
 
 
 def mark(value: Any, *, made_up: bool = True) -> None:
@@ -70,8 +84,10 @@ class Kinks:
         name = getattr(func, "__name__", "").strip("_")
         given = list(_tensors((*args, *kwargs.values())))
         marked = [each for each in given if _MARK in each.__dict__ or id(each) in self._features]
-        if name in _COUNTING and given:
+        if given and name in _COUNTING and _counts(name, given[0]):
             self.note(name, given[0].shape)
+        if given:
+            _mark_kind(name, given, result, is_marked=bool(marked))
         if not marked:
             return result
         made_up = any(each.__dict__.get(_MARK) for each in marked)
@@ -137,17 +153,49 @@ def bent(whole: Sequence[Kink], parts: Sequence[Sequence[Kink]]) -> str:
 
     What belongs to samples is of another shape for the batch than for its microbatches, or comes more often.
     """
+    counted = [kink for kink in whole if kink[0] in _COUNTING]
+    if counted and any([kink for kink in part if kink[0] in _COUNTING] != counted for part in parts):
+        return counted[0][0]
+    whole, parts = _uncounted(whole), [_uncounted(part) for part in parts]
     if any(len(part) != len(whole) for part in parts):
         whole, parts = _of_numbers(whole), [_of_numbers(part) for part in parts]
     if any(len(part) != len(whole) for part in parts):
         return ""
     for number, kink in enumerate(whole):
         others = [part[number] for part in parts]
-        if kink[0] in _COUNTING and any(other != kink for other in others):
-            return kink[0]
-        if kink[0] not in _COUNTING and 0 not in kink[1] and all(other == kink for other in others):
+        if 0 not in kink[1] and all(other == kink for other in others):
             return f"a comparison ({kink[0]})" if kink[0] in _COMPARISONS else kink[0]
     return ""
+
+
+def _mark_kind(name: str, given: Sequence[Tensor], result: Any, *, is_marked: bool) -> None:
+    """Note of a result whether it is a share, and whether a comparison of what may be any number has made it."""
+    if not isinstance(result, Tensor):
+        return
+    is_kept = name in _PLACES or (name == "get" and result.data_ptr() == given[0].data_ptr())  # a property, as Tensor.T
+    if name in _SHARES or (is_kept and _IS_SHARE in given[0].__dict__):
+        result.__dict__[_IS_SHARE] = True
+    is_open = is_marked and name in _COMPARISONS and _IS_SHARE not in given[0].__dict__
+    if result.dtype == torch.bool and (is_open or any(_COMPARED in each.__dict__ for each in given)):
+        result.__dict__[_COMPARED] = True
+
+
+def _counts(name: str, given: Tensor) -> bool:
+    """Whether it matters to a step what such a function says: metrics are not asked what else would become of them."""
+    caller, is_metric = _caller()
+    if is_metric and caller.endswith("_validation"):  # what makes no sense is refused
+        return False
+    return name not in _ANY or (is_metric and _COMPARED in given.__dict__)
+
+
+def _caller() -> tuple[str, bool]:
+    """Return the name of the function that called one of torch, and whether it is a metric's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame = frame.f_back
+    if frame is None:
+        return "", False
+    return frame.f_code.co_name, frame.f_globals.get("__name__", "").partition(".")[0] == "torchmetrics"
 
 
 def _is_floor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -157,6 +205,10 @@ def _is_floor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
     low, high = (*args[1:], None, None)[:2]
     low, high = kwargs.get("min", low), kwargs.get("max", high)
     return high is None and isinstance(low, (int, float)) and 0 < low <= 1
+
+
+def _uncounted(kinks: Sequence[Kink]) -> list[Kink]:
+    return [kink for kink in kinks if kink[0] not in _COUNTING]
 
 
 def _of_numbers(kinks: Sequence[Kink]) -> list[Kink]:

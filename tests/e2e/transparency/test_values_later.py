@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -199,6 +200,39 @@ def test_targets_that_are_missing_later_leave_the_batch_cut(caplog: Any) -> None
     for number in (3, 4):
         batches[number][1][number : 2 * number, :2] = float("nan")
     assert "runs once" not in both(observed, batches, caplog)
+
+
+class Measured(Model):
+    """Gives a metric of torchmetrics its logits, taken for shares where all of them lie between 0 and 1."""
+
+    def __init__(self, metric: Callable[[], Any], shares: bool) -> None:
+        super().__init__(lambda module, x, y, _: classes(module, x, y).mean(), 8)
+        self.metric, self.shares = metric(), shares
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        output, (_, labels, _) = self(batch[0]), batch
+        self.metric.update(output.sigmoid() if self.shares else output, F.one_hot(labels, 8))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("metric", self.metric.compute())
+        self.metric.reset()
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("checked", [False, True])
+def test_what_metrics_make_of_logits_is_that_of_one_process(shares: bool, checked: bool, caplog: Any) -> None:
+    f1 = functools.partial(torchmetrics.F1Score, "multilabel", num_labels=8, validate_args=checked)
+    runs = []
+    with caplog.at_level(logging.WARNING, "skippipe_plugin"):
+        for devices in (3, 1):
+            pipe = {"num_microbatches": 8, "verbose": False} if devices > 1 else None
+            make = functools.partial(Measured, f1, shares)
+            runs.append(train(make, _Batches(features()), devices, pipe, val_data=_Batches(features()), max_steps=6))
+    assert_same_run(*runs)
+    assert runs[0].trainer.callback_metrics["metric"] == pytest.approx(
+        float(runs[1].trainer.callback_metrics["metric"])
+    )
+    assert ("runs once" in caplog.text) is not shares
 
 
 # ------------------------------------------------------------- blocks that are put into another mode
