@@ -343,7 +343,7 @@ class Asking:
             seen[2]()
 
     def _turn(self, question: Question, answer: Answer, trace: Untouched) -> None:
-        """Let what was compared come out otherwise for one sample."""
+        """Let what was compared come out otherwise for one sample, or for one microbatch."""
         for flip in answer.flips:
             found = self._trials.both(question, Fakes(question.view.sizes, 0), trace.restore, flip)
             if found is None:

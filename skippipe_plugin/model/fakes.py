@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..driver.capture.proxies import StackCall
 from .entering import Entered, Entrance
-from .flips import COMPARISONS, LOOKUPS, Compared, Comparisons, Flip
-from .kinks import Kink, Kinks, mark
+from .flips import COMPARISONS, LOOKUPS, REDUCTIONS, Compared, Comparisons, Flip
+from .kinks import Kink, Kinks, is_compared, mark
 from .reductions import COARSE
 from .resized import Sizes
 
@@ -213,8 +213,9 @@ class Neutral(TorchFunctionMode):
         self._note(func, name, args, kwargs)
         result = func(*args, **kwargs)
         self.is_coarse = self.is_coarse or (isinstance(result, Tensor) and result.dtype in COARSE)
-        if name in COMPARISONS or name in LOOKUPS:
-            result = self._comparisons.follow(name, (*args, *kwargs.values()), result)
+        if name in COMPARISONS or name in LOOKUPS or name in REDUCTIONS:
+            given = (*args, *kwargs.values())
+            result = self._comparisons.follow(name, given, result, of_values=is_compared(given[0]))
         result = self._kinks.follow(func, args, kwargs, result)
         if name in _RANDOM or name in _RANDOM_IN_PLACE:
             return self._drawn(result, in_place=name in _RANDOM_IN_PLACE)

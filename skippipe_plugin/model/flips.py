@@ -1,7 +1,8 @@
 """Comparisons that came out alike for all samples of a batch: what if one of them comes out the other way?
 
 What a step selects, or does once there is any sample of a kind, does not show in a batch in which no sample is, or all
-are. So when a step is asked such a comparison is turned for one sample, in its microbatch as in the batch.
+are. So when a step is asked such a comparison is turned for one sample, in its microbatch as in the batch. And where
+some sample of every microbatch is of a kind, one microbatch is to have none, while the batch has still.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from torch import Tensor
 from .counting import View
 
 WHY: Final = (
-    "when a comparison or a lookup ({name}) comes out otherwise for one sample, its results are no longer those that "
-    "follow from microbatches'"
+    "when a comparison or a lookup ({name}) comes out otherwise for a part of the batch, its results are no longer "
+    "those that follow from microbatches'"
 )
 COMPARISONS: Final = frozenset({"ne", "eq", "lt", "le", "gt", "ge"})
 LOOKUPS: Final = frozenset({"getitem", "index_select", "gather", "take"})
 """What finds a number for each sample in a table, as the weight of its class; counts like a comparison."""
+REDUCTIONS: Final = frozenset({"any", "all"})
+_OPEN: Final = {"any": True, "all": False}
+"""What they say of a batch when they may say the opposite of one of its microbatches."""
 _MOST: Final = 6
 """So many comparisons of a step are turned."""
 _NOT_THE_STEPS: Final = "torchmetrics"
@@ -36,6 +40,8 @@ class Compared:
     name: str
     outcome: Tensor
     operands: tuple[Tensor, ...]
+    of_values: bool = False
+    """Whether it follows from comparisons of hidden states or features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +50,14 @@ class Flip:
 
     number: int
     """How many others the step makes before."""
-    dim: int
-    """Where samples are."""
+    dim: int | None
+    """Where samples are; None for what is said of all of a microbatch, and turned there alone."""
     name: str
 
     def of(self, outcome: Tensor) -> Tensor:
         """Return an outcome, turned."""
+        if self.dim is None:
+            return ~outcome
         turned = outcome.clone()
         if turned.numel():
             first = turned.narrow(self.dim, 0, 1)
@@ -71,16 +79,16 @@ class Comparisons:
         self.seen: list[Compared] = []
         self._flip = flip
 
-    def follow(self, name: str, args: Sequence[Any], result: Any) -> Any:
+    def follow(self, name: str, args: Sequence[Any], result: Any, *, of_values: bool = False) -> Any:
         """Note a comparison or a lookup, and return how it is to come out."""
-        if not isinstance(result, Tensor) or not result.ndim:
+        if not isinstance(result, Tensor) or bool(result.ndim) == (name in REDUCTIONS):
             return result
         if not (_is_found(args) if name in LOOKUPS else result.dtype == torch.bool) or _is_not_the_steps():
             return result
         flip = self._flip
-        if flip is not None and flip.number == len(self.seen) and flip.dim < result.ndim:
+        if flip is not None and flip.number == len(self.seen) and (flip.dim is None or flip.dim < result.ndim):
             result = flip.of(result)
-        self.seen.append(Compared(name, result, tuple(each for each in args if isinstance(each, Tensor))))
+        self.seen.append(Compared(name, result, tuple(each for each in args if isinstance(each, Tensor)), of_values))
         return result
 
 
@@ -93,6 +101,10 @@ def flips(whole: Sequence[Compared], parts: Sequence[Sequence[Compared]], view: 
         return ()
     found: list[Flip] = []
     for number, (one, *others) in enumerate(zip(whole, *parts, strict=True)):
+        if one.name in REDUCTIONS:
+            if one.of_values and all(bool(each.outcome) == _OPEN[one.name] for each in (one, *others)):
+                found.append(Flip(number, None, one.name))
+            continue
         dim = _dim_of_samples(one.outcome, others[0].outcome)
         is_watched = one.name not in LOOKUPS and _is_watched(one, others[0], view)
         if dim is not None and _is_even(one, others) and not is_watched:

@@ -55,6 +55,11 @@ def mark(value: Any, *, made_up: bool = True) -> None:
         value.__dict__[_MARK] = made_up
 
 
+def is_compared(value: Any) -> bool:
+    """Whether a tensor tells by comparisons of values that were made up, or of features."""
+    return isinstance(value, Tensor) and _COMPARED in value.__dict__
+
+
 def features(leaves: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the tensors of a batch that hold features: floating ones, but for masks and what is one number."""
     for leaf in leaves:
@@ -176,7 +181,7 @@ def _mark_kind(name: str, given: Sequence[Tensor], result: Any, *, is_marked: bo
     if name in _SHARES or (is_kept and _IS_SHARE in given[0].__dict__):
         result.__dict__[_IS_SHARE] = True
     is_open = is_marked and name in _COMPARISONS and _IS_SHARE not in given[0].__dict__
-    if result.dtype == torch.bool and (is_open or any(_COMPARED in each.__dict__ for each in given)):
+    if result.dtype == torch.bool and (is_open or any(map(is_compared, given))):
         result.__dict__[_COMPARED] = True
 
 
@@ -185,7 +190,7 @@ def _counts(name: str, given: Tensor) -> bool:
     caller, is_metric = _caller()
     if is_metric and caller.endswith("_validation"):  # what makes no sense is refused
         return False
-    return name not in _ANY or (is_metric and _COMPARED in given.__dict__)
+    return name not in _ANY or (is_metric and is_compared(given))
 
 
 def _caller() -> tuple[str, bool]:

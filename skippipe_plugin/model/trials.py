@@ -74,7 +74,7 @@ class Trials:
             question: The step.
             fakes: What the blocks answer.
             restore: Brings everything back.
-            flip: The comparison that comes out the other way for the first sample.
+            flip: The comparison that comes out the other way for the first sample, or for its microbatch alone.
         """
         self._spread.pipeline.heal()
         modes = [Neutral(flip=None if index else flip) for index in range(len(question.pieces))]
@@ -83,7 +83,8 @@ class Trials:
                 self.run(piece, functools.partial(fakes.of_piece, index), modes[index], restore)
                 for index, piece in enumerate(question.pieces)
             ]
-            mode = Neutral([each.drawn for each in modes], flip=flip)
+            of_batch = None if flip is None or flip.dim is None else flip
+            mode = Neutral([each.drawn for each in modes], flip=of_batch)
             return self.run(question.whole, fakes.of_whole, mode, restore), parts
         except SkipPipeError:
             raise

@@ -113,6 +113,7 @@ def ordinary(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     assert x.isfinite().all()
     assert (labels < 8).all()
     output = module(torch.where(x > 9, 9.0, x))
+    assert not (output.abs() > 1e4).any()
     loss = F.cross_entropy(output, labels, reduction="none").clamp(max=50)
     loss = (loss * weights).sum() / weights.sum().clamp(min=1e-6)
     module.log("accuracy", (output.argmax(1) == labels).float().mean())
@@ -179,6 +180,21 @@ class _Batches(torch.utils.data.IterableDataset[Batch]):
 @pytest.mark.parametrize("name", BY_VALUES)
 def test_what_depends_on_values_of_later_batches_is_that_of_one_process(name: str, caplog: Any) -> None:
     assert "runs once, on the whole batch" in both(BY_VALUES[name], features(), caplog)
+
+
+@pytest.mark.parametrize("name", ["any", "all"])
+def test_what_samples_of_each_microbatch_decide_at_first_is_that_of_one_process(name: str, caplog: Any) -> None:
+    """Features are divided where any is positive; from the fifth batch on a microbatch has none."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(8, 4, generator=generator), torch.arange(8), torch.ones(8)) for _ in range(6)]
+    for x, *_ in batches[4:]:
+        x[:3] = -x[:3].abs()
+
+    def loss(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        is_small = not (x > 0).any() if name == "any" else torch.all((x <= 0) & (x < 9))
+        return classes(module, x if is_small else x / 4, labels).mean()
+
+    assert "runs once, on the whole batch" in both(loss, batches, caplog)
 
 
 def test_comparisons_of_samples_leave_the_batch_cut(caplog: Any) -> None:
