@@ -51,10 +51,13 @@ class OptimizingStrategy(DriversStrategy):
         """Use others; while a model is spread, the parts on the workers become parts of the new one."""
         self._optimizers = optimizers
         self._lightning_optimizers = [LightningOptimizer._to_lightning_optimizer(each, self) for each in optimizers]
-        if self._remote is not None:
+        remote = self._remote
+        if remote is None:
+            return
+        if len(optimizers) != 1 or optimizers[0] is not remote.optimizer:  # Lightning sets the same again
             check_replaceable(optimizers, is_continued=self._continuation is not None)
-            self._remote = self._remote.replaced_by(optimizers[0])
-            self._reach_workers(self._remote)
+            remote = self._remote = remote.replaced_by(optimizers[0])
+        self._reach_workers(remote)
 
     @override
     def setup_precision_plugin(self) -> None:
