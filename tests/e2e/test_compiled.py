@@ -76,7 +76,11 @@ def uncompiled() -> Run:
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=pytest.mark.slow if form == "whole_network" else ()) for form in FORMS]
+    "form",
+    [
+        pytest.param(form, marks=pytest.mark.slow if form in ("whole_network", "blocks_wrapped") else ())
+        for form in FORMS
+    ],
 )
 def test_compiled_models(form: str, uncompiled: Run, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)

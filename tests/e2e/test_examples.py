@@ -41,6 +41,7 @@ def test_the_example_trains_the_same_model_either_way(tmp_path: Path) -> None:
     assert checkpoint.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_plain_loop_prints_the_same_losses_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     losses = [

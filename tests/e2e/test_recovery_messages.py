@@ -127,7 +127,9 @@ AROUND = {
 
 
 @pytest.mark.parametrize(
-    ("spares", "while_missing", "expected"), [(1, "wait", REBUILT), (0, "skip", AROUND)], ids=["spare", "around"]
+    ("spares", "while_missing", "expected"),
+    [(1, "wait", REBUILT), pytest.param(0, "skip", AROUND, marks=pytest.mark.slow)],
+    ids=["spare", "around"],
 )
 def test_recovery_word_for_word(
     spares: int, while_missing: WhileMissing, expected: dict[int, list[str]], monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_workers_end_when_the_driver_is_killed(training, stopped: bool) -> None:
     driver, workers = training
     if stopped:  # the kernel ends it, which nobody else could
@@ -111,6 +111,7 @@ def test_interrupting_the_driver_ends_everything(training) -> None:
     assert wait_until(lambda: gone(workers), timeout_s=20)
 
 
+@pytest.mark.slow
 def test_workers_end_without_burning_the_cores(training) -> None:
     """The interpreter's own end takes seconds of each core with torch loaded."""
     driver, workers = training
