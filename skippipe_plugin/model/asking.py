@@ -32,7 +32,7 @@ from .kinks import COURSE, bent, features
 from .kinks import WHY as BENDS
 from .outstanding import Outstanding
 from .reductions import COARSE, MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same, without
-from .resized import FACTORS, ROUNDING, Sizes, resize
+from .resized import APART, FACTORS, ROUNDING, WHY_APART, Apart, Sizes, resize
 from .resized import WHY as SIZES
 from .slopes import GRADIENT, Slopes, follows, refuted_by
 from .slopes import WHY as DETACHED
@@ -96,6 +96,8 @@ class Answer:
     """Whether the step itself registers forward hooks on blocks, and removes them."""
     flips: tuple[Flip, ...] = ()
     """Comparisons that came out alike for all samples when the step was asked first."""
+    takes_course: bool = False
+    """Whether it may do otherwise by values of its batch."""
     sizes: Sizes = field(default_factory=Sizes)
     num_asked: int = 0
     num_plain: int = 0
@@ -309,6 +311,8 @@ class Asking:
                 self._spread.pipeline.surviving(learn)
             if not (number or answer.is_hopeless or answer.odd):
                 self._spread.pipeline.surviving(functools.partial(self._turn, question, answer, trace))
+            if answer.takes_course and not (number or answer.is_hopeless or answer.odd):
+                self._spread.pipeline.surviving(functools.partial(self._set_apart, question, answer, trace))
             if answer.sizes.suspect and not (suspect or answer.is_hopeless or answer.odd):
                 self._spread.pipeline.surviving(functools.partial(self._resize, question, answer, trace))
         answer.hooks = answer.hooks and not self.is_watched  # those of before are looked at in each step
@@ -376,6 +380,28 @@ class Asking:
             is_cut = all(entrance.is_of_samples for entrance in fakes.entrances(ROUNDING))
             if not is_cut or any(problems(plan, named(key)) for key, plan in other.plans.items()):
                 answer.odd[COURSE] = SIZES.format(name=answer.sizes.suspect)
+                return
+
+    def _set_apart(self, question: Question, answer: Answer, trace: Untouched) -> None:
+        """Let the features of one microbatch be unlike all others'."""
+        view, marked = question.view, _features(question.view)
+        for apart in APART:
+            if answer.sizes.has_indices and apart.is_of_sign:
+                continue
+
+            def restore(apart: Apart = apart) -> None:
+                trace.restore()
+                apart.write(view, marked)
+
+            fakes = Fakes(view.sizes, 0)
+            found = self._trials.both(question, fakes, restore)
+            if found is None:
+                continue
+            other = dataclasses.replace(answer, plans={**answer.plans})
+            self._narrow(view.anew(), other, *found)
+            is_cut = all(entrance.is_of_samples for entrance in fakes.entrances(view.rounding))
+            if not is_cut or any(problems(plan, named(key)) for key, plan in other.plans.items()):
+                answer.odd[COURSE] = WHY_APART
                 return
 
     def _narrow(self, view: View, answer: Answer, whole: Results, parts: Sequence[Results]) -> None:
@@ -449,6 +475,7 @@ class Asking:
         if not draw:
             answer.flips = flips(mode.compared, compared, question.view)
         answer.constants |= mode.constants
+        answer.takes_course = answer.takes_course or mode.takes_course
         answer.sizes |= mode.sizes
         answer.left = answer.left or trace.changed_in_batch()  # then microbatches cannot take its place
         changes = trace.changes()

@@ -98,6 +98,12 @@ class View:
         self._leaves: dict[str, Tensor] | None = None
         self._weights: dict[Weighting, tuple[float, ...] | None] = {}
 
+    def anew(self) -> View:
+        """Return a view of the same batch, whose values have changed."""
+        view = View(self.batch, self.pieces, self.sizes, self._weight)
+        view.rounding = self.rounding
+        return view
+
     @property
     def leaves(self) -> dict[str, Tensor]:
         """The tensors of the batch that have a row for each sample, by their place."""

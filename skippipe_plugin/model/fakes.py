@@ -18,7 +18,7 @@ from .entering import Entered, Entrance
 from .flips import COMPARISONS, LOOKUPS, REDUCTIONS, Compared, Comparisons, Flip
 from .kinks import Kink, Kinks, is_compared, mark
 from .reductions import COARSE
-from .resized import Sizes
+from .resized import Sizes, takes_course
 
 _GOLDEN: Final = 0.6180339887
 _DROPOUTS: Final = frozenset(
@@ -179,6 +179,8 @@ class Neutral(TorchFunctionMode):
         self._number = 0
         self._kinks = Kinks(features)
         self._comparisons = Comparisons(flip)
+        self.takes_course = False
+        """Whether it may do otherwise by values of its batch."""
         self.is_coarse = False
         """Whether anything that has run under it was computed in 16 bits."""
         self.reads_gradients = False
@@ -212,6 +214,7 @@ class Neutral(TorchFunctionMode):
             kwargs = {**kwargs, "dropout_p": 0.0}
         self._note(func, name, args, kwargs)
         result = func(*args, **kwargs)
+        self.takes_course = self.takes_course or takes_course(name, args, result)
         self.is_coarse = self.is_coarse or (isinstance(result, Tensor) and result.dtype in COARSE)
         if name in COMPARISONS or name in LOOKUPS or name in REDUCTIONS:
             given = (*args, *kwargs.values())

@@ -2,15 +2,18 @@
 
 What becomes of ``float(x.max())`` or of an array nobody can follow. So when a step is asked that takes such numbers,
 its features and hidden states are made much smaller, and much larger, and its results are to follow as before.
+And where it takes a course by what it has looked at, the features of one microbatch alone are made small, and all of
+one sign.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from .counting import View, tensors
 
@@ -22,7 +25,15 @@ WHY: Final = (
     "it looks at single values ({name}), and when all values are of another size, its results are no longer those that "
     "follow from microbatches'"
 )
+WHY_APART: Final = (
+    "when all features of one microbatch are small or of one sign, its results are no longer those that follow from "
+    "microbatches'"
+)
 _LEAVES_TORCH: Final = frozenset({"item", "float", "int", "index", "bool", "complex", "tolist", "numpy", "array"})
+_LOOKS: Final = frozenset(
+    ("bool", "item", "tolist", "numpy", "array", "int", "float", "index", "len", "equal", "allclose")
+)
+_SELECTS: Final = frozenset({"nonzero", "argwhere", "where", "masked_select", "getitem"})
 _INDICES: Final = frozenset({"long", "int", "short", "to", "type", "type_as"})
 
 
@@ -58,3 +69,45 @@ def resize(view: View, features: Collection[int], factor: float) -> None:
         for leaf, value in zip(leaves, values, strict=True):
             if 0 not in leaf.stride():
                 leaf.copy_(value)
+
+
+def takes_course(name: str, args: Collection[object], result: object) -> bool:
+    """Whether a step may do something else by what a function returns: a number, or as many values as there are."""
+    if name in _LOOKS:
+        return not isinstance(result, Tensor)
+    if name == "where":
+        return len(args) == 1
+    if name == "getitem":
+        return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args)
+    return name in _SELECTS
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """How one microbatch is made unlike the others."""
+
+    change: Callable[[Tensor], Tensor]
+    is_of_sign: bool = True
+    """Whether only features that have both signs may become so."""
+
+    def applies(self, feature: Tensor) -> bool:
+        """Whether a microbatch may hold such features."""
+        return not self.is_of_sign or bool((feature > 0).any() and (feature < 0).any())
+
+    def write(self, view: View, features: Collection[int]) -> bool:
+        """Change the features of the first microbatch, and of its samples in the batch; whether there were any."""
+        of_batch = dict(tensors(view.batch, "batch"))
+        written: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            for path, leaf in tensors(view.pieces[0], "batch"):
+                whole = of_batch.get(path)
+                if id(leaf) in features and whole is not None and self.applies(leaf):
+                    changed = self.change(leaf)
+                    written += [(leaf, changed), (whole[: view.sizes[0]], changed)]
+            for leaf, changed in written:
+                if 0 not in leaf.stride() and leaf.shape == changed.shape:
+                    leaf.copy_(changed)
+        return bool(written)
+
+
+APART: Final = Apart(lambda x: x / 64, is_of_sign=False), Apart(lambda x: -x.abs()), Apart(torch.abs)

@@ -182,7 +182,20 @@ def test_what_depends_on_values_of_later_batches_is_that_of_one_process(name: st
     assert "runs once, on the whole batch" in both(BY_VALUES[name], features(), caplog)
 
 
-@pytest.mark.parametrize("name", ["any", "all"])
+IS_POSITIVE: dict[str, Callable[[Tensor], Any]] = {
+    "any": lambda x: (x > 0).any(),
+    "all": lambda x: not torch.all((x <= 0) & (x < 9)),
+    "sum": lambda x: (x > 0).sum() > 0,
+    "sum, as a number": lambda x: (x > 0).sum().item() > 0,
+    "selected": lambda x: x[x > 0].numel(),
+    "found": lambda x: len(torch.nonzero(x > 0)),
+    "list": lambda x: max(x.flatten().tolist()) > 0,
+    "array": lambda x: (x.numpy() > 0).any(),
+    "equal": lambda x: not torch.equal(x.clamp(min=0), torch.zeros_like(x)),
+}
+
+
+@pytest.mark.parametrize("name", IS_POSITIVE)
 def test_what_samples_of_each_microbatch_decide_at_first_is_that_of_one_process(name: str, caplog: Any) -> None:
     """Features are divided where any is positive; from the fifth batch on a microbatch has none."""
     generator = torch.Generator().manual_seed(0)
@@ -191,8 +204,7 @@ def test_what_samples_of_each_microbatch_decide_at_first_is_that_of_one_process(
         x[:3] = -x[:3].abs()
 
     def loss(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        is_small = not (x > 0).any() if name == "any" else torch.all((x <= 0) & (x < 9))
-        return classes(module, x if is_small else x / 4, labels).mean()
+        return classes(module, x / 4 if IS_POSITIVE[name](x) else x, labels).mean()
 
     assert "runs once, on the whole batch" in both(loss, batches, caplog)
 
