@@ -383,7 +383,7 @@ class Asking:
                 return
 
     def _set_apart(self, question: Question, answer: Answer, trace: Untouched) -> None:
-        """Let the features of one microbatch be unlike all others'."""
+        """Let the values of one microbatch be unlike all others'."""
         view, marked = question.view, _features(question.view)
         for apart in APART:
             if answer.sizes.has_indices and apart.is_of_sign:
@@ -393,7 +393,7 @@ class Asking:
                 trace.restore()
                 apart.write(view, marked)
 
-            fakes = Fakes(view.sizes, 0)
+            fakes = Fakes(view.sizes, 0, first=apart.hidden)
             found = self._trials.both(question, fakes, restore)
             if found is None:
                 continue

@@ -58,12 +58,14 @@ class Fakes:
         sizes: The microbatches' numbers of samples.
         draw: Different numbers give different hidden states; of four in a row the last two are positive.
         factor: By how much all are multiplied.
+        first: By how much those of the first microbatch are multiplied.
     """
 
-    def __init__(self, sizes: Sequence[int], draw: int, factor: float = 1.0) -> None:
+    def __init__(self, sizes: Sequence[int], draw: int, factor: float = 1.0, *, first: float = 1.0) -> None:
         self._sizes = sizes
         self._draw = draw
         self._factor = factor
+        self._first = first
         self._noise: list[list[tuple[Tensor, Tensor, int]]] = [[] for _ in sizes]
         self._calls = 0
         self._entered: list[list[Entered]] = [[] for _ in (*sizes, 0)]
@@ -128,7 +130,8 @@ class Fakes:
             yield Entrance(whole, parts, self._sizes, rounding)
 
     def _scale(self, sample: int) -> float:
-        return 0.3 + 2.2 * ((sample + 1 + 3 * self._draw) * _GOLDEN % 1.0)
+        factor = self._first if sample < self._sizes[0] else 1.0
+        return factor * (0.3 + 2.2 * ((sample + 1 + 3 * self._draw) * _GOLDEN % 1.0))
 
     @property
     def dims(self) -> list[int]:

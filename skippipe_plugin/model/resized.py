@@ -2,8 +2,8 @@
 
 What becomes of ``float(x.max())`` or of an array nobody can follow. So when a step is asked that takes such numbers,
 its features and hidden states are made much smaller, and much larger, and its results are to follow as before.
-And where it takes a course by what it has looked at, the features of one microbatch alone are made small, and all of
-one sign.
+And where it takes a course by what it has looked at, the features and hidden states of one microbatch alone are
+made small, and its features all of one sign.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WHY: Final = (
     "follow from microbatches'"
 )
 WHY_APART: Final = (
-    "when all features of one microbatch are small or of one sign, its results are no longer those that follow from "
+    "when all values of one microbatch are small or of one sign, its results are no longer those that follow from "
     "microbatches'"
 )
 _LEAVES_TORCH: Final = frozenset({"item", "float", "int", "index", "bool", "complex", "tolist", "numpy", "array"})
@@ -89,6 +89,8 @@ class Apart:
     change: Callable[[Tensor], Tensor]
     is_of_sign: bool = True
     """Whether only features that have both signs may become so."""
+    hidden: float = 1.0
+    """By how much its hidden states are multiplied."""
 
     def applies(self, feature: Tensor) -> bool:
         """Whether a microbatch may hold such features."""
@@ -110,4 +112,4 @@ class Apart:
         return bool(written)
 
 
-APART: Final = Apart(lambda x: x / 64, is_of_sign=False), Apart(lambda x: -x.abs()), Apart(torch.abs)
+APART: Final = Apart(lambda x: x / 64, is_of_sign=False, hidden=1 / 64), Apart(lambda x: -x.abs()), Apart(torch.abs)

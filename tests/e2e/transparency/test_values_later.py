@@ -209,6 +209,39 @@ def test_what_samples_of_each_microbatch_decide_at_first_is_that_of_one_process(
     assert "runs once, on the whole batch" in both(loss, batches, caplog)
 
 
+class ByHidden(Model):
+    """Shifts what is behind its blocks unless some of it is large; without biases, none is where all features are 0."""
+
+    def __init__(self, is_large: Callable[[Tensor], Any]) -> None:
+        super().__init__(classes, 8)
+        self.embed, self.blocks = nn.Linear(4, 8, bias=False), nn.ModuleList(Scaled() for _ in range(2))
+        self.is_large = is_large
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        x, labels, _weights = batch
+        hidden = functools.reduce(lambda h, block: block(h), self.blocks, self.embed(x))
+        shifted = hidden if self.is_large(hidden.detach() - 0.2) else hidden + 0.5
+        return F.cross_entropy(self.head(shifted), labels)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.weight
+
+
+@pytest.mark.parametrize("name", ["any", "sum", "selected", "list", "array"])
+def test_what_hidden_states_of_each_microbatch_decide_at_first_is_that_of_one_process(name: str) -> None:
+    batches = [(x * 8, labels, weights) for x, labels, weights in features()]
+    batches[4][0][:3] = 0
+    make = functools.partial(ByHidden, IS_POSITIVE[name])
+    found = train(make, _Batches(batches), 3, {"num_microbatches": 3, "verbose": False}, max_steps=len(batches))
+    assert_same_run(found, train(make, _Batches(batches), 1, max_steps=len(batches)))
+
+
 def test_comparisons_of_samples_leave_the_batch_cut(caplog: Any) -> None:
     assert "runs once" not in both(ordinary, features(), caplog)
 
