@@ -199,8 +199,11 @@ def render(features: Iterable[Feature]) -> str:
     slots: dict[str, str] = dict(DEFAULTS)
     for feature in features:
         for slot, text in feature.edits.items():
-            apart = "" if slot in ("block_args", "call_args") else ", " if slot in ("trainer", "strategy") else "\n"
-            slots[slot] = text if slot in DEFAULTS or slot not in slots else slots[slot] + apart + text
+            known = "" if slot in DEFAULTS else slots.get(slot, "")
+            if slot in ("block_args", "call_args"):  # what has a name comes last
+                slots[slot] = text + known if "=" in known and "=" not in text else known + text
+            else:
+                slots[slot] = (", " if slot in ("trainer", "strategy") else "\n").join(filter(None, [known, text]))
     trainer = f"precision={slots.pop('precision')}, max_steps={slots.pop('max_steps')}"
     slots["trainer"] = ", ".join(filter(None, [trainer, slots.get("trainer")]))
     microbatches = f"num_microbatches={slots.pop('num_microbatches')}"
