@@ -301,10 +301,8 @@ class Asking:
             self._untouched() as trace,
             _with_batch(trace, question.view) as trace,
         ):
-            suspect, number = (
-                answer.sizes.suspect,
-                answer.num_asked,
-            )  # each asks with hidden states of its own: what was 0 so far may be another
+            suspect = answer.sizes.suspect
+            number = answer.num_asked  # each asks with hidden states of its own: what was 0 so far may be another
             draws = (0, 1) if not number else (4 * number + number % 2,)
             for draw in draws:
                 learn = functools.partial(self._learn, question, answer, draw, trace)
@@ -374,11 +372,9 @@ class Asking:
             if found is None:
                 continue
             rounding, question.view.rounding = question.view.rounding, ROUNDING
-            other = dataclasses.replace(answer, plans={**answer.plans})
-            self._narrow(question.view, other, *found)
+            follows_still = self._follows_still(question.view, answer, found, fakes)
             question.view.rounding = rounding
-            is_cut = all(entrance.is_of_samples for entrance in fakes.entrances(ROUNDING))
-            if not is_cut or any(problems(plan, named(key)) for key, plan in other.plans.items()):
+            if not follows_still:
                 answer.odd[COURSE] = SIZES.format(name=answer.sizes.suspect)
                 return
 
@@ -397,12 +393,16 @@ class Asking:
             found = self._trials.both(question, fakes, restore)
             if found is None:
                 continue
-            other = dataclasses.replace(answer, plans={**answer.plans})
-            self._narrow(view.anew(), other, *found)
-            is_cut = all(entrance.is_of_samples for entrance in fakes.entrances(view.rounding))
-            if not is_cut or any(problems(plan, named(key)) for key, plan in other.plans.items()):
+            if not self._follows_still(view.anew(), answer, found, fakes):
                 answer.odd[COURSE] = WHY_APART
                 return
+
+    def _follows_still(self, view: View, answer: Answer, found: tuple[Results, list[Results]], fakes: Fakes) -> bool:
+        """Whether what a step gives with other values follows from microbatches by the rules that are known."""
+        other = dataclasses.replace(answer, plans={**answer.plans})
+        self._narrow(view, other, *found)
+        is_cut = all(entrance.is_of_samples for entrance in fakes.entrances(view.rounding))
+        return is_cut and not any(problems(plan, named(key)) for key, plan in other.plans.items())
 
     def _narrow(self, view: View, answer: Answer, whole: Results, parts: Sequence[Results]) -> None:
         weightings = self._weightings(view, answer)

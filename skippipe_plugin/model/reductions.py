@@ -243,13 +243,18 @@ def mean_weightings(plan: Plan) -> list[Weighting]:
     return [each for _, child in plan.children for each in mean_weightings(child)]
 
 
+def sharing(plan: Plan | None) -> list[Mean | Sum]:
+    """Return the rules that say what share each microbatch has of a result."""
+    return [rule for rule in plan.rules if isinstance(rule, (Mean, Sum))] if isinstance(plan, Leaf) else []
+
+
 def weighting_of(plan: Plan, view: View) -> Mean | Sum | None:
     """Return the rule by which the losses of this batch's microbatches are weighted: a mean or the sum.
 
     Raises:
         Unsettled: Rules that both fit so far contradict each other here.
     """
-    rules = [rule for rule in plan.rules if isinstance(rule, (Mean, Sum))] if isinstance(plan, Leaf) else []
+    rules = sharing(plan)
     if not rules:
         return None
     first = rules[0]
@@ -290,9 +295,8 @@ def _find_leaf(whole: Any, parts: Sequence[Any], view: View, weightings: Sequenc
         who = "the whole batch" if present else "its microbatches"
         return replace(known, rules=(), problem=f"{who} had none")
     if not math.isfinite(_magnitude(whole)):
-        return (
-            known if known.rules else replace(known, rules=tuple(_possible(whole, present[0], weightings)))
-        )  # that tells nothing
+        rules = known.rules or tuple(_possible(whole, present[0], weightings))  # that tells nothing
+        return replace(known, rules=rules)
     refuted = set(known.refuted)
     merged: dict[Rule, Any] = {}
     for rule in _possible(whole, present[0], weightings):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..engine.errors import SkipPipeError
 from ..engine.independence import FACTORS, is_multiple
 from .counting import View
-from .reductions import Leaf, Mean, Plan, Rule, Sum
+from .reductions import Mean, Plan, Rule, Sum, sharing
 
 GRADIENT: Final = "the gradient of the loss"
 WHY: Final = "the loss itself does, but on the way back something is computed over samples, or kept from its gradient"
@@ -93,9 +93,7 @@ def follows(
         view: The batch.
         is_coarse: Whether anything was computed in 16 bits, by autocast for instance.
     """
-    rules = [rule for rule in plan.rules if isinstance(rule, (Mean, Sum))] if isinstance(plan, Leaf) else []
-    shares = [[1.0] * len(parts) if isinstance(rule, Sum) else view.shares(rule.weighting) for rule in rules]
-    known = [each for each in shares if each is not None]
+    known = [each for rule in sharing(plan) if (each := _shares_by(rule, len(parts), view)) is not None]
     return not known or any(_fits(whole, parts, dims, each, is_coarse=is_coarse) for each in known)
 
 
@@ -112,11 +110,15 @@ def refuted_by(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int], plan
         plan: What is known of the loss.
         view: The batch.
     """
-    rules = [rule for rule in plan.rules if isinstance(rule, (Mean, Sum))] if isinstance(plan, Leaf) else []
     found = _shares(whole, parts, dims)
-    off = {rule: _off(rule, found, view) for rule in rules}
+    off = {rule: _off(rule, found, view) for rule in sharing(plan)}
     worst = max(_SHARE, _WORSE * min(off.values(), default=0.0))
     return frozenset(rule for rule, error in off.items() if error > worst)
+
+
+def _shares_by(rule: Mean | Sum, count: int, view: View) -> Sequence[float] | None:
+    """Return by microbatch what share of its gradient the batch has by a rule; None where that weighs nothing."""
+    return [1.0] * count if isinstance(rule, Sum) else view.shares(rule.weighting)
 
 
 def _shares(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int]) -> list[float | None]:
@@ -142,7 +144,7 @@ def _shares(whole: Slopes, parts: Sequence[Slopes], dims: Sequence[int]) -> list
 
 def _off(rule: Mean | Sum, found: Sequence[float | None], view: View) -> float:
     """Return by how much the shares of a rule are off, relative to those found."""
-    shares = [1.0] * len(found) if isinstance(rule, Sum) else view.shares(rule.weighting)
+    shares = _shares_by(rule, len(found), view)
     if shares is None:
         return 0.0
     pairs = [(share, each) for share, each in zip(shares, found, strict=True) if each is not None and each > 0]
