@@ -7,7 +7,6 @@ some sample of every microbatch is of a kind, one microbatch is to have none, wh
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .counting import View
+from .kinks import caller
 
 WHY: Final = (
     "when a comparison or a lookup ({name}) comes out otherwise for a part of the batch, its results are no longer "
@@ -29,8 +29,6 @@ _OPEN: Final = {"any": True, "all": False}
 """What they say of a batch when they may say the opposite of one of its microbatches."""
 _MOST: Final = 6
 """So many comparisons of a step are turned."""
-_NOT_THE_STEPS: Final = "torchmetrics"
-"""Its checks of values, whose outcomes are those of every batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,7 @@ class Comparisons:
         """Note a comparison or a lookup, and return how it is to come out."""
         if not isinstance(result, Tensor) or bool(result.ndim) == (name in REDUCTIONS):
             return result
-        if not (_is_found(args) if name in LOOKUPS else result.dtype == torch.bool) or _is_not_the_steps():
+        if not (_is_found(args) if name in LOOKUPS else result.dtype == torch.bool) or caller()[1]:
             return result
         flip = self._flip
         if flip is not None and flip.number == len(self.seen) and (flip.dim is None or flip.dim < result.ndim):
@@ -155,11 +153,3 @@ def _is_same(operand: Tensor, leaf: Tensor) -> bool:
     if operand.numel() != leaf.numel() or operand.is_complex():
         return False
     return torch.equal(operand.reshape(-1).double(), leaf.reshape(-1).to(operand.device).double())
-
-
-def _is_not_the_steps() -> bool:
-    """Whether a library makes the comparison that is followed."""
-    frame = sys._getframe(3)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch."):
-        frame = frame.f_back
-    return bool(frame.f_globals.get("__name__", "").partition(".")[0] == _NOT_THE_STEPS)

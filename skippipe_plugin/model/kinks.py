@@ -187,13 +187,13 @@ def _mark_kind(name: str, given: Sequence[Tensor], result: Any, *, is_marked: bo
 
 def _counts(name: str, given: Tensor) -> bool:
     """Whether it matters to a step what such a function says: metrics are not asked what else would become of them."""
-    caller, is_metric = _caller()
-    if is_metric and caller.endswith("_validation"):  # what makes no sense is refused
+    name_of_caller, is_metric = caller()
+    if is_metric and name_of_caller.endswith("_validation"):  # what makes no sense is refused
         return False
     return name not in _ANY or (is_metric and is_compared(given))
 
 
-def _caller() -> tuple[str, bool]:
+def caller() -> tuple[str, bool]:
     """Return the name of the function that called one of torch, and whether it is a metric's."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
