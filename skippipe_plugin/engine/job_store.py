@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final
@@ -25,8 +25,18 @@ _ATTEMPT: Final = "skippipe/attempt"
 _FINGERPRINT: Final = "skippipe/fingerprint"
 _STANDBYS: Final = "skippipe/standbys"
 _KEYS: Final = "skippipe/keys"
+_CALLERS: Final = "skippipe/callers"
 _OVER: Final = "skippipe/over"
 _TOLD: Final = "skippipe/told"
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The workers that joined one driver, and those after it, by hand."""
+
+    number: int = 0
+    """How many lists there were before: of two the higher one counts."""
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +45,21 @@ class JobState:
 
     attempt: int = 0
     """How many drivers there were before the present one."""
-    members: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """By where drivers write their addresses: the names of the workers that joined by hand."""
+    members: Mapping[str, Members] = field(default_factory=dict)
+    """By where drivers write their addresses."""
 
     @property
     def names(self) -> frozenset[str]:
         """All workers that joined by hand."""
-        return frozenset(name for names in self.members.values() for name in names)
+        return frozenset(name for members in self.members.values() for name in members.names)
+
+    def learn(self, told: Iterable[tuple[str, Members]]) -> JobState:
+        """Return what is known with the lists that others have, where those are newer."""
+        members = dict(self.members)
+        for key, other in told:
+            if key not in members or other.number > members[key].number:
+                members[key] = other
+        return JobState(self.attempt, members)
 
 
 class JobStore:
@@ -81,8 +99,8 @@ class JobStore:
     def put(self, state: JobState) -> None:
         """Take a job over, or note that another driver begins."""
         self._store.set(_ATTEMPT, str(state.attempt))
-        for key, names in state.members.items():
-            self.note_members(key, names)
+        for key, members in state.members.items():
+            self.note_members(key, members)
 
     def state(self) -> JobState:
         """Return what :meth:`put` and :meth:`note_members` have put there."""
@@ -117,14 +135,14 @@ class JobStore:
 
     # ------------------------------------------------------------------- drivers, workers
 
-    def members(self, key: str) -> list[str]:
-        """Return the names of the workers that joined the driver of ``key`` by hand."""
-        names: list[str] = json.loads(self._get(_members_key(key)) or "[]")
-        return names
+    def members(self, key: str) -> Members:
+        """Return the workers that joined the driver of ``key`` by hand."""
+        said = self._get(_members_key(key))
+        return Members() if said is None else Members(*json.loads(said))
 
-    def note_members(self, key: str, names: Sequence[str]) -> None:
+    def note_members(self, key: str, members: Members) -> None:
         """Replace what :meth:`members` returns."""
-        self._store.set(_members_key(key), json.dumps(list(names)))
+        self._store.set(_members_key(key), json.dumps([members.number, [*members.names]]))
         if key not in self._lines(_KEYS):
             self._append(_KEYS, key)
 
@@ -136,13 +154,23 @@ class JobStore:
         address = json.loads(said)
         return address["host"], address["port"]
 
-    def call(self, name: str) -> None:
-        """Say that the worker ``name`` has lost its driver and does not reach the store that it should ask."""
-        self._store.add(_calls_key(name), 1)
+    def call(self, name: str, key: str, members: Members) -> None:
+        """Say that the worker ``name`` has lost its driver and does not reach the store that it should ask.
 
-    def num_calls(self, name: str) -> int:
-        """Return how often the worker ``name`` has said so."""
-        return self._store.add(_calls_key(name), 0)
+        It says too of whom it knows, since who stands by may have looked before some had joined.
+        """
+        self._store.set(_told_key(name), json.dumps([key, members.number, [*members.names]]))
+        if self._store.add(_calls_key(name), 1) == 1:
+            self._append(_CALLERS, name)
+
+    def calls(self) -> dict[str, int]:
+        """Return how often each worker that ever said so has said it."""
+        return {name: self._store.add(_calls_key(name), 0) for name in self._lines(_CALLERS)}
+
+    def told_by(self, name: str) -> tuple[str, Members]:
+        """Return the list of members, and of which driver they are, that a worker has told that called."""
+        key, number, names = json.loads(self._store.get(_told_key(name)))
+        return key, Members(number, names)
 
     def _get(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
@@ -160,3 +188,7 @@ def _members_key(key: str) -> str:
 
 def _calls_key(name: str) -> str:
     return f"skippipe/calls/{name}"
+
+
+def _told_key(name: str) -> str:
+    return f"skippipe/calls/{name}/told"

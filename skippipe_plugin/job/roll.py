@@ -6,12 +6,12 @@ a list of those that are there in the job's store, which the supervisor hosts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..driver.links import Link
 from ..engine.control.keeping import Drop
 from ..engine.control.presence import Outlive
-from ..engine.job_store import JobStore
+from ..engine.job_store import Address, JobStore, Members
 
 
 class RollCall:
@@ -25,32 +25,44 @@ class RollCall:
     def __init__(self, store: JobStore, key: str) -> None:
         self._store = store
         self._key = key
-        self._where = Outlive([store.address], key)
         self._noted = store.members(key)
-        self.awaited = tuple(self._noted)
+        self._where = self._said = self._told([store.address])
+        self.awaited = tuple(self._noted.names)
         """The names of those that were there when the last driver was lost."""
         self.is_over = False
         """Whether all have come that were waited for: what others hold is of no use any more."""
 
     def greet(self, link: Link) -> None:
-        """Tell a worker that has joined how it finds the next driver."""
+        """Note a worker that has joined before it takes part, and tell it how it finds the next driver."""
         if link.name:
+            if self.is_over:
+                self._note({*self._noted.names, link.name})
+                self._where = self._told(self._where.stores)
             link.tell(self._where)
         if self.is_over:
             drop(link)
 
     def look(self, links: Sequence[Link]) -> None:
-        """Note who is there, and tell them of new stores; called again and again."""
+        """Note who is there, and tell them of each other and of new stores; called again and again.
+
+        Whoever stands by looks into the store now and then only: what it has not seen it hears of those that are told.
+        """
         present = [link for link in links if link.name and not link.gone]
-        names = sorted(link.name for link in present)
-        if self.is_over and names != self._noted:
-            self._store.note_members(self._key, names)
-            self._noted = names
-        stores = [self._store.address, *self._store.standbys()]
-        if stores != self._where.stores:
-            self._where = Outlive(stores, self._key)
+        if self.is_over:
+            self._note({link.name for link in present})
+        self._where = self._told([self._store.address, *self._store.standbys()])
+        if self._where != self._said:
+            self._said = self._where
             for link in present:
                 link.tell(self._where)
+
+    def _note(self, names: Collection[str]) -> None:
+        if set(names) != set(self._noted.names):
+            self._noted = Members(self._noted.number + 1, sorted(names))
+            self._store.note_members(self._key, self._noted)
+
+    def _told(self, stores: Sequence[Address]) -> Outlive:
+        return Outlive(stores, self._key, self._noted.number, self._noted.names)
 
 
 def drop(link: Link) -> None:

@@ -15,7 +15,7 @@ from ..engine.channel import Channel, ChannelError, NobodyThere, connect
 from ..engine.control.line import to_driver
 from ..engine.control.presence import Hello, Outlive
 from ..engine.errors import SkipPipeError
-from ..engine.job_store import Address, JobStore
+from ..engine.job_store import Address, JobStore, Members
 from ..engine.versions import own_versions
 from .service import DriverGone, Refused, Worker
 
@@ -147,7 +147,7 @@ def _dial_next(where: Outlive, secret: bytes, name: str) -> Channel | None:
             try:
                 store = reached.pop(address, None) or JobStore.reach(*address)
                 if at > 0:
-                    store.call(name)
+                    store.call(name, where.key, Members(where.number, where.names))
                 channel = _try_to_dial(store, where.key, secret, name)
             except ConnectionRefusedError:
                 continue

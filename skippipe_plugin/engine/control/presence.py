@@ -17,6 +17,10 @@ class Outlive(Control):
     """The job's, and those of supervisors that stand by on other hosts: the first one that is there counts."""
     key: str
     """Where in it the address is."""
+    number: int
+    """Of the list of members, which a supervisor that stands by may know less well."""
+    names: Sequence[str]
+    """The workers that joined by hand, the members."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 
 from skippipe_plugin.engine.c10d import TCPStore, host_store
 from skippipe_plugin.engine.errors import SkipPipeError
-from skippipe_plugin.engine.job_store import JobState, JobStore
+from skippipe_plugin.engine.job_store import JobState, JobStore, Members
 from skippipe_plugin.supervisor import standby
 
 KEY, NAMES = "skippipe/supervised/:0", ("a", "b", "c")
@@ -28,7 +28,7 @@ class Job:
         self.stores.append(host_store(self.host))
         store = JobStore(self.stores[-1], self.host)
         store.begin(FINGERPRINT)
-        store.put(JobState(attempt=2, members={KEY: names}))
+        store.put(JobState(attempt=2, members={KEY: Members(1, names)} if names else {}))
         return store
 
 
@@ -52,6 +52,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> Callable[[JobStore], None]:
     monkeypatch.setattr(JobStore, "state", known)
     monkeypatch.setattr(standby, "_LOOK_S", 0.02)
     monkeypatch.setattr(standby, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(standby, "_UNKNOWN_S", 1.0)
     return lambda store: gone.add(store.address)
 
 
@@ -80,9 +81,9 @@ def end_of(thread: threading.Thread, found: list[Any]) -> Any:
     return found[0]
 
 
-def call(store: JobStore, *names: str) -> None:
+def call(store: JobStore, *names: str, knowing: Members | None = None) -> None:
     for name in names:
-        store.call(name)
+        store.call(name, KEY, knowing or Members(1, NAMES))
 
 
 def test_it_takes_over_with_most_workers(lost: Callable[[JobStore], None]) -> None:
@@ -96,7 +97,21 @@ def test_it_takes_over_with_most_workers(lost: Callable[[JobStore], None]) -> No
     time.sleep(0.2)
     assert not found
     call(own, "a", "c")
-    assert end_of(thread, found) == JobState(attempt=3, members={KEY: list(NAMES)})
+    assert end_of(thread, found) == JobState(attempt=3, members={KEY: Members(1, [*NAMES])})
+
+
+def test_it_hears_of_workers_that_joined_after_it_had_looked(lost: Callable[[JobStore], None]) -> None:
+    """At first it knows of nobody, then of one, which is not most of them."""
+    job = Job()
+    first, own = job.begin(()), job.begin(())
+    thread, found = waiting(first, own)
+    lost(first)
+    time.sleep(0.2)
+    call(own, "b", knowing=Members(3, NAMES))
+    time.sleep(0.2)
+    assert not found
+    call(own, "a", knowing=Members(2, NAMES[:1]))
+    assert end_of(thread, found) == JobState(attempt=3, members={KEY: Members(3, [*NAMES])})
 
 
 def test_nothing_is_taken_over_while_most_workers_do_not_call(lost: Callable[[JobStore], None]) -> None:
