@@ -19,7 +19,7 @@ from typing import Protocol
 
 from ..engine import phases
 from ..engine.control.commands import Arrange
-from ..engine.parcel import Part
+from ..engine.parcel import KeptRecord
 from ..schedule import Schedule
 from .layout import Layout
 from .links import Link
@@ -208,6 +208,6 @@ class Mover:
                 sources[link] = own
         return sources
 
-    def _records(self) -> dict[str, Part]:
+    def _records(self) -> dict[str, KeptRecord]:
         """Fetch what is kept of the driver's own state; a worker that took over lately may lack some of it."""
         return {name: part for link in self._pipeline.links.keepers() for name, part in fetch_records(link).items()}

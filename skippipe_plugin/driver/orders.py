@@ -20,7 +20,7 @@ from ..engine.control.keeping import AskRecords, LetGo, Records
 from ..engine.control.values import What
 from ..engine.handover import pack_tensors, unpack_tensors
 from ..engine.optimizer import ParameterKey
-from ..engine.parcel import Part, pack_parts, unpack_parts
+from ..engine.parcel import KeptRecord, Parcel, unpack_records
 from ..engine.wire import decode_optimizer_state, encode_optimizer_state, tensor_key
 from .links import Link
 from .pipeline import Pipeline
@@ -40,15 +40,14 @@ class Cargo:
     estimates: set[int] = field(default_factory=set)
     """The blocks that were rebuilt from others, and have not taken an optimizer step since."""
 
-    def parts(self, blocks: Collection[int]) -> dict[str, Part]:
-        """Return the share of some blocks, as it travels."""
-        named = {"weights": self.weights, "gradients": self.gradients}
-        parts: dict[str, Part] = {
-            what: pack_tensors({name: tensor for name, tensor in tensors.items() if tensor_key(name)[0] in blocks})
-            for what, tensors in named.items()
-        }
-        state = {key: state for key, state in self.optimizer.items() if key[0] in blocks}
-        return parts | {"optimizer": encode_optimizer_state(state)}
+    def share(self, blocks: Collection[int]) -> Cargo:
+        """Return what is of some blocks, but no norms: those are of stages."""
+        return Cargo(
+            {name: tensor for name, tensor in self.weights.items() if tensor_key(name)[0] in blocks},
+            {name: tensor for name, tensor in self.gradients.items() if tensor_key(name)[0] in blocks},
+            {key: state for key, state in self.optimizer.items() if key[0] in blocks},
+            estimates=self.estimates.intersection(blocks),
+        )
 
 
 def num_bytes(order: Arrange) -> int:
@@ -74,10 +73,10 @@ def fetch(sources: Mapping[Link, Collection[int]]) -> Cargo:
     return cargo
 
 
-def fetch_records(link: Link) -> dict[str, Part]:
+def fetch_records(link: Link) -> dict[str, KeptRecord]:
     """Return what a worker keeps of the driver's own state, by name; nothing without a supervisor."""
     kept = link.ask(AskRecords(), Records)
-    return unpack_parts(kept.records, kept.blobs)
+    return unpack_records(kept.records, kept.blobs)
 
 
 def order(
@@ -86,7 +85,7 @@ def order(
     cargo: Cargo,
     *,
     held: Collection[int] = (),
-    records: Mapping[str, Part] | None = None,
+    records: Mapping[str, KeptRecord] | None = None,
     moves: bool = False,
 ) -> Arrange:
     """Say what the worker at ``rank`` holds, and give it what it lacks.
@@ -102,11 +101,16 @@ def order(
     layout = pipeline.layout
     wanted = layout.hosted(rank)
     lacking = [block for block in wanted if block not in held]
-    parts = cargo.parts(lacking)
-    parts |= {"structure": pipeline.sender.structure(lacking), "records": pack_parts(records or {})}
-    if pipeline.optimizer_plan is not None:
-        parts["plan"] = (None, [pipeline.optimizer_plan])
-    entries, blobs = pack_parts(parts)
+    share = cargo.share(lacking)
+    parcel = Parcel(
+        structure=pipeline.sender.structure(lacking),
+        weights=pack_tensors(share.weights),
+        gradients=pack_tensors(share.gradients),
+        optimizer=encode_optimizer_state(share.optimizer),
+        plan=pipeline.optimizer_plan,
+        records=records or {},
+    )
+    parts, blobs = parcel.pack()
     stages = layout.stages_of(rank)
     return Arrange(
         stages=[(stage, list(layout.blocks(stage)), pipeline.shards.described(stage, rank)) for stage in stages],
@@ -115,8 +119,8 @@ def order(
         compile=pipeline.sender.compile_with,
         overlap=pipeline.shards.overlap,
         norms=[] if moves else [(stage, cargo.norms[stage]) for stage in stages if stage in cargo.norms],
-        estimates=sorted(cargo.estimates.intersection(lacking)),
-        parts=entries,
+        estimates=sorted(share.estimates),
+        parts=parts,
         blobs=blobs,
     )
 

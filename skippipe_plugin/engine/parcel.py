@@ -1,38 +1,94 @@
-"""Several packed things in one message: each with its own JSON fields and its share of the blobs."""
+"""What comes to a worker with blocks, in one message: each part with its own fields and its share of the blobs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from .channel import Buffer, ChannelError
-from .control.values import PartEntry
+from .control.values import PackedBlocks, Parts, Record, RecordEntry, TensorEntry
 
-Part = tuple[Any, Sequence[Buffer]]  # Any: JSON
-"""Fields and blobs, as ``pack_tensors``, ``pack_blocks`` and ``encode_optimizer_state`` return them."""
-
-
-def pack_parts(parts: Mapping[str, Part]) -> tuple[list[PartEntry], list[Buffer]]:
-    """Return the entries (name, fields, number of blobs) and all blobs.
-
-    >>> entries, blobs = pack_parts({"a": ({"x": 1}, [b"1", b"2"]), "b": ([], [b"3"])})
-    >>> unpack_parts(entries, blobs)
-    {'a': ({'x': 1}, [b'1', b'2']), 'b': ([], [b'3'])}
-    """
-    entries = [(name, fields, len(blobs)) for name, (fields, blobs) in parts.items()]
-    return entries, [blob for _, blobs in parts.values() for blob in blobs]
+KeptRecord = tuple[Record, Sequence[Buffer]]
+"""A record of the driver's own state, with its blobs."""
+PackedTensors = tuple[Sequence[TensorEntry], Sequence[Buffer]]
+"""As ``pack_tensors`` returns them."""
 
 
-def unpack_parts(entries: Iterable[PartEntry], blobs: Sequence[Buffer]) -> dict[str, Part]:
-    """Invert :func:`pack_parts`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parcel:
+    """Blocks with all that belongs to them."""
+
+    structure: tuple[PackedBlocks, Sequence[Buffer]]
+    """As ``pack_blocks`` returns them."""
+    weights: PackedTensors
+    gradients: PackedTensors
+    optimizer: PackedTensors
+    """Its state, as ``encode_optimizer_state`` returns it."""
+    plan: Buffer | None
+    """What it is built from; None where there is none yet."""
+    records: Mapping[str, KeptRecord]
+    """What the worker keeps of the driver's own state, by name."""
+
+    def pack(self) -> tuple[Parts, list[Buffer]]:
+        """Return the fields, and the blobs of all parts."""
+        entries, blobs = pack_records(self.records.values())
+        plan = [] if self.plan is None else [self.plan]
+        (structure, first), (weights, second), (gradients, third) = self.structure, self.weights, self.gradients
+        optimizer, fourth = self.optimizer
+        fields = Parts(structure, weights, gradients, optimizer, self.plan is not None, entries)
+        return fields, [*first, *second, *third, *fourth, *plan, *blobs]
+
+    @classmethod
+    def unpack(cls, parts: Parts, blobs: Sequence[Buffer]) -> Parcel:
+        """Invert :meth:`pack`.
+
+        Raises:
+            ChannelError: There are other blobs than the fields say.
+        """
+        # The structure and what is no tensor of the optimizer's state are a blob each, before those of the tensors.
+        counts = [1 + len(parts.structure[0]), len(parts.weights), len(parts.gradients), 1 + len(parts.optimizer)]
+        structure, weights, gradients, optimizer, plan, records = _shares([*counts, int(parts.has_plan)], blobs)
+        return cls(
+            structure=(parts.structure, structure),
+            weights=(parts.weights, weights),
+            gradients=(parts.gradients, gradients),
+            optimizer=(parts.optimizer, optimizer),
+            plan=plan[0] if plan else None,
+            records=unpack_records(parts.records, records),
+        )
+
+
+def pack_records(records: Iterable[KeptRecord]) -> tuple[list[RecordEntry], list[Buffer]]:
+    """Return the entries of records, and all blobs."""
+    kept = list(records)
+    return [(record, len(blobs)) for record, blobs in kept], [blob for _, blobs in kept for blob in blobs]
+
+
+def unpack_records(entries: Sequence[RecordEntry], blobs: Sequence[Buffer]) -> dict[str, KeptRecord]:
+    """Invert :func:`pack_records`; the records are by name.
 
     Raises:
         ChannelError: There are other blobs than the entries say.
     """
-    parts, first = {}, 0
-    for name, fields, count in entries:
-        parts[name] = fields, blobs[first : first + max(0, count)]
-        first += max(0, count)
-    if first != len(blobs):
-        raise ChannelError(f"packed parts should have {first} blobs, and have {len(blobs)}")
-    return parts
+    *shares, rest = _shares([count for _, count in entries], blobs)
+    if rest:
+        raise ChannelError(f"packed records have {len(rest)} blobs too many")
+    return {record.name: (record, own) for (record, _), own in zip(entries, shares, strict=True)}
+
+
+def _shares(counts: Sequence[int], blobs: Sequence[Buffer]) -> list[Sequence[Buffer]]:
+    """Return so many blobs each, and last those that are left.
+
+    >>> _shares([1, 2], [b"1", b"2", b"3", b"4"])
+    [[b'1'], [b'2', b'3'], [b'4']]
+
+    Raises:
+        ChannelError: There are not so many.
+    """
+    if min(counts, default=0) < 0 or sum(counts) > len(blobs):
+        raise ChannelError(f"what is packed should have {[*counts]} blobs, and has {len(blobs)}")
+    shares, first = list[Sequence[Buffer]](), 0
+    for count in counts:
+        shares.append(blobs[first : first + count])
+        first += count
+    return [*shares, blobs[first:]]

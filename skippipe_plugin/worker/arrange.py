@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..engine.channel import ChannelError
 from ..engine.classes import check_fingerprints
 from ..engine.control.commands import Arrange
 from ..engine.gradients import GradientWindow
 from ..engine.handover import allocate, unpack_blocks, unpack_tensors
-from ..engine.parcel import Part
+from ..engine.parcel import Parcel
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, decode_optimizer_state
 from .buffers import BlockBuffers
@@ -22,10 +20,7 @@ if TYPE_CHECKING:
     from .holdings import Holdings
 
 
-_NEEDED: Final = frozenset({"structure", "weights", "gradients", "optimizer", "records"})
-
-
-def arrange(holdings: Holdings, order: Arrange, parts: Mapping[str, Part], device: torch.device) -> None:
+def arrange(holdings: Holdings, order: Arrange, parcel: Parcel, device: torch.device) -> None:
     """Hold the stages that the driver names from now on; doing it twice changes nothing.
 
     Kept blocks stay as they are: weights, buffers, accumulated gradients, optimizer state. What comes for the others
@@ -34,16 +29,10 @@ def arrange(holdings: Holdings, order: Arrange, parts: Mapping[str, Part], devic
     Args:
         holdings: What is held so far.
         order: The driver's.
-        parts: What comes: ``structure``, ``weights``, ``gradients``, ``optimizer`` (its state), ``plan`` (to build it).
+        parcel: What comes.
         device: Where the blocks live.
-
-    Raises:
-        ChannelError: A part is missing; nothing has changed.
     """
-    absent = _NEEDED - parts.keys()
-    if absent:
-        raise ChannelError(f"the message 'Arrange' lacks the parts {sorted(absent)}")
-    arrived = unpack_blocks(*parts["structure"])
+    arrived = unpack_blocks(*parcel.structure)
     check_fingerprints(order.classes)
     for block in arrived.values():
         allocate(block, device)
@@ -65,18 +54,16 @@ def arrange(holdings: Holdings, order: Arrange, parts: Mapping[str, Part], devic
         holdings.forget_step()  # one of an earlier run, whose gradients are not those that come
     holdings.norms = dict(order.norms)
     holdings.estimates = (holdings.estimates & kept) | set(order.estimates)
-    _fill(arrived, parts)
-    if "plan" in parts:
-        holdings.build_optimizer(parts["plan"][1][0])
-        holdings.load_optimizer_state(state | decode_optimizer_state(*parts["optimizer"]))
+    _fill(arrived, parcel)
+    if parcel.plan is not None:
+        holdings.build_optimizer(parcel.plan)
+        holdings.load_optimizer_state(state | decode_optimizer_state(*parcel.optimizer))
 
 
-def _fill(blocks: dict[int, nn.Module], parts: Mapping[str, Part]) -> None:
+def _fill(blocks: dict[int, nn.Module], parcel: Parcel) -> None:
     tensors = block_tensors(blocks)
     with torch.no_grad():
-        for what in ("weights", "gradients"):
-            for name, tensor in unpack_tensors(*parts[what]).items():
-                if what == "weights":
-                    tensors[name].copy_(tensor)
-                else:
-                    tensors[name].grad = tensor.to(tensors[name].device)
+        for name, tensor in unpack_tensors(*parcel.weights).items():
+            tensors[name].copy_(tensor)
+        for name, tensor in unpack_tensors(*parcel.gradients).items():
+            tensors[name].grad = tensor.to(tensors[name].device)

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..engine.channel import Buffer
 from ..engine.control.answers import State
-from ..engine.control.codec import Control, from_values, to_values
+from ..engine.control.codec import Control
 from ..engine.control.commands import Arrange
 from ..engine.control.handlers import Handlers
 from ..engine.control.keeping import (
@@ -37,13 +36,10 @@ from ..engine.control.keeping import (
     Stored,
     Summary,
 )
-from ..engine.control.values import Record
 from ..engine.errors import SkipPipeError
-from ..engine.parcel import pack_parts, unpack_parts
+from ..engine.parcel import KeptRecord, Parcel, pack_records
 from .arrange import arrange
 from .holdings import Holdings
-
-KeptRecord = tuple[Record, Sequence[Buffer]]
 
 
 @dataclass(slots=True)
@@ -74,11 +70,10 @@ class Keep:
 
     def arrange(self, order: Arrange, device: torch.device) -> None:
         """Hold from now on what the driver says; see :func:`skippipe_plugin.worker.arrange.arrange`."""
-        parts = unpack_parts(order.parts, order.blobs)
+        parcel = Parcel.unpack(order.parts, order.blobs)
         self._parting = self._parting or _Kept(copy.copy(self.holdings), self._now.records)
-        arrange(self.holdings, order, parts, device)
-        records = unpack_parts(*parts["records"])
-        self._now.records = {name: (from_values(Record, said), blobs) for name, (said, blobs) in records.items()}
+        arrange(self.holdings, order, parcel, device)
+        self._now.records = {**parcel.records}
 
     def add_to(self, handlers: Handlers) -> None:
         """Obey all messages of :mod:`skippipe_plugin.engine.control.keeping`."""
@@ -111,8 +106,7 @@ class Keep:
 
     def records(self, _: AskRecords) -> Records:
         """Return all records."""
-        packed = {name: (to_values(record), blobs) for name, (record, blobs) in self._now.records.items()}
-        return Records(*pack_parts(packed))
+        return Records(*pack_records(self._now.records.values()))
 
     def let_go(self, _: LetGo) -> None:
         """Everybody holds what the driver has ordered."""

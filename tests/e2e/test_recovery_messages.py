@@ -33,8 +33,8 @@ def told(body: Control) -> str:
         case Configure():
             return f"{kind} members {' '.join(map(str, body.members))}"
         case Arrange():
-            parts = " ".join(name for name, _, _ in body.parts)
-            return f"{kind} stages {[stage for stage, _, _ in body.stages]}, keep {body.keep}, with {parts}"
+            plan = " and plan" if body.parts.has_plan else ""
+            return f"{kind} stages {[stage for stage, _, _ in body.stages]}, keep {body.keep}, with parts{plan}"
         case Get():
             return f"{kind} {body.what} of {body.blocks}"
         case State():
@@ -100,7 +100,7 @@ REBUILT = {
     2: [
         "> Abort",  # of the lost one; then its spare
         "> Configure members 0 1 2 3",
-        "> Arrange stages [2], keep [], with weights gradients optimizer structure records plan",
+        "> Arrange stages [2], keep [], with parts and plan",
         "> LetGo",
         *END,
         "< Ready",

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from skippipe_plugin.engine.control.codec import to_values
 from skippipe_plugin.engine.control.commands import Arrange, Load
 from skippipe_plugin.engine.control.keeping import (
     AskRecord,
@@ -25,7 +24,7 @@ from skippipe_plugin.engine.control.keeping import (
 from skippipe_plugin.engine.control.values import Record, StepOrder
 from skippipe_plugin.engine.handover import pack_blocks, pack_object, pack_tensors, unpack_object, unpack_tensors
 from skippipe_plugin.engine.optimizer import OptimizerPlan, settings_of
-from skippipe_plugin.engine.parcel import pack_parts
+from skippipe_plugin.engine.parcel import Parcel
 from skippipe_plugin.engine.wire import encode_optimizer_state
 from skippipe_plugin.worker.keep import Keep
 
@@ -85,16 +84,16 @@ def test_what_is_retained_stays_until_all_is_settled() -> None:
 
 def order(stages: list[Any], arriving: dict[int, float], records: dict[str, Any]) -> Arrange:
     """Hold these stages: some blocks come, with one weight each; nothing is kept."""
-    weights = pack_tensors({f"{block}\tweight": torch.full((1, 1), value) for block, value in arriving.items()})
-    structure = {block: nn.Linear(1, 1, bias=False) for block in arriving}
-    parts: dict[str, Any] = {
-        "structure": pack_blocks(structure, values=False),
-        "weights": weights,
-        "gradients": pack_tensors({}),
-    }
-    parts["optimizer"] = encode_optimizer_state({})
-    entries, blobs = pack_parts({**parts, "records": pack_parts(records)})
-    return Arrange(stages, [], {}, None, 1, [], [], entries, blobs)
+    weights = {f"{block}\tweight": torch.full((1, 1), value) for block, value in arriving.items()}
+    parcel = Parcel(
+        structure=pack_blocks({block: nn.Linear(1, 1, bias=False) for block in arriving}, values=False),
+        weights=pack_tensors(weights),
+        gradients=pack_tensors({}),
+        optimizer=encode_optimizer_state({}),
+        plan=None,
+        records=records,
+    )
+    return Arrange(stages, [], {}, None, 1, [], [], *parcel.pack())
 
 
 def found(keep: Keep) -> dict[int, float]:
@@ -126,7 +125,7 @@ def test_blocks_that_go_elsewhere_are_kept_until_all_orders_are_carried_out(time
 def test_then_they_are_gone_and_the_records_are_those_that_came() -> None:
     keep = holding(2.0)
     keep.store(stored("base", fit=1, step=3, data=b"old"))
-    record = to_values(stored("progress", 1, 3, b"").record), [b"new"]
+    record = stored("progress", 1, 3, b"").record, [b"new"]
     keep.arrange(order([[1, [1], []]], {1: 5.0}, {"progress": record}), torch.device("cpu"))
     keep.let_go(LetGo())
     assert found(keep) == {1: 5.0}

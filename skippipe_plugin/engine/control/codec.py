@@ -15,11 +15,10 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Final, Literal, TypeVar, Union
+from typing import Any, Final, Literal, Union
 
 from ..channel import Buffer, ChannelError, Message
 
-_T = TypeVar("_T")
 _SCALARS: Final[Mapping[Any, frozenset[type]]] = {
     int: frozenset({int}),
     float: frozenset({float, int}),
@@ -91,25 +90,6 @@ class Vocabulary:
         return Received(body, message.number, message.answers, generation)
 
 
-def to_values(value: object) -> list[Any]:
-    """Return a dataclass of the kind that messages hold as a JSON list of its fields."""
-    return _form_of(type(value)).values_of(value)
-
-
-def from_values(kind: type[_T], said: object) -> _T:
-    """Invert :func:`to_values`.
-
-    Raises:
-        ChannelError: They are not those of ``kind``.
-    """
-    try:
-        if type(said) is not list:
-            raise _Wrong(f"is no list of fields but {_short(said)}")
-        return _form_of(kind).built(said)  # type: ignore[no-any-return]
-    except _Wrong as error:
-        raise ChannelError(f"what should be a {kind.__name__} {error}") from None
-
-
 class _Wrong(Exception):
     """What has come does not fit its annotation; the text goes on after the name of what is wrong."""
 
@@ -143,7 +123,8 @@ class _Form:
         checks = [_check_of(hint) for hint in self._hints.values()]
         self._types = [check.types for check in checks]
         self._deeper = [(at, check.deeper) for at, check in enumerate(checks) if check.deeper is not None]
-        self._nested = [at for at, hint in enumerate(self._hints.values()) if _dataclass_in(hint)]
+        taking = [_taken_apart(hint) for hint in self._hints.values()]
+        self._nested = [(at, take) for at, take in enumerate(taking) if take is not None]
         self._fields_of, self._blobs_of = _all_of(self._names), _all_of(self._blob_names)
         self._fitting: set[tuple[type, ...]] = set()
         """Types of all fields together that were found to fit: there are few."""
@@ -156,9 +137,8 @@ class _Form:
 
     def values_of(self, value: object) -> list[Any]:
         values = [*self._fields_of(value)]
-        for at in self._nested:
-            if values[at] is not None:
-                values[at] = to_values(values[at])
+        for at, take in self._nested:
+            values[at] = take(values[at])
         return values
 
     def put_together(self, values: list[Any], blobs: Sequence[Buffer]) -> Any:  # Any: of the class
@@ -279,8 +259,21 @@ def _fixed(items: Sequence[_Check]) -> Callable[[list[Any]], tuple[Any, ...]]:
     return check
 
 
-def _dataclass_in(hint: Any) -> bool:  # Any: an annotation
-    return any(dataclasses.is_dataclass(each) for each in (hint, *typing.get_args(hint)))
+def _taken_apart(hint: Any) -> Callable[[Any], Any] | None:  # Any: an annotation, and what it describes
+    """Return what makes JSON of a value with dataclasses in it; None where there are none."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _form_of(hint).values_of
+    origin, inner = typing.get_origin(hint), [_taken_apart(each) for each in typing.get_args(hint)]
+    found = [take for take in inner if take is not None]
+    if not found:
+        return None
+    if origin is tuple:
+        return lambda value: [each if take is None else take(each) for take, each in zip(inner, value, strict=True)]
+    (one,) = found
+    if origin is Sequence:
+        return lambda value: [one(each) for each in value]
+    assert origin in (Union, types.UnionType), f"{hint}: no dataclass may stand there"
+    return lambda value: value if value is None else one(value)
 
 
 def _told(hint: Any) -> str:  # Any: an annotation

@@ -18,7 +18,7 @@ from .values import (
     Loads,
     Opening,
     PackedBlocks,
-    PartEntry,
+    Parts,
     Prints,
     StepOrder,
     TensorEntry,
@@ -121,8 +121,8 @@ class Arrange(Control):
     """By stage: the norm of its last gradient."""
     estimates: Sequence[int]
     """The blocks that come which were rebuilt from others."""
-    parts: Sequence[PartEntry]
-    """What comes: structure, weights, gradients, optimizer, records, and perhaps the optimizer's plan."""
+    parts: Parts
+    """What comes."""
     blobs: Sequence[Buffer]
 
 

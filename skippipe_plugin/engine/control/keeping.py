@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..channel import Buffer
 from .codec import Control
-from .values import PartEntry, Record, StepOrder, What
+from .values import Record, RecordEntry, StepOrder, What
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Stored(Control):
 class Records(Control):
     """All records of this driver, packed."""
 
-    records: Sequence[PartEntry]
+    records: Sequence[RecordEntry]
     blobs: Sequence[Buffer]
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 TensorEntry = tuple[str, Sequence[int], str]
 """Name, shape and dtype of a tensor, whose bytes are a blob."""
-PartEntry = tuple[str, Any, int]  # Any: JSON that only the part's reader knows
-"""Name, fields and number of blobs of a packed part."""
 PackedBlocks = tuple[Sequence[TensorEntry], Sequence[TensorEntry]]
 """The tensors of blocks that travel, and those that are on the meta device; the structure is the first blob."""
 ExpertShare = tuple[int, str, Sequence[int], Sequence[str], int]
@@ -109,3 +107,21 @@ class Record:
     entries: Sequence[TensorEntry]
     optimizer_step: StepOrder | None = None
     """The optimizer step that follows as soon as this is stored."""
+
+
+RecordEntry = tuple[Record, int]
+"""A record, and how many blobs are its."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What comes with blocks; the blobs of each follow each other in this order."""
+
+    structure: PackedBlocks
+    weights: Sequence[TensorEntry]
+    gradients: Sequence[TensorEntry]
+    optimizer: Sequence[TensorEntry]
+    """Of its state."""
+    has_plan: bool
+    """Whether what the optimizer is built from comes too."""
+    records: Sequence[RecordEntry]

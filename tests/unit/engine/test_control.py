@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from skippipe_plugin.engine.channel import Buffer, ChannelError, Message
 from skippipe_plugin.engine.control.answers import Done, Failed
-from skippipe_plugin.engine.control.codec import Control, Vocabulary, from_values, to_values
+from skippipe_plugin.engine.control.codec import Control, Vocabulary
 from skippipe_plugin.engine.control.commands import AskNorm, Clip, Get, Merge, StepOptimizer
 from skippipe_plugin.engine.control.messages import TO_DRIVER, TO_WORKER
-from skippipe_plugin.engine.control.values import Record, StepOrder
+from skippipe_plugin.engine.control.values import StepOrder
 
 EVERY = [(vocabulary, kind) for vocabulary in (TO_WORKER, TO_DRIVER) for kind in vocabulary.kinds.values()]
 NAMES = [f"{kind.__name__}" for _, kind in EVERY]
@@ -181,15 +181,6 @@ def test_messages_are_values() -> None:
         assert not hasattr(kind, "__dict__") or "__slots__" in vars(kind), kind
     with pytest.raises(dataclasses.FrozenInstanceError):
         Failed(True, "", b"").aborted = False  # type: ignore[misc]
-
-
-def test_parts_of_messages_travel_alone() -> None:
-    record = Record("base", 1, 2, False, [("0", [2], "float32")], StepOrder(None, 0.5, "drop", True, False, [(1, 1.1)]))
-    said = json.loads(json.dumps(to_values(record)))
-    assert from_values(Record, said) == record
-    for wrong in ({}, None, said[:-1] if len(said) != len(to_values(record)) else said[1:]):
-        with pytest.raises(ChannelError, match="what should be a Record "):
-            from_values(Record, wrong)
 
 
 def test_the_document_has_every_message() -> None:

@@ -16,7 +16,7 @@ from skippipe_plugin.engine.control.values import StepOrder
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.handover import pack_blocks
 from skippipe_plugin.engine.optimizer import OptimizerPlan, settings_of
-from skippipe_plugin.engine.parcel import pack_parts, unpack_parts
+from skippipe_plugin.engine.parcel import Parcel
 from skippipe_plugin.engine.wire import encode_optimizer_state
 from skippipe_plugin.worker.arrange import arrange
 from skippipe_plugin.worker.holdings import Holdings
@@ -72,18 +72,17 @@ def order(source: Holdings, target: Holdings, stages: dict[int, Sequence[int]], 
     moving = [block for block in wanted if block not in target.blocks()]
     weights, gradients = source.state("weights", moving), source.state("gradients", moving)
     optimizer = source.state("optimizer", moving)
-    parts = {
-        "structure": pack_blocks({block: copy.deepcopy(structure) for block in moving}, values=False),
-        "weights": (weights.tensors, weights.blobs),
-        "gradients": (gradients.tensors, gradients.blobs),
-        "optimizer": (optimizer.tensors, optimizer.blobs),
-        "records": pack_parts({}),
-        "plan": (None, [plan]),
-    }
-    entries, blobs = pack_parts(parts)
+    parts, blobs = Parcel(
+        structure=pack_blocks({block: copy.deepcopy(structure) for block in moving}, values=False),
+        weights=(weights.tensors, weights.blobs),
+        gradients=(gradients.tensors, gradients.blobs),
+        optimizer=(optimizer.tensors, optimizer.blobs),
+        plan=plan,
+        records={},
+    ).pack()
     keep = [block for block in wanted if block not in moving]
-    fields = Arrange([(stage, own, []) for stage, own in stages.items()], keep, {}, None, 1, [], [], entries, [])
-    return fields, unpack_parts(entries, [bytes(blob) for blob in blobs])  # as after the wire: memory of its own
+    fields = Arrange([(stage, own, []) for stage, own in stages.items()], keep, {}, None, 1, [], [], parts, [])
+    return fields, Parcel.unpack(parts, [bytes(blob) for blob in blobs])  # as after the wire: memory of its own
 
 
 def run(holders: Sequence[Holdings], optimizer: Optimizer, seed: int, *, step: bool) -> None:
@@ -159,12 +158,17 @@ def test_moved_blocks_train_on_as_if_they_had_stayed(name: str, times: int, used
 def test_blocks_that_come_later_are_of_the_drivers_classes() -> None:
     """As at the first load: a worker that takes over may have imported another class."""
     blocks = {0: nn.Linear(3, 3)}
-    structure = pack_blocks(blocks, values=False)
-    parts = {"structure": structure, "weights": ([], []), "gradients": ([], [])}
-    parts |= {"optimizer": encode_optimizer_state({}), "records": pack_parts({})}
-    fields = Arrange([(1, [0], [])], [], fingerprints(blocks.values()), None, 1, [], [], [], [])
-    arrange(Holdings(), fields, parts, CPU)
+    parcel = Parcel(
+        structure=pack_blocks(blocks, values=False),
+        weights=([], []),
+        gradients=([], []),
+        optimizer=encode_optimizer_state({}),
+        plan=None,
+        records={},
+    )
+    fields = Arrange([(1, [0], [])], [], fingerprints(blocks.values()), None, 1, [], [], *parcel.pack())
+    arrange(Holdings(), fields, parcel, CPU)
     patched = {owner: dict(entries) for owner, entries in fingerprints(blocks.values()).items()}
     patched["torch.nn.modules.linear:Linear"]["forward"] = "another"
     with pytest.raises(SkipPipeError, match=r"Linear\.forward was patched"):
-        arrange(Holdings(), replace(fields, classes=patched), parts, CPU)
+        arrange(Holdings(), replace(fields, classes=patched), parcel, CPU)
