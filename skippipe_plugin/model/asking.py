@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -99,6 +100,10 @@ class Answer:
     takes_course: bool = False
     """Whether it may do otherwise by values of its batch."""
     sizes: Sizes = field(default_factory=Sizes)
+    tells: bool = False
+    """Whether a batch was asked about whose loss is a number, and another one than 0, as it is without labels."""
+    lacked: set[Weighting] = field(default_factory=set)
+    """What means may be over, of which a batch that was asked about had nothing."""
     num_asked: int = 0
     num_plain: int = 0
     """So many batches since held neither labels nor anything like a mask."""
@@ -183,7 +188,12 @@ class Asking:
         if answer.is_hopeless or answer.num_asked >= _MOST_ASKED:
             return answer
         view = question.view
-        if self._is_open(answer, view) or answer.watch.is_new(view) or answer.outstanding.is_new(view):
+        if (
+            not answer.tells
+            or self._is_open(answer, view)
+            or answer.watch.is_new(view)
+            or answer.outstanding.is_new(view)
+        ):
             return self._ask(question, answer)
         return answer
 
@@ -301,17 +311,17 @@ class Asking:
             self._untouched() as trace,
             _with_batch(trace, question.view) as trace,
         ):
-            suspect = answer.sizes.suspect
+            begins, suspect = not answer.tells, answer.sizes.suspect
             number = answer.num_asked  # each asks with hidden states of its own: what was 0 so far may be another
-            draws = (0, 1) if not number else (4 * number + number % 2,)
+            draws = (0, 1) if begins else (4 * number + number % 2,)
             for draw in draws:
                 learn = functools.partial(self._learn, question, answer, draw, trace)
                 self._spread.pipeline.surviving(learn)
-            if not (number or answer.is_hopeless or answer.odd):
+            if begins and not (answer.is_hopeless or answer.odd):
                 self._spread.pipeline.surviving(functools.partial(self._turn, question, answer, trace))
-            if answer.takes_course and not (number or answer.is_hopeless or answer.odd):
+            if answer.takes_course and begins and not (answer.is_hopeless or answer.odd):
                 self._spread.pipeline.surviving(functools.partial(self._set_apart, question, answer, trace))
-            if answer.sizes.suspect and not (suspect or answer.is_hopeless or answer.odd):
+            if answer.sizes.suspect and (begins or not suspect) and not (answer.is_hopeless or answer.odd):
                 self._spread.pipeline.surviving(functools.partial(self._resize, question, answer, trace))
         answer.hooks = answer.hooks and not self.is_watched  # those of before are looked at in each step
         answer.problems = dict(answer.odd)
@@ -319,6 +329,7 @@ class Asking:
             answer.problems[f"the metric {name}"] = "its counts are others when it is updated once for each of them"
         for key, plan in answer.plans.items():
             answer.problems |= problems(plan, named(key))
+            answer.lacked |= {each for each in mean_weightings(plan) if question.view.weights(each) is None}
         answer.num_asked += 1
         answer.watch.learn(question.view, answer.constants)
         answer.outstanding.learn(question.view, answer.watch.landmarks)
@@ -341,6 +352,7 @@ class Asking:
         elif isinstance(seen, Exception):  # made-up hidden states may be its only reason
             answer.failure = f"it failed when it was tried on made-up hidden states: {type(seen).__name__}: {seen}"
         else:
+            answer.tells = answer.tells or _tells(seen[0])
             self._narrow(question.view, answer, seen[0], seen[1])
             seen[2]()
 
@@ -553,6 +565,19 @@ class _PieceFailed(Exception):
 
 def _is_rough(loss: Any) -> bool:
     return isinstance(loss, Tensor) and loss.dtype in COARSE
+
+
+def _tells(results: Results) -> bool:
+    """Whether a loss, or else any other result, says something: it may be nothing but 0 or NaN without labels."""
+    values = [results[LOSS]] if LOSS in results else [each for each in results.values() if each is not None]
+    return not values or any(map(_says, values))
+
+
+def _says(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        found = value.detach()
+        return bool((torch.isfinite(found) & (found != 0)).any())
+    return not isinstance(value, float) or (value != 0 and math.isfinite(value))
 
 
 def _is_finite(loss: Any) -> bool:

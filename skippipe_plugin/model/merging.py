@@ -8,8 +8,17 @@ from typing import Any, Final
 
 from ..engine.errors import SkipPipeError
 from .asking import Answer, Asking
-from .counting import Given, Samples
-from .reductions import Mean, Unsettled, check_settled, merge
+from .counting import Given, Samples, Weighting
+from .reductions import (
+    Mean,
+    Plan,
+    Unsettled,
+    check_settled,
+    counts_nothing,
+    mean_weightings,
+    merge,
+    weighting_of,
+)
 from .settings import CutWhere
 from .trials import LOSS, Key, Question, named
 from .weight import MicrobatchWeight
@@ -87,6 +96,8 @@ class Merging:
         self.answer: Answer | None = asking.about(question) if len(question.pieces) > 1 else None
         self.obstacle = self._find_obstacle()
         """Why the batch cannot be cut, whatever becomes of the results; nothing where it can."""
+        self._open: Mapping[str, str] = {}
+        """By name of a result: why this batch's does not follow, though those of others may."""
         self._has_asked_again = False
         if self.answer is not None and weight is None and not self.obstacle and not self.problems:
             self._settle()
@@ -112,13 +123,24 @@ class Merging:
     @property
     def problems(self) -> Mapping[str, str]:
         """By name of a result: why it does not follow from the microbatches'; nothing where the user says what does."""
-        return self.answer.problems if self.answer is not None and self.weight is None else {}
+        return {**self.answer.problems, **self._open} if self.answer is not None and self.weight is None else {}
+
+    @property
+    def lacking(self) -> Mapping[str, str]:
+        """By name of a result: of what the batch has nothing, which it is a mean over; other drivers' may have some."""
+        if self.answer is None or self.weight is not None:
+            return {}
+        found = {named(key): counts_nothing(plan, self.question.view) for key, plan in self.answer.plans.items()}
+        return {name: why for name, why in found.items() if why}
 
     def refusal(self) -> SkipPipeError | None:
         """Return the error that says why the batch cannot be cut; None when it can."""
         if obstacle := self.obstacle:
             return SkipPipeError(obstacle)
-        for what, why in self.problems.items():
+        return self._refused(self.problems)
+
+    def _refused(self, problems: Mapping[str, str]) -> SkipPipeError | None:
+        for what, why in problems.items():
             count = len(self.question.pieces)
             ways = _WAYS if what == named(LOSS) else _WAY
             return SkipPipeError(_NOT_CUT.format(count=count, what=what, why=why, ways=ways))
@@ -135,7 +157,10 @@ class Merging:
         Raises:
             SkipPipeError: It must, but the user wants the batch to be cut.
         """
-        refusal = next(filter(None, agree(self.refusal())), None)
+        refusals, lacking = zip(*agree((self.refusal(), self._refused(self.lacking))), strict=True)
+        refusal = next(filter(None, refusals), None)
+        if refusal is None and where != "batch" and all(lacking):
+            refusal = lacking[0]
         if refusal is None:
             if self.answer is not None:
                 self.asking.statistics.tell(self.question.view.sizes)
@@ -149,19 +174,32 @@ class Merging:
         return True
 
     def _settle(self) -> None:
-        """Ask about this very batch if it tells apart what others did not; what stays open is a problem."""
-        for _ in range(2):
-            assert self.answer is not None
-            for key, plan in self.answer.plans.items():
-                try:
-                    check_settled(plan, self.question.view)
-                except Unsettled as error:
-                    if self._has_asked_again:
-                        self.answer.problems[named(key)] = str(error)
-                    break
-            else:
-                return
+        """Ask about this very batch if it tells apart what others did not; what stays open is a problem of its own."""
+        answer = self.answer
+        assert answer is not None
+        if not self._unsettled(answer):
+            return
+        lacking = {each for plan in answer.plans.values() for each in self._lacking(plan)}
+        if not lacking or lacking - answer.lacked:  # another batch without any of these says nothing more
             self.ask_again()
+        assert self.answer is not None
+        self._open = self._unsettled(self.answer)
+
+    def _unsettled(self, answer: Answer) -> dict[str, str]:
+        """Return, by name of a result, which rules that fit so far say something else of this batch."""
+        found: dict[str, str] = {}
+        for key, plan in answer.plans.items():
+            try:
+                check_settled(plan, self.question.view)
+                if key == LOSS:
+                    weighting_of(plan, self.question.view)
+            except Unsettled as error:
+                found[named(key)] = str(error)
+        return found
+
+    def _lacking(self, plan: Plan) -> list[Weighting]:
+        """Return what means may be over, of which this batch has nothing."""
+        return [each for each in mean_weightings(plan) if self.question.view.weights(each) is None]
 
     def ask_again(self) -> None:
         """Ask about this very batch, which shows what others did not."""

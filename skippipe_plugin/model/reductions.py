@@ -236,6 +236,16 @@ def check_settled(plan: Plan, view: View) -> None:
             raise Unsettled(f"means over {means[0]} and over {other} both fit what was tried")
 
 
+def counts_nothing(plan: Plan, view: View) -> str:
+    """Say what a result is a mean over, of which this batch has nothing; nothing where it has some, or rules differ."""
+    if isinstance(plan, Each):
+        return next(filter(None, (counts_nothing(child, view) for _, child in plan.children)), "")
+    means = [rule.weighting for rule in plan.rules if isinstance(rule, Mean)]
+    if not means or len(means) < len(plan.rules) or any(view.weights(each) is not None for each in means):
+        return ""
+    return f"it is a mean over {means[0]}, and there are none"
+
+
 def mean_weightings(plan: Plan) -> list[Weighting]:
     """Return what the means among the rules are weighted by."""
     if isinstance(plan, Leaf):
@@ -308,8 +318,15 @@ def _find_leaf(whole: Any, parts: Sequence[Any], view: View, weightings: Sequenc
     tolerance, scale = _sharp(whole, found, view, _scale(present)), _scale(present)
     fitting = tuple(rule for rule, value in found.items() if same(whole, value, tolerance, scale))
     refuted |= found.keys() - set(fitting)
+    if not fitting or all(same(part, present[0]) for part in present[1:]):
+        fitting = tuple(rule for rule in merged if rule in fitting or _is_open(rule, known, view))
     is_rough = known.is_rough or (isinstance(whole, Tensor) and whole.dtype in COARSE)
     return Leaf(fitting, frozenset(refuted), "" if fitting else _describe(whole, present, view), is_rough)
+
+
+def _is_open(rule: Rule, known: Leaf, view: View) -> bool:
+    """Whether a mean that fitted so far is over what this batch has nothing of, which tells nothing about it."""
+    return isinstance(rule, Mean) and rule in known.rules and view.weights(rule.weighting) is None
 
 
 def _sharp(whole: Any, found: Mapping[Rule, Any], view: View, scale: float) -> float:
