@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from lightning.pytorch import Trainer
 
-from ..model.asking import Clock
+from ..model.answers import Clock
 from .averaged_log import has_noted
 
 _METRICS: Final = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
@@ -40,7 +40,7 @@ class TrainersClock(Clock):
         self._trainer = trainer
 
     def shows(self, names: Collection[str]) -> Hashable:
-        """See :meth:`skippipe_plugin.model.asking.Clock.shows`."""
+        """See :meth:`skippipe_plugin.model.answers.Clock.shows`."""
         shown = [(name, getattr(self._trainer, name)) for name in sorted(names)]
         return tuple((name, _metrics(value) if name in _METRICS else value) for name, value in shown)
 
@@ -57,7 +57,7 @@ class TrainersClock(Clock):
             del self._trainer.__dict__[_NOTES]
 
     def batch_index(self, number: Any) -> Any:
-        """See :meth:`skippipe_plugin.model.asking.Clock.batch_index`: its being read is noted."""
+        """See :meth:`skippipe_plugin.model.answers.Clock.batch_index`: its being read is noted."""
         if type(number) is not int:
             return number
         noted = _Index(number)

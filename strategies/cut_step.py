@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..driver.capture.batches import Cut
 from ..driver.steps import StepTask
-from ..model.asking import Asking, Clock
+from ..model.answers import Clock
+from ..model.asking import Asking
 from ..model.kinds import detail_of, form_of, kind_of
 from ..model.merging import Agree, Merging
 from ..model.settings import CutWhere

@@ -13,37 +13,31 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.errors import SkipPipeError
+from .answers import GRADIENTS, Answer, Clock
 from .batch_state import BatchState
 from .batch_statistics import BatchStatistics
-from .blocks_apart import bend_of_blocks, difference_of_blocks, difference_of_lacking
-from .counting import Constant, Counted, Given, Samples, View, Watch, Weighting, candidates, tensors
-from .entering import HIDDEN
+from .blocks_apart import bend_of_blocks
+from .counting import Counted, Given, Samples, View, Weighting, candidates
 from .fakes import Fakes, Incomparable, Neutral
 from .flips import WHY as TURNS
-from .flips import Flip, flips
-from .interleaving import DRAWN
-from .kinks import COURSE, bent, features
-from .kinks import WHY as BENDS
-from .outstanding import Outstanding
-from .reductions import COARSE, MISSING, Plan, as_loss, find_plan, mean_weightings, problems, same, without
-from .resized import APART, FACTORS, ROUNDING, WHY_APART, Apart, Sizes, resize
+from .kinks import COURSE
+from .observing import Observed, Observing, PieceFailed, features_of
+from .reductions import COARSE, MISSING, as_loss, find_plan, mean_weightings, problems, same, without
+from .resized import APART, FACTORS, ROUNDING, WHY_APART, resize
 from .resized import WHY as SIZES
-from .slopes import GRADIENT, Slopes, follows, refuted_by
+from .slopes import GRADIENT, follows, refuted_by
 from .slopes import WHY as DETACHED
 from .spread import SpreadModel
 from .surroundings import Surroundings
 from .traceless import Untouched, uneven, untouched
-from .trials import LOSS, Key, Question, Results, Trials, named
+from .trials import LOSS, Question, Results, Trials, named
 
-_GRADIENTS: Final = "the gradients of parameters"
-_WEIGHS: Final = "it is a mean over the weights of the samples' classes, which may differ from batch to batch"
 _LEAST_ASKED: Final = 3
 """So many batches with labels or masks are asked about in any case: rules that are none may fit one by chance."""
 _MOST_DETAILS: Final = 32
@@ -52,78 +46,6 @@ _MOST_SHOWN: Final = 8
 """A hand of the clock that has shown more than so many, most of them once, is taken to move with every batch."""
 _MOST_ASKED: Final = 32
 """After so many batches of a kind nothing new is asked about, nor are masks looked for where there were none."""
-
-
-class Clock:
-    """What steps read that tells where training is; by itself it has no hands."""
-
-    fast: frozenset[str] = frozenset()
-    """The hands that move with every batch."""
-
-    def __init__(self) -> None:
-        self.reads: set[str] = set()
-        """The names of the hands that steps which are asked have read."""
-
-    def shows(self, names: Collection[str]) -> Hashable:
-        """Return what some of the hands show."""
-        return tuple(sorted(names))
-
-    def batch_index(self, number: Any) -> Any:
-        """Return the number of a batch, as a step that is asked gets it."""
-        return number
-
-
-@dataclass(slots=True)
-class Answer:
-    """What is known about a kind of step."""
-
-    plans: dict[Key, Plan] = field(default_factory=dict)
-    failure: str = ""
-    """How a microbatch fails where the batch does not."""
-    crossing: str = ""
-    """How microbatches that take turns see each other."""
-    watch: Watch = field(default_factory=Watch)
-    outstanding: Outstanding = field(default_factory=Outstanding)
-    constants: set[Constant] = field(default_factory=set)
-    metrics: set[str] = field(default_factory=set)
-    """The torchmetrics that microbatches leave with other counts than the batch."""
-    read: str = ""
-    """What the step reads that tells where training is, and is another with every batch."""
-    left: str = ""
-    """What microbatches leave in an attribute, a buffer or a global name that is another after the batch."""
-    blocks: str | None = None
-    """What the blocks make otherwise of microbatches than of the batch; None before they were asked."""
-    hooks: bool = False
-    """Whether the step itself registers forward hooks on blocks, and removes them."""
-    flips: tuple[Flip, ...] = ()
-    """Comparisons that came out alike for all samples when the step was asked first."""
-    takes_course: bool = False
-    """Whether it may do otherwise by values of its batch."""
-    sizes: Sizes = field(default_factory=Sizes)
-    tells: bool = False
-    """Whether a batch was asked about whose loss is a number, and another one than 0, as it is without labels."""
-    lacked: set[Weighting] = field(default_factory=set)
-    """What means may be over, of which a batch that was asked about had nothing."""
-    num_asked: int = 0
-    num_plain: int = 0
-    """So many batches since held neither labels nor anything like a mask."""
-
-    odd: dict[str, str] = field(default_factory=dict)
-    """What else of the batch does not follow from the microbatches', and why; not to be seen in any one result."""
-    problems: dict[str, str] = field(default_factory=dict)
-    """By name of a result: why it follows from the microbatches' by no rule."""
-    is_told: bool = False
-    """Whether the user has been told of the problems."""
-
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether batches cannot be cut, for what was found out."""
-        return self.has_no_rule or bool(self.failure or self.hooks)
-
-    @property
-    def has_no_rule(self) -> bool:
-        """Whether that holds for other steps of the kind, too, whatever is another for them."""
-        return bool(self.read or self.crossing or self.left or self.blocks or self.problems)
 
 
 class Asking:
@@ -159,6 +81,7 @@ class Asking:
         self._weighted = weighted
         self._quiet = quiet
         self.clock = clock or Clock()
+        self._observing = Observing(spread, self._trials, self.clock)
         self._ignored = ignored
         self._others = others
         self._answers: dict[Hashable, Answer] = {}
@@ -168,7 +91,7 @@ class Asking:
         self._reads: dict[Hashable, frozenset[str]] = {}
         self._shown: dict[tuple[Hashable, str], Counter[Hashable]] = {}
         """By kind and hand of the clock: how often it showed what."""
-        self._fast = {*self.clock.fast, _GRADIENTS}
+        self._fast = {*self.clock.fast, GRADIENTS}
         self._bends: dict[Hashable, str] = {}
         self._around: Surroundings | None = None
         self._statistics: BatchStatistics | None = None
@@ -342,19 +265,19 @@ class Asking:
     def _learn(self, question: Question, answer: Answer, draw: int, trace: Untouched) -> None:
         """Let the step run on one draw of hidden states; positive ones where others make no sense."""
         self._spread.pipeline.heal()
-        seen = self._observe(question, draw, trace, answer)
-        odd = isinstance(seen, Exception) or not _is_finite(seen[0].get(LOSS))
-        if odd and not isinstance(seen, _PieceFailed):  # what a block has refused it is not asked again
-            other = self._observe(question, draw + 2, trace, answer)
+        seen = self._observing.observe(question, draw, trace, answer)
+        odd = isinstance(seen, Exception) or not _is_finite(seen.whole.results.get(LOSS))
+        if odd and not isinstance(seen, PieceFailed):  # what a block has refused it is not asked again
+            other = self._observing.observe(question, draw + 2, trace, answer)
             seen = seen if isinstance(other, Exception) else other
-        if isinstance(seen, Incomparable | _PieceFailed):
+        if isinstance(seen, Incomparable | PieceFailed):
             answer.failure = str(seen)
         elif isinstance(seen, Exception):  # made-up hidden states may be its only reason
             answer.failure = f"it failed when it was tried on made-up hidden states: {type(seen).__name__}: {seen}"
         else:
-            answer.tells = answer.tells or _tells(seen[0])
-            self._narrow(question.view, answer, seen[0], seen[1])
-            seen[2]()
+            answer.tells = answer.tells or _tells(seen.whole.results)
+            self._narrow(question.view, answer, seen.whole.results, [part.results for part in seen.parts])
+            self._check_slopes(answer, seen, question.view)
 
     def _turn(self, question: Question, answer: Answer, trace: Untouched) -> None:
         """Let what was compared come out otherwise for one sample, or for one microbatch."""
@@ -371,47 +294,58 @@ class Asking:
 
     def _resize(self, question: Question, answer: Answer, trace: Untouched) -> None:
         """Let features and hidden states be of other sizes, for steps that may do something else then."""
+        view = question.view
         for factor in FACTORS:
             if factor > 1 and answer.sizes.has_indices:
                 continue
-
-            def restore(factor: float = factor) -> None:
-                trace.restore()
-                resize(question.view, _features(question.view), factor)
-
-            fakes = Fakes(question.view.sizes, 0, factor)
-            found = self._trials.both(question, fakes, restore)
-            if found is None:
-                continue
-            rounding, question.view.rounding = question.view.rounding, ROUNDING
-            follows_still = self._follows_still(question.view, answer, found, fakes)
-            question.view.rounding = rounding
-            if not follows_still:
+            change = functools.partial(resize, view, factor=factor)
+            if not self._follows_still(question, answer, trace, change, Fakes(view.sizes, 0, factor), ROUNDING):
                 answer.odd[COURSE] = SIZES.format(name=answer.sizes.suspect)
                 return
 
     def _set_apart(self, question: Question, answer: Answer, trace: Untouched) -> None:
         """Let the values of one microbatch be unlike all others'."""
-        view, marked = question.view, _features(question.view)
+        view = question.view
         for apart in APART:
             if answer.sizes.has_indices and apart.is_of_sign:
                 continue
-
-            def restore(apart: Apart = apart) -> None:
-                trace.restore()
-                apart.write(view, marked)
-
+            change = functools.partial(apart.write, view)
             fakes = Fakes(view.sizes, 0, first=apart.hidden)
-            found = self._trials.both(question, fakes, restore)
-            if found is None:
-                continue
-            if not self._follows_still(view.anew(), answer, found, fakes):
+            if not self._follows_still(question, answer, trace, change, fakes, view.rounding):
                 answer.odd[COURSE] = WHY_APART
                 return
 
-    def _follows_still(self, view: View, answer: Answer, found: tuple[Results, list[Results]], fakes: Fakes) -> bool:
-        """Whether what a step gives with other values follows from microbatches by the rules that are known."""
-        other = dataclasses.replace(answer, plans={**answer.plans})
+    def _follows_still(
+        self,
+        question: Question,
+        answer: Answer,
+        trace: Untouched,
+        change: Callable[[Collection[int]], object],
+        fakes: Fakes,
+        rounding: float,
+    ) -> bool:
+        """Whether what a step gives with other values, if anything, follows from microbatches by the rules known.
+
+        Args:
+            question: The step.
+            answer: What is known about it.
+            trace: Brings everything back.
+            change: Writes the other values into the batch's features, given their ids; samples count by these.
+            fakes: What the blocks answer.
+            rounding: How far results may be off.
+        """
+        trace.restore()
+        marked = features_of(question.view)
+
+        def restore() -> None:
+            trace.restore()
+            change(marked)
+
+        found = self._trials.both(question, fakes, restore)
+        if found is None:
+            return True
+        restore()
+        view, other = question.view.anew(rounding), dataclasses.replace(answer, plans={**answer.plans})
         self._narrow(view, other, *found)
         is_cut = all(entrance.is_of_samples for entrance in fakes.entrances(view.rounding))
         return is_cut and not any(problems(plan, named(key)) for key, plan in other.plans.items())
@@ -434,97 +368,16 @@ class Asking:
         first: list[Weighting] = [Given()] if self._weighted else []
         return list(dict.fromkeys([*first, Samples(), *known, *fresh.values()]))
 
-    def _observe(
-        self, question: Question, draw: int, trace: Untouched, answer: Answer
-    ) -> tuple[Results, list[Results], Callable[[], None]] | Exception:
-        """Return the results of the batch and of its microbatches, and what looks at their gradients; or the error."""
-        fakes, restore = Fakes(question.view.sizes, draw), trace.restore
-        question.view.rounding, marked = 2e-5, _features(question.view)
-        drawn, parts, slopes, kinks, compared, failed = [], [], [], [], [], None
-        for index, piece in enumerate(question.pieces):
-            mode = Neutral(features=marked)
-            try:
-                parts.append(self._trials.run(piece, functools.partial(fakes.of_piece, index), mode, restore))
-                size = question.view.sizes[index] / sum(question.view.sizes)
-                slopes.append(self._trials.slopes(parts[-1], fakes.made[index], size))
-            except SkipPipeError:
-                raise
-            except Exception as error:
-                failed = error
-                break
-            if mode.reads_gradients:
-                self.clock.reads.add(_GRADIENTS)
-            drawn.append(mode.drawn)
-            kinks.append(mode.kinks)
-            compared.append(mode.compared)
-            answer.constants |= mode.constants
-            answer.sizes |= mode.sizes
-            answer.crossing = answer.crossing or (DRAWN if trace.has_drawn() else "")
-        answer.hooks |= fakes.are_watched
-        if failed is None and draw < 2:
-            answer.crossing = answer.crossing or self._trials.crossing(question, draw, parts, drawn, restore)
-        if failed is not None:
-            alone = Fakes([sum(question.view.sizes)], draw)
-            try:
-                self._trials.run(question.whole, functools.partial(alone.of_piece, 0), Neutral(), restore)
-            except SkipPipeError:
-                raise
-            except Exception as error:
-                return error
-            return _PieceFailed(f"a microbatch fails where the batch does not: {type(failed).__name__}: {failed}")
-        mode = Neutral(drawn, features=marked)
-        try:
-            whole = self._trials.run(question.whole, fakes.of_whole, mode, restore)
-        except SkipPipeError:
-            raise
-        except Exception as error:
-            return error
-        slopes.append(self._trials.slopes(whole, fakes.made[-1]))
-        if mode.weighs_classes:
-            answer.odd[named(LOSS)] = _WEIGHS
-        if bend := bent(mode.kinks, kinks):
-            answer.odd[COURSE] = BENDS.format(name=bend)
-        if not draw:
-            answer.flips = flips(mode.compared, compared, question.view)
-        answer.constants |= mode.constants
-        answer.takes_course = answer.takes_course or mode.takes_course
-        answer.sizes |= mode.sizes
-        answer.left = answer.left or trace.changed_in_batch()  # then microbatches cannot take its place
-        changes = trace.changes()
-        blocks = self._spread.pipeline.proxies.blocks
-        for entrance in fakes.entrances(question.view.rounding):
-            answer.failure = answer.failure or entrance.differs(blocks)
-            answer.failure = answer.failure or difference_of_lacking(self._spread, entrance)
-            if not entrance.is_of_samples:
-                answer.odd[HIDDEN] = "it is computed over samples"
-        answer.metrics |= self._trials.metrics_that_differ(question, draw, restore)
-        if fakes.dtypes == {torch.float64}:
-            question.view.rounding = 1e-10
-        if answer.blocks is None:
-            answer.blocks = difference_of_blocks(self._spread, fakes, question.view.sizes)
-        if changes and not answer.left:
-            answer.left = self._trials.left_behind(question, draw, drawn, changes, trace)
-        check = functools.partial(self._check_slopes, answer, (whole, *parts), slopes, fakes.dims, question.view)
-        return whole, parts, functools.partial(check, is_coarse=mode.is_coarse)
-
-    def _check_slopes(
-        self,
-        answer: Answer,
-        results: Sequence[Results],
-        slopes: Sequence[Slopes | None],
-        dims: Sequence[int],
-        view: View,
-        *,
-        is_coarse: bool,
-    ) -> None:
+    def _check_slopes(self, answer: Answer, seen: Observed, view: View) -> None:
         """Note where the gradient of the loss does not follow as the loss does."""
-        known = [each for each in slopes if each is not None]
-        if len(known) != len(slopes):
+        whole, parts = seen.whole.slopes, [part.slopes for part in seen.parts if part.slopes is not None]
+        if whole is None or len(parts) < len(seen.parts):
             return
-        if not follows(known[-1], known[:-1], dims, answer.plans.get(LOSS), view, is_coarse=is_coarse):
+        if not follows(whole, parts, seen.dims, answer.plans.get(LOSS), view, is_coarse=seen.whole.mode.is_coarse):
             answer.odd[GRADIENT] = DETACHED
-        elif LOSS in answer.plans and _is_rough(results[0].get(LOSS)):
-            wrong = refuted_by(known[-1], known[:-1], dims, answer.plans[LOSS], view)
+        elif LOSS in answer.plans and _is_rough(seen.whole.results.get(LOSS)):
+            wrong = refuted_by(whole, parts, seen.dims, answer.plans[LOSS], view)
+            results = [seen.whole.results, *(part.results for part in seen.parts)]
             for key, plan in answer.plans.items():  # what is logged of a loss is reduced as the loss is
                 if key == LOSS or all(same(each.get(key), each.get(LOSS)) for each in results):
                     answer.plans[key] = without(plan, wrong)
@@ -545,22 +398,11 @@ def _with_batch(trace: Untouched, view: View) -> Iterator[Untouched]:
         batch.restore()
 
 
-def _features(view: View) -> set[int]:
-    """Return the ids of the tensors in a batch and its microbatches whose values are features."""
-    paths = {path for path, leaf in view.leaves.items() if next(features([leaf]), None) is not None}
-    every = [each for part in (view.batch, *view.pieces) for each in tensors(part, "batch")]
-    return {id(leaf) for path, leaf in every if path in paths}
-
-
 def _beginning(last: Answer | None) -> Answer:
     """Begin with the rules of other steps of the kind: of several that fit, they are the likelier ones."""
     if last is None:
         return Answer()
     return Answer({} if last.is_hopeless else {**last.plans}, constants={*last.constants}, is_told=last.is_told)
-
-
-class _PieceFailed(Exception):
-    """A microbatch fails where the batch does not."""
 
 
 def _is_rough(loss: Any) -> bool:

@@ -98,10 +98,10 @@ class View:
         self._leaves: dict[str, Tensor] | None = None
         self._weights: dict[Weighting, tuple[float, ...] | None] = {}
 
-    def anew(self) -> View:
-        """Return a view of the same batch, whose values have changed."""
+    def anew(self, rounding: float) -> View:
+        """Return a view of the same batch, whose values have changed, and with them how far results may be apart."""
         view = View(self.batch, self.pieces, self.sizes, self._weight)
-        view.rounding = self.rounding
+        view.rounding = rounding
         return view
 
     @property

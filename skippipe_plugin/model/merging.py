@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ..engine.errors import SkipPipeError
-from .asking import Answer, Asking
+from .answers import Answer
+from .asking import Asking
 from .counting import Given, Samples, Weighting
 from .reductions import (
     Mean,

@@ -246,6 +246,17 @@ def test_comparisons_of_samples_leave_the_batch_cut(caplog: Any) -> None:
     assert "runs once" not in both(ordinary, features(), caplog)
 
 
+def heavy(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """A mean over samples of some weight; it looks at single values, so it is asked what it does with larger ones."""
+    module.log("largest", float(weights.max()), reduce_fx="max")
+    is_heavy = weights > 75
+    return (classes(module, x, labels) * is_heavy).sum() / is_heavy.sum()
+
+
+def test_what_counts_by_its_value_leaves_the_batch_cut_whatever_its_values(caplog: Any) -> None:
+    assert "runs once" not in both(heavy, [(x, y, 100 * weights) for x, y, weights in features()], caplog)
+
+
 @pytest.mark.parametrize("loss", [long_ones, odd_ones])
 def test_what_depends_on_lengths_of_later_batches_is_that_of_one_process(loss: Loss, caplog: Any) -> None:
     assert "runs once, on the whole batch" in both(loss, by_length([8, 12, 8, 20, 9, 8]), caplog)
