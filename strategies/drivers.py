@@ -6,8 +6,9 @@ With one driver this is a single-device strategy. With more, torch's default gro
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..engine.c10d import PrefixStore, Store
+from ..engine.errors import SkipPipeError
+from ..engine.silence import silence_ends_after
 from ..job.launcher import Launcher
+
+_SILENT_S: Final = 15.0
+"""For how long another driver may take nothing of what was sent: its host is gone, or a cable is cut."""
 
 
 class DriversStrategy(SingleDeviceStrategy):
@@ -111,17 +117,20 @@ class DriversStrategy(SingleDeviceStrategy):
         """Form torch's default group of the drivers, unless the user has formed it."""
         if not dist.is_initialized():
             prefixed = PrefixStore("skippipe/drivers", store)
-            dist.init_process_group("gloo", store=prefixed, rank=self.global_rank, world_size=self.drivers)
+            with silence_ends_after(_SILENT_S):
+                dist.init_process_group("gloo", store=prefixed, rank=self.global_rank, world_size=self.drivers)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if isinstance(tensor, Tensor) and self.drivers > 1:
-            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+            with _while_all_live():
+                return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
         return tensor
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
+        with _while_all_live():
+            return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -133,7 +142,8 @@ class DriversStrategy(SingleDeviceStrategy):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if self.drivers > 1 and dist.is_initialized():
-            dist.barrier()
+            with _while_all_live():
+                dist.barrier()
 
     def block_backward_sync(self) -> AbstractContextManager[None]:
         """Gradients of drivers are summed inside the step; there is nothing to hold back."""
@@ -144,7 +154,8 @@ class DriversStrategy(SingleDeviceStrategy):
         if self.drivers == 1 or not dist.is_initialized():
             return obj
         objects = [obj]
-        dist.broadcast_object_list(objects, src)
+        with _while_all_live():
+            dist.broadcast_object_list(objects, src)
         return objects[0]
 
     def gather_objects(self, obj: Any) -> list[Any]:
@@ -152,8 +163,23 @@ class DriversStrategy(SingleDeviceStrategy):
         if self.drivers == 1 or not dist.is_initialized():
             return [obj]
         objects: list[Any] = [None] * self.drivers
-        dist.all_gather_object(objects, obj)
+        with _while_all_live():
+            dist.all_gather_object(objects, obj)
         return objects
+
+
+@contextmanager
+def _while_all_live() -> Iterator[None]:
+    """Say what a broken connection between drivers means: gloo names an address, and guesses."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        raise SkipPipeError(
+            "another driver is gone: it ended, and says above or in its own output why, or the link to it broke. A run "
+            "with several drivers cannot go on without one; start it again from the last checkpoint"
+        ) from error
 
 
 # Lightning gives a DistributedSampler to subclasses of ParallelStrategy only; with one driver it makes no difference.
