@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _LOOK_S: Final = 0.2
 _AWAKE_S: Final = 2.0
 """How long idle workers may take to say that they are awake, where not enough others are."""
+_PROD_S: Final = 0.1
+"""After how long they are asked again: a question is dropped where somebody is sending something else."""
 
 
 class EndedEarly(SkipPipeError):
@@ -127,12 +129,18 @@ class WorkerPool:
 
         A paused host, or one that was cut off, is found here instead of in the middle of a recovery.
         """
-        links, deadline = self.resting(), time.monotonic() + _AWAKE_S
+        links, asked_s = self.resting(), time.monotonic()
+        deadline = asked_s + _AWAKE_S
         for link in links:
             link.rouse()
         while any(not link.is_awake for link in links) and time.monotonic() < deadline:
             if sum(link.is_awake for link in links) >= count:
                 return
+            if time.monotonic() - asked_s > _PROD_S:
+                asked_s = time.monotonic()
+                for link in links:
+                    if not link.is_awake:
+                        link.prod()
             time.sleep(0.001)
         asleep = sum(not link.is_awake and not link.gone for link in links)
         if asleep:

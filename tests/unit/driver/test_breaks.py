@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -72,6 +73,22 @@ def test_who_sleeps_is_not_idle(
     assert pool.acquire(1)[0].is_awake
     with pytest.raises(SkipPipeError, match=r"0 of 1 workers joined"):
         pool.acquire(1)
+
+
+def test_a_question_that_found_the_line_busy_is_asked_again(
+    pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was being told something else is awake, and nobody needs to take its place."""
+    usual, asked = Channel.send_if_free, list[Channel]()
+
+    def busy_at_first(channel: Channel, *message: Any) -> bool:
+        asked.append(channel)
+        return asked.count(channel) > 1 and usual(channel, *message)
+
+    join(True)
+    monkeypatch.setattr(Channel, "send_if_free", busy_at_first)
+    pool.rouse(1)
+    assert pool.num_idle == 1
 
 
 def test_nobody_is_waited_for_where_enough_are_awake(pool: WorkerPool, join: Callable[[bool], Channel]) -> None:
