@@ -158,7 +158,8 @@ class Merging:
         Raises:
             SkipPipeError: It must, but the user wants the batch to be cut.
         """
-        refusals, lacking = zip(*agree((self.refusal(), self._refused(self.lacking))), strict=True)
+        own = self.refusal()
+        refusals, lacking = zip(*agree((own, None if own else self._refused(self.lacking))), strict=True)
         refusal = next(filter(None, refusals), None)
         if refusal is None and where != "batch" and all(lacking):
             refusal = lacking[0]

@@ -230,6 +230,8 @@ def check_settled(plan: Plan, view: View) -> None:
         for _, child in plan.children:
             check_settled(child, view)
         return
+    if _may_be_equal(plan):
+        return  # any mean of what is the same everywhere is that; parts that differ are asked about when they merge
     means = [rule.weighting for rule in plan.rules if isinstance(rule, Mean)]
     for other in means[1:]:
         if not _alike(plan, view.shares(means[0]), view.shares(other)):
@@ -385,8 +387,7 @@ def _merge_leaf(leaf: Leaf, parts: Sequence[Any], view: View) -> Any:
         raise Unsettled(leaf.problem)
     if not present:
         return MISSING
-    may_be_equal = leaf.rules[0] == Equal() and not any(isinstance(rule, Sum) for rule in leaf.rules)
-    if may_be_equal and all(same(part, present[0]) for part in present[1:]):
+    if _may_be_equal(leaf) and all(same(part, present[0]) for part in present[1:]):
         return present[0]  # means and extremes of it are the same
     found, first = MISSING, None
     for rule in leaf.rules:
@@ -404,6 +405,11 @@ def _merge_leaf(leaf: Leaf, parts: Sequence[Any], view: View) -> Any:
     if first is None:
         raise Unsettled("the parts are of another form than before")
     return found
+
+
+def _may_be_equal(leaf: Leaf) -> bool:
+    """Whether all microbatches had the batch's so far, which is no sum as that of nothing is."""
+    return leaf.rules[:1] == (Equal(),) and not any(isinstance(rule, Sum) for rule in leaf.rules)
 
 
 def _combined(parts: Sequence[Any], weights: Sequence[float] | None) -> Any:

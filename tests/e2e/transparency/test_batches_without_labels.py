@@ -96,6 +96,17 @@ def test_what_a_batch_without_labels_cannot_tell_is_not_forgotten(cut: list[bool
     assert cut == [each != 2 for each in range(8)]
 
 
+def test_a_constant_that_is_logged_leaves_batches_cut(cut: list[bool]) -> None:
+    """Any mean of it is the same, in whatever the batches differ."""
+
+    def step(model: Any, batch: Any) -> Tensor:
+        model.log("constant", 0.1)
+        return bounded(model, batch)
+
+    assert_same_run(*both(lambda: Model(step), batches(ids(NUM), masked(-100, NUM)), max_steps=8))
+    assert all(cut)
+
+
 def test_batches_that_must_be_cut_are_cut_without_labels() -> None:
     data = batches(ids(NUM), without(masked(-100, NUM), 5))
     assert_same_run(*both(lambda: Model(bounded), data, max_steps=8, strategy={"microbatches": "batch"}))
