@@ -91,9 +91,13 @@ def test_a_worker_that_leaves_takes_nothing_with_it(undisturbed: Path, folder: P
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_both_keepers_of_the_drivers_state_leave_at_once(undisturbed: Path, folder: Path) -> None:
-    """All that is left has joined by hand."""
-    run(folder, "+@1,+@1,-@4", "on_after_backward:5", "on_train_batch_start:3", timeout_s=500)
-    assert stages(folder) == [2, 4, 2]
+    """All that is left has joined by hand.
+
+    Who leaves in the step in which the driver dies may not have been sent home: the next one takes it, and relieves it.
+    """
+    errors = run(folder, "+@1,+@1,-@4", "on_after_backward:5", "on_train_batch_start:3", timeout_s=500)
+    assert "workers left: 2 stages instead of 4" in errors
+    assert stages(folder)[:2] == [2, 4]
     assert_like(folder, undisturbed)
 
 
