@@ -401,6 +401,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         check_no_shared_parameters(module, stack)
         blocks, described = originals(stack.blocks), str(stack)
         self._compiled = CompiledParts(module, blocks, uncompile(module))
+        compilation = self._compiled.compilation
         self._spread = SpreadModel(
             self.settings,
             num_stages=self.num_stages,
@@ -413,7 +414,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         self._spread.spread(
             module,
             blocks,
-            compile_with=self._compiled.options,
+            compilation=compilation,
             recovery=self._recovery,
             move=self.model_to_device,
         )

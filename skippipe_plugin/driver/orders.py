@@ -116,11 +116,11 @@ def order(
         stages=[(stage, list(layout.blocks(stage)), pipeline.shards.described(stage, rank)) for stage in stages],
         keep=[block for block in wanted if block in held],
         classes=pipeline.sender.classes(lacking),
-        compile=pipeline.sender.compile_with,
         overlap=pipeline.shards.overlap,
         norms=[] if moves else [(stage, cargo.norms[stage]) for stage in stages if stage in cargo.norms],
         estimates=sorted(share.estimates),
         parts=parts,
+        compile=pipeline.sender.compilation,
         blobs=blobs,
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..engine.c10d import Store
 from ..engine.call import Ambient, device_types
+from ..engine.compilation import Compilation
 from ..engine.control.answers import Done, Ready
 from ..engine.control.commands import MeasureLinks
 from ..engine.control.values import Opening
@@ -244,13 +245,15 @@ class Pipeline:
 
     # --------------------------------------------------------------- model
 
-    def load(self, model: nn.Module, proxies_of: Callable[..., BlockProxies], compile_with: Any, seed: int) -> None:
+    def load(
+        self, model: nn.Module, proxies_of: Callable[..., BlockProxies], compilation: Compilation, seed: int
+    ) -> None:
         """Hand the blocks over to their stages and put proxies in their places.
 
         Args:
             model: The whole model, proxies included afterwards; its other parameters stay on this driver.
             proxies_of: Makes the proxies, given how to probe a block and how to forward a call outside of steps.
-            compile_with: Keyword arguments for ``Module.compile`` of the blocks; None when nothing is compiled.
+            compilation: How the blocks are compiled.
             seed: For blocks that were built on the meta device.
         """
         proxies = proxies_of(probe=partial(probe, self), forward=self._forward)
@@ -258,7 +261,7 @@ class Pipeline:
         self.shards.learn(proxies.blocks)
         check_hooks(self.remote.remote_of(proxies.blocks), proxies.names)
         self._sender = StageSender(
-            self._forming, proxies.blocks, compile_with, seed, keep_structures=keep, shards=self.shards
+            self._forming, proxies.blocks, compilation.pack(), seed, keep_structures=keep, shards=self.shards
         )
         with proxies.without_hooks():
             settle_in(self.keeper, self._hand_out)
@@ -268,9 +271,7 @@ class Pipeline:
             stage: Stage(stage, {block: real[block] for block in self.layout.blocks(stage)}, self.device, guest=True)
             for stage in self.layout.stages_of(self.rank)
         }
-        if compile_with is not None:
-            for block in self.layout.hosted(self.rank):
-                real[block].compile(**compile_with)
+        compilation.compile({block: real[block] for block in self.layout.hosted(self.rank)})
         self.remote.own(model, proxies.blocks, proxies.names)
         local = [parameter for parameter in model.parameters() if not is_remote(parameter)]
         self.gradients.own(local, self._hosted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -28,7 +27,7 @@ class StageSender:
     Args:
         formed: Knows which blocks make which stage, and which ranks hold it.
         blocks: The block stack, with its weights until :meth:`send_all` has been called.
-        compile_with: Keyword arguments for ``Module.compile`` of the blocks; None when nothing is compiled.
+        compilation: How the blocks are compiled, packed.
         seed: For blocks that were built on the meta device.
         keep_structures: Whether workers may take stages over later; then the structures are kept.
         shards: Which worker holds which experts.
@@ -38,14 +37,14 @@ class StageSender:
         self,
         formed: HasLayout,
         blocks: Sequence[nn.Module],
-        compile_with: Any,
+        compilation: bytes,
         seed: int,
         *,
         keep_structures: bool,
         shards: ExpertShards,
     ) -> None:
         self._formed = formed
-        self.compile_with = compile_with
+        self.compilation = compilation
         self._blocks = blocks
         self._seed = seed
         self._structures: dict[tuple[int, ...], Packed] = {}
@@ -108,11 +107,11 @@ class StageSender:
             seed=self._seed + stage,
             first=stage == link.stages[0],
             last=stage == link.stages[-1],
-            compile=self.compile_with,
             overlap=self._shards.overlap,
             blocks=entries,
             classes=fingerprints(self._blocks[block] for block in self._layout.blocks(stage)),
             experts=self._shards.described(stage, link.rank),
+            compile=self.compilation,
             blobs=blobs,
         )
         link.send(load)

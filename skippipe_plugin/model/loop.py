@@ -96,7 +96,7 @@ class LoopModel:
         blocks, described = originals(stack.blocks), str(stack)
         self._compiled = CompiledParts(model, blocks)
         recovery = None if policy is None else (config.fit_recovery(policy), self._note)
-        self.blocks.spread(root, blocks, compile_with=self._compiled.options, recovery=recovery)
+        self.blocks.spread(root, blocks, compilation=self._compiled.compilation, recovery=recovery)
         if config.verbose:
             say(str(start_panel(self.blocks, root, blocks, described)))
         rewinds = policy is not None

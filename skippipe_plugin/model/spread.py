@@ -30,6 +30,7 @@ from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
 from ..engine import phases
 from ..engine.call import device_types
+from ..engine.compilation import Compilation
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob
 from ..moe import Attached, RouterStatistics, attach
@@ -132,7 +133,7 @@ class SpreadModel:
         model: nn.Module,
         blocks: Sequence[nn.Module],
         *,
-        compile_with: Any = None,  # Any: keyword arguments of Module.compile
+        compilation: Compilation,
         recovery: Recovery | None = None,
         move: Callable[[], None] | None = None,
     ) -> None:
@@ -141,7 +142,7 @@ class SpreadModel:
         Args:
             model: The whole model; what is not in ``blocks`` stays here.
             blocks: The block stack.
-            compile_with: Keyword arguments for ``Module.compile`` of the blocks; None when nothing is compiled.
+            compilation: How the blocks are compiled.
             recovery: How lost workers are replaced; None when they are not.
             move: Moves to the driver's device what stays; by default all that is not in :attr:`remote_blocks`.
         """
@@ -174,7 +175,7 @@ class SpreadModel:
         pipeline.load(
             model,
             functools.partial(BlockProxies, self._block_names, blocks, device_types(self._device), other_stacks=others),
-            compile_with,
+            compilation,
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..engine.classes import check_fingerprints
+from ..engine.compilation import Compilation
 from ..engine.control.commands import Arrange
 from ..engine.gradients import GradientWindow
 from ..engine.handover import allocate, unpack_blocks, unpack_tensors
@@ -45,9 +46,7 @@ def arrange(holdings: Holdings, order: Arrange, parcel: Parcel, device: torch.de
         own = {block: modules[block] for block in blocks}
         holdings.experts.cut(stage, own, experts)
         holdings.stages[stage] = Stage(stage, own, device)
-    if order.compile is not None:
-        for block in arrived.values():
-            block.compile(**order.compile)
+    Compilation.unpack(order.compile).compile(arrived)
     holdings.window = GradientWindow([p for stage in holdings.stages.values() for p in stage.parameters()])
     holdings.buffers = BlockBuffers(modules[block] for _, blocks, _ in order.stages for block in blocks)
     if not kept:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..engine import gradients
 from ..engine.channel import Buffer
 from ..engine.classes import check_fingerprints
+from ..engine.compilation import Compilation
 from ..engine.control.answers import State
 from ..engine.control.commands import Clip, Load, Merge, Overwrite
 from ..engine.control.values import ExpertCost, StepOrder, What
@@ -52,9 +53,7 @@ class Holdings:
         if sent.first:
             self.experts.forget(sent.overlap)
         self.experts.cut(sent.stage, blocks, sent.experts)
-        if sent.compile is not None:
-            for block in blocks.values():
-                block.compile(**sent.compile)
+        Compilation.unpack(sent.compile).compile(blocks)
         if sent.first:
             self.stages, self.norms, self.step, self._optimizer = {}, {}, -1, None
             self.estimates = set()

@@ -1,5 +1,6 @@
 """Models under ``torch.compile``, whole or block by block, train as they do uncompiled, and keep their names."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,17 @@ def test_blocks_are_compiled_where_they_are(form: str, strategy: dict[str, Any])
     compiled = torch.compile(module, backend="eager") if form == "module" else module
     (found,) = trainer_for(3, {"num_microbatches": 2, **strategy}).predict(compiled, data)
     torch.testing.assert_close(found, expected)
+
+
+def test_workers_compile_with_the_users_backend(tmp_path: Path) -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        (tmp_path / str(os.getpid())).touch()
+        return graph.forward
+
+    net = torch.nn.Sequential(*(Telling(4) for _ in range(4)))
+    net.compile(backend=backend)
+    trainer_for(3, {"num_microbatches": 2}).predict(Predicting(net), DataLoader(torch.randn(6, 4), batch_size=6))
+    assert len({path.name for path in tmp_path.iterdir()} - {str(os.getpid())}) == 2
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def holding(value: float) -> Keep:
     keep, block = Keep(), nn.Linear(1, 1, bias=False)
     nn.init.constant_(block.weight, value)
     packed, blobs = pack_blocks({0: block})
-    load = Load(1, 0, True, True, None, 1, packed, {}, [], blobs)
+    load = Load(1, 0, True, True, 1, packed, {}, [], b"", blobs)
     keep.holdings.load(load, torch.device("cpu"))
     plan = OptimizerPlan(SGD, {"lr": 0.5}, (((0, "weight"),),), SETTINGS)
     keep.holdings.build_optimizer(cloudpickle.dumps(plan))
@@ -93,7 +93,8 @@ def order(stages: list[Any], arriving: dict[int, float], records: dict[str, Any]
         plan=None,
         records=records,
     )
-    return Arrange(stages, [], {}, None, 1, [], [], *parcel.pack())
+    parts, blobs = parcel.pack()
+    return Arrange(stages, [], {}, 1, [], [], parts, b"", blobs)
 
 
 def found(keep: Keep) -> dict[int, float]:

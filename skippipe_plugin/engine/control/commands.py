@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ..channel import Buffer
 from .codec import Control
@@ -91,11 +91,12 @@ class Load(Control):
     first: bool
     """Whether this is the first of the worker's stages: it forgets those of an earlier run."""
     last: bool
-    compile: Mapping[str, Any] | None  # Any: keyword arguments of Module.compile
     overlap: int | str
     blocks: PackedBlocks
     classes: Prints
     experts: Sequence[ExpertShare]
+    compile: Buffer
+    """How blocks are compiled, packed."""
     blobs: Sequence[Buffer]
 
 
@@ -115,7 +116,6 @@ class Arrange(Control):
     stages: Sequence[tuple[int, Sequence[int], Sequence[ExpertShare]]]
     keep: Sequence[int]
     classes: Prints
-    compile: Mapping[str, Any] | None  # Any: keyword arguments of Module.compile
     overlap: int | str
     norms: Sequence[tuple[int, float]]
     """By stage: the norm of its last gradient."""
@@ -123,6 +123,8 @@ class Arrange(Control):
     """The blocks that come which were rebuilt from others."""
     parts: Parts
     """What comes."""
+    compile: Buffer
+    """How blocks are compiled, packed."""
     blobs: Sequence[Buffer]
 
 

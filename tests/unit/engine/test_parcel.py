@@ -24,21 +24,21 @@ PARCEL = Parcel(
     records={"base": (RECORD, [b"r", b"", b"r"]), "empty": (Record("empty", 1, 2, True, []), [])},
 )
 PARTS, BLOBS = PARCEL.pack()
-WITHOUT_PARTS = ([(1, [0], [])], [], {}, None, 1, [], [])
+WITHOUT_PARTS = ([(1, [0], [])], [], {}, 1, [], [])
 
 
 def arrived(parts: Any, blobs: list[bytes]) -> Arrange:
     """An order with these parts, in JSON, as a worker takes it."""
-    kind, fields, _ = TO_WORKER.encode(Arrange(*WITHOUT_PARTS, PARTS, blobs))
+    kind, fields, _ = TO_WORKER.encode(Arrange(*WITHOUT_PARTS, PARTS, b"", blobs))
     values = json.loads(json.dumps([*fields["values"][:-1], parts]))
-    body = TO_WORKER.decode(Message(kind, {"values": values}, blobs)).body
+    body = TO_WORKER.decode(Message(kind, {"values": values}, [b"", *blobs])).body
     assert isinstance(body, Arrange)
     return body
 
 
 def said() -> list[Any]:
     """The parts in JSON."""
-    values: list[Any] = TO_WORKER.encode(Arrange(*WITHOUT_PARTS, PARTS, BLOBS))[1]["values"][-1]
+    values: list[Any] = TO_WORKER.encode(Arrange(*WITHOUT_PARTS, PARTS, b"", BLOBS))[1]["values"][-1]
     return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
 

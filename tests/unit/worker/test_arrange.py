@@ -55,7 +55,7 @@ def load(stages: dict[int, Sequence[int]], blocks: Sequence[nn.Module], plan: by
     for stage, own in stages.items():
         entries, blobs = pack_blocks({index: blocks[index] for index in own})
         first, last = stage == min(stages), stage == max(stages)
-        holdings.load(Load(stage, 0, first, last, None, 1, entries, {}, [], blobs), CPU)
+        holdings.load(Load(stage, 0, first, last, 1, entries, {}, [], b"", blobs), CPU)
     holdings.build_optimizer(plan)
     return holdings
 
@@ -81,7 +81,7 @@ def order(source: Holdings, target: Holdings, stages: dict[int, Sequence[int]], 
         records={},
     ).pack()
     keep = [block for block in wanted if block not in moving]
-    fields = Arrange([(stage, own, []) for stage, own in stages.items()], keep, {}, None, 1, [], [], parts, [])
+    fields = Arrange([(stage, own, []) for stage, own in stages.items()], keep, {}, 1, [], [], parts, b"", [])
     return fields, Parcel.unpack(parts, [bytes(blob) for blob in blobs])  # as after the wire: memory of its own
 
 
@@ -166,7 +166,8 @@ def test_blocks_that_come_later_are_of_the_drivers_classes() -> None:
         plan=None,
         records={},
     )
-    fields = Arrange([(1, [0], [])], [], fingerprints(blocks.values()), None, 1, [], [], *parcel.pack())
+    parts, blobs = parcel.pack()
+    fields = Arrange([(1, [0], [])], [], fingerprints(blocks.values()), 1, [], [], parts, b"", blobs)
     arrange(Holdings(), fields, parcel, CPU)
     patched = {owner: dict(entries) for owner, entries in fingerprints(blocks.values()).items()}
     patched["torch.nn.modules.linear:Linear"]["forward"] = "another"
