@@ -141,6 +141,7 @@ class Continuation:
         if mirror is not None and over:
             with contextlib.suppress(StageLostError):  # then the fit is run again where it would have been skipped
                 mirror.finish(snapshot(self._trainer, (), self._param_groups()))
+                self._fits.settle()
 
     # ------------------------------------------------------- hooks of the loops
 

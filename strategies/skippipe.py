@@ -388,7 +388,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         try:
             if self._spread is not None:
                 self._timeline = self._spread.timeline or self._timeline
-                self._spread.bring_back()
+                self._spread.bring_back(keep=self._continuation is not None)
         finally:
             self._spread = self._asking = None
             if self._compiled is not None:

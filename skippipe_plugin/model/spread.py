@@ -31,6 +31,7 @@ from ..driver.whole_step import WholeTask
 from ..engine import phases
 from ..engine.call import device_types
 from ..engine.compilation import Compilation
+from ..engine.control.keeping import EndRun
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob
 from ..moe import Attached, RouterStatistics, attach
@@ -179,8 +180,12 @@ class SpreadModel:
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )
 
-    def bring_back(self) -> None:
-        """Make the model whole again on this driver, and free the workers."""
+    def bring_back(self, *, keep: bool = False) -> None:
+        """Make the model whole again on this driver, and free the workers.
+
+        Args:
+            keep: Whether they go on holding what they hold: a driver that is started again may need it.
+        """
         pipeline, self._pipeline = self._pipeline, None
         try:
             if pipeline is not None:
@@ -191,6 +196,8 @@ class SpreadModel:
                 heartbeat.close()
             if pipeline is not None:
                 pipeline.close()
+                if not keep:
+                    self.links.tell_survivors(EndRun(pipeline.generation))
             self._job.pool.release(list(self.links))
             self.links = Links()
             self._mover = None

@@ -21,7 +21,6 @@ from ..engine.control.keeping import (
     AskRecord,
     AskRecords,
     AskSummary,
-    Drop,
     FinishStep,
     GetRetained,
     Kept,
@@ -76,14 +75,13 @@ class Keep:
         self._now.records = {**parcel.records}
 
     def add_to(self, handlers: Handlers) -> None:
-        """Obey all messages of :mod:`skippipe_plugin.engine.control.keeping`."""
+        """Obey all messages of :mod:`skippipe_plugin.engine.control.keeping`, but for those that end what is kept."""
         handlers.on(Prepare, lambda _: Kept())  # all that came before is done
         handlers.on(Store, self.store)
         handlers.on(Settle, self.settle)
         handlers.on(AskRecords, self.records)
         handlers.on(LetGo, self.let_go)
         handlers.on(NoteEstimates, self.note_estimates)
-        handlers.on(Drop, self.drop)
         handlers.on(AskSummary, self.summary)
         handlers.on(AskRecord, self.record)
         handlers.on(GetRetained, self.retained)
@@ -116,7 +114,7 @@ class Keep:
         """Some blocks were rebuilt by the driver."""
         self.holdings.estimates |= set(command.blocks) & self.holdings.blocks().keys()
 
-    def drop(self, _: Drop) -> None:
+    def drop(self) -> None:
         """Others hold everything."""
         self._now, self._parting, self._retained = _Kept(), None, ()
 

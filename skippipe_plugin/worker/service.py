@@ -25,7 +25,7 @@ from ..engine.channel import Channel, ChannelClosed
 from ..engine.control import answers, commands
 from ..engine.control.codec import Control, Received
 from ..engine.control.handlers import Handlers
-from ..engine.control.keeping import Drop, Settle
+from ..engine.control.keeping import Drop, EndRun, Settle
 from ..engine.control.line import to_driver
 from ..engine.control.presence import Beat, Exit, Hello, Leave, Outlive, Refuse, Release
 from ..engine.control.values import Opening
@@ -41,6 +41,7 @@ from ..moe.board import RouterBoard
 from .holdings import Holdings
 from .keep import Keep
 from .membership import Membership
+from .memory import give_back
 from .order import DriversOrder
 from .questions import compare_parts, probe
 from .routers import obey
@@ -98,6 +99,8 @@ class Worker:
         self._order = DriversOrder(lambda: self._steps)
         self._later: list[commands.Overwrite] = []
         """What the first driver has written and the others, which have written the same, may not have yet."""
+        self._over_for: set[int] = set()
+        """The drivers for which the run is over."""
         self._closing = False
         self._may_leave = self._wants_to_leave = False
         self._refusal = ""
@@ -130,6 +133,8 @@ class Worker:
         handlers.on(commands.AskClock, lambda _: answers.ClockReads(time.perf_counter()))
         handlers.on(commands.Probe, lambda c: probe(self._holdings, c, self._device))
         handlers.on(commands.CompareParts, lambda c: compare_parts(self._holdings, c, self._device))
+        handlers.on(EndRun, self._end_run)
+        handlers.on(Drop, lambda _: self._drop())
         self._keep.add_to(handlers)
         return handlers
 
@@ -314,9 +319,10 @@ class Worker:
             self._reply(-1, Hello(own_versions(), rank=command.rank))
             self._start_reader(len(self._lines) - 1)
         self._holdings.buffers.restore()  # of a step whose gradients were not merged: it is repeated
-        self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._lines]
+        self._new_decoders()
         self._calls.clear()
         self._steps.clear()
+        self._over_for.clear()
         self._order.restart(len(self._lines))
         self._form(command)
         self._answer(answers.Ready())
@@ -351,6 +357,28 @@ class Worker:
         self._holdings.experts.bind(self._transport, self._holdings.stages)
         self._routers = RouterBoard(self._holdings.blocks().values())
         self._answer(answers.Ready())
+
+    def _end_run(self, command: EndRun) -> None:
+        """Hold nothing any more, once no driver asks for it."""
+        if command.generation != self._generation:
+            return  # the next run has begun
+        self._over_for.add(self._asked[0])
+        if len(self._over_for) == len(self._lines):
+            self._drop()
+
+    def _drop(self) -> None:
+        """Hold nothing any more, and give the memory back."""
+        self._keep.drop()
+        self._routers, self._later = RouterBoard(), []
+        self._calls.clear()
+        self._pulled.clear()
+        self._new_decoders()
+        with contextlib.suppress(GenerationAborted):  # of a step that failed
+            self._let_go()
+        give_back(self._device)
+
+    def _new_decoders(self) -> None:
+        self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._lines]
 
     def _begin_step(self, command: commands.Step) -> None:
         """Note a driver's part of a step; run it when every driver has announced its own."""

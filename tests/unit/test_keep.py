@@ -12,7 +12,6 @@ from skippipe_plugin.engine.control.commands import Arrange, Load
 from skippipe_plugin.engine.control.keeping import (
     AskRecord,
     AskSummary,
-    Drop,
     FinishStep,
     GetRetained,
     LetGo,
@@ -132,7 +131,7 @@ def test_then_they_are_gone_and_the_records_are_those_that_came() -> None:
     assert found(keep) == {1: 5.0}
     assert keep.summary(AskSummary()).records == {"progress": (1, 3)}
     assert keep.record(AskRecord("progress")).blobs == [b"new"]
-    keep.drop(Drop())
+    keep.drop()
     assert found(keep) == {}
     assert not keep.holdings.stages
 

@@ -56,6 +56,13 @@ class Drop(Control):
 
 
 @dataclass(frozen=True, slots=True)
+class EndRun(Control):
+    """The run of this generation is over for who sends this; over for every driver, all that is held may go."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class AskSummary(Control):
     """Say what is left of the last driver."""
 

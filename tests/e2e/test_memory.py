@@ -1,0 +1,99 @@
+"""Idle workers hold nothing of the run before: what it took is given back to the host, however it ended."""
+
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from skippipe_plugin import SkipPipeConfig, TorchPipeline
+from skippipe_plugin.accelerate import SkipPipeAccelerator
+
+from .support import trainer_for
+
+_SMALL, _LARGE = 8, 1800
+_ALLOWED = 20 << 20
+_CONFIG = SkipPipeConfig(num_stages=2, num_microbatches=2, verbose=False)
+
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        hidden = self.embed(rows)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden)
+
+
+class Module(LightningModule):
+    def __init__(self, width: int, fails: bool = False) -> None:
+        super().__init__()
+        self.net = Net(width)
+        self.fails = fails
+
+    def training_step(self, batch: Tensor, number: int) -> Tensor:
+        if self.fails and number == 1:
+            raise ValueError("of the user")
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+def _data() -> DataLoader[Tensor]:
+    return DataLoader(torch.randn(16, 8), batch_size=8)
+
+
+def a_fit(width: int) -> None:
+    trainer_for(3, {"num_microbatches": 2}, max_steps=2).fit(Module(width), _data())
+
+
+def a_failed_fit(width: int) -> None:
+    with pytest.raises(ValueError, match="of the user"):
+        trainer_for(3, {"num_microbatches": 2}, max_steps=2).fit(Module(width, fails=True), _data())
+
+
+def a_plain_loop(width: int) -> None:
+    model = Net(width)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with TorchPipeline(model, optimizer, _CONFIG) as pipeline:
+        for batch in _data():
+            optimizer.zero_grad()
+            pipeline.run(lambda rows: model(rows).square().mean(), batch).backward()
+            optimizer.step()
+
+
+def free_memory(width: int) -> None:
+    accelerator: Accelerator = SkipPipeAccelerator(_CONFIG, cpu=True)
+    model = Net(width)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    for batch in _data():
+        optimizer.zero_grad()
+        accelerator.backward(model(batch).square().mean())
+        optimizer.step()
+    accelerator.free_memory(model, optimizer)
+
+
+@pytest.mark.parametrize("run", [a_fit, a_failed_fit, a_plain_loop, free_memory])
+def test_workers_give_back_what_a_run_took(run: Callable[[int], None]) -> None:
+    run(_SMALL)
+    workers = psutil.Process().children()
+    before = [worker.memory_info().rss for worker in workers]
+    run(_LARGE)
+    deadline_s = time.monotonic() + 5.0
+    while True:
+        grown = [worker.memory_info().rss - then for worker, then in zip(workers, before, strict=True)]
+        if max(grown) < _ALLOWED or time.monotonic() > deadline_s:
+            break
+        time.sleep(0.05)
+    assert max(grown) < _ALLOWED
