@@ -18,6 +18,7 @@ from models import loss_of
 from torch import Tensor, nn
 
 from skippipe_plugin.driver.capture.proxies import BlockProxies
+from skippipe_plugin.driver.devices import Devices
 from skippipe_plugin.driver.layout import Layout
 from skippipe_plugin.driver.links import Link, Links
 from skippipe_plugin.driver.pipeline import EVALUATION, TRAINING, Pipeline, Rendezvous
@@ -108,8 +109,7 @@ def _pipeline(workers: Workers, programs: dict[str, Schedule], stage_blocks: tup
         generations=pool.generations,
         rendezvous=Rendezvous(host=host, store_host=host, store_port=0),
         rank=0,
-        device=torch.device("cpu"),
-        worker_devices={},
+        devices=Devices(torch.device("cpu")),
     )
 
 

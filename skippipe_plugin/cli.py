@@ -174,6 +174,11 @@ def _add_worker(commands: Commands) -> None:
         help="the job's secret, readable by you alone (default: SKIPPIPE_SECRET, or the file that SKIPPIPE_SECRET_FILE "
         "names)",
     )
+    worker.add_argument(
+        "--device",
+        type=_device,
+        help="what to compute on, such as cuda:1 (default: the driver chooses among what this host has)",
+    )
     worker.add_argument("--wait", type=_seconds, default=60.0, metavar="S", help="seconds to wait for the driver (60)")
     worker.set_defaults(run=_worker)
 
@@ -289,7 +294,7 @@ def _worker(options: argparse.Namespace) -> str:
     secret = job_secret(options.secret_file)
     if secret is None:
         raise ValueError("a worker must know its job's secret: give --secret-file FILE, or set SKIPPIPE_SECRET_FILE")
-    join(host, port, secret, wait_s=options.wait)
+    join(host, port, secret, wait_s=options.wait, device=options.device or "")
     return f"the job at {options.join} needs this worker no more"
 
 
@@ -310,6 +315,14 @@ def _checked(text: str, kind: Callable[[str], _N], limits: Range) -> _N:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not {describe(kind, limits)}") from None
     return value
+
+
+def _device(text: str) -> str:
+    """Read the name of a device."""
+    kind, _, index = text.partition(":")
+    if not kind.isidentifier() or (index and not index.isdecimal()) or text.endswith(":"):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no device, such as cuda:1 or cpu")
+    return text
 
 
 def _port(text: str) -> int:

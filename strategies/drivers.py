@@ -31,11 +31,13 @@ _SILENT_S: Final = 15.0
 class DriversStrategy(SingleDeviceStrategy):
     """The part of the strategy that knows of other drivers; abstract."""
 
-    def __init__(self, drivers: int, *, brings_workers: bool = False) -> None:
+    def __init__(self, drivers: int, *, brings_workers: bool = False, per_device: int = 1) -> None:
         super().__init__()
         self.drivers = drivers
         self._brings_workers = brings_workers
         """Whether the driver's workers come from a source that was chosen: a launcher of one process is none then."""
+        self._per_device = per_device
+        """How many of the processes share one of the Trainer's devices."""
         # The Trainer fills these in; their presence is how Lightning tells a strategy for several processes.
         self.process_devices: list[torch.device] | None = None
         """One for each process of a node, drivers and workers; :attr:`parallel_devices` are the drivers' alone."""
@@ -58,7 +60,7 @@ class DriversStrategy(SingleDeviceStrategy):
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        self.process_devices = devices
+        self.process_devices = None if devices is None else [each for each in devices for _ in range(self._per_device)]
 
     @property
     def num_nodes(self) -> int:
@@ -106,6 +108,7 @@ class DriversStrategy(SingleDeviceStrategy):
             environment.main_port,
             hosts_store=hosts_store,
             num_nodes=self.process_nodes,
+            device=str(self.process_devices[environment.local_rank()]) if self.process_devices else "",
         )
 
     @property

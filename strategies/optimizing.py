@@ -23,8 +23,8 @@ from .zeroing import zero_everywhere, zero_locally
 class OptimizingStrategy(DriversStrategy):
     """The part of the strategy that knows of the optimizer; abstract."""
 
-    def __init__(self, drivers: int, *, brings_workers: bool = False) -> None:
-        super().__init__(drivers, brings_workers=brings_workers)
+    def __init__(self, drivers: int, *, brings_workers: bool = False, per_device: int = 1) -> None:
+        super().__init__(drivers, brings_workers=brings_workers, per_device=per_device)
         self._remote: RemoteOptimizer | None = None
         self._continuation: Continuation | None = None
 

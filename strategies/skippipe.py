@@ -24,6 +24,7 @@ from ..driver.backward import GradientScale
 from ..driver.capture.batches import Cutter
 from ..driver.capture.devices import move_around
 from ..driver.capture.rewind import rewinder
+from ..driver.devices import Devices
 from ..driver.moving import MoveEvent
 from ..driver.optimizer import to_device
 from ..driver.pipeline import TRAINING
@@ -32,6 +33,7 @@ from ..driver.recovery.report import RecoveryEvent
 from ..driver.routers import RouterControl
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
+from ..engine.device import own_place
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob, driver_job, worker_job
 from ..job.network import NetworkConfig
@@ -150,7 +152,8 @@ class SkipPipeStrategy(OptimizingStrategy):
             verbose=verbose,
         )
         chosen = workers_of(settings.network.workers)
-        super().__init__(drivers, brings_workers=chosen not in (None, "launched"))
+        per_device = settings.network.workers_per_device
+        super().__init__(drivers, brings_workers=chosen not in (None, "launched"), per_device=per_device)
         self.settings = settings
         """What the next run is set up with; callbacks may replace it before."""
         self.verify = verify
@@ -407,8 +410,13 @@ class SkipPipeStrategy(OptimizingStrategy):
             num_stages=self.num_stages,
             job=self._job,
             rank=self.global_rank,
-            device=self.root_device,
-            worker_devices={rank: str(device) for rank, device in enumerate(self.process_devices or ())},
+            devices=Devices(
+                self.root_device,
+                own_place(),
+                tuple(self.process_devices or ()),
+                self.drivers,
+                self.settings.network.workers_per_device,
+            ),
             broadcast=self.broadcast,
         )
         self._spread.spread(

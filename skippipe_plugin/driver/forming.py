@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from ..engine.c10d import Store, host_store
@@ -18,9 +17,10 @@ from ..engine.pairs import transport_for
 from ..engine.program import directed_links
 from ..engine.transport import Transport
 from ..schedule import Schedule
+from .devices import Devices
 from .formation import Formation
 from .layout import Layout
-from .links import Links
+from .links import Link, Links
 from .programs import Programs
 from .rendezvous import Rendezvous
 
@@ -39,8 +39,7 @@ class Forming:
         generations: Numbers generations; shared by all pipelines that use the store one after another.
         rendezvous: The addresses the workers need.
         rank: This driver's rank; the first one commands the workers.
-        device: This driver's device.
-        worker_devices: By rank, the device a worker computes on.
+        devices: What the processes of the run compute on.
     """
 
     def __init__(
@@ -53,8 +52,7 @@ class Forming:
         generations: Iterator[int],
         rendezvous: Rendezvous,
         rank: int,
-        device: torch.device,
-        worker_devices: Mapping[int, str],
+        devices: Devices,
     ) -> None:
         self.programs = Programs(schedules, rank)
         self.formation = Formation(layout, dict(self.programs.schedules))
@@ -65,8 +63,7 @@ class Forming:
         self._generations = generations
         self._rendezvous = rendezvous
         self._rank = rank
-        self._device = device
-        self._worker_devices = dict(worker_devices)
+        self._devices = devices
 
     @property
     def layout(self) -> Layout:
@@ -93,13 +90,14 @@ class Forming:
             members=members,
             generation=self.formation.generation,
             host=self._rendezvous.host,
-            device=str(self._device),
+            device=str(self._devices.own),
             waiting=self._links.waiting,
         )
         self._links.check()  # a failure from now on finds this transport and wakes it
         if self._rank == 0:
+            self._choose_devices()
             for link in self._links:
-                link.send(self._command(link.rank, store_host, store_port, may_leave=may_leave, step=step))
+                link.send(self._command(link, store_host, store_port, may_leave=may_leave, step=step))
         try:
             transport.form()
             if self.layout.num_drivers > 1:
@@ -118,11 +116,17 @@ class Forming:
         own = host_store(self._rendezvous.host)
         return own, self._rendezvous.host, own.port
 
-    def _command(self, rank: int, store_host: str, store_port: int, *, may_leave: bool, step: int) -> Configure:
+    def _choose_devices(self) -> None:
+        for link in self._links:
+            if not link.device:
+                others = [(each.place, each.device) for each in self._links if each.device]
+                link.compute_on(self._devices.assign(others, link.place))
+
+    def _command(self, link: Link, store_host: str, store_port: int, *, may_leave: bool, step: int) -> Configure:
         rendezvous, formation = self._rendezvous, self.formation
         return Configure(
             generation=formation.generation,
-            rank=rank,
+            rank=link.rank,
             members=formation.members,
             store_host=store_host,
             store_port=store_port,
@@ -130,7 +134,7 @@ class Forming:
             may_leave=may_leave,
             sys_path=import_paths(),
             num_threads=1,
-            device=self._worker_devices.get(rank, "cpu"),
+            device=link.device,
             backend=rendezvous.backend,
             replica_groups=formation.replica_groups,
             expert_sets=formation.expert_sets,
@@ -178,10 +182,8 @@ class Forming:
         self.programs.go_around(missing)
         self._schedules_changed()
 
-    def relayout(self, layout: Layout, schedules: Mapping[str, Schedule], came_from: Mapping[int, int]) -> None:
+    def relayout(self, layout: Layout, schedules: Mapping[str, Schedule]) -> None:
         """Let the next generation have other stages; see :meth:`skippipe_plugin.driver.pipeline.Pipeline.relayout`."""
-        devices = self._worker_devices
-        self._worker_devices = devices | {rank: devices[old] for rank, old in came_from.items() if old in devices}
         self.programs = Programs(schedules, self._rank)
         self.formation = replace(self.formation, layout=layout, schedules=dict(self.programs.schedules))
 

@@ -21,6 +21,7 @@ from ..engine.control.answers import Failed, NormPowers, Tapped, Warmed
 from ..engine.control.codec import Control, Received
 from ..engine.control.line import to_worker
 from ..engine.control.presence import Beat, Exit, Leave, Refuse
+from ..engine.device import NOWHERE, Place
 from ..engine.errors import ConnectionsBroken, StageLostError, unpack_exception
 from ..engine.waiting import Waiting
 from .keepers import keepers_among
@@ -39,11 +40,15 @@ ALL_SILENT_S: Final = 30.0
 class Link:
     """The channel to one worker. Its rank and stages are those of the pipeline that uses it at present."""
 
-    def __init__(self, channel: Channel, pid: int | None = None) -> None:
+    def __init__(self, channel: Channel, pid: int | None = None, place: Place = NOWHERE) -> None:
         self.rank = -1
         self.stages: tuple[int, ...] = ()
         self.pid = pid
         """The worker's process id, when it is on this host."""
+        self.place = place
+        """Where the worker is, as it says."""
+        self.device = ""
+        """What it computes on in the pipeline that uses it; empty before that was chosen."""
         self.order = -1
         """The rank a launcher gave the worker; workers of a driver's own have none."""
         self.ticket = ""
@@ -85,7 +90,13 @@ class Link:
 
     def assign(self, rank: int, stages: Sequence[int], board: Links) -> None:
         """Make this the link to ``rank`` of the pipeline that ``board`` belongs to."""
+        if board is not self._board:
+            self.device = ""
         self.rank, self.stages, self._board = rank, tuple(stages), board
+
+    def compute_on(self, device: str) -> None:
+        """Note what the worker computes on in this pipeline."""
+        self.device = device
 
     def set_free(self) -> None:
         """Belong to no pipeline any more."""

@@ -181,10 +181,9 @@ class Mover:
         moving = {rank: arrivals(blocks, layout.hosted(rank)) for rank, (blocks, _) in places.items()}
         cargo = fetch(self._sources({block for blocks in moving.values() for block in blocks}))
         records = self._records()
-        came_from = {rank: link.rank for rank, (_, link) in places.items() if link not in newcomers}
         # From here on the new layout counts.
         self._candidates.lend(newcomers)
-        pipeline.relayout(layout, shape.schedules, came_from)
+        pipeline.relayout(layout, shape.schedules)
         self._parting = pipeline.links.reseat({r: (layout.stages_of(r), link) for r, (_, link) in places.items()})
         keepers = [link.rank for link in pipeline.links.keepers()]
         self._orders = {

@@ -40,6 +40,7 @@ from .capture.suspend import StepThreads, current_thread, suspend_here
 from .capture.writer import CallWriter
 from .clocks import WorkerClocks
 from .comparing import difference_of_parts
+from .devices import Devices
 from .formation import Formation
 from .forming import Forming
 from .keeper import Keeper, settle_in
@@ -84,8 +85,7 @@ class Pipeline:
         generations: Numbers generations; shared by all pipelines that use the store one after another.
         rendezvous: The addresses the workers need.
         rank: This driver's rank.
-        device: This driver's device.
-        worker_devices: By rank, the device a worker computes on.
+        devices: What the processes of the run compute on.
     """
 
     def __init__(
@@ -98,8 +98,7 @@ class Pipeline:
         generations: Iterator[int],
         rendezvous: Rendezvous,
         rank: int,
-        device: torch.device,
-        worker_devices: Mapping[int, str],
+        devices: Devices,
     ) -> None:
         self._forming = Forming(
             layout,
@@ -109,11 +108,10 @@ class Pipeline:
             generations=generations,
             rendezvous=rendezvous,
             rank=rank,
-            device=device,
-            worker_devices=worker_devices,
+            devices=devices,
         )
         self.links = links
-        self.device = device
+        self.device = devices.own
         self.rank = rank
         self.collect_timeline = False
         self.timeline: Timeline | None = None
@@ -219,17 +217,16 @@ class Pipeline:
         """
         self._forming.go_around(missing)
 
-    def relayout(self, layout: Layout, schedules: Mapping[str, Schedule], came_from: Mapping[int, int]) -> None:
+    def relayout(self, layout: Layout, schedules: Mapping[str, Schedule]) -> None:
         """Let the next generation have other stages; who holds what is for the caller to see to.
 
         Args:
             layout: The new layout, of the same blocks.
             schedules: Its schedules, under the same names and of the same microbatches.
-            came_from: By new rank: the old rank of its worker, if it had one.
         """
         factors, before = self.gradients.lr_factors, self.layout.stage_blocks
         self.gradients.lr_factors = carried_over(factors, before, layout.stage_blocks)
-        self._forming.relayout(layout, schedules, came_from)
+        self._forming.relayout(layout, schedules)
         self.timeline = None
 
     def surviving(

@@ -245,7 +245,7 @@ class WorkerPool:
         hello = self._understood(channel, greeting)
         if hello is None:
             return
-        link = Link(channel, hello.pid if channel.is_local else None)
+        link = Link(channel, hello.pid if channel.is_local else None, hello.place)
         link.order, link.name = hello.rank, hello.name
         link.ticket = hello.ticket or str(link.pid or "")
         if self._doorkeeper is not None:

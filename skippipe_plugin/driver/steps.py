@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..engine.call import Ambient, Call, block_seed, seed_everything
+from ..engine.call import Ambient, Call, block_seed
 from ..engine.control.values import Opening
+from ..engine.device import seed_everything
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, inner
 from ..schedule import Path

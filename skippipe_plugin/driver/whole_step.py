@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..engine.call import Ambient, Call, block_seed
 from ..engine.control.values import Opening
+from ..engine.device import random_states, set_random_states
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, inner
 from ..schedule import Path
@@ -26,7 +27,6 @@ from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of
 from .capture.graphs import goes_past
 from .capture.microbatch import split_sizes
 from .capture.proxies import BlockProxies, StackCall
-from .capture.randomness import random_states, set_random_states
 from .capture.side_inputs import PreparedCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter

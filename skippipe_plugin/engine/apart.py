@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .device import HOST, kept_random_states
 from .errors import SkipPipeError
 from .optimizer import OptimizerPlan, Settings, apply_settings, build, step_with_closure
 
@@ -53,7 +54,7 @@ def check_steps_apart(plan: OptimizerPlan, device: torch.device) -> None:
             f"{name} overrides zero_grad, and what it does there to the gradients on the workers is not known; leave "
             f"zero_grad as torch has it, or train without the pipeline"
         )
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with kept_random_states(device), torch.enable_grad():
         for settings in _representatives(plan.settings):
             trial = _find_trial(replace(plan, settings=settings), device)
             if not trial.is_alike():
@@ -91,7 +92,7 @@ def check_steps_rows_apart(plan: OptimizerPlan, device: torch.device) -> None:
     """
     if plan.cls in STEP_APART and plan.cls.__name__ != "Adafactor":
         return
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with kept_random_states(device), torch.enable_grad():
         trial = _find_trial(replace(plan, settings=next(_representatives(plan.settings))), device)
         if not trial.steps_rows_apart():
             raise SkipPipeError(
@@ -108,7 +109,7 @@ def counts_without_gradients(plan: OptimizerPlan) -> bool:
     """
     if plan.cls in STEP_APART:
         return True
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with kept_random_states(HOST), torch.enable_grad():
         for settings in _representatives(plan.settings):
             trial = _find_trial(replace(plan, settings=settings), torch.device("cpu"))
             if trial.kept(((0,), (1,))) != trial.kept(((), ())):
@@ -118,7 +119,7 @@ def counts_without_gradients(plan: OptimizerPlan) -> bool:
 
 def minds_early_gradients(plan: OptimizerPlan, device: torch.device) -> bool:
     """Tell whether a step depends on gradients that are there before its closure has run."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with kept_random_states(device), torch.enable_grad():
         return any(
             _find_trial(replace(plan, settings=settings), device).minds_early_gradients()
             for settings in _representatives(plan.settings)

@@ -148,12 +148,5 @@ def block_seed(seed: int, block: int) -> int:
     return (mixed ^ (mixed >> 31)) & 0x7FFFFFFFFFFFFFFF
 
 
-def seed_everything(seed: int, device: torch.device) -> None:
-    """Seed torch's generators of the host and of ``device``."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
 def _autocast_is_on(device_type: str) -> bool:
     return torch.is_autocast_enabled(device_type)

@@ -17,7 +17,8 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 from .arguments import ArgumentGuard, ArrayInput, CacheRef, HiddenAgain, Packed, SideInput, array_of
 from .attributes import BlockWatch, Key, apply_changes, attributes_kept, changed_buffers
-from .call import Ambient, BlockMode, Call, CallSpec, Hop, block_seed, seed_everything
+from .call import Ambient, BlockMode, Call, CallSpec, Hop, block_seed
+from .device import kept_random_states, seed_everything
 from .errors import SkipPipeError
 from .independence import Parts, difference, uncompiled
 from .kept_state import Buffers
@@ -181,7 +182,7 @@ class Stage:
             notes = self._notes = _Notes.of(call.spec, list(self.blocks))
         if self.witness is not None:
             self.witness.begin(microbatch)
-        with ambient.entered(), _fork_rng(self.device) if fork else nullcontext():
+        with ambient.entered(), kept_random_states(self.device) if fork else nullcontext():
             inputs = hidden.detach().requires_grad_(enters.requires_grad) if ambient.grad else hidden
             with self._shown(microbatch, grad=ambient.grad) if notes.tapping else nullcontext():
                 output = self._run_blocks(call, notes, inputs)
@@ -471,12 +472,6 @@ def back_propagate_all(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...
     """Do the same from several tensors of one graph."""
     engine = torch.autograd.Variable._execution_engine
     engine.run_backward(outputs, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-@contextmanager
-def _fork_rng(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def _hidden_of(output: Any) -> Tensor:  # Any: what a block returns

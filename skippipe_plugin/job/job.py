@@ -27,6 +27,7 @@ from ..engine.c10d import TCPStore
 from ..engine.channel import connect
 from ..engine.control.line import to_driver
 from ..engine.control.presence import Hello, Release
+from ..engine.device import own_place
 from ..engine.errors import SkipPipeError, StartRefused
 from ..engine.handout import fingerprint
 from ..engine.versions import own_versions
@@ -243,7 +244,7 @@ class WorkerJob:
     def __init__(self, launcher: Launcher, network: NetworkConfig) -> None:
         first = DriverAddress.of_rank(launcher.store(), 0)
         channel = connect(first.host, first.port, bytes.fromhex(secret_of(first, network)))
-        to_driver(channel).send(Hello(own_versions(), os.getpid(), launcher.rank))
+        to_driver(channel).send(Hello(own_versions(), os.getpid(), launcher.rank, place=own_place(launcher.device)))
         self._worker = Worker(channel)
 
     def serve(self) -> dict[str, Any]:

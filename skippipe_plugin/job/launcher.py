@@ -29,6 +29,8 @@ class Launcher:
     """Whether the launcher itself hosts the store."""
     num_nodes: int = 1
     """On how many machines the processes run."""
+    device: str = ""
+    """What this process is to compute on; empty: its driver chooses."""
 
     def store(self) -> TCPStore:
         """Connect to the store that all ranks share."""

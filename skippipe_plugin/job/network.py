@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..checked import NUM_SPARES, SECONDS, Range, checked
+from ..checked import NUM_PROCESSES, NUM_SPARES, SECONDS, Range, checked
 from ..engine.listener import every_address, is_every_address
 from ..engine.pairs import LinkBackend
 from ..sources import Workers, workers_of
 
 
-@checked(port=Range(0, 65535), local_workers=NUM_SPARES, join_timeout_s=SECONDS)
+@checked(port=Range(0, 65535), local_workers=NUM_SPARES, join_timeout_s=SECONDS, workers_per_device=NUM_PROCESSES)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
     """Where the driver and its workers meet."""
@@ -37,6 +37,10 @@ class NetworkConfig:
     """What carries hidden states and gradients. ``"gloo"``: through host memory, whatever the device. ``"nccl"``: from
     GPU to GPU, one for each process; it has not run on such machines yet. ``"gloo-pairs"``: gloo in the order and the
     groups that NCCL needs, to try that out without GPUs."""
+
+    workers_per_device: int = 1
+    """How many of the processes may compute on one device, the driver among them, such as all on a machine with one
+    GPU. ``Trainer(devices=N)`` then makes that many times N processes."""
 
     def __post_init__(self) -> None:
         if self.host is not None and is_every_address(self.host):

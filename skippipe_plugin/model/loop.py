@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..driver.capture.remote import is_remote
+from ..driver.devices import Devices
 from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer
 from ..driver.recovery.report import RecoveryEvent
+from ..engine.device import own_place
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob, driver_job
 from ..job.launcher import Launcher
@@ -65,8 +67,7 @@ class LoopModel:
             num_stages=num_stages,
             job=job,
             rank=0,
-            device=device,
-            worker_devices=_worker_devices(device, num_stages * config.replicas),
+            devices=Devices(device, own_place(), per_device=config.network.workers_per_device),
         )
         self._config = config
         self._device = device
@@ -233,12 +234,5 @@ def _choose_num_stages(config: SkipPipeConfig, device: torch.device, num_process
         return config.stages_of(num_processes)
     if config.num_stages is not None:
         return config.num_stages
-    num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    return config.stages_of(num_gpus) if num_gpus > 1 else _DEFAULT_STAGES
-
-
-def _worker_devices(device: torch.device, num_workers: int) -> dict[int, str]:
-    if device.type != "cuda":
-        return {}
-    count = torch.cuda.device_count()
-    return {rank: f"cuda:{rank % count}" for rank in range(1, num_workers + 1)}
+    num_devices = own_place().num_devices * config.network.workers_per_device if device.type != "cpu" else 0
+    return config.stages_of(num_devices) if num_devices > 1 else _DEFAULT_STAGES

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..driver.capture.devices import move_around
 from ..driver.capture.proxies import BlockProxies
+from ..driver.devices import Devices
 from ..driver.experts import ExpertMover
 from ..driver.keeper import settle_in
 from ..driver.layout import Layout
@@ -61,8 +62,7 @@ class SpreadModel:
         num_stages: How many block stages to make.
         job: Where workers come from.
         rank: This driver's rank.
-        device: This driver's device.
-        worker_devices: By rank, the device a worker computes on.
+        devices: What the processes of the run compute on.
         broadcast: Gives every driver what the first one has.
     """
 
@@ -73,8 +73,7 @@ class SpreadModel:
         num_stages: int,
         job: DriverJob,
         rank: int,
-        device: torch.device,
-        worker_devices: Mapping[int, str],
+        devices: Devices,
         broadcast: Callable[[Any], Any] = lambda value: value,
     ) -> None:
         self.settings = settings
@@ -87,8 +86,8 @@ class SpreadModel:
         self._num_stages = num_stages
         self._job = job
         self._rank = rank
-        self._device = device
-        self._worker_devices = worker_devices
+        self._devices = devices
+        self._device = devices.own
         self._broadcast = broadcast
         self._pipeline: Pipeline | None = None
         self._evaluation_planner: PathPlanner | None = None
@@ -124,8 +123,8 @@ class SpreadModel:
         return {link.rank: link.pid for link in self.links if link.pid is not None}
 
     def device_of(self, rank: int) -> str:
-        """Name the device that a rank computes on."""
-        return str(self._device) if rank == self._rank else self._worker_devices.get(rank, "cpu")
+        """Name the device that a rank computes on; the first driver knows those of its workers."""
+        return self.links[rank].device if rank in self.links else str(self._device)
 
     # ------------------------------------------------------- spread and bring back
 
@@ -226,8 +225,7 @@ class SpreadModel:
             generations=self._job.pool.generations,
             rendezvous=dataclasses.replace(self._job.rendezvous(), backend=self.settings.network.backend),
             rank=self._rank,
-            device=self._device,
-            worker_devices=self._worker_devices,
+            devices=self._devices,
         )
 
     def _keep_whole(

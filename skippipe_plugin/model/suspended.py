@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..driver.capture.graphs import goes_past
-from ..driver.capture.randomness import random_states, set_random_states
 from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
 from ..driver.capture.switches import Snapshot, switch_on
 from ..engine.call import Ambient, device_types
+from ..engine.device import random_states, set_random_states
 from .outputs import differentiable
 
 Train = Callable[[Callable[..., None]], None]

@@ -8,12 +8,14 @@ import os
 import signal
 import time
 import uuid
+from dataclasses import dataclass
 from types import FrameType
 from typing import Final
 
 from ..engine.channel import Channel, ChannelError, NobodyThere, connect
 from ..engine.control.line import to_driver
 from ..engine.control.presence import Hello, Outlive
+from ..engine.device import own_place
 from ..engine.errors import SkipPipeError
 from ..engine.job_store import Address, JobStore, Members
 from ..engine.versions import own_versions
@@ -26,6 +28,15 @@ _LOOK_S: Final = 0.05
 _CALL_S: Final = 0.2
 _NOBODY_S: Final = 20.0
 """For how long a worker that has lost its driver looks for a store that may tell it of the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Self:
+    """What a worker says of itself, to each driver that it joins."""
+
+    name: str = ""
+    ticket: str = ""
+    device: str = ""
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -52,12 +63,12 @@ def work(host: str, port: int, secret: str, ticket: str = "") -> None:
     """
     # Ctrl-C in a terminal reaches the whole process group; it is for the driver, which then ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    worker = _begin(connect(host, port, bytes.fromhex(secret)), "", signal.SIGTERM, ticket=ticket)
+    worker = _begin(connect(host, port, bytes.fromhex(secret)), _Self(ticket=ticket), signal.SIGTERM)
     worker.ends_with_driver = True
     _serve(worker)
 
 
-def join(host: str, port: int, secret: str, *, wait_s: float) -> None:
+def join(host: str, port: int, secret: str, *, wait_s: float, device: str = "") -> None:
     """Join a driver by hand, and serve until it ends; Ctrl-C and SIGTERM hand the stages over first.
 
     Args:
@@ -65,12 +76,13 @@ def join(host: str, port: int, secret: str, *, wait_s: float) -> None:
         port: Its port.
         secret: The job's, in hexadecimal.
         wait_s: For how many seconds a driver that is not there yet is waited for.
+        device: What to compute on, such as ``"cuda:1"``; empty: the driver chooses among what this host has.
 
     Raises:
         SkipPipeError: The driver did not come, refused this worker, or is gone.
     """
-    name, key = uuid.uuid4().hex, bytes.fromhex(secret)
-    worker = _begin(_connect(host, port, key, wait_s), name, signal.SIGTERM, signal.SIGINT)
+    own, key = _Self(uuid.uuid4().hex, device=device), bytes.fromhex(secret)
+    worker = _begin(_connect(host, port, key, wait_s), own, signal.SIGTERM, signal.SIGINT)
     log.warning("joined the driver at %s:%d; Ctrl-C or SIGTERM leaves it after the step", host, port)
     while True:
         try:
@@ -82,7 +94,7 @@ def join(host: str, port: int, secret: str, *, wait_s: float) -> None:
             channel = None
             if worker.next_driver is not None:
                 log.warning("the driver is gone; waiting until skippipe run has started it again")
-                channel = _dial_next(worker.next_driver, key, name)
+                channel = _dial_next(worker.next_driver, key, own)
             if channel is None:
                 raise SkipPipeError(
                     f"the driver at {host}:{port} is gone: it ended, or the link broke. If the job goes on, join it "
@@ -120,21 +132,21 @@ def dial(store: JobStore, key: str, secret: bytes) -> Channel:
         RuntimeError: The store is gone.
     """
     while True:
-        channel = _try_to_dial(store, key, secret)
+        channel = _try_to_dial(store, key, secret, _Self())
         if channel is not None:
             return channel
         time.sleep(_LOOK_S)
 
 
-def _try_to_dial(store: JobStore, key: str, secret: bytes, name: str = "") -> Channel | None:
+def _try_to_dial(store: JobStore, key: str, secret: bytes, own: _Self) -> Channel | None:
     address = store.driver(key)
     if address is not None:
         with contextlib.suppress(ChannelError):  # it is the address of the one before
-            return _greet(connect(*address, secret), name)
+            return _greet(connect(*address, secret), own)
     return None
 
 
-def _dial_next(where: Outlive, secret: bytes, name: str) -> Channel | None:
+def _dial_next(where: Outlive, secret: bytes, own: _Self) -> Channel | None:
     """Join the next driver by the first of the stores that is there; None when none has been for long.
 
     Whoever does not reach the first one says so to the next: a supervisor that stands by needs to hear it of most.
@@ -147,8 +159,8 @@ def _dial_next(where: Outlive, secret: bytes, name: str) -> Channel | None:
             try:
                 store = reached.pop(address, None) or JobStore.reach(*address)
                 if at > 0:
-                    store.call(name, where.key, Members(where.number, where.names))
-                channel = _try_to_dial(store, where.key, secret, name)
+                    store.call(own.name, where.key, Members(where.number, where.names))
+                channel = _try_to_dial(store, where.key, secret, own)
             except ConnectionRefusedError:
                 continue
             except (OSError, RuntimeError):  # it is cut off, or has just gone
@@ -162,14 +174,15 @@ def _dial_next(where: Outlive, secret: bytes, name: str) -> Channel | None:
     return None
 
 
-def _greet(channel: Channel, name: str, ticket: str = "") -> Channel:
-    to_driver(channel).send(Hello(own_versions(), os.getpid(), name=name, ticket=ticket))
+def _greet(channel: Channel, own: _Self) -> Channel:
+    place = own_place(own.device)
+    to_driver(channel).send(Hello(own_versions(), os.getpid(), name=own.name, ticket=own.ticket, place=place))
     return channel
 
 
-def _begin(channel: Channel, name: str, *polite: signal.Signals, ticket: str = "") -> Worker:
+def _begin(channel: Channel, own: _Self, *polite: signal.Signals) -> Worker:
     """Join; leave politely at the first of the ``polite`` signals, at once where nobody minds."""
-    worker = Worker(_greet(channel, name, ticket))
+    worker = Worker(_greet(channel, own))
 
     def leave(number: int, frame: FrameType | None) -> None:
         if not worker.leave():

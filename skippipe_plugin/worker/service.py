@@ -29,6 +29,7 @@ from ..engine.control.keeping import Drop, EndRun, Settle
 from ..engine.control.line import to_driver
 from ..engine.control.presence import Beat, Exit, Hello, Leave, Outlive, Refuse, Release
 from ..engine.control.values import Opening
+from ..engine.device import make_current
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
 from ..engine.executor import Executor
 from ..engine.handover import pack_tensors, unpack_blocks, unpack_tensors
@@ -314,6 +315,7 @@ class Worker:
         self._may_leave = command.may_leave
         torch.set_num_threads(command.num_threads)
         self._device = torch.device(command.device)
+        make_current(self._device)
         for host, port in command.other_drivers[len(self._lines) - 1 :]:
             self._lines.append(to_driver(self._lines[0].channel.connect_to(host, port)))
             self._reply(-1, Hello(own_versions(), rank=command.rank))

@@ -29,6 +29,7 @@ from torchmetrics import MaxMetric, MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.strategies import NetworkConfig
 
 from .models import Transformer, next_token_loss, tokens
 from .modules import BATCH, LanguageModel, cosine, loader
@@ -393,6 +394,16 @@ def test_fit_again_and_evaluate_with_the_same_trainer() -> None:
     for ours, theirs in zip(scores, expected[1], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert_same_weights(weights, expected[2])
+
+
+def test_processes_that_share_a_device() -> None:
+    """As on a machine with one accelerator; a CPU is shared in any case."""
+    runs = []
+    for settings in (None, {**PIPELINE, "network": NetworkConfig(workers_per_device=3)}):
+        runs.append(train(lambda: LanguageModel(Transformer()), loader(tokens(BATCH * 5)), 1, settings))
+    one, shared = runs
+    assert shared.trainer.strategy.num_processes == 3
+    assert_same_run(shared, one)
 
 
 def test_the_next_trainer_takes_the_workers_over() -> None:

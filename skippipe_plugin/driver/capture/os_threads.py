@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
+
 from ...engine.call import Ambient
+from ...engine.device import current, make_current
 from ...engine.errors import none_swallowed
 from .patience import Patience, blocked, cpu_seconds, is_blocked, stack_of
 from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
@@ -35,7 +38,8 @@ class ThreadStep(StepThread):
 
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
         context = self._context = contextvars.copy_context()
-        return self._hand_over(lambda: context.run(self._run, function, ambient))
+        where = current()  # each thread has its own; a new one begins with the first
+        return self._hand_over(lambda: context.run(self._run, function, ambient, where))
 
     def resume(self, answer: Any, *, last: bool = False) -> Outcome:
         changes, self._changes = self._changes, ()
@@ -103,8 +107,9 @@ class ThreadStep(StepThread):
                 self._blocked = True
                 raise blocked(stack_of(thread), self.label, waited_s)
 
-    def _run(self, function: Callable[[], Any], ambient: Ambient) -> Any:
+    def _run(self, function: Callable[[], Any], ambient: Ambient, where: torch.device) -> Any:
         enter_context(self)
+        make_current(where)
         with ambient.entered(), none_swallowed():
             return function()
 

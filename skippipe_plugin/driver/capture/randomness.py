@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-_HOST: Final = torch.device("cpu")
-
-
-def random_states(device: torch.device) -> list[Tensor]:
-    """Return the random state of the host, and of ``device`` if it has its own."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
-    """Put back what :func:`random_states` returned."""
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state, device)
+from ...engine.device import HOST, random_states, set_random_states
 
 
 class RandomStates:
@@ -32,7 +18,7 @@ class RandomStates:
         device: Whose state counts beside the host's.
     """
 
-    def __init__(self, device: torch.device = _HOST) -> None:
+    def __init__(self, device: torch.device = HOST) -> None:
         self._device = device
         self._torch = random_states(device)
         self._python = random.getstate()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..channel import Buffer
+from ..device import NOWHERE, Place
 from .codec import Control
 
 
@@ -64,6 +65,8 @@ class Hello(Control):
     """What one that joined by hand calls itself."""
     ticket: str = ""
     """What its source calls it, where another source than the driver's own host has given it."""
+    place: Place = NOWHERE
+    """Where it is, and what it may compute on there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from skippipe_plugin.driver import forming as forming_module
+from skippipe_plugin.driver.devices import Devices
 from skippipe_plugin.driver.formation import Formation
 from skippipe_plugin.driver.forming import Forming
 from skippipe_plugin.driver.layout import Layout
@@ -14,6 +15,7 @@ from skippipe_plugin.driver.rendezvous import Rendezvous
 from skippipe_plugin.engine.control.answers import Ready
 from skippipe_plugin.engine.control.codec import Control
 from skippipe_plugin.engine.control.commands import Abort, Configure, UseSchedule
+from skippipe_plugin.engine.device import Place
 from skippipe_plugin.engine.waiting import Waiting
 from skippipe_plugin.schedule import ScheduleError, full_schedule
 
@@ -34,8 +36,12 @@ def test_experts_need_all_of_their_holders() -> None:
 
 class FakeLink:
     def __init__(self, rank: int) -> None:
-        self.rank = rank
+        self.rank, self.device = rank, ""
+        self.place = Place("a", kind="cuda", num_devices=8)
         self.said: list[Control] = []
+
+    def compute_on(self, device: str) -> None:
+        self.device = device
 
     def send(self, body: Control) -> None:
         self.said.append(body)
@@ -89,8 +95,7 @@ def formed(monkeypatch: pytest.MonkeyPatch) -> tuple[Forming, FakeLinks]:
             generations=itertools.count(5),
             rendezvous=Rendezvous("here", "there", 1234),
             rank=0,
-            device=torch.device("cpu"),
-            worker_devices={2: "cuda:1"},
+            devices=Devices(torch.device("cuda:0"), Place("a"), tuple(torch.device("cuda", i) for i in (0, 3, 1))),
         ),
         links,
     )
@@ -105,10 +110,10 @@ def test_workers_are_told_who_is_there(formed: tuple[Forming, FakeLinks]) -> Non
     told = [link.said[0] for link in links]
     assert all(isinstance(each, Configure) for each in told)
     assert [(each.rank, each.device, each.generation) for each in told if isinstance(each, Configure)] == [
-        (1, "cpu", 5),
+        (1, "cuda:3", 5),
         (2, "cuda:1", 5),
-        (3, "cpu", 5),
-        (4, "cpu", 5),
+        (3, "cuda:2", 5),
+        (4, "cuda:4", 5),
     ]
     links[:] = links[:3]
     forming.form(may_leave=True, step=8)
@@ -145,12 +150,13 @@ def test_a_generation_that_is_given_up_is_told_to_all(formed: tuple[Forming, Fak
     assert forming.transport is None
 
 
-def test_another_layout_takes_the_devices_along(formed: tuple[Forming, FakeLinks]) -> None:
+def test_workers_stay_on_their_devices_in_another_layout(formed: tuple[Forming, FakeLinks]) -> None:
     forming, links = formed
     schedule = full_schedule("1f1b", num_stages=1, num_microbatches=4, replicas=2)
-    forming.relayout(Layout(1, (range(4),), schedule.placement), {"training": schedule}, {1: 2, 2: 1})
-    links[:] = links[:2]
+    forming.relayout(Layout(1, (range(4),), schedule.placement), {"training": schedule})
     forming.form(may_leave=False, step=0)
-    told = [link.said[0] for link in links]
-    assert [each.device for each in told if isinstance(each, Configure)] == ["cuda:1", "cuda:1"]
+    links[:] = [links[1], links[0]]
+    forming.form(may_leave=False, step=0)
+    told = [link.said[-1] for link in links]
+    assert [each.device for each in told if isinstance(each, Configure)] == ["cuda:1", "cuda:3"]
     assert forming.layout.placement == schedule.placement
