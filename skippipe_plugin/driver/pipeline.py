@@ -258,7 +258,13 @@ class Pipeline:
         self.shards.learn(proxies.blocks)
         check_hooks(self.remote.remote_of(proxies.blocks), proxies.names)
         self._sender = StageSender(
-            self._forming, proxies.blocks, compilation.pack(), seed, keep_structures=keep, shards=self.shards
+            self._forming,
+            proxies.blocks,
+            compilation.pack(),
+            seed,
+            keep_structures=keep,
+            shards=self.shards,
+            device=self.device,
         )
         with proxies.without_hooks():
             settle_in(self.keeper, self._hand_out)

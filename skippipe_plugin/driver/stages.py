@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from ..engine import phases
@@ -11,6 +12,7 @@ from ..engine.channel import Buffer
 from ..engine.classes import Prints, fingerprints
 from ..engine.control.commands import Load
 from ..engine.control.values import PackedBlocks
+from ..engine.device import HOST
 from ..engine.handover import pack_blocks, unpack_blocks
 from .formation import HasLayout
 from .layout import Layout
@@ -31,6 +33,7 @@ class StageSender:
         seed: For blocks that were built on the meta device.
         keep_structures: Whether workers may take stages over later; then the structures are kept.
         shards: Which worker holds which experts.
+        device: This driver's.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class StageSender:
         *,
         keep_structures: bool,
         shards: ExpertShards,
+        device: torch.device = HOST,
     ) -> None:
+        self._device = device
         self._formed = formed
         self.compilation = compilation
         self._blocks = blocks
@@ -83,7 +88,7 @@ class StageSender:
         known = [packed for stage, packed in self._structures.items() if not set(stage).isdisjoint(wanted)]
         found: dict[int, nn.Module] = {}
         for packed in known:
-            found |= unpack_blocks(*packed, by_own_classes=True)
+            found |= unpack_blocks(*packed, device=self._device, by_own_classes=True)
         return pack_blocks({index: found[index] for index in wanted})
 
     def classes(self, blocks: Iterable[int]) -> Prints:

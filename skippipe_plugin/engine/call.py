@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -123,6 +123,9 @@ class CallSpec:
     ambient: Ambient
     careful: tuple[bool, ...] = ()
     """By block of the whole stack: whether it may write into its input or hand it on; empty: any may."""
+    on_host: tuple[int, ...] = ()
+    """The slots of side inputs that are on the host though blocks compute on a device: lengths of packed sequences,
+    tables of numbers. They stay there, as in one process."""
 
     def in_training(self) -> bool:
         """Whether a backward pass follows."""
@@ -138,6 +141,14 @@ class Call:
     seed: int
     """Seeds the randomness of every block of this microbatch, see :func:`block_seed`."""
     caches: CacheUse = NO_CACHES
+
+    def at(self, device: torch.device) -> Call:
+        """Return the call with its side inputs where blocks that compute on ``device`` are to find them."""
+        if device.type == "cpu":
+            return self
+        stay = self.spec.on_host
+        placed = [each if slot in stay else each.to(device) for slot, each in enumerate(self.side_inputs)]
+        return replace(self, side_inputs=tuple(placed))
 
 
 def block_seed(seed: int, block: int) -> int:

@@ -84,6 +84,17 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Return how much memory is free on ``device``; None where that is not told."""
+    if device.type == "cpu":
+        return None
+    try:
+        free, _ = torch.accelerator.get_memory_info(device)
+    except (NotImplementedError, RuntimeError):
+        return None
+    return free
+
+
 # ------------------------------------------------------------------------ randomness
 
 

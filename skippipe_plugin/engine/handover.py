@@ -21,6 +21,7 @@ from torch.utils import swap_tensors
 
 from .channel import Buffer
 from .control.values import PackedBlocks, TensorEntry
+from .device import HOST
 from .errors import SkipPipeError
 from .transport import TensorSpec, as_bytes, from_bytes
 
@@ -92,13 +93,15 @@ def pack_blocks(
 
 
 def unpack_blocks(
-    packed: PackedBlocks, blobs: Sequence[Buffer], *, by_own_classes: bool = False
+    packed: PackedBlocks, blobs: Sequence[Buffer], *, device: torch.device = HOST, by_own_classes: bool = False
 ) -> dict[int, nn.Module]:
     """Invert :func:`pack_blocks`; blocks that were built on the meta device still are.
 
     Args:
         packed: The entries of the blocks' tensors.
         blobs: The structure, and the tensors.
+        device: Where tensors go that were on a device and are neither parameters nor buffers, such as a table that an
+            earlier call has cached; what was on the host stays there, as ``module.to()`` leaves it.
         by_own_classes: Whether this very process has packed them. A script's own classes travel by value, and would be
             made anew in place: with other functions, which read other global names than the script's.
     """
@@ -107,7 +110,7 @@ def unpack_blocks(
     for name, shape, dtype in meta:
         tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     kind = _OwnUnpickler if by_own_classes else _Unpickler
-    blocks: dict[int, nn.Module] = kind(io.BytesIO(blobs[0]), tensors).load()
+    blocks: dict[int, nn.Module] = kind(io.BytesIO(blobs[0]), tensors, device).load()
     return blocks
 
 
@@ -140,7 +143,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
         if id(obj) not in self._index:
             self._index[id(obj)] = len(self.tensors)
             self.tensors.append(obj)
-        return self._index[id(obj)], isinstance(obj, nn.Parameter), obj.requires_grad
+        is_on_device = obj.device.type not in ("cpu", "meta")
+        return self._index[id(obj)], isinstance(obj, nn.Parameter), obj.requires_grad, is_on_device
 
     def reducer_override(self, obj: Any) -> Any:  # Any: what pickle takes and gives
         if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
@@ -160,15 +164,18 @@ def _parametrized(cls: type[nn.Module], state: dict[str, Any], names: Sequence[s
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, tensors: Mapping[str, Tensor], device: torch.device = HOST) -> None:
         super().__init__(file)
         self._tensors = tensors
+        self._device = device
         self._loaded: dict[int, Tensor] = {}
 
     def persistent_load(self, pid: Any) -> Tensor:  # Any: what persistent_id returned
-        index, is_parameter, requires_grad = pid
+        index, is_parameter, requires_grad, is_on_device = pid
         if index not in self._loaded:
             tensor = self._tensors[str(index)]
+            if is_on_device and not tensor.is_meta:
+                tensor = tensor.to(self._device)
             self._loaded[index] = (
                 nn.Parameter(tensor, requires_grad) if is_parameter else tensor.requires_grad_(requires_grad)
             )

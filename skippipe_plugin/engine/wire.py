@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,18 @@ def encode_calls(
 
 
 class CallDecoder:
-    """Turns the calls that one driver sends back into calls; remembers specs and side inputs."""
+    """Turns the calls that one driver sends back into calls; remembers specs and side inputs.
+
+    Args:
+        to_device: Brings a tensor to where the blocks compute.
+    """
 
     def __init__(self, to_device: Callable[[Tensor], Tensor]) -> None:
         self._to_device = to_device
         self._specs: dict[int, CallSpec] = {}
         self._side_inputs: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
+        """The same where the blocks compute, if they are wanted there: copied once for all calls."""
 
     def decode(self, news: CallNews, blobs: Sequence[Buffer]) -> list[tuple[int, Call]]:
         """Return (microbatch, call) pairs.
@@ -73,7 +79,7 @@ class CallDecoder:
         caches = self._learn(news.lacking, blobs) if news.lacking is not None else {}
         try:
             return [
-                (microbatch, Call(self._specs[spec], self._inputs(digests), seed, caches.get(microbatch, NO_CACHES)))
+                (microbatch, self._call(self._specs[spec], digests, seed, caches.get(microbatch, NO_CACHES)))
                 for microbatch, spec, seed, digests in zip(
                     news.microbatches, news.specs, news.seeds, news.digests, strict=True
                 )
@@ -85,18 +91,26 @@ class CallDecoder:
         """Take in what comes with calls, forget what is not needed any more; return what uses caches."""
         for digest in lacking.dropped:
             self._side_inputs.pop(digest, None)
+            self._copies.pop(digest, None)
         for number in lacking.dropped_specs:
             self._specs.pop(number, None)
         rest = iter(blobs)
         for number in lacking.specs:
             self._specs[number] = pickle.loads(next(rest))
         caches = {microbatch: pickle.loads(next(rest)) for microbatch in lacking.caching}
-        for digest, tensor in unpack_tensors(lacking.side_inputs, list(rest)).items():
-            self._side_inputs[digest] = self._to_device(tensor)
+        self._side_inputs.update(unpack_tensors(lacking.side_inputs, list(rest)))
         return caches
 
-    def _inputs(self, digests: Iterable[str]) -> tuple[Tensor, ...]:
-        return tuple(self._side_inputs[digest] for digest in digests)
+    def _call(self, spec: CallSpec, digests: Sequence[str], seed: int, caches: CacheUse) -> Call:
+        stay = spec.on_host
+        slots = enumerate(digests)
+        inputs = [self._side_inputs[each] if slot in stay else self._copy(each) for slot, each in slots]
+        return Call(spec, tuple(inputs), seed, caches)
+
+    def _copy(self, digest: str) -> Tensor:
+        if digest not in self._copies:
+            self._copies[digest] = self._to_device(self._side_inputs[digest])
+        return self._copies[digest]
 
 
 def encode_optimizer_state(

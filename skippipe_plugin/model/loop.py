@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from ..driver.capture.remote import is_remote
 from ..driver.devices import Devices
 from ..driver.moving import MoveEvent
-from ..driver.optimizer import RemoteOptimizer
+from ..driver.optimizer import RemoteOptimizer, to_device
 from ..driver.recovery.report import RecoveryEvent
-from ..engine.device import own_place
+from ..engine.device import free_bytes, own_place
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob, driver_job
 from ..job.launcher import Launcher
@@ -121,8 +121,10 @@ class LoopModel:
             if self._remote is not None:
                 self._remote.detach()
         finally:
+            blocks, optimizer = self.blocks.remote_blocks, self._optimizer
             self._remote = self._optimizer = self._calls = self._whole = self._backwards = None
             self.blocks.bring_back()
+            _move_home(blocks, optimizer, self._device)
             if self._compiled is not None:
                 self._compiled.restore()
             self._compiled = None
@@ -209,6 +211,26 @@ class LoopModel:
         """Take over what :meth:`state` returned."""
         self.blocks.pipeline.gradients.lr_factors_of_blocks = dict(map(tuple, state["lr_factors"]))
         self.calls.load_state(state)
+
+
+def _move_home(blocks: Iterable[nn.Module], optimizer: Optimizer | None, device: torch.device) -> None:
+    """Move what came back from workers to where the rest of the model is, if there is room."""
+    if device.type == "cpu":
+        return
+    parts = [tensor for block in blocks for tensor in (*block.parameters(), *block.buffers())]
+    states = [] if optimizer is None else [optimizer.state.get(tensor, {}) for tensor in parts]
+    moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    needs, free = sum(tensor.nbytes for tensor in (*parts, *moments)), free_bytes(device)
+    if free is not None and needs > free:
+        log.warning(
+            "the blocks stay on the host, while the rest of the model is on %s: they have %.1f GB, and %.1f are free",
+            *(device, needs / 1e9, free / 1e9),
+        )
+        return
+    for block in blocks:
+        block.to(device)
+    if optimizer is not None:
+        to_device(optimizer, device)
 
 
 def open_job(

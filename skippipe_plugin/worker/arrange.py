@@ -33,7 +33,7 @@ def arrange(holdings: Holdings, order: Arrange, parcel: Parcel, device: torch.de
         parcel: What comes.
         device: Where the blocks live.
     """
-    arrived = unpack_blocks(*parcel.structure)
+    arrived = unpack_blocks(*parcel.structure, device=device)
     check_fingerprints(order.classes)
     for block in arrived.values():
         allocate(block, device)

@@ -46,7 +46,7 @@ class Holdings:
     def load(self, sent: Load, device: torch.device) -> None:
         """Take over a stage."""
         torch.manual_seed(sent.seed)
-        blocks = unpack_blocks(sent.blocks, sent.blobs)
+        blocks = unpack_blocks(sent.blocks, sent.blobs, device=device)
         check_fingerprints(sent.classes)
         for block in blocks.values():
             materialize(block, device)

@@ -21,7 +21,7 @@ def probe(holdings: Holdings, question: Probe, device: torch.device) -> Probed:
     block, call, enters = pickle.loads(question.question)
     stage = _stage_of(holdings, block)
     try:
-        found = stage.probe(block, _to(device, call), enters)
+        found = stage.probe(block, call.at(device), enters)
     except Exception as error:
         if stage.company is not None:
             raise  # others wait in the middle of it
@@ -33,13 +33,9 @@ def probe(holdings: Holdings, question: Probe, device: torch.device) -> Probed:
 def compare_parts(holdings: Holdings, question: CompareParts, device: torch.device) -> PartsCompared:
     """Say whether a block makes of parts of a batch what it makes of all of it."""
     block, call, enters, parts = pickle.loads(question.question)
-    parts = dataclasses.replace(parts, calls=tuple(_to(device, each) for each in parts.calls))
-    return PartsCompared(_stage_of(holdings, block).difference_of_parts(block, _to(device, call), enters, parts))
+    parts = dataclasses.replace(parts, calls=tuple(each.at(device) for each in parts.calls))
+    return PartsCompared(_stage_of(holdings, block).difference_of_parts(block, call.at(device), enters, parts))
 
 
 def _stage_of(holdings: Holdings, block: int) -> Stage:
     return next(stage for stage in holdings.stages.values() if block in stage.blocks)
-
-
-def _to(device: torch.device, call: Call) -> Call:
-    return dataclasses.replace(call, side_inputs=tuple(each.to(device) for each in call.side_inputs))

@@ -95,6 +95,13 @@ class StackCall:
         """The tensors among the blocks' arguments, each once."""
         return self.beside.tensors
 
+    @property
+    def on_host(self) -> tuple[int, ...]:
+        """The slots of those that are on the host though the hidden states are on a device."""
+        if self.hidden.device.type == "cpu":
+            return ()
+        return tuple(slot for slot, tensor in enumerate(self.side_inputs) if tensor.device.type == "cpu")
+
     def check_unchanged(self) -> None:
         """Raise when what the blocks are called with was changed in place since."""
         self.entered.check()
@@ -220,6 +227,7 @@ class BlockProxies:
             tuple(call.modes),
             call.ambient,
             tuple(call.careful),
+            call.on_host,
         )
 
     def learn_forms(self, call: StackCall) -> None:
@@ -239,7 +247,7 @@ class BlockProxies:
         template = call.templates[call.block_template[block]]
         modes = (call.modes[block],) * len(self.blocks)
         ambient = Ambient(call.ambient.grad, False, call.ambient.autocast)
-        return CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient)
+        return CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient, on_host=call.on_host)
 
     def cache_use(self, call: StackCall) -> CacheUse:
         """Return the key-value caches of ``call``, which runs, with what happened to them since the call before."""

@@ -154,7 +154,7 @@ def neighbour_of(blocks: Sequence[int], tensors: Mapping[str, Tensor], norm: flo
     for key, tensor in tensors.items():
         block, name = tensor_key(key)
         if block in states:
-            states[block][name] = tensor.detach()
+            states[block][name] = tensor.detach().cpu()  # as others come, whose they are averaged with
     return Neighbour(list(states.values()), norm)
 
 
