@@ -477,7 +477,7 @@ class Pipeline:
         if not live:
             run.announce()
         self.is_announced = True
-        executor = Executor(transport, self._hosted, self.device, driver=run)
+        executor = Executor(transport, self._hosted, self.device, driver=run, measured=timeline)
         if name == TRAINING:
             self.routers.count(transport, schedule, live, self._hosted, self.gradients.loads.base)
         with proxies.in_step():

@@ -19,6 +19,7 @@ from ..schedule import DRIVER_STAGE, Event, Op
 from . import phases
 from .absent import absent, is_absent
 from .call import Call
+from .device import synchronize
 from .errors import GenerationAborted, SkipPipeError
 from .program import Instruction
 from .stage import Stage
@@ -62,7 +63,11 @@ class DriverPart(Protocol):
 
 
 class Executor:
-    """One rank of one generation; :meth:`run` executes one step."""
+    """One rank of one generation; :meth:`run` executes one step.
+
+    With ``measured`` every action is over on the device before its time is taken: otherwise a device's actions take as
+    long as it takes to start them.
+    """
 
     def __init__(
         self,
@@ -70,7 +75,10 @@ class Executor:
         stages: Mapping[int, Stage],
         device: torch.device,
         driver: DriverPart | None = None,
+        *,
+        measured: bool = False,
     ) -> None:
+        self._measured = measured
         self._transport = transport
         self._stages = stages
         self._device = device
@@ -107,8 +115,12 @@ class Executor:
                     continue
                 self._ready(instruction, feed)
                 taken = self._take(instruction, feed)
+                if self._measured:
+                    synchronize(self._device)
                 start = time.perf_counter()
                 self._execute(instruction, taken)
+                if self._measured:
+                    synchronize(self._device)
                 events.append(Event(self._transport.rank, instruction.action, start, time.perf_counter()))
             self._transport.end_step()
         finally:

@@ -412,7 +412,8 @@ class Worker:
         self._pulled.clear()
         for stage in self._holdings.stages.values():
             stage.driver_hooks = self
-        executor = Executor(membership.transport, self._holdings.stages, self._device)
+        stages, measured = self._holdings.stages, first.timeline
+        executor = Executor(membership.transport, stages, self._device, measured=measured)
         events = executor.run(membership.program(first.program), live, _Feed(self))
         if first.training:
             self._holdings.experts.end_step(events)

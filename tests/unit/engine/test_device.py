@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from skippipe_plugin.engine import device as module
+from skippipe_plugin.engine import executor as executor_module
 from skippipe_plugin.engine.device import (
     HOST,
     current,
@@ -19,6 +20,8 @@ from skippipe_plugin.engine.device import (
     synchronize,
 )
 from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.engine.program import compile_program
+from skippipe_plugin.schedule import full_schedule
 
 
 def test_the_host_needs_nothing() -> None:
@@ -76,3 +79,20 @@ def test_a_kind_of_device_without_seeds_is_refused(monkeypatch: pytest.MonkeyPat
     module._seeder.cache_clear()
     with pytest.raises(SkipPipeError, match="manual_seed"):
         seed_everything(7, torch.device("xpu:1"))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_measured_actions_are_over_on_the_device(monkeypatch: pytest.MonkeyPatch, measured: bool) -> None:
+    """Whatever was started is waited for before an action and before its end is noted; else nothing is waited for."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(executor_module, "synchronize", waited.append)
+    transport: Any = types.SimpleNamespace(rank=1, posts_ahead=True, end_step=lambda: None)
+    feed: Any = None
+    executor = executor_module.Executor(transport, {}, torch.device("xpu:0"), measured=measured)
+    monkeypatch.setattr(executor, "_ready", lambda *_: None)
+    monkeypatch.setattr(executor, "_take", lambda *_: None)
+    monkeypatch.setattr(executor, "_execute", lambda *_: None)
+    schedule = full_schedule("1f1b", num_stages=2, num_microbatches=3)
+    events = executor.run(compile_program(schedule, 1), {0, 1, 2}, feed)
+    assert len(waited) == (2 * len(events) if measured else 0)
+    assert events
