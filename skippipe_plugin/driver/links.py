@@ -22,6 +22,7 @@ from ..engine.control.codec import Control, Received
 from ..engine.control.line import to_worker
 from ..engine.control.presence import Beat, Exit, Leave, Refuse
 from ..engine.device import NOWHERE, Place
+from ..engine.device_errors import is_lasting
 from ..engine.errors import ConnectionsBroken, StageLostError, unpack_exception
 from ..engine.waiting import Waiting
 from .keepers import keepers_among
@@ -62,6 +63,8 @@ class Link:
         self.warm = False
         """Whether an idle worker has imported what it will need."""
         self._roused_s = 0.0
+        self.is_unfit = False
+        """Whether its process has met an error after which it can use its device no more."""
         self._asked_s: float | None = None
         self._unanswered = 0
         self._sign = Beat()
@@ -179,7 +182,9 @@ class Link:
         return None
 
     def salvage(self, question: Control, kind: type[_A]) -> _A | None:
-        """Ask a survivor of a failed generation; None when it is gone or does not answer."""
+        """Ask a survivor of a failed generation; None when it is gone, cannot know or does not answer."""
+        if self.is_unfit:
+            return None
         number = self.tell(question)
         deadline = time.monotonic() + _SALVAGE_S
         with contextlib.suppress(queue.Empty):
@@ -314,6 +319,8 @@ class Link:
 
     def _take(self, received: Received) -> None:
         """Take what a worker answers, unless it is an answer to what was given up."""
+        if isinstance(received.body, Failed) and not received.body.aborted:
+            self.is_unfit = self.is_unfit or is_lasting(_error_of(received.body, self))
         with self._answering:
             board = self._board
             late = board is None or received.generation < board.generation
@@ -334,6 +341,10 @@ class Link:
     def _checked(self) -> None:
         assert self._board is not None, "a link that no pipeline uses"
         self._board.check()
+
+
+def _error_of(failed: Failed, link: Link) -> BaseException:
+    return unpack_exception(bytes(failed.exception), failed.traceback, str(link))
 
 
 class Links:
@@ -497,7 +508,7 @@ class Links:
                 self._saw_break.append(str(link))
             self._fail(None)
         else:
-            self._fail(unpack_exception(bytes(failed.exception), failed.traceback, str(link)))
+            self._fail(_error_of(failed, link))
 
     def report_stall(self, generation: int) -> None:
         """Note that in this generation all wait for each other, and what they wait for is lost."""

@@ -149,13 +149,14 @@ class WorkerPool:
     def resting(self) -> list[Link]:
         """Return the workers that are unused, whether they are awake or not."""
         with self._changed:
-            return [link for link in self._idle if not link.gone]
+            return [link for link in self._idle if not link.gone and not link.is_unfit]
 
     def _usable(self) -> list[Link]:
         """Return who is idle; last those that a launcher holds here, though they have asked to leave."""
         ready = self.idle()
         with self._changed:
-            return [*ready, *(link for link in self._idle if link.leaving and link.order >= 0 and link.is_awake)]
+            held = [link for link in self._idle if link.leaving and link.order >= 0]
+            return [*ready, *(link for link in held if link.is_awake and not link.is_unfit)]
 
     def take(self, links: Collection[Link]) -> None:
         """Lend these idle workers, and no others."""
@@ -171,7 +172,7 @@ class WorkerPool:
         """Return the workers that are here, awake and unused; they stay idle."""
         with self._changed:
             self._idle = [link for link in self._idle if not link.gone]
-            return [link for link in self._idle if not link.leaving and link.is_awake]
+            return [link for link in self._idle if not link.leaving and not link.is_unfit and link.is_awake]
 
     def close(self) -> None:
         """Send every worker home and stop accepting."""
@@ -204,12 +205,12 @@ class WorkerPool:
             self._last_failure = said
 
     def _let_out(self) -> None:
-        """Send those home that want to leave and hold nothing.
+        """Send those home that hold nothing and want to leave, or whose process is of no use.
 
         Ranks of a launcher stay until the end: one that ended early would end the whole job, by the launcher's rule.
         """
         with self._changed:
-            going = [link for link in self._idle if link.leaving and link.order < 0]
+            going = [link for link in self._idle if (link.leaving or link.is_unfit) and link.order < 0]
             self._idle = [link for link in self._idle if link not in going]
             self.links = [link for link in self.links if link not in going and not link.gone]
         for link in going:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..engine import phases
 from ..engine.control.answers import State
 from ..engine.control.commands import Get
+from ..engine.device_errors import is_lasting
 from ..engine.errors import SkipPipeError
 from ..engine.handover import unpack_tensors
 from ..engine.wire import tensor_key
@@ -74,6 +75,9 @@ class RemoteWeights:
                 return host.surviving(fetch)
             except SkipPipeError:
                 if not self._links.lost:
+                    raise
+            except Exception as error:
+                if not is_lasting(error):  # else who has met it cannot send what it holds
                     raise
         return self.salvage()
 

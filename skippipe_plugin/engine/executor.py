@@ -20,6 +20,7 @@ from . import phases
 from .absent import absent, is_absent
 from .call import Call
 from .device import synchronize
+from .device_errors import is_of_device
 from .errors import GenerationAborted, SkipPipeError
 from .program import Instruction
 from .stage import Stage
@@ -184,7 +185,9 @@ class Executor:
             return None if action.op not in (Op.F, Op.L) and is_absent(came) else came
         except GenerationAborted:
             raise
-        except Exception as error:  # pragma: no cover - a bug of ours, named rather than hung
+        except Exception as error:
+            if is_of_device(error):
+                raise
             raise SkipPipeError(f"receiving for {instruction.text} failed") from error
 
     def _give(self, instruction: Instruction, value: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attributes import attributes_kept
 from .call import Call
+from .device_errors import is_of_device
 from .kept_state import KeptState, Values, others
 
 MIXES: Final = "mixes"
@@ -74,7 +75,9 @@ def difference(module: nn.Module, run: Run, call: Call, hidden: Tensor, parts: P
                 if found or not (module.training and call.spec.ambient.grad and hidden.is_floating_point()):
                     return found
                 return "" if comparison.have_same_gradients(call, hidden, parts) else MIXES
-            except Exception:
+            except Exception as error:
+                if is_of_device(error):
+                    raise
                 continue
             finally:
                 state.restore()
@@ -157,7 +160,9 @@ class _Comparison:
                 results = [self._run(call, piece) for call, piece in zip(parts.calls, pieces, strict=True)]
                 left = self._state.read()
             together = torch.cat(results, parts.leaves)
-        except Exception:  # the block refuses a part, whatever it says of it
+        except Exception as error:  # the block refuses a part, whatever it says of it
+            if is_of_device(error):
+                raise
             return MIXES
         changed = others(whole[1], left)
         if changed:

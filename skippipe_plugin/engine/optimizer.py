@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .channel import Buffer
+from .device_errors import is_of_device
 from .errors import SkipPipeError
 
 ParameterKey = tuple[int, str]
@@ -208,6 +209,8 @@ def build(plan: OptimizerPlan, groups: Sequence[Sequence[nn.Parameter]]) -> Opti
                 optimizer = plan.cls([{"params": list(parameters)} for parameters in groups], **arguments)
             apply_settings(optimizer, plan.settings)
     except Exception as error:
+        if is_of_device(error):
+            raise
         raise SkipPipeError(
             f"{plan.cls.__name__} cannot be built on a worker from its parameter groups and defaults "
             f"{sorted(arguments)}: {type(error).__name__}: {error}. A pipeline builds the optimizer's class anew in "

@@ -296,6 +296,8 @@ class Transport:
     def _start(operation: object) -> Work:
         try:
             return operation()  # type: ignore[operator, no-any-return]
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except RuntimeError as error:
             raise GenerationAborted(str(error)) from error
 
@@ -329,6 +331,8 @@ class _Outcome:
 def _wait(work: Work | Collective) -> None:
     try:
         work.wait(FOREVER)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except RuntimeError as error:
         raise GenerationAborted(str(error)) from error
 

@@ -187,6 +187,15 @@ class DriverJob:
         """Have these workers idle again; what they hold is of no use any more."""
         for link in links:
             drop(link)
+        self.release(links)
+
+    def release(self, links: Sequence[Link]) -> None:
+        """Have these workers idle again, but for those whose process is of no use any more."""
+        for link in links:
+            if link.is_unfit and not link.gone:
+                log.warning("%s can use its device no more after its error; another process takes its place", link)
+                if link.order < 0:
+                    self.fence(link)
         self.pool.release(links)
 
     def take(self, num_workers: int) -> list[Link]:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..driver.capture.suspend import Outcome, StepThreads, Suspended
 from ..engine.call import Ambient
+from ..engine.device_errors import is_of_device
 from ..engine.errors import SkipPipeError
 from .reductions import same
 
@@ -58,6 +59,8 @@ def by_turns(
     except SkipPipeError:
         raise
     except Exception as error:
+        if is_of_device(error):
+            raise
         return error
     finally:
         threads.abandon()

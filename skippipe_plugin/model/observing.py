@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..engine.device_errors import is_of_device
 from ..engine.errors import SkipPipeError
 from .answers import GRADIENTS, Answer, Clock
 from .blocks_apart import difference_of_blocks, difference_of_lacking
@@ -141,6 +142,8 @@ class Observing:
         except SkipPipeError:
             raise
         except Exception as error:
+            if is_of_device(error):
+                raise
             return error
 
     def _with_batch_alone(self, question: Question, draw: int, trace: Untouched, failed: Exception) -> Exception:

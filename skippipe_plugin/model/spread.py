@@ -197,7 +197,7 @@ class SpreadModel:
                 pipeline.close()
                 if not keep:
                     self.links.tell_survivors(EndRun(pipeline.generation))
-            self._job.pool.release(list(self.links))
+            self._job.release(list(self.links))
             self.links = Links()
             self._mover = None
             self.remote_blocks = ()

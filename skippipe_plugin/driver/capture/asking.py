@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 
 from ...engine.call import Ambient
+from ...engine.device_errors import is_of_device
 from ...engine.errors import SkipPipeError
 from .cutting import CallForm, Cut, NotCuttable, are_numbers, find_cut
 from .growing import sample_counts, with_more_samples
@@ -176,6 +177,8 @@ def _form_with(question: Question, num_before: int, thread: StepThread, ambient:
     except SkipPipeError:
         raise
     except Exception as error:
+        if is_of_device(error):
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise _Unanswered(
             f"with {question.num_others} samples instead of {question.num_samples} the step ends in {reason}"
