@@ -14,6 +14,7 @@ from ..engine.arguments import Template
 from ..engine.call import Call, CallSpec
 from ..engine.control.answers import PartsCompared
 from ..engine.control.commands import CompareParts
+from ..engine.device import HOST
 from ..engine.independence import Parts
 from ..engine.stage import Stage
 from ..engine.transport import TensorSpec
@@ -137,4 +138,5 @@ def _answer(pipeline: Pipeline, whole: Call, enters: TensorSpec, parts: Parts, b
     asked, holder = holder_of(pipeline, block)
     if isinstance(holder, Stage):
         return holder.difference_of_parts(asked, whole, enters, parts)
+    parts = dataclasses.replace(parts, calls=tuple(each.at(HOST) for each in parts.calls))
     return holder.ask(CompareParts(dump_probe(asked, whole, enters, parts)), PartsCompared).difference

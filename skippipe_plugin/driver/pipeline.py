@@ -472,7 +472,7 @@ class Pipeline:
         # As many ahead of their turns as have had them: twice the hidden states on the driver, not all of them. What is
         # measured shows each embedding in its place, and what it takes.
         coming = [] if timeline else [each for each in programs.embedded[name] if each in live]
-        taps = TapExchange(self._step, self.links, self.layout, self._hosted)
+        taps = TapExchange(self._step, self.links, self.layout, self._hosted, self.device)
         run.open(self._step, schedule.paths, opening, coming, programs.most_in_flight[name], taps)
         if not live:
             run.announce()

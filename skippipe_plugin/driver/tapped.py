@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..engine.call import BlockMode
@@ -36,9 +37,13 @@ class TapExchange:
         links: To the workers.
         layout: Which rank holds which stage.
         hosted: The stages that this driver holds itself.
+        device: This driver's, where hooks are to find what they see.
     """
 
-    def __init__(self, step: int, links: Links, layout: Layout, hosted: Mapping[int, Stage]) -> None:
+    def __init__(
+        self, step: int, links: Links, layout: Layout, hosted: Mapping[int, Stage], device: torch.device
+    ) -> None:
+        self._device = device
         self._step = step
         self._links = links
         self._layout = layout
@@ -91,5 +96,5 @@ class TapExchange:
         if rank not in self._links:
             return self._here.pop((microbatch, stage))
         seen = self._links[rank].expect_tapped(self._step, microbatch, stage)
-        tensors = unpack_tensors(seen.tensors, seen.blobs)
-        return Tapped(bytes(seen.events), tuple(tensors.values()), tuple(seen.requires_grad))
+        tensors = [each.to(self._device) for each in unpack_tensors(seen.tensors, seen.blobs).values()]
+        return Tapped(bytes(seen.events), tuple(tensors), tuple(seen.requires_grad))

@@ -144,9 +144,7 @@ class Call:
 
     def at(self, device: torch.device) -> Call:
         """Return the call with its side inputs where blocks that compute on ``device`` are to find them."""
-        if device.type == "cpu":
-            return self
-        stay = self.spec.on_host
+        stay = () if device.type == "cpu" else self.spec.on_host
         placed = [each if slot in stay else each.to(device) for slot, each in enumerate(self.side_inputs)]
         return replace(self, side_inputs=tuple(placed))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...engine.call import Call, CallSpec
 from ...engine.channel import Buffer
 from ...engine.control.values import CallNews
+from ...engine.device import HOST
 from ...engine.errors import SkipPipeError
 from ...engine.transport import as_bytes
 from ...engine.wire import NumberedCall, encode_calls
@@ -128,8 +129,8 @@ class Outbox:
 
 
 def dump_probe(block: int, call: Call, *rest: object) -> bytes:
-    """Pickle a question about one block; it is asked once per kind of block."""
+    """Pickle a question about one block; it is asked once per kind of block. Its tensors travel in host memory."""
     try:
-        return cloudpickle.dumps((block, call, *rest))  # type: ignore[no-any-return, unused-ignore]
+        return cloudpickle.dumps((block, call.at(HOST), *rest))  # type: ignore[no-any-return, unused-ignore]
     except (pickle.PicklingError, TypeError) as error:
         raise SkipPipeError(f"the arguments of block {block} cannot be sent to a worker: {error}") from error
