@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..engine.c10d import PrefixStore, Store
+from ..engine.device import for_gloo
 from ..engine.errors import SkipPipeError
 from ..engine.silence import silence_ends_after
 from ..job.launcher import Launcher
@@ -127,13 +128,14 @@ class DriversStrategy(SingleDeviceStrategy):
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if isinstance(tensor, Tensor) and self.drivers > 1:
             with _while_all_live():
-                return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+                return _sync_ddp_if_available(for_gloo(tensor), group, reduce_op=reduce_op).to(tensor.device)
         return tensor
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         with _while_all_live():
-            return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
+            gathered = _all_gather_ddp_if_available(for_gloo(tensor), group=group, sync_grads=sync_grads)
+            return gathered.to(tensor.device)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .errors import SkipPipeError
@@ -82,6 +83,12 @@ def synchronize(device: torch.device) -> None:
     """Wait until all that was started on ``device`` is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def for_gloo(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` where gloo reads it, which knows few kinds of devices: itself, or a copy on the host."""
+    known = dist.distributed_c10d.Backend.backend_capability["gloo"]
+    return tensor if tensor.device.type in known else tensor.cpu()
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -33,6 +33,7 @@ from ..engine import phases
 from ..engine.call import device_types
 from ..engine.compilation import Compilation
 from ..engine.control.keeping import EndRun
+from ..engine.device import for_gloo
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob
 from ..moe import Attached, RouterStatistics, attach
@@ -412,7 +413,9 @@ def _start_alike(model: nn.Module) -> None:
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if not tensor.is_meta:
-                dist.broadcast(tensor, 0)
+                dist.broadcast(carried := for_gloo(tensor), 0)
+                if carried is not tensor:
+                    tensor.copy_(carried)
 
 
 def _names_in(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[str, ...]:

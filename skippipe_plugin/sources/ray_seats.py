@@ -172,7 +172,7 @@ class Seats:
         """Return the nodes that live, as Ray knows, and are large enough for a worker."""
         return {
             node["NodeID"]
-            for node in ray.nodes()
+            for node in ray.nodes()  # type: ignore[no-untyped-call, unused-ignore]
             if node["Alive"] and all(node["Resources"].get(name, 0) >= least for name, least in self._resources.items())
         }
 
@@ -183,7 +183,7 @@ class Seats:
             self._answers.say(
                 f"waiting for Ray to place {len(group.workers)} workers, {self._resources} each; the cluster has "
                 f"{len(self._nodes())} nodes that are large enough, and its free resources are "
-                f"{ {name: n for name, n in ray.available_resources().items() if name in self._resources} }"
+                f"{ {name: n for name, n in ray.available_resources().items() if name in self._resources} }"  # type: ignore[no-untyped-call, unused-ignore]
             )
 
     # ------------------------------------------------------------------ workers
@@ -295,12 +295,12 @@ def main(arguments: list[str]) -> int:
     try:
         if re.fullmatch(r"[^/]+:\d+", address):
             _knock(address)  # Ray's client takes a minute to give up
-        ray.init(address=address, log_to_driver=False, logging_level="error", namespace="skippipe")
+        ray.init(address=address, log_to_driver=False, logging_level="error", namespace="skippipe")  # type: ignore[arg-type, unused-ignore]
     except Exception as error:
         answers.send(failed=f"there is no Ray cluster at address {address!r} ({str(error).strip().splitlines()[0]})")
         return 1
     head = ray.get_runtime_context().gcs_address
-    answers.send(ready=ray.util.get_node_ip_address())
+    answers.send(ready=ray.util.get_node_ip_address())  # type: ignore[no-untyped-call, unused-ignore]
     threading.Thread(target=_probe, args=(head, answers), name="head", daemon=True).start()
     orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(orders,), name="orders", daemon=True).start()
