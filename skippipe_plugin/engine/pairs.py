@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .c10d import Gloo, ProcessGroupNCCL, Store
+from .device import HOST, make_current, synchronize
 from .errors import GenerationAborted, SkipPipeError
 from .transport import FOREVER, PendingTensor, TensorSpec, Transport, form_gloo
 from .waiting import Waiting
@@ -40,7 +41,7 @@ class PairTransport(Transport):
         members: The ranks of this generation, in ascending order.
         generation: The number of the generation.
         host: The address to bind to.
-        device: Where messages lie: host memory for gloo, this rank's own GPU for NCCL.
+        device: What this rank computes on; for NCCL messages lie there, for gloo in host memory.
         backend: What carries them.
         waiting: Told while this rank waits for others.
     """
@@ -59,10 +60,12 @@ class PairTransport(Transport):
         backend: PairBackend,
         waiting: Waiting | None = None,
     ) -> None:
-        super().__init__(store, rank=rank, members=members, generation=generation, host=host, waiting=waiting)
+        super().__init__(
+            store, rank=rank, members=members, generation=generation, host=host, device=device, waiting=waiting
+        )
         if backend == "nccl":
             _check_nccl(device)
-        self._device = torch.device("cpu") if backend == "gloo" else device
+        self._device = HOST if backend == "gloo" else device
         self._backend = backend
         self._links: set[tuple[int, int]] = set()
 
@@ -101,7 +104,7 @@ class PairTransport(Transport):
         """Wait until every send of this step has been taken, as far as who waits can be woken: under NCCL."""
         if self._backend == "nccl":  # a finished wait only means that the GPU will wait
             self.flush()
-            torch.cuda.synchronize(self._device)
+            synchronize(self._device)
             if self._aborted.is_set():
                 raise GenerationAborted(f"generation {self.generation} was given up")
 
@@ -114,7 +117,7 @@ class PairTransport(Transport):
     def _form_nccl(self, store: Store, rank: int, size: int) -> Gloo:
         options = ProcessGroupNCCL.Options()
         options._timeout = FOREVER
-        torch.cuda.set_device(self._device)
+        make_current(self._device)
         return ProcessGroupNCCL(store, rank, size, options)
 
     def _form_gloo(self, store: Store, rank: int, size: int) -> Gloo:
@@ -138,7 +141,15 @@ def transport_for(
         SkipPipeError: NCCL is asked for where it cannot be.
     """
     if backend == "gloo":
-        return Transport(store, rank=rank, members=members, generation=generation, host=host, waiting=waiting)
+        return Transport(
+            store,
+            rank=rank,
+            members=members,
+            generation=generation,
+            host=host,
+            device=torch.device(device),
+            waiting=waiting,
+        )
     return PairTransport(
         store,
         rank=rank,

@@ -11,9 +11,9 @@ from typing import Final
 
 import torch
 
+from .device import synchronize
 from .transport import TensorSpec, Transport
 
-_HOST: Final = torch.device("cpu")
 _SMALL: Final = TensorSpec((1,), torch.uint8)
 _REPEATS: Final = 3
 _FIRST_TAG: Final = 1 << 30
@@ -50,7 +50,7 @@ def measure_links(transport: Transport, num_bytes: int) -> list[LinkCost]:
     """Exchange messages with every other rank; return the costs of the links this rank initiates.
 
     Every rank of the generation calls this at the same point. Of a pair, the lower rank measures: the median of a few
-    round trips with one byte, then with ``num_bytes``.
+    round trips with one byte, then with ``num_bytes``, from where one computes to where the other does.
     """
     costs = []
     members = transport.members
@@ -79,17 +79,21 @@ def _median_trip_s(transport: Transport, peer: int, tag: int, spec: TensorSpec) 
 
 
 def _round_trip_s(transport: Transport, peer: int, tag: int, spec: TensorSpec) -> float:
-    back = transport.receive(spec, peer, tag + 1, _HOST)
+    device = transport.device
+    back = transport.receive(spec, peer, tag + 1, device)
+    message = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+    synchronize(device)
     start = time.perf_counter()
-    transport.send(torch.empty(spec.shape, dtype=spec.dtype), peer, tag)
+    transport.send(message, peer, tag)
     back.wait()
     transport.flush()
+    synchronize(device)
     return time.perf_counter() - start
 
 
 def _echo(transport: Transport, peer: int, tag: int, num_bytes: int) -> None:
     large = TensorSpec((num_bytes,), torch.uint8)
     specs = [_SMALL] * (1 + _REPEATS) + [large] * (1 + _REPEATS)
-    posted = [transport.receive(spec, peer, tag, _HOST) for spec in specs]
+    posted = [transport.receive(spec, peer, tag, transport.device) for spec in specs]
     for pending in posted:
         transport.send(pending.wait(), peer, tag + 1)

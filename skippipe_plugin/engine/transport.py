@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import phases
 from .c10d import Gloo, ProcessGroupGloo, Store, Work
+from .device import HOST
 from .errors import GenerationAborted
 from .gloo_door import open_device
 from .rendezvous import AbortableStore
@@ -145,6 +146,7 @@ class Transport:
         members: The ranks of this generation, in ascending order; a schedule must not visit others.
         generation: The number of the generation.
         host: The address to bind to.
+        device: What this rank computes on.
         waiting: Told while this rank waits for others.
     """
 
@@ -159,9 +161,11 @@ class Transport:
         members: Sequence[int],
         generation: int,
         host: str,
+        device: torch.device = HOST,
         waiting: Waiting | None = None,
     ) -> None:
         self.rank = rank
+        self.device = device
         self._waiting = waiting or Waiting()
         self.members = tuple(members)
         self.generation = generation
