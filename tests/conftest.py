@@ -17,6 +17,8 @@ DOOR, ROOM = Path(__file__), Path(__file__).parent
 """Two things to lock, that all processes of a run have."""
 GRACE_S = 5.0
 LEAK_PREFIXES = ("SKIPPIPE_", "RANK", "WORLD_SIZE", "MASTER_")
+INSIDE = "PYTEST_CURRENT_TEST" in os.environ
+"""A test of another pytest started this one, and waits for it in the room."""
 # Helpers that Python and torch start once and keep until the process ends.
 LONG_LIVED = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch/_inductor/compile_worker")
 
@@ -29,9 +31,27 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=("cpu", "sim"), default="cpu", help="sim: train on simulated devices (tests/device)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the simulated device before the first operation, if it is to be there."""
+    if config.getoption("--device") == "sim":
+        from tests.device import build
+
+        if reason := build.missing():
+            raise pytest.UsageError(reason)
+        build.load(build.installed(config.cache.mkdir("sim-device")))
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Let a test that is marked ``alone`` run beside no other test of this folder."""
+    if INSIDE:
+        return (yield)
     alone = item.get_closest_marker("alone") is not None
     with contextlib.ExitStack() as held:
         with _locked(DOOR, fcntl.LOCK_EX):  # who waits to be alone keeps it, so that nobody slips in

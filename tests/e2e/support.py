@@ -41,10 +41,23 @@ def trainer_for(devices: int, strategy: Mapping[str, Any] | None = None, **optio
     """Build a quiet Trainer: a pipeline when it has more than one device or settings of the strategy."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     plugin = {"strategy": SkipPipeStrategy(**(strategy or {}))} if devices > 1 or strategy else {}
+    if hasattr(torch, "sim"):
+        plugin, options = _on_sim(plugin, options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available.*")
         usual = {"accelerator": "cpu", **quiet, "enable_model_summary": False}
         return Trainer(devices=devices, **plugin, **{**usual, **options})
+
+
+def _on_sim(plugin: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train on the devices of ``pytest --device sim``."""
+    from tests.device import accelerator
+
+    accelerator.register()
+    alone = accelerator.one_process() if not plugin and "strategy" not in options else {}
+    precise = accelerator.mixed(options.get("precision"))
+    rest = {name: value for name, value in options.items() if name != "precision"}
+    return {**alone, **plugin, **precise}, {"accelerator": "sim", **rest}
 
 
 def train(
