@@ -323,8 +323,11 @@ def run_spread_experts(hidden: Tensor, routing: Routing, experts: ExpertWeights,
         ways.append((way, way.begin(rows.index_select(0, chunk.tokens).to(compute))))
     compute_rows = prepare(local, int(received.sum()), hidden.device)
     for number, (way, token) in enumerate(ways):
-        rows_here, start_s = way.end(token), time.perf_counter()
+        rows_here = way.end(token)
+        _settle(hidden.device)
+        start_s = time.perf_counter()
         output = _compute_received(rows_here, received[number], compute_rows)
+        _settle(hidden.device)  # it is copied to the host next in any case
         company.note(shard.site, len(rows_here), time.perf_counter() - start_s)
         back = _Trip(company, way.call, way.receive, way.send, _Say.COMBINE, _Say.COMBINE_BACK)
         backs.append((back, back.begin(output)))
@@ -334,6 +337,12 @@ def run_spread_experts(hidden: Tensor, routing: Routing, experts: ExpertWeights,
         weighted = back.end(token) * weights.reshape(-1)[chunk.rows].unsqueeze(-1)
         totals.append(weighted.new_zeros(rows.shape).index_add(0, chunk.tokens, weighted))
     return torch.cat(totals).to(hidden.dtype)
+
+
+def _settle(device: torch.device) -> None:
+    """Wait for what was started on a device, so that its compute is timed and not how long it takes to start it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class _Chunk:
