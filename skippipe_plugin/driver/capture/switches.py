@@ -23,6 +23,7 @@ from torch import overrides
 from torch.utils import _python_dispatch as dispatch
 
 from ...engine.errors import SkipPipeError
+from ...engine.process_switches import QUICK
 from .suspend import current_thread
 
 getsignal: Final[Callable[[int], Any]] = _signal.getsignal
@@ -143,20 +144,6 @@ def _autocast(kind: str) -> tuple[Switch, ...]:
     )
 
 
-@functools.lru_cache
-def _the_same(order: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the same object for equal ones."""
-    return order
-
-
-_ANOMALY: Final = tuple(tuple((on, check) for check in (False, True)) for on in (False, True))
-"""By whether autograd looks for anomalies, and for NaN: the same pair each time."""
-
-
-def _anomaly_modes() -> tuple[bool, bool]:
-    return _ANOMALY[torch.is_anomaly_enabled()][torch.is_anomaly_check_nan_enabled()]
-
-
 def _accelerators() -> tuple[Switch, ...]:
     """What the thread has for the host's accelerator, if there is one."""
     if not torch.accelerator.is_available():
@@ -169,10 +156,6 @@ def _accelerators() -> tuple[Switch, ...]:
     )
     index = Switch(torch.accelerator.current_device_index, torch.accelerator.set_device_index)
     return (*_autocast(device.type), index, streams)
-
-
-def _sdp(name: str) -> Switch:
-    return Switch(getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
 
 
 def _handler(number: int) -> Switch:
@@ -189,25 +172,7 @@ _OF_THREAD: Final[tuple[Switch, ...]] = (
     *((_handler(signal.SIGALRM),) if hasattr(signal, "SIGALRM") else ()),
 )
 PROCESS: Final[tuple[Switch, ...]] = (
-    Switch(torch.get_default_dtype, torch.set_default_dtype),
-    Switch(
-        torch.get_float32_matmul_precision,
-        torch.set_float32_matmul_precision,
-    ),
-    Switch(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-    *(_sdp(name) for name in ("flash", "mem_efficient", "math", "cudnn")),
-    Switch(
-        lambda: _the_same(tuple(torch._C._get_sdp_priority_order())),
-        lambda order: torch._C._set_sdp_priority_order(list(order)),
-    ),
-    Switch(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
-    Switch(torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
-    Switch(torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
-    Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
-    Switch(
-        _anomaly_modes,
-        lambda modes: torch.set_anomaly_enabled(*modes),
-    ),
+    *(Switch(switch.get, switch.set) for switch in QUICK),
     _attribute(torch_device, "CURRENT_DEVICE"),
     _attribute(sys, "stdout"),
     _attribute(sys, "stderr"),

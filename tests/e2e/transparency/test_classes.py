@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.modules import loader
@@ -185,3 +186,37 @@ def test_switches_of_the_process_reach_the_blocks() -> None:
             switch(back=True)
     assert_same_run(runs[1], runs[0])
     assert runs[0].losses != fit(lambda: Model(Looking), 1).losses
+
+
+class LookingAtKernels(nn.Module):
+    """Computes what the switches of kernels say, and with numbers that are no normal ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rough = 2.0 if torch.backends.cuda.matmul.fp32_precision == "tf32" else 1.0
+        timed = 1.5 if torch.backends.cudnn.benchmark else 1.0
+        first = 1.25 if torch._C._get_sdp_priority_order()[0] == int(SDPBackend.MATH) else 1.0
+        scaled = torch.tanh(self.linear(hidden)) * (rough * timed * first)
+        return hidden + scaled + scaled.detach() * 1e-40 * 1e30 * 1e10
+
+
+def test_switches_of_kernels_reach_the_blocks() -> None:
+    order = torch._C._get_sdp_priority_order()
+
+    def switch(*, back: bool) -> None:
+        torch.backends.cuda.matmul.fp32_precision = "none" if back else "tf32"
+        torch.backends.cudnn.benchmark = not back
+        torch.set_flush_denormal(not back)
+        torch._C._set_sdp_priority_order(order if back else sorted(order))
+
+    runs = []
+    for devices in (1, 3):
+        try:
+            runs.append(fit(lambda: Model(LookingAtKernels, lambda: switch(back=False)), devices))
+        finally:
+            switch(back=True)
+    assert_same_run(runs[1], runs[0])
+    assert runs[0].losses != fit(lambda: Model(LookingAtKernels), 1).losses
