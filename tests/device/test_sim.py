@@ -193,6 +193,18 @@ def test_autocast_has_a_list_of_its_own() -> None:
         assert layer(batch).dtype == torch.float32
 
 
+def test_inference_mode_takes_views_of_what_was_made_outside() -> None:
+    ours = torch.arange(6.0, device="sim:1", requires_grad=True)
+    with torch.inference_mode():
+        seen = ours.view(2, 3)[1]
+        assert not seen.is_inference()
+        assert (seen * 2).is_inference()
+        assert seen.tolist() == [3, 4, 5]
+    with torch.no_grad():
+        ours.view(2, 3)[1].zero_()
+    assert ours.tolist() == [0, 1, 2, 0, 0, 0]
+
+
 def test_checkpointing_draws_the_same_mask_again() -> None:
     batch = torch.ones(50, device="sim:1", requires_grad=True)
     output = checkpoint(F.dropout, batch, use_reentrant=False, preserve_rng_state=True)
@@ -217,6 +229,18 @@ def test_copies_stay_on_the_device() -> None:
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert other.weight.device == layer.weight.device
         assert torch.equal(other.weight, layer.weight)
+
+
+def test_parameters_stay_what_they_are_when_they_move() -> None:
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    layers[1].weight = weight = layers[0].weight
+    layers.to("sim:1")
+    assert layers[0].weight is layers[1].weight is weight
+    weight.data = torch.ones(2, 2)
+    assert weight.device.type == "cpu"
+    weight.data = torch.ones(2, 2, device="sim:2")
+    assert weight.device == torch.device("sim:2")
+    assert layers.cpu()[0].weight is weight
 
 
 def test_memory_is_counted_for_each_device() -> None:

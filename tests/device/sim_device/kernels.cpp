@@ -23,12 +23,22 @@ using torch::CppFunction;
 template <class T>
 using Maybe = std::optional<T>;
 using Names = std::unordered_set<std::string>;
-const c10::DispatchKeySet kOnDevice(c10::DispatchKey::PrivateUse1), kOnHost(c10::DispatchKey::CPU);
+constexpr auto kBackend = c10::BackendComponent::PrivateUse1Bit, kHost = c10::BackendComponent::CPUBit;
+const c10::DispatchKeySet kOnHost(c10::DispatchKey::CPU);
+// The bit of the host is the lower one and changes no dispatch. But it lets the data of a parameter be set to a tensor
+// elsewhere, as with CUDA; else Module.to would make new parameters, and untie those that are shared.
+const auto kOnDevice = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1) | c10::DispatchKeySet(kHost);
 
 bool is_ours(const Tensor& tensor) { return tensor.defined() && tensor.device().type() == kType; }
 
+// A view is tracked by autograd, or made in inference mode, as what it is a view of.
+c10::DispatchKeySet with(const Tensor& tensor, c10::BackendComponent backend) {
+  return (tensor.key_set() - c10::python_ks).remove_backend(kBackend) | c10::DispatchKeySet(backend);
+}
+
 Tensor view(const c10::Storage& storage, const Tensor& shape, c10::DispatchKeySet keys) {
-  auto result = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), keys, shape.dtype());
+  auto result =
+      at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(storage), keys, shape.dtype());
   result.unsafeGetTensorImpl()->set_storage_offset(shape.storage_offset());
   result.unsafeGetTensorImpl()->set_sizes_and_strides(shape.sizes(), shape.strides());
   return result;
@@ -59,7 +69,7 @@ class HostView {
   Tensor of(const Tensor& ours) {
     for (const auto& [known, seen] : pairs_)
       if (known.is_same(ours)) return seen;
-    pairs_.emplace_back(ours, view(storage(ours.storage()), ours, kOnHost));
+    pairs_.emplace_back(ours, view(storage(ours.storage()), ours, with(ours, kHost)));
     return pairs_.back().second;
   }
 
@@ -69,7 +79,7 @@ class HostView {
     for (const auto& [known, seen] : pairs_)
       if (result.is_same(seen)) return known;
     for (const auto& [known, seen] : pairs_)
-      if (seen.storage().is_alias_of(result.storage())) return view(known.storage(), result, kOnDevice);
+      if (seen.storage().is_alias_of(result.storage())) return view(known.storage(), result, with(known, kBackend));
     const auto dense = result.is_non_overlapping_and_dense() ? result : result.contiguous();
     const auto made = empty_strided(dense.sizes(), dense.strides(), dense.scalar_type(), {}, device, {});
     HostView().of(made).copy_(result);
