@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Any
 
 import cloudpickle
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Trainer
 from torchmetrics import Metric
 
@@ -109,8 +110,9 @@ def set_logged(trainer: Trainer, state: Mapping[str, Any]) -> None:
     results = _ResultUnpickler(io.BytesIO(state["results"]), trainer).load()
     results.batch = trainer.fit_loop.epoch_loop._results.batch
     trainer.fit_loop.epoch_loop._results = results
-    connector._callback_metrics.update(state["callback"])
-    connector._logged_metrics.update(state["logged"])
+    device = trainer.strategy.root_device  # where Lightning has them; they come to the host on their way
+    connector._callback_metrics.update(move_data_to_device(state["callback"], device))
+    connector._logged_metrics.update(move_data_to_device(state["logged"], device))
     connector._first_loop_iter, connector._current_fx = state["position"]
     trainer.should_stop = state["should_stop"]
 

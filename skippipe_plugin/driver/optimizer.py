@@ -12,6 +12,7 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from ..engine import gradients, phases
 from ..engine.apart import (
@@ -415,10 +416,16 @@ def _has_values(state: Mapping[str, Any] | None) -> bool:
 
 
 def to_device(optimizer: Optimizer, device: torch.device) -> None:
-    """Move the optimizer's own state, which has none for remote parameters."""
+    """Move the optimizer's own state, which has none for remote parameters.
+
+    How many steps were taken stays where it is, as Lightning and torch leave it: it is counted on the host, unless all
+    of a step runs on the device.
+    """
+    whole = [group for group in optimizer.param_groups if group.get("capturable") or group.get("fused")]
+    counts_there = {id(parameter) for group in whole for parameter in group["params"]}
     watched = optimizer.state
     with watched.opened() if isinstance(watched, WatchedState) else nullcontext():
-        for state in watched.values():
+        for parameter, state in watched.items():
             for name, value in state.items():
-                if isinstance(value, Tensor) and not value.is_meta:
-                    state[name] = value.to(device)
+                if name != "step" or id(parameter) in counts_there:
+                    state[name] = tree_map_only(Tensor, lambda each: each if each.is_meta else each.to(device), value)

@@ -42,13 +42,18 @@ def metric_states(module: nn.Module) -> dict[str, MetricState]:
 
 
 def set_metric_states(module: nn.Module, states: Mapping[str, MetricState]) -> None:
-    """Overwrite what :func:`metric_states` returns."""
+    """Overwrite what :func:`metric_states` returns, and what has come to the host since; see torchmetrics for lists."""
     for name, (count, state) in states.items():
         metric = cast("Metric", module.get_submodule(name))
         metric._update_count = count
         metric._computed = None
         for key, value in state.items():
-            setattr(metric, key, _copied(value))
+            counts_here = isinstance(value, Tensor) or not metric.compute_on_cpu
+            setattr(metric, key, _copied(_on(metric.device, value) if counts_here else value))
+
+
+def _on(device: torch.device, value: Any) -> Any:  # Any: a metric's state is a tensor or a list of tensors
+    return value.to(device) if isinstance(value, Tensor) else [each.to(device) for each in value]
 
 
 def _copied(value: Any) -> Any:  # Any: a metric's state is a tensor or a list of tensors
