@@ -92,6 +92,7 @@ def test_a_worker_that_was_cut_off_has_no_say_and_may_join_anew(hosts: Hosts) ->
         assert status == 1
         assert "join anew" in said or "join it again" in said
         hosts.join(hosts.cable.node)
+        assert wait_until(lambda: trainer.strategy._job.pool.num_idle > 0)  # before somebody is lost
 
     cut_off: list[int] = []
     recovery = StageRecovery(spares=0, heartbeat_s=2.0)
