@@ -16,10 +16,20 @@ import torch
 
 from . import build
 
+HERE = Path(__file__).parent
+LIMIT_S = 420
 collect_ignore = ["sim_device"]  # to be imported from where it is built
 Outcomes = dict[tuple[str, str], ElementTree.Element]
 """By module and name."""
 _OUTCOMES = pytest.StashKey[Outcomes]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the test that comes first time to build the device and to wait for all tests."""
+    if not hasattr(torch, "sim"):
+        for item in items:
+            if item.path.is_relative_to(HERE):
+                item.add_marker(pytest.mark.timeout(LIMIT_S + 60), append=False)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,12 +54,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 def _run_all(session: pytest.Session) -> Outcomes:
     """Run the tests of this folder that are asked for, and return what became of each."""
-    here = Path(__file__).parent
-    asked_for = [item.nodeid for item in session.items if item.path.is_relative_to(here)]
+    asked_for = [item.nodeid for item in session.items if item.path.is_relative_to(HERE)]
     report = session.config.cache.mkdir("sim-device") / f"report-{os.getpid()}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--device", "sim", f"--junitxml={report}", *asked_for]
     run = subprocess.run(
-        command, cwd=session.config.rootpath, capture_output=True, text=True, timeout=240, env=_environment()
+        command, cwd=session.config.rootpath, capture_output=True, text=True, timeout=LIMIT_S, env=_environment()
     )
     if not report.exists():
         pytest.fail(run.stdout + run.stderr, pytrace=False)

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-pytestmark = pytest.mark.timeout(400)  # the first one builds it
-
 
 @pytest.fixture(autouse=True)
 def as_new() -> Iterator[None]:

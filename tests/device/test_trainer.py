@@ -10,8 +10,6 @@ from tests.e2e.models import Transformer, tokens
 from tests.e2e.modules import BATCH, STEPS, LanguageModel, loader
 from tests.e2e.support import Run, assert_same_run, train
 
-pytestmark = pytest.mark.timeout(400)  # the first one builds it
-
 
 def _run(devices: int, **options: Any) -> Run:
     return train(lambda: LanguageModel(Transformer()), loader(tokens(BATCH * STEPS)), devices, **options)
