@@ -41,17 +41,21 @@ class Ambient:
     """Those of the driver's process; None to leave them as they are."""
     caches_casts: bool = True
     """Whether autocast casts a weight once for all its uses, whose gradients then add up in the lower precision."""
+    makes_on: str = ""
+    """The kind of device on which user code has tensors made that name none (``torch.set_default_device``, ``with
+    torch.device(...)``); empty: torch's choice."""
 
     @classmethod
     def current(cls, device_types: Sequence[str], switches: ProcessSwitches | None = None) -> Ambient:
         """Read the state of the calling thread."""
         autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in device_types if _autocast_is_on(kind))
         caches = not autocast or torch.is_autocast_cache_enabled()
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, switches, caches)
+        makes_on = torch.get_default_device().type if torch._C._len_torch_function_stack() else ""
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, switches, caches, makes_on)
 
     def entered(self) -> AbstractContextManager[None]:
         """Put the calling thread into this state."""
-        if not self.inference and not self.autocast:
+        if not self.inference and not self.autocast and not self.makes_on:
             return torch.set_grad_enabled(self.grad)
         return self._entered()
 
@@ -62,6 +66,8 @@ class Ambient:
                 stack.enter_context(torch.inference_mode())
             else:
                 stack.enter_context(torch.set_grad_enabled(self.grad))
+            if self.makes_on:
+                stack.enter_context(torch.device(self.makes_on))
             for kind, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self.caches_casts))
             yield

@@ -18,7 +18,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from .arguments import ArgumentGuard, ArrayInput, CacheRef, HiddenAgain, Packed, SideInput, array_of
 from .attributes import BlockWatch, Key, apply_changes, attributes_kept, changed_buffers
 from .call import Ambient, BlockMode, Call, CallSpec, Hop, block_seed
-from .device import kept_random_states, seed_everything
+from .device import kept_random_states, random_states, seed_everything, set_random_states
 from .errors import SkipPipeError
 from .independence import Parts, difference, uncompiled
 from .kept_state import Buffers
@@ -290,16 +290,16 @@ class Stage:
 
     @contextmanager
     def _without_a_trace(self, module: nn.Module, call: Call) -> Iterator[dict[str, Tensor]]:
-        """Run a block under the call's conditions; bring back its buffers and attributes, and the random state."""
-        buffers, state = Buffers(module), torch.get_rng_state()
+        """Run a block under the call's conditions; bring back its buffers and attributes, and the random states."""
+        buffers, states = Buffers(module), random_states(self.device)
         asked = call.spec.ambient
         # Where experts are spread, what goes back through them would be a matter of several ranks.
-        ambient = Ambient(asked.grad and self.company is None, False, asked.autocast)
+        ambient = Ambient(asked.grad and self.company is None, False, asked.autocast, makes_on=asked.makes_on)
         with torch.inference_mode(False), attributes_kept(module), ambient.entered():  # there no change is counted
             try:
                 yield buffers.by_name
             finally:
-                torch.set_rng_state(state)
+                set_random_states(self.device, states)
                 buffers.restore()
 
     def take_writes(self) -> list[tuple[int, Key]]:

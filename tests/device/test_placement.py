@@ -76,6 +76,33 @@ def test_what_is_on_the_host_stays_there(strategy: dict[str, Any]) -> None:
     assert_same_run(train(Minding, data, 3, strategy), train(Minding, data, 1))
 
 
+class Making(TanhBlock):
+    """A block that makes a tensor without saying where."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.tanh(self.linear(hidden)) * torch.full((8,), 0.5)
+
+
+class Unnamed(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.blocks = nn.ModuleList(Making() for _ in range(2))
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        with torch.device(self.device):
+            return self.head(nn.Sequential(*self.blocks)(self.embed(batch))).square().mean()  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def test_tensors_are_made_where_the_step_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = DataLoader([torch.randn(8, 4, generator=generator) for _ in range(STEPS)], batch_size=None)
+    assert_same_run(train(Unnamed, data, 3), train(Unnamed, data, 1))
+
+
 def test_a_loops_model_is_whole_on_its_device_afterwards() -> None:
     def losses(pipeline: bool) -> list[float]:
         torch.manual_seed(0)

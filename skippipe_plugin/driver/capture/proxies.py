@@ -246,7 +246,7 @@ class BlockProxies:
         """Return how ``block`` is to be called when something is asked about it."""
         template = call.templates[call.block_template[block]]
         modes = (call.modes[block],) * len(self.blocks)
-        ambient = Ambient(call.ambient.grad, False, call.ambient.autocast)
+        ambient = dataclasses.replace(call.ambient, inference=False, switches=None, caches_casts=True)
         return CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient, on_host=call.on_host)
 
     def cache_use(self, call: StackCall) -> CacheUse:

@@ -23,7 +23,6 @@ SPEED: Final = "changes speed or memory, not results"
 SAYS: Final = "changes what is printed or warned of"
 CHECKS: Final = "raises where a sparse tensor is malformed, which is the same tensor without it"
 KERNELS: Final = "takes kernels out that compute the same, on GPUs and with packages of their own"
-HERE: Final = "where tensors are made that name no device: workers compute on devices of their own"
 SET: Final = "sets several of the others"
 
 WAYS: Final = {
@@ -32,7 +31,7 @@ WAYS: Final = {
     "torch.set_deterministic_debug_mode": "deterministic",
     "torch.set_default_dtype": "default_dtype",
     "torch.set_default_tensor_type": "default_dtype",
-    "torch.set_default_device": HERE,
+    "torch.set_default_device": CALL,
     "torch.set_flush_denormal": "flush_denormal",
     "torch.set_float32_matmul_precision": "precision",
     "torch.set_grad_enabled": CALL,
