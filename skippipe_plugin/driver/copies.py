@@ -35,7 +35,7 @@ class Workers(Protocol):
         """Raise when nobody can be asked for ``what`` because a step is under way."""
 
     def fetch(self, what: str, blocks: Collection[int]) -> Mapping[str, Tensor]:
-        """Return ``"weights"`` or ``"gradients"`` of some blocks, by ``"<block>\\t<name>"``."""
+        """Return ``"weights"`` or ``"gradients"`` of some blocks, by ``"<block>\\t<name>"``, on the driver's device."""
 
     def put(self, what: Written, tensors: Mapping[str, Tensor], *, absent: Collection[str] = ()) -> None:
         """Overwrite some of them, and drop the gradients named ``absent``; nobody answers."""
@@ -106,7 +106,8 @@ class WeightCopies:
         """Make a copy of one that is about to be written as a whole, without asking for what it is."""
         name = tensor_name(slot.block, slot.name)
         if name not in self._copies:
-            value = torch.empty_strided(slot.form.size(), slot.form.stride(), dtype=slot.form.dtype)
+            form = slot.form
+            value = torch.empty_strided(form.size(), form.stride(), dtype=form.dtype, device=slot.source.device)
             self._copies[name] = _Copy(value, None, _uses(value))
 
     def set_value(self, slot: Slot, value: Tensor) -> None:
@@ -293,4 +294,4 @@ def _like(form: Tensor, tensor: Tensor) -> Tensor:
     """Return ``tensor`` with the strides of ``form``."""
     if tensor.stride() == form.stride():
         return tensor
-    return torch.empty_strided(form.size(), form.stride(), dtype=form.dtype).copy_(tensor)
+    return torch.empty_strided(form.size(), form.stride(), dtype=form.dtype, device=tensor.device).copy_(tensor)

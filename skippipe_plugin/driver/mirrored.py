@@ -16,6 +16,7 @@ from ..engine import phases
 from ..engine.control.answers import State
 from ..engine.control.commands import Get, Overwrite
 from ..engine.control.values import Written, Zero
+from ..engine.device import free_bytes
 from ..engine.errors import SkipPipeError
 from ..engine.handover import find_again, let_go, pack_tensors, unpack_tensors
 from ..engine.wire import block_tensors, tensor_key
@@ -263,7 +264,7 @@ class Mirror:
                 question = Get("weights" if what == "weights" else "last_gradients", own)
                 state = host.links[rank].ask(question, State)
                 parts.setdefault(rank, {}).update(unpack_tensors(state.tensors, state.blobs))
-        return host.shards.join(parts)
+        return _where_it_fits(host.shards.join(parts), self.device)
 
     def put(self, what: Written, tensors: Mapping[str, Tensor], *, absent: Collection[str] = ()) -> None:
         host = self._host
@@ -297,3 +298,14 @@ def check_hooks(blocks: Mapping[int, nn.Module], names: Sequence[str]) -> None:
                     "parameter.grad in on_before_optimizer_step (in a loop of your own: between backward and "
                     "optimizer.step), or keep the block on the driver with blocks=..., which names the stack without it"
                 )
+
+
+def _where_it_fits(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return values on the driver's device, where remote tensors say that they are; what has no room there stays.
+
+    A ``state_dict()`` of a model that only all workers together hold is such.
+    """
+    free = free_bytes(device)
+    if device.type == "cpu" or (free is not None and sum(value.nbytes for value in values.values()) > free):
+        return values
+    return {name: value.to(device) for name, value in values.items()}
