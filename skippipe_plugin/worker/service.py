@@ -50,6 +50,8 @@ from .tallies import StageTallies
 
 log = logging.getLogger(__name__)
 
+_RESTS_S: Final = 0.5
+"""After how long without a message a worker that holds nothing has no run to come."""
 _GRACE_S: Final = 3.0
 """How long a worker whose driver is gone may take to leave by itself before it is ended."""
 
@@ -102,6 +104,8 @@ class Worker:
         """What the first driver has written and the others, which have written the same, may not have yet."""
         self._over_for: set[int] = set()
         """The drivers for which the run is over."""
+        self._owes_memory = False
+        """Whether what a run took is to be given back to the host."""
         self._closing = False
         self._may_leave = self._wants_to_leave = False
         self._refusal = ""
@@ -325,6 +329,7 @@ class Worker:
         self._calls.clear()
         self._steps.clear()
         self._over_for.clear()
+        self._owes_memory = False  # what is to come would wait for it
         self._order.restart(len(self._lines))
         self._form(command)
         self._answer(answers.Ready())
@@ -369,7 +374,7 @@ class Worker:
             self._drop()
 
     def _drop(self) -> None:
-        """Hold nothing any more, and give the memory back."""
+        """Hold nothing any more; the memory is given back when this worker rests."""
         self._keep.drop()
         self._routers, self._later = RouterBoard(), []
         self._calls.clear()
@@ -377,7 +382,7 @@ class Worker:
         self._new_decoders()
         with contextlib.suppress(GenerationAborted):  # of a step that failed
             self._let_go()
-        give_back(self._device)
+        self._owes_memory = True
 
     def _new_decoders(self) -> None:
         self._decoders = [CallDecoder(lambda tensor: tensor.to(self._device)) for _ in self._lines]
@@ -522,11 +527,23 @@ class Worker:
             if held is not None:
                 return held
             with self._waiting:
-                source, received = self._inbox.get()
+                source, received = self._arrival()
             if received is None:
                 raise self._gone(source)
             if self._order.admit(source, received):
                 return source, received
+
+    def _arrival(self) -> tuple[int, Received | None]:
+        """Wait for what comes next; give memory back once nothing has come for a while after a run.
+
+        It takes as long as many steps, and the next run often begins at once.
+        """
+        if self._owes_memory:
+            with contextlib.suppress(queue.Empty):
+                return self._inbox.get(timeout=_RESTS_S)
+            self._owes_memory = False
+            give_back(self._device)
+        return self._inbox.get()
 
     def _take_in(self) -> None:
         """Wait for a message in the middle of a step."""
