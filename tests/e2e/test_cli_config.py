@@ -24,6 +24,7 @@ NETWORK = {
     "local_workers": 2,
     "join_timeout_s": 600.0,
     "backend": "gloo-pairs",
+    "workers_per_device": 2,
 }
 PATHS = {
     "max_jump": 3,

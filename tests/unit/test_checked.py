@@ -63,6 +63,7 @@ SETTINGS: dict[type, dict[str, tuple[type, ...]]] = {
         "local_workers": (int, NONE),
         "join_timeout_s": (int, float),
         "backend": (str,),
+        "workers_per_device": (int,),
     },
     RecoveryPolicy: {
         "spares": (int,),
