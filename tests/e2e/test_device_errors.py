@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from skippipe_plugin.strategies import stop_workers
+
 from .support import trainer_for
 
 
@@ -63,6 +65,7 @@ def _workers() -> dict[int, psutil.Process]:
 
 
 def test_a_worker_that_can_use_its_device_no_more_is_replaced() -> None:
+    stop_workers()  # others may be left of tests before, and would take its place
     good = DataLoader(torch.randn(8, 4), batch_size=4)
     trainer_for(3, {"num_microbatches": 2}, max_steps=1).fit(Module(), good)
     before = _workers()
