@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..engine.call import Ambient, Call, block_seed
 from ..engine.control.values import Opening
-from ..engine.device import seed_everything
+from ..engine.device import kept_random_states, seed_everything
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, inner
 from ..schedule import Path
@@ -25,7 +25,6 @@ from .capture import own_gradients
 from .capture.graphs import AroundTheBlocks
 from .capture.notes import Noted
 from .capture.proxies import BlockProxies, StackCall
-from .capture.randomness import private_random_state
 from .capture.side_inputs import PreparedCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter
@@ -233,7 +232,7 @@ class StepRun:
 
     def random_state(self) -> AbstractContextManager[None]:
         """Frame a training step: it seeds its own random state."""
-        return private_random_state(self._device)
+        return kept_random_states(self._device)
 
     # ----------------------------------------------------- the driver part
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -127,14 +126,17 @@ def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
         torch.get_device_module(device).set_rng_state(state, *_which(device))
 
 
-@contextmanager
-def kept_random_states(device: torch.device) -> Iterator[None]:
-    """Leave the generators as they are found."""
-    states = random_states(device)
-    try:
-        yield
-    finally:
-        set_random_states(device, states)
+class kept_random_states:
+    """Leaves the generators of the host and of ``device`` as they are found."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._states = random_states(self._device)
+
+    def __exit__(self, *_: object) -> None:
+        set_random_states(self._device, self._states)
 
 
 @functools.cache

@@ -41,16 +41,3 @@ class RandomStates:
     def _is_alike_beside_torch(self, other: RandomStates) -> bool:
         (_, array, position, *_), (_, others, at, *_) = self._numpy, other._numpy
         return self._python == other._python and position == at and np.array_equal(array, others)
-
-
-class private_random_state:
-    """Leaves the random state of the user's code as it was: the step seeds its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __enter__(self) -> None:
-        self._states = random_states(self._device)
-
-    def __exit__(self, *_: object) -> None:
-        set_random_states(self._device, self._states)
