@@ -7,8 +7,9 @@ it. Gloo takes the same discipline, on host memory: that is how it is tested whe
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, Literal
 
 import torch
@@ -140,24 +141,16 @@ def transport_for(
     Raises:
         SkipPipeError: NCCL is asked for where it cannot be.
     """
-    if backend == "gloo":
-        return Transport(
-            store,
-            rank=rank,
-            members=members,
-            generation=generation,
-            host=host,
-            device=torch.device(device),
-            waiting=waiting,
-        )
-    return PairTransport(
+    kind: Callable[..., Transport] = Transport
+    if backend != "gloo":
+        kind = functools.partial(PairTransport, backend="nccl" if backend == "nccl" else "gloo")
+    return kind(
         store,
         rank=rank,
         members=members,
         generation=generation,
         host=host,
         device=torch.device(device),
-        backend="nccl" if backend == "nccl" else "gloo",
         waiting=waiting,
     )
 
