@@ -64,9 +64,9 @@ class Play(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         job = trainer.strategy._job
         wait_for(lambda: not job.num_coming())
-        for link in job.idle():  # what earlier tests have left would take over from who leaves
+        for link in job.resting():  # what earlier tests have left would take over from who leaves, once it is awake
             job.fence(link)
-        wait_for(lambda: not job.idle())
+        wait_for(lambda: not job.resting())
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         links = trainer.strategy._spread.links
