@@ -24,6 +24,7 @@ from skippipe_plugin.driver.links import Link, Links
 from skippipe_plugin.driver.pipeline import EVALUATION, TRAINING, Pipeline, Rendezvous
 from skippipe_plugin.driver.pool import WorkerPool
 from skippipe_plugin.driver.steps import StepTask
+from skippipe_plugin.engine.compilation import Compilation
 from skippipe_plugin.partition import cut, estimate_costs
 from skippipe_plugin.schedule import Schedule, full_schedule
 
@@ -88,7 +89,7 @@ def pipeline_over(
     proxies_of = functools.partial(BlockProxies, names, list(blocks), ("cpu",))
     try:
         pipeline.form()
-        pipeline.load(model, proxies_of, None, 0)
+        pipeline.load(model, proxies_of, Compilation({}), 0)
         yield pipeline
     finally:
         pipeline.unload()
