@@ -181,8 +181,8 @@ class Executor:
         if self._driver is not None:
             self._driver.announce()
         try:
-            came = self._posted.pop(key).wait()
-            return None if action.op not in (Op.F, Op.L) and is_absent(came) else came
+            pending = self._posted.pop(key)
+            return pending.wait() if action.op in (Op.F, Op.L) else pending.wait_unless(is_absent)
         except GenerationAborted:
             raise
         except Exception as error:

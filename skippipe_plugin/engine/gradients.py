@@ -130,12 +130,15 @@ def sum_over_holders(parameters: Sequence[nn.Parameter], all_reduce: Callable[[T
 def norm_power(parameters: Sequence[Tensor], norm_type: float) -> float:
     """Return the sum of the powers of the gradients' elements (their maximum for an infinite norm).
 
-    Partial results of several processes add up (or are compared), see :func:`total_norm`.
+    Partial results of several processes add up (or are compared), see :func:`total_norm`. A device is waited for once.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return 0.0
-    norms = torch.stack([norm.to("cpu", torch.float64) for norm in torch._foreach_norm(gradients, norm_type)])
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for norm in torch._foreach_norm(gradients, norm_type):
+        by_device.setdefault(norm.device, []).append(norm)
+    norms = torch.cat([torch.stack(each).to("cpu", torch.float64) for each in by_device.values()])
     return float(norms.max() if norm_type == float("inf") else (norms**norm_type).sum())
 
 

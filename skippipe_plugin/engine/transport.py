@@ -96,11 +96,19 @@ class PendingTensor:
 
     def wait(self) -> Tensor:
         """Block until the tensor is here; raise GenerationAborted when the generation ends first."""
+        return self._arrived().to(self._device)
+
+    def wait_unless(self, is_none: Callable[[Tensor], bool]) -> Tensor | None:
+        """Do the same, but return None for a tensor of which that is true, where it came: a device is not asked."""
+        arrived = self._arrived()
+        return None if is_none(arrived) else arrived.to(self._device)
+
+    def _arrived(self) -> Tensor:
         if self._work is not None:
             with self._waiting:
                 _wait(self._work)
         self._sent = None
-        return self._buffer.to(self._device)
+        return self._buffer
 
 
 class Collective:

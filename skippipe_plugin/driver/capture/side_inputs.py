@@ -6,11 +6,12 @@ import hashlib
 import itertools
 import pickle
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import cloudpickle
+import torch
 from torch import Tensor
 
 from ...engine.call import Call, CallSpec
@@ -20,9 +21,10 @@ from ...engine.device import HOST
 from ...engine.errors import SkipPipeError
 from ...engine.transport import as_bytes
 from ...engine.wire import NumberedCall, encode_calls
+from .fingerprint import Fingerprints
 
 _HASHED_BYTES: Final = 8 << 20
-"""Larger side inputs are taken to be new each time: hashing would cost more than it saves."""
+"""Larger side inputs on the host are taken to be new each time: hashing would cost more than it saves."""
 _KEPT_BYTES: Final = 64 << 20
 """How much of side inputs each worker keeps for later microbatches and steps."""
 _KEPT_SPECS: Final = 256
@@ -61,9 +63,24 @@ class Digests:
 
     def __init__(self) -> None:
         self._unique = itertools.count()
+        self._fingerprints = Fingerprints()
 
-    def digest(self, tensor: Tensor) -> str:
-        """Return a name that equal tensors share; large tensors get a name of their own."""
+    def digests(self, tensors: Sequence[Tensor]) -> tuple[str, ...]:
+        """Return names that equal tensors share; large ones on the host get a name of their own.
+
+        Those of a device stay there, and are waited for together.
+        """
+        by_device: dict[torch.device, list[int]] = {}
+        for slot, tensor in enumerate(tensors):
+            by_device.setdefault(tensor.device, []).append(slot)
+        names: dict[int, str] = {}
+        for device, slots in by_device.items():
+            own = [tensors[slot] for slot in slots]
+            found = map(self._on_host, own) if device.type == "cpu" else self._fingerprints.of(own)
+            names.update(zip(slots, found, strict=True))
+        return tuple(names[slot] for slot in range(len(tensors)))
+
+    def _on_host(self, tensor: Tensor) -> str:
         data = as_bytes(tensor)
         if data.numel() > _HASHED_BYTES:
             return f"#{next(self._unique)}"
@@ -89,8 +106,10 @@ class Outbox:
         self._specs: OrderedDict[int, None] = OrderedDict()
         self._kept: OrderedDict[str, int] = OrderedDict()
 
-    def encode(self, step: int, calls: Sequence[PreparedCall]) -> tuple[CallNews, list[Buffer]]:
-        """Return calls as they travel to this worker."""
+    def encode(
+        self, step: int, calls: Sequence[PreparedCall], copies: MutableMapping[str, Tensor]
+    ) -> tuple[CallNews, list[Buffer]]:
+        """Return calls as they travel to this worker; ``copies`` has side inputs on the host, for all workers."""
         specs = {call.number: call.call.spec for call in calls if call.number not in self._specs}
         for call in calls:
             self._specs[call.number] = None
@@ -103,7 +122,7 @@ class Outbox:
                 if digest in self._kept:
                     self._kept.move_to_end(digest)
                 else:
-                    fresh[digest] = tensor
+                    fresh[digest] = copies[digest] = copies[digest] if digest in copies else tensor.to(HOST)
                     self._kept[digest] = tensor.numel() * tensor.element_size()
         numbered = [NumberedCall(p.microbatch, p.number, p.call.seed, p.digests, p.call.caches) for p in calls]
         return encode_calls(step, numbered, specs, fresh, self._evict(used), self._forget_specs(len(calls)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ...engine.call import BlockMode, Call, Hop
 from ...engine.control.commands import Calls, Step
 from ...engine.control.values import Opening
@@ -51,16 +53,17 @@ class CallWriter:
     ) -> PreparedCall:
         """Describe ``call`` for the ranks on ``path``."""
         spec = proxies.spec(call, self._hops(microbatch, path, call))
-        digests = tuple(map(self._digests.digest, call.side_inputs))
+        digests = self._digests.digests(call.side_inputs)
         whole = Call(spec, tuple(call.side_inputs), seed, proxies.cache_use(call))
         return PreparedCall(microbatch, whole, self._numbers.number(spec), digests)
 
     def send(self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path], opening: Opening | None) -> None:
         """Announce calls to the workers on their paths, and the step itself to all if ``opening`` describes it."""
+        copies: dict[str, Tensor] = {}
         for link in self._links:
             visiting = [call for call in calls if any(v.rank == link.rank for v in paths[call.microbatch].visits)]
             if visiting or opening is not None:
-                news, blobs = self._outboxes[link.rank].encode(step, visiting)
+                news, blobs = self._outboxes[link.rank].encode(step, visiting, copies)
                 link.send(Calls(news, blobs) if opening is None else Step(opening, news, blobs))
 
     def _hops(self, microbatch: int, path: Path, call: StackCall) -> tuple[Hop, ...]:

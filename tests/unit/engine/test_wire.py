@@ -42,7 +42,7 @@ class Worker:
         return len(self._received)
 
     def tell(self, step: int, calls: list[PreparedCall]) -> list[tuple[int, Call]]:
-        news, blobs = self.outbox.encode(step, calls)
+        news, blobs = self.outbox.encode(step, calls, {})
         return self.decoder.decode(news, [bytes(blob) for blob in blobs])
 
 
@@ -54,7 +54,7 @@ def prepared(microbatch: int, values: list[int], digests: Digests) -> PreparedCa
     tensors = tuple(side_input(value) for value in values)
     template = Template((None, *(SideInput(slot) for slot in range(len(tensors)))), {}, 0)
     spec = CallSpec((), (template,), (0,), (), Ambient(True, False, ()))
-    names = tuple(digests.digest(tensor) for tensor in tensors)
+    names = digests.digests(tensors)
     return PreparedCall(microbatch, Call(spec, tensors, seed=microbatch), len(tensors), names)
 
 
@@ -89,7 +89,7 @@ def test_specs_that_were_forgotten_travel_again(monkeypatch: pytest.MonkeyPatch)
     worker, digests = Worker(), Digests()
     sent = []
     for values in ([], [0], [0, 1], [], [0, 1]):
-        news, blobs = worker.outbox.encode(0, [prepared(0, values, digests)])
+        news, blobs = worker.outbox.encode(0, [prepared(0, values, digests)], {})
         lacking = news.lacking
         sent.append(([], []) if lacking is None else (list(lacking.specs), list(lacking.dropped_specs)))
         ((_, call),) = worker.decoder.decode(news, [bytes(blob) for blob in blobs])
