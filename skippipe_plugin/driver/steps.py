@@ -35,6 +35,8 @@ _HELD_BACK_S: Final = 0.002
 _FIRST_SHARE: Final = 1 / 8
 """For what share of the longest round trip the first ones of a step are collected. A worker that already waits for a
 tensor hears of further microbatches, and asks for theirs, only when it has come: a round trip later."""
+_LITTLE: Final = 1 << 20
+"""Bytes of a step's hidden states with which nobody has to be sparing: more of them are announced together."""
 _EMBED: Final = 1 << 20
 _LOSS: Final = _EMBED + 1
 """Numbers of the driver's own parts where blocks have theirs, for :func:`block_seed`."""
@@ -192,7 +194,7 @@ class StepRun:
             paths: By microbatch.
             opening: What the workers are told together with the first call.
             coming: The microbatches of this driver that may be embedded ahead of their turns, in that order.
-            most_ahead: How many may be at once.
+            most_ahead: How many may be at once; twice as many where they are little.
             taps: Brings what hooks on the blocks are to see.
         """
         self.step, self._paths, self._opening = step, paths, opening
@@ -286,8 +288,14 @@ class StepRun:
         # The least: a busy machine makes any of them look slow.
         quick = int(_HELD_BACK_S / max(min(self._took_s, default=inf), 1e-6))
         coming = (each for each in self._coming if each - self._first not in self._calls)
-        for microbatch in islice(coming, min(quick, self._most_ahead)):
+        for microbatch in islice(coming, min(quick, self._most_ahead * (2 if self._is_little() else 1))):
             self._ahead[microbatch] = self._embed(microbatch)
+
+    def _is_little(self) -> bool:
+        """Whether all hidden states of this driver's microbatches, if they are like the last ones, weigh nothing."""
+        if not self._held_back:
+            return False
+        return self._held_back[-1].call.spec.hops[0].spec.num_bytes * len(self._task.functions) <= _LITTLE
 
     def _announce(self) -> None:
         if self._held_back or self._opening is not None:
