@@ -293,9 +293,8 @@ class StepRun:
 
     def _is_little(self) -> bool:
         """Whether all hidden states of this driver's microbatches, if they are like the last ones, weigh nothing."""
-        if not self._held_back:
-            return False
-        return self._held_back[-1].call.spec.hops[0].spec.num_bytes * len(self._task.functions) <= _LITTLE
+        last = next(reversed(self._hidden.values()), None)
+        return last is not None and last.nbytes * len(self._task.functions) <= _LITTLE
 
     def _announce(self) -> None:
         if self._held_back or self._opening is not None:

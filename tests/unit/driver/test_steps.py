@@ -80,9 +80,10 @@ class Steps:
         first: int = 0,
         embedding_s: float = 0.0001,
         took_s: Sequence[float] = (),
+        size: int = 1 << 16,
     ) -> None:
         self.started: list[int] = []
-        self.clock, self.first, self.embedding_s = clock, first, embedding_s
+        self.clock, self.first, self.embedding_s, self.size = clock, first, embedding_s, size
         self.writer = Writer()
         task = StepTask([lambda i=i: self.step(i) for i in range(8)], [1 / 8] * 8, lambda loss: loss, 0, training=True)
         self.run = StepRun(
@@ -100,7 +101,7 @@ class Steps:
     def step(self, index: int) -> torch.Tensor | None:
         self.started.append(index)
         self.clock.now_s += self.embedding_s
-        return current_thread().suspend(StackCall(EnteredStack(torch.full((2,), float(index))), AMBIENT))
+        return current_thread().suspend(StackCall(EnteredStack(torch.full((self.size,), float(index))), AMBIENT))
 
     def open(self, ahead: bool = True) -> None:
         coming = range(self.first, self.first + 8) if ahead else ()
@@ -110,7 +111,8 @@ class Steps:
         for index in indices:
             call, hidden = self.run.embed(self.first + index)
             assert call.microbatch == self.first + index
-            assert hidden.tolist() == [index, index]
+            assert hidden.shape == (self.size,)
+            assert (hidden == index).all()
 
 
 def test_calls_are_made_ahead_of_their_turns_when_all_that_were_ahead_have_had_theirs(
@@ -130,6 +132,14 @@ def test_calls_are_made_ahead_of_their_turns_when_all_that_were_ahead_have_had_t
     steps.embed(4, 5, 6, 7)
     steps.run.announce()
     assert steps.writer.announced == [[0, 1, 2, 3], [4, 5, 6], [7]]
+
+
+def test_twice_as_many_are_ahead_where_they_are_little(threads: StepThreads, clock: Clock) -> None:
+    steps = Steps(threads, clock, size=2)
+    steps.open()
+    steps.embed(0, 1, 2, 3)
+    steps.run.announce()
+    assert steps.writer.announced == [[0, 1, 2, 3, 4, 5, 6]]
 
 
 def test_an_embedding_that_takes_its_time_keeps_its_turn(threads: StepThreads, clock: Clock) -> None:
