@@ -35,6 +35,7 @@ from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.device import own_place
 from ..engine.errors import SkipPipeError
+from ..engine.pairs import prepare
 from ..job.job import DriverJob, driver_job, worker_job
 from ..job.network import NetworkConfig
 from ..model.asking import Asking
@@ -331,6 +332,7 @@ class SkipPipeStrategy(OptimizingStrategy):
 
     @override
     def setup_environment(self) -> None:
+        prepare(self.settings.network.backend)  # Lightning starts the device
         super().setup_environment()
         # The workers import torch while the user's hooks prepare model and data.
         job = self._join()

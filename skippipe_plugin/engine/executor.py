@@ -124,6 +124,12 @@ class Executor:
                     synchronize(self._device)
                 events.append(Event(self._transport.rank, instruction.action, start, time.perf_counter()))
             self._transport.end_step()
+        except GenerationAborted:
+            raise
+        except Exception as error:
+            if self._transport.is_aborted:  # what was computed with, and failed, may be anything
+                raise GenerationAborted(f"generation {self._transport.generation} was given up") from error
+            raise
         finally:
             self._clear()
         return events
@@ -182,7 +188,10 @@ class Executor:
             self._driver.announce()
         try:
             pending = self._posted.pop(key)
-            return pending.wait() if action.op in (Op.F, Op.L) else pending.wait_unless(is_absent)
+            came = pending.wait() if action.op in (Op.F, Op.L) else pending.wait_unless(is_absent)
+            if action.op is Op.L:
+                self._transport.confirm()  # user code looks at it
+            return came
         except GenerationAborted:
             raise
         except Exception as error:

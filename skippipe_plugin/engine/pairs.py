@@ -3,21 +3,35 @@
 A receive of NCCL that waits is a running kernel, and loading another kernel or freeing memory may wait for all running
 ones; so none is posted ahead. It is issued when its action comes, after those of the same link that are sent before
 it. Gloo takes the same discipline, on host memory: that is how it is tested where there are no GPUs.
+
+The rules, each with where it is kept:
+
+1. Both ends of a link issue its messages in the sender's order (``Executor._post_up_to``, by ``Link.place``).
+2. A receive is issued last of what its action needs: its buffer is allocated before.
+3. There is a group for each link of a schedule, and none for long beside them: links that are only measured are given
+   back (:meth:`PairTransport.disconnect`).
+4. What CUDA reads when it starts is set before it starts, or the run is refused (:func:`prepare`).
+5. A wait says that the GPU will wait, not that a message is here: before user code sees values, and at the end of a
+   step, the device is waited for, and a generation that was given up raises (:meth:`PairTransport.confirm`).
+
+One is not kept yet: a send is a running kernel too, until it is taken. A sender whose allocator gives memory back to
+the device in the meantime waits for that, and stands still if who is to take it waits for the sender.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from .c10d import Gloo, ProcessGroupNCCL, Store
 from .device import HOST, make_current, synchronize
-from .errors import GenerationAborted, SkipPipeError
+from .errors import SkipPipeError
 from .transport import FOREVER, PendingTensor, TensorSpec, Transport, form_gloo
 from .waiting import Waiting
 
@@ -25,9 +39,11 @@ PairBackend = Literal["gloo", "nccl"]
 LinkBackend = Literal["gloo", "gloo-pairs", "nccl"]
 """What carries hidden states and gradients: one gloo group of all ranks, or a group for each link."""
 
-_ENVIRONMENT: Final = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "CUDA_MODULE_LOADING": "EAGER"}
-"""The control channels find failures, so NCCL's own watchdog may not end the process; and kernels are loaded at once
-rather than while receives run."""
+_WATCHDOG: Final = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+"""The control channels find failures, so NCCL's own watchdog may not end the process."""
+_LOADING: Final = "CUDA_MODULE_LOADING"
+"""Kernels are to be loaded at once rather than while receives run."""
+_NCCL: Final[Any] = ProcessGroupNCCL or ()
 _SOURCE: Final = 0
 _DESTINATION: Final = 1
 """The ranks within a link's group."""
@@ -69,23 +85,52 @@ class PairTransport(Transport):
         self._device = HOST if backend == "gloo" else device
         self._backend = backend
         self._links: set[tuple[int, int]] = set()
+        self._leaving: list[Gloo] = []
+        self._formed: Counter[tuple[int, int]] = Counter()
+        """How often each link was formed: a store hands out the names of a group once."""
 
     def leave_store(self) -> None:
         """Keep it: a schedule that comes later may use further links."""
 
-    def connect(self, links: Collection[tuple[int, int]]) -> None:
+    def connect(self, links: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
         """Form the links that are new and try them out, in the same order on all ranks: nobody waits in a circle."""
-        for source, destination in sorted(set(links) - self._links):
+        fresh = sorted(set(links) - self._links)
+        for source, destination in fresh:
             self._links.add((source, destination))
+            self._formed[source, destination] += 1
             if self.rank not in (source, destination):
                 continue
             name, form = _name(source, destination), self._form_nccl if self._backend == "nccl" else self._form_gloo
-            self._connect(name, (source, destination), form)
+            self._connect(name, (source, destination), form, attempt=self._formed[source, destination])
             if self.rank == source:
                 self.send(torch.zeros(1), destination, 0)
                 self.end_step()
             else:
                 self.receive(TensorSpec((1,), torch.float32), source, 0, self._device).wait()
+        return fresh
+
+    def disconnect(self, links: Collection[tuple[int, int]]) -> None:
+        """Give links back whose messages were all received; every member calls this with the same ones."""
+        synchronize(self._device)
+        for source, destination in links:
+            self._links.discard((source, destination))
+            group = self._groups.pop(_name(source, destination), None)
+            if group is None:
+                continue
+            if isinstance(group, _NCCL):
+                group.shutdown()
+            else:  # what gloo has written last is with the other end for sure when the next step is over
+                self._leaving.append(group)
+
+    def flush(self) -> None:
+        """See :meth:`Transport.flush`."""
+        super().flush()
+        self._leaving.clear()
+
+    def confirm(self) -> None:
+        """See :meth:`Transport.confirm`."""
+        synchronize(self._device)
+        super().confirm()
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
         """See :meth:`Transport.send`."""
@@ -105,12 +150,10 @@ class PairTransport(Transport):
         """Wait until every send of this step has been taken, as far as who waits can be woken: under NCCL."""
         if self._backend == "nccl":  # a finished wait only means that the GPU will wait
             self.flush()
-            synchronize(self._device)
-            if self._aborted.is_set():
-                raise GenerationAborted(f"generation {self.generation} was given up")
+            self.confirm()
 
     def _break_off(self, group: Gloo) -> None:
-        if self._backend == "nccl" and isinstance(group, ProcessGroupNCCL):
+        if isinstance(group, _NCCL):
             group.abort()
         else:
             super()._break_off(group)
@@ -155,13 +198,33 @@ def transport_for(
     )
 
 
+def prepare(backend: LinkBackend) -> None:
+    """Set what a backend needs of the process, before anything in it starts a device.
+
+    Raises:
+        SkipPipeError: It is too late: CUDA has started.
+    """
+    if backend != "nccl":
+        return
+    os.environ.setdefault(_WATCHDOG, "0")
+    if os.environ.get(_LOADING) == "EAGER":
+        return
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call, unused-ignore]
+        found = os.environ.get(_LOADING, "LAZY")
+        raise SkipPipeError(
+            f"backend='nccl' needs {_LOADING}=EAGER, since a kernel that is loaded while a message is awaited may wait "
+            f"for that message; but CUDA has started in this process with {found}. Set the variable before the script "
+            "starts, or use backend='gloo'"
+        )
+    os.environ[_LOADING] = "EAGER"
+
+
 def _check_nccl(device: torch.device) -> None:
     if ProcessGroupNCCL is None:
         raise SkipPipeError("backend='nccl', but torch was built without NCCL here; use backend='gloo'")
     if device.type != "cuda":
         raise SkipPipeError(f"backend='nccl' needs a GPU for every process, but one has {device}; use backend='gloo'")
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare("nccl")
 
 
 def _name(source: int, destination: int) -> str:

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Final
 
 import torch
@@ -54,14 +53,15 @@ def measure_links(transport: Transport, num_bytes: int) -> list[LinkCost]:
     """
     costs = []
     members = transport.members
-    transport.connect(list(permutations(members, 2)))
-    for number, pairs in enumerate(rounds(len(members))):
-        tag = _FIRST_TAG + 2 * number
-        for first, second in ((members[a], members[b]) for a, b in pairs):
+    for number, seats in enumerate(rounds(len(members))):
+        tag, pairs = _FIRST_TAG + 2 * number, [(members[a], members[b]) for a, b in seats]
+        fresh = transport.connect([*pairs, *((second, first) for first, second in pairs)])
+        for first, second in pairs:
             if transport.rank == first:
                 costs.append(_measure(transport, second, tag, num_bytes))
             elif transport.rank == second:
                 _echo(transport, first, tag, num_bytes)
+        transport.disconnect(fresh)
     return costs
 
 
@@ -80,12 +80,12 @@ def _median_trip_s(transport: Transport, peer: int, tag: int, spec: TensorSpec) 
 
 def _round_trip_s(transport: Transport, peer: int, tag: int, spec: TensorSpec) -> float:
     device = transport.device
-    back = transport.receive(spec, peer, tag + 1, device)
     message = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+    back = transport.receive(spec, peer, tag + 1, device) if transport.posts_ahead else None
     synchronize(device)
     start = time.perf_counter()
     transport.send(message, peer, tag)
-    back.wait()
+    (back or transport.receive(spec, peer, tag + 1, device)).wait()
     transport.flush()
     synchronize(device)
     return time.perf_counter() - start
@@ -94,6 +94,6 @@ def _round_trip_s(transport: Transport, peer: int, tag: int, spec: TensorSpec) -
 def _echo(transport: Transport, peer: int, tag: int, num_bytes: int) -> None:
     large = TensorSpec((num_bytes,), torch.uint8)
     specs = [_SMALL] * (1 + _REPEATS) + [large] * (1 + _REPEATS)
-    posted = [transport.receive(spec, peer, tag, transport.device) for spec in specs]
-    for pending in posted:
+    receives = (transport.receive(spec, peer, tag, transport.device) for spec in specs)
+    for pending in [*receives] if transport.posts_ahead else receives:
         transport.send(pending.wait(), peer, tag + 1)

@@ -195,8 +195,26 @@ class Transport:
         phases.reach(phases.Phase.FORMING)
         self._connect(_ALL, self.members)
 
-    def connect(self, links: Collection[tuple[int, int]]) -> None:
-        """Prepare directed links (source, destination); every member calls this with the same ones."""
+    @property
+    def is_aborted(self) -> bool:
+        """Whether the generation was given up, so that nothing that came in it is to be believed."""
+        return self._aborted.is_set()
+
+    def connect(self, links: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Prepare directed links (source, destination), and return the new ones; every member gives the same ones."""
+        return []
+
+    def disconnect(self, links: Collection[tuple[int, int]]) -> None:
+        """Give back links that :meth:`connect` has returned, none of whose messages is under way."""
+
+    def confirm(self) -> None:
+        """Make sure that what was received is what was sent, where a wait that is over does not say so.
+
+        Raises:
+            GenerationAborted: The generation was given up, and it may be anything.
+        """
+        if self._aborted.is_set():
+            raise GenerationAborted(f"generation {self.generation} was given up")
 
     def leave_store(self) -> None:
         """Let go of the store: all groups of this generation are formed."""
@@ -284,12 +302,12 @@ class Transport:
             with contextlib.suppress(RuntimeError):
                 group.recv([torch.zeros(1)], peer, _POISON_TAG).wait(_NOTICE)
 
-    def _connect(self, name: str, ranks: Sequence[int], form: Former | None = None) -> None:
+    def _connect(self, name: str, ranks: Sequence[int], form: Former | None = None, attempt: int = 1) -> None:
         """Form a group in a helper thread: gloo's own connecting cannot be interrupted, and takes milliseconds."""
         assert self._store is not None, "all groups were formed"
         if self._aborted.is_set():
             raise GenerationAborted(f"generation {self.generation} was given up before it formed")
-        store = AbortableStore(self._store, f"generation/{self.generation}/{name}/", self._aborted)
+        store = AbortableStore(self._store, f"generation/{self.generation}/{name}/{attempt}/", self._aborted)
         self._stores.append(store)
         index, formed = list(ranks).index(self.rank), _Outcome()
         form = form or functools.partial(form_gloo, host=self._host)

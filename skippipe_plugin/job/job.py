@@ -30,6 +30,7 @@ from ..engine.control.presence import Hello, Release
 from ..engine.device import own_place
 from ..engine.errors import SkipPipeError, StartRefused
 from ..engine.handout import fingerprint
+from ..engine.pairs import prepare
 from ..engine.versions import own_versions
 from ..job.network import NetworkConfig
 from ..sources import Door, workers_of
@@ -75,6 +76,7 @@ class DriverJob:
 
     def open(self) -> None:
         """Let workers in, and say where."""
+        prepare(self._network.backend)
         self._open = met = self._meeting.open()
         try:
             if met.pool.store is not None:

@@ -33,6 +33,7 @@ from ..engine.device import make_current
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
 from ..engine.executor import Executor
 from ..engine.handover import pack_tensors, unpack_blocks, unpack_tensors
+from ..engine.pairs import prepare
 from ..engine.taps import Tapped
 from ..engine.transport import Transport
 from ..engine.versions import own_versions
@@ -319,6 +320,7 @@ class Worker:
         self._may_leave = command.may_leave
         torch.set_num_threads(command.num_threads)
         self._device = torch.device(command.device)
+        prepare(command.backend)
         make_current(self._device)
         for host, port in command.other_drivers[len(self._lines) - 1 :]:
             self._lines.append(to_driver(self._lines[0].channel.connect_to(host, port)))

@@ -1,7 +1,7 @@
 """Whatever `validate` accepts runs on the engine: every rank a thread with a group of its own; autograd judges."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any
@@ -21,7 +21,7 @@ from skippipe_plugin.engine.pairs import PairTransport
 from skippipe_plugin.engine.ping import LinkCost, measure_links, rounds
 from skippipe_plugin.engine.program import compile_program, directed_links
 from skippipe_plugin.engine.stage import Stage
-from skippipe_plugin.engine.transport import TensorSpec, Transport
+from skippipe_plugin.engine.transport import PendingTensor, TensorSpec, Transport
 from skippipe_plugin.schedule import (
     Action,
     Op,
@@ -278,3 +278,70 @@ def test_rounds_are_disjoint_and_complete(size: int) -> None:
     everything = [pair for pairs in rounds(size) for pair in pairs]
     assert sorted(everything) == list(combinations(range(size), 2))
     assert all(len({rank for pair in pairs for rank in pair}) == 2 * len(pairs) for pairs in rounds(size))
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_links_that_are_only_measured_are_given_back(size: int) -> None:
+    """NCCL keeps buffers for each link; those of a schedule stay, and one that comes later is formed anew."""
+    most, left = [0] * size, [0] * size
+
+    def body(rank: int, transport: Transport) -> None:
+        assert isinstance(transport, PairTransport)
+        connect = transport.connect
+
+        def noted(links: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
+            fresh = connect(links)
+            most[rank] = max(most[rank], len(transport._groups))
+            return fresh
+
+        transport.connect = noted  # type: ignore[method-assign]
+        transport.connect({(0, 1)})
+        for _ in range(2):
+            measure_links(transport, 1000)
+        transport.connect({(0, 1), (1, 0)})
+        left[rank] = len(transport._groups)
+        if rank == 0:
+            transport.send(torch.ones(2), 1, 0)
+        elif rank == 1:
+            assert transport.receive(TensorSpec((2,), torch.float32), 0, 0, CPU).wait().tolist() == [1, 1]
+
+    on_threads(size, body, in_pairs)
+    assert left == [3, 3, *[1] * (size - 2)]  # that of all, and the two links
+    assert max(most) <= 4
+
+
+class Garbled(Transport):
+    """A transport whose waits are over when the generation is given up, as NCCL's are: what came is anything."""
+
+    def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
+        self.poison()
+        return PendingTensor(None, torch.full(spec.shape, torch.nan), device, self._waiting)
+
+
+def test_nobody_sees_what_comes_when_a_generation_is_given_up() -> None:
+    schedule = full_schedule("gpipe", num_stages=1, num_microbatches=1)
+    seen = []
+
+    class Looking(Driver):
+        def loss(self, microbatch: int, hidden: Tensor) -> Tensor | None:
+            seen.append(hidden)
+            return None
+
+    class Failing(Block):
+        def forward(self, hidden: Tensor) -> Tensor:
+            raise ValueError("garbage")
+
+    def body(rank: int, transport: Transport) -> None:
+        feeds = [Feed(), Feed()]
+        driver = Looking(schedule, [torch.ones(2, WIDTH)], feeds)
+        program = compile_program(schedule, rank)
+        if rank == 0:
+            executor = Executor(transport, {}, CPU, driver=driver)
+        else:
+            driver.embed(0)
+            executor = Executor(transport, {1: Stage(1, {0: Failing(0)}, CPU)}, CPU)
+        with pytest.raises(GenerationAborted):
+            executor.run(program, {0}, feeds[rank])
+
+    on_threads(2, body, lambda store, **shape: Garbled(store, **shape))
+    assert not seen
