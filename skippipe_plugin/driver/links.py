@@ -316,6 +316,7 @@ class Link:
                     self.warm = True
                 case _:
                     self._take(received)
+            del received  # it may have all weights of a worker, and the next one may be long in coming
 
     def _take(self, received: Received) -> None:
         """Take what a worker answers, unless it is an answer to what was given up."""

@@ -6,6 +6,7 @@ A receiver needs importable block classes only; classes of the driver's own scri
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import pickle
 import sys
@@ -54,10 +55,10 @@ def tensor_blob(tensor: Tensor) -> Buffer:
 
 
 def tensor_from_blob(spec: TensorSpec, blob: Buffer) -> Tensor:
-    """Read a tensor; a bytearray is used in place."""
+    """Read a tensor; what :mod:`skippipe_plugin.engine.sealed` has received is used in place."""
     if spec.num_bytes == 0:
         return torch.empty(spec.shape, dtype=spec.dtype)
-    data = blob if isinstance(blob, bytearray) else bytearray(blob)
+    data = blob if isinstance(blob, (bytearray, mmap.mmap)) else bytearray(blob)
     return from_bytes(torch.frombuffer(data, dtype=torch.uint8), spec)
 
 

@@ -8,8 +8,10 @@ proved pieces: bytes that trickle in without proof are no sign of life.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
+import mmap
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from typing import Final
 
 from .handshake import MAGIC, PROTOCOL_VERSION, ChannelError
 
-Buffer = bytes | bytearray | memoryview
+Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 PIECE_BYTES: Final = 256 << 10
 """After how much of a body a proof stands: a slow link moves that in less time than a heartbeat waits."""
@@ -25,6 +27,8 @@ PROOF_BYTES: Final = 16
 MAX_TEXT_BYTES: Final = 64 << 20
 MAX_BLOBS: Final = 1 << 20
 MAX_BLOB_BYTES: Final = 1 << 40
+_MAPPED_BYTES: Final = 128 << 10
+"""From where on blobs have pages of their own."""
 
 _HEAD = struct.Struct("!4sHIIQ")  # magic, version, number of blobs, bytes of text, bytes of all blobs
 _SIZE = struct.Struct("!Q")
@@ -136,22 +140,22 @@ class Opener:
             proof.update(text)
             self._compare(last, proof)
             return Body(text, ())
-        first, left = self._take(proof, _SIZE.size * num_blobs + text_bytes, PIECE_BYTES)
+        first = bytearray(_SIZE.size * num_blobs + text_bytes)
+        left = self._take(proof, first, PIECE_BYTES)
         sizes = [size for (size,) in _SIZE.iter_unpack(memoryview(first)[: _SIZE.size * num_blobs])]
         if sum(sizes) != blob_bytes:  # as proved: no more memory than that is taken for sizes that may not be
             raise ChannelError("the blobs of a control message do not add up to its head")
         blobs = []
         for size in sizes:
-            blob, left = self._take(proof, size, left)
-            blobs.append(blob)
+            blobs.append(_memory(size))
+            left = self._take(proof, blobs[-1], left)
         if left < PIECE_BYTES:
             self._check(proof)
         del first[: _SIZE.size * num_blobs]
         return Body(first, blobs)
 
-    def _take(self, proof: hmac.HMAC, size: int, left: int) -> tuple[bytearray, int]:
-        """Read a part of a body of whose present piece ``left`` bytes are to come; return how many are then."""
-        data = _memory(size)
+    def _take(self, proof: hmac.HMAC, data: bytearray | mmap.mmap, left: int) -> int:
+        """Fill ``data`` from a body of whose present piece ``left`` bytes are to come; return how many are then."""
         rest = memoryview(data)
         while rest:
             taken, rest = rest[:left], rest[left:]
@@ -161,7 +165,7 @@ class Opener:
             if not left:
                 self._check(proof)
                 left = PIECE_BYTES
-        return data, left
+        return left
 
     def _check(self, proof: hmac.HMAC) -> None:
         self._compare(self._read(PROOF_BYTES), proof)
@@ -181,7 +185,14 @@ def _of(proof: hmac.HMAC) -> bytes:
     return proof.digest()[:PROOF_BYTES]
 
 
-def _memory(size: int) -> bytearray:
+def _memory(size: int) -> bytearray | mmap.mmap:
+    """Return memory that the host has again as soon as nobody uses it, if it is much.
+
+    The C library keeps some of what a thread had for that thread, and messages come in threads of their own.
+    """
+    if size >= _MAPPED_BYTES and hasattr(mmap, "MAP_PRIVATE"):
+        with contextlib.suppress(OSError):  # there is a limit to their number, too
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         return bytearray(size)
     except MemoryError as error:

@@ -179,6 +179,7 @@ class Worker:
                         farewell: dict[str, Any] = pickle.loads(results)
                         return farewell
                 self._obey(source, received)
+                del received  # or what it had would stay until the next one is here
         except DriverGone:
             self.close()
             raise
@@ -253,6 +254,7 @@ class Worker:
                 case Exit():
                     self._closing = True
             self._inbox.put((source, received))
+            del received  # it may have a stage's weights, and the next one may be long in coming
 
     def _lose_driver(self, source: int) -> None:
         if self.ends_with_driver and not self._refusal:
