@@ -173,8 +173,7 @@ class Stage:
     def forward(self, microbatch: int, call: Call, hidden: Tensor, enters: Hop, leaves: Hop) -> Tensor:
         """Run the blocks; keep what the backward needs. Return the hidden states, detached."""
         ambient = call.spec.ambient
-        if ambient.switches is not self._switches and ambient.switches != self._switches:
-            self._set_switches(ambient.switches)
+        self._take_over(ambient.switches)
         # A training step keeps the user's random state as a whole; fetching and setting it takes long.
         fork = self._guest and not ambient.grad
         notes = self._notes
@@ -293,6 +292,7 @@ class Stage:
         """Run a block under the call's conditions; bring back its buffers and attributes, and the random states."""
         buffers, states = Buffers(module), random_states(self.device)
         asked = call.spec.ambient
+        self._take_over(asked.switches)
         # Where experts are spread, what goes back through them would be a matter of several ranks.
         ambient = Ambient(asked.grad and self.company is None, False, asked.autocast, makes_on=asked.makes_on)
         with torch.inference_mode(False), attributes_kept(module), ambient.entered():  # there no change is counted
@@ -367,8 +367,10 @@ class Stage:
             self._tapped[microbatch] = tensors
         self.driver_hooks.show(self.index, microbatch, Tapped(events, tuple(t.detach() for t in tensors), flags))
 
-    def _set_switches(self, switches: ProcessSwitches | None) -> None:
+    def _take_over(self, switches: ProcessSwitches | None) -> None:
         """Let the process have the driver's switches, for backwards too."""
+        if switches is self._switches or switches == self._switches:
+            return
         self._switches = switches
         if switches is not None and not self._guest:
             switches.set()

@@ -169,6 +169,7 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
             block_template=call.block_template,
             modes=list(call.modes),
             unkept=call.unkept,
+            asked_in=call.asked_in,
             specs=[TensorSpec.of(piece)],
         )
         for index, piece in enumerate(hidden)

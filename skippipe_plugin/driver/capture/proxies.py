@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from ...engine.arguments import Template
@@ -35,7 +36,7 @@ from .entered import EnteredStack
 from .hooks import Running, StackHooks
 from .ordinary import copied, reduced
 from .poison import Poison
-from .shapes import ShapeBook
+from .shapes import Mode, ShapeBook
 from .suspend import current_thread
 from .switches import check_modes
 from .token import HiddenToken
@@ -78,6 +79,8 @@ class StackCall:
     caches: dict[int, Any] = field(default_factory=dict)  # Any: transformers' Cache
     unkept: list[Any] = field(default_factory=list)  # Any: the same
     """Caches that stay empty, since gradients are on."""
+    asked_in: tuple[Mode, Mode] = (Mode(False, False), Mode(False, True))
+    """In what mode a block is asked about that is not in training, and one that is."""
     placeholder: Tensor | None = None
     """What the next block must be called with."""
     specs: list[TensorSpec] = field(default_factory=list)
@@ -189,7 +192,7 @@ class BlockProxies:
     @property
     def is_settled(self) -> bool:
         """Whether a training step can begin without asking what the blocks do."""
-        return self.book.is_settled([(True, block.training) for block in self.blocks])
+        return self.book.is_settled([block.training for block in self.blocks])
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
@@ -246,7 +249,7 @@ class BlockProxies:
         """Return how ``block`` is to be called when something is asked about it."""
         template = call.templates[call.block_template[block]]
         modes = (call.modes[block],) * len(self.blocks)
-        ambient = dataclasses.replace(call.ambient, inference=False, switches=None, caches_casts=True)
+        ambient = dataclasses.replace(call.ambient, inference=False, caches_casts=True)
         return CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient, on_host=call.on_host)
 
     def cache_use(self, call: StackCall) -> CacheUse:
@@ -343,7 +346,9 @@ class BlockProxies:
                 "the pipeline"
             )
         ambient = Ambient.current(self._device_types, self._switches)
-        call = StackCall(EnteredStack(hidden), ambient, placeholder=hidden)
+        dtypes = ambient.autocast, torch.get_default_dtype()
+        asked_in = Mode(ambient.grad, False, dtypes), Mode(ambient.grad, True, dtypes)
+        call = StackCall(EnteredStack(hidden), ambient, asked_in=asked_in, placeholder=hidden)
         call.specs.append(TensorSpec.of(hidden))
         return call
 
@@ -409,7 +414,7 @@ class BlockProxies:
 
     def _look_up(self, call: StackCall, block: int) -> Probe:
         """Return what ``block`` makes of what enters it in this call."""
-        mode = call.ambient.grad, call.modes[block].training[0]
+        mode = call.asked_in[call.modes[block].training[0]]
         return self.book.output(block, call.specs[-1], mode, lambda: self._ask(call, block), ask=not self._is_in_step)
 
     def _ask(self, call: StackCall, block: int) -> Probe:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Hashable, Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import nn
@@ -14,29 +14,39 @@ from ...engine.taps import own_hooks
 from ...engine.transport import TensorSpec
 
 _Signature = tuple[object, ...]
-Mode = tuple[bool, bool]
-"""Whether gradients are on, and whether the block is in training."""
+
+
+class Mode(NamedTuple):
+    """In what a block is asked."""
+
+    grad: bool
+    """Whether gradients are on."""
+    training: bool
+    """Whether the block is in training."""
+    dtypes: Hashable = None
+    """What of the context decides on dtypes: autocast, the default one."""
 
 
 class ShapeBook:
     """Knows output specs and return structures; asks ``probe`` about what it does not know.
 
-    Blocks of the same classes with the same settings and parameters of the same shapes behave alike, in the same mode:
-    with gradients or without, in training or not. A kind of block that once kept the form of its input is taken to keep
-    every form; the worker checks that at every call.
+    Blocks of the same classes with the same settings and parameters of the same shapes behave alike in the same mode.
+    A kind of block that once kept its input's form is taken to keep every form of that dtype; the worker checks that at
+    every call.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         kinds: dict[_Signature, int] = {}
         self._kinds = [kinds.setdefault(_signature(block), len(kinds)) for block in blocks]
-        self._keeping: dict[tuple[int, Mode], Probe] = {}
+        self._keeping: dict[tuple[int, Mode, torch.dtype], Probe] = {}
         self._known: dict[tuple[int, Mode, TensorSpec], Probe] = {}
+        self._settled: set[tuple[int, bool, bool]] = set()
         self._last: list[tuple[Mode, TensorSpec, Probe] | None] = [None] * len(self._kinds)
         """By block: a question that has a lasting answer, and that answer: mostly the next question is the same."""
 
-    def is_settled(self, modes: Sequence[Mode]) -> bool:
-        """Whether every block is known to keep the form of its input, so that nothing need be asked any more."""
-        return all(each in self._keeping for each in zip(self._kinds, modes, strict=True))
+    def is_settled(self, training: Sequence[bool]) -> bool:
+        """Whether every block is known to keep its input's form in a training step, so that nothing need be asked."""
+        return all((kind, True, each) in self._settled for kind, each in zip(self._kinds, training, strict=True))
 
     def alike(self, block: int) -> list[int]:
         """Return the blocks of the same kind."""
@@ -51,20 +61,35 @@ class ShapeBook:
         if last is not None and last[0] == mode and (last[1] is enters or last[1] == enters):
             return last[2]
         kind = self._kinds[block]
-        other: Mode = (not mode[0], mode[1])
-        for each in (mode, other, (mode[0], not mode[1]), (other[0], not mode[1])):
-            found = self._known.get((kind, each, enters))
-            if (kind, each) in self._keeping:
-                found = dataclasses.replace(self._keeping[kind, each], output=enters)
-            if found is not None:
-                self._last[block] = (mode, enters, found) if each == mode else None
-                return found
-            if ask:
-                break
+        if (found := self._lasting(kind, mode, enters)) is not None:
+            self._last[block] = mode, enters, found
+            return found
+        if not ask and (found := self._likely(kind, mode, enters)) is not None:
+            return found
         found = self._known[kind, mode, enters] = probe()
         if found.output == enters:
-            self._keeping[kind, mode] = found
+            self._keeping[kind, mode, enters.dtype] = found
+            self._settled.add((kind, mode.grad, mode.training))
         return found
+
+    def _lasting(self, kind: int, mode: Mode, enters: TensorSpec) -> Probe | None:
+        """Return what is known of a kind of block in a mode."""
+        found = self._known.get((kind, mode, enters))
+        keeping = self._keeping.get((kind, mode, enters.dtype))
+        return found if found is not None or keeping is None else dataclasses.replace(keeping, output=enters)
+
+    def _likely(self, kind: int, mode: Mode, enters: TensorSpec) -> Probe | None:
+        """Return what is known of a kind of block in another mode, as near as any; at last, that it keeps a dtype."""
+
+        def difference(each: Mode) -> tuple[bool, bool, bool]:
+            return each.dtypes != mode.dtypes, each.training != mode.training, each.grad != mode.grad
+
+        modes = sorted({each for of, each, _ in self._known if of == kind}, key=difference)
+        found = (self._lasting(kind, each, enters) for each in modes)
+        kept = (each for (of, *_), each in self._keeping.items() if of == kind)
+        likely = next(filter(None, found), None)
+        keeping = next(kept, None)
+        return likely if likely is not None or keeping is None else dataclasses.replace(keeping, output=enters)
 
 
 def _signature(block: nn.Module) -> _Signature:
