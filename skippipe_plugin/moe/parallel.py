@@ -85,7 +85,8 @@ class Shard:
     def own_part(self, routing: Routing) -> Routing:
         """Return what is chosen of the experts here, by their numbers here."""
         size = len(self.placement) // self.company.exchange.size
-        places = self.order().to(routing.experts.device)[routing.experts] - size * self.company.exchange.position
+        order = self.order().to(routing.experts.device)
+        places = torch.take(order, routing.experts) - size * self.company.exchange.position
         elsewhere = (places < 0) | (places >= size)
         return empty_slots(Routing(routing.weights, places), elsewhere, size)
 
