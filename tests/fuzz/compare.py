@@ -193,11 +193,14 @@ def unusable(left: Left, program: Mapping[str, Any]) -> str:
             if isinstance(module, LightningModule):
                 module._trainer = None  # attached, it could not log here in one process either
             weight = next(each for each in module.parameters() if each.ndim > 1)  # others may have come later
+            torch.set_default_dtype(weight.dtype)  # as in its steps
             module.eval()(torch.ones(2, 5, 4, dtype=weight.dtype), torch.ones(2, 5, dtype=torch.long))
     except (Exception, Hang) as failure:
         if left.trainer is not None and not _fresh_computes(program):
             return ""
         return f"the model does not compute: {type(failure).__name__}: {str(failure)[:150]}"
+    finally:
+        torch.set_default_dtype(torch.float32)
     return ""
 
 

@@ -333,7 +333,7 @@ class BlockProxies:
         hidden = _first_tensor(args, kwargs)
         if hidden is None:
             raise SkipPipeError(f"{self.names[0]} was called without a tensor of hidden states")
-        if not self._fresh:
+        if not self._fresh or current_thread() is None:  # outside of steps anything may have happened since
             for attributes in self._attributes:
                 attributes.refresh_flags()
             self._classes.check()

@@ -35,6 +35,13 @@ class Casting(nn.Module):
         return torch.relu(self.linear(hidden))
 
 
+class Looking(Casting):
+    """A block that goes by the process's default dtype."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) * (2.0 if torch.get_default_dtype() == torch.float64 else 0.5)
+
+
 class Net(LightningModule):
     def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
@@ -67,7 +74,7 @@ class Net(LightningModule):
 
 @pytest.mark.parametrize("block", [Making, Casting])
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed", "32-true"])
-def test_of_blocks(precision: str, block: type[nn.Module]) -> None:
+def test_of_blocks_in_steps_and_outside_of_precision(precision: str, block: type[nn.Module]) -> None:
     batches = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))
     data = DataLoader([*batches], batch_size=None)
     options: dict[str, Any] = {"precision": precision, "max_epochs": 1, "num_sanity_val_steps": 0}
@@ -78,3 +85,16 @@ def test_of_blocks(precision: str, block: type[nn.Module]) -> None:
     for found, expected in zip(ours.module.sampled, alone.module.sampled, strict=True):
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=5e-2, atol=1e-2)
+
+
+def test_a_call_outside_of_steps_finds_what_is_set_by_then() -> None:
+    class Sampling(Net):
+        def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+            with torch.no_grad():
+                self.sampled.append(self(batch[:2]))  # the default dtype is that of a step no more
+
+    data = DataLoader([torch.ones(4, 4, dtype=torch.float64)] * 2, batch_size=None)
+    ours, alone = (
+        train(lambda: Sampling(Looking), data, devices, precision="64-true", max_epochs=1) for devices in (3, 1)
+    )
+    torch.testing.assert_close(ours.module.sampled, alone.module.sampled)
