@@ -12,15 +12,22 @@ from pathlib import Path
 
 import torch
 
+from tests.device import build
+
 from .journal import program_of, read, supervise, work
 from .program import render
 from .report import report
 from .run import judge
 
+_CACHE = Path(".pytest_cache/d/sim-device")
+"""Where pytest keeps the simulated device, too."""
+
 
 def main() -> int:
     """Run programs for a while; the exit status says whether any was wrong."""
     arguments = _parse()
+    if arguments.device == "sim":
+        build.load(build.installed(_CACHE))
     if arguments.program is not None:
         _quiet()
         verdict = judge(program_of(arguments.program))
@@ -52,6 +59,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="write what was found to this file")
     parser.add_argument("--head", default="", help="the report's first words")
     parser.add_argument("--journal", type=Path, help="where programs are noted one by one")
+    parser.add_argument("--device", choices=("cpu", "sim"), default="cpu", help="sim: train on simulated devices")
     parser.add_argument("--work", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 

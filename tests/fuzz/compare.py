@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from skippipe_plugin.driver.capture.batches import BatchError
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.partition import PartitionError
-from skippipe_plugin.strategies import SkipPipeStrategy
+from tests.e2e.support import trainer_for
 
 HANG_S = 60
 OURS = (SkipPipeError, BatchError, PartitionError)
@@ -65,18 +65,12 @@ def metrics_of(trainer: Trainer) -> dict[str, Tensor]:
 def run(program: Mapping[str, Any], devices: int) -> Left:
     """Train a program's module, with a pipeline if ``devices`` is more than one."""
     left, watch = Left(), Watch()
-    strategy = {"strategy": SkipPipeStrategy(**program["STRATEGY"], verbose=False)} if devices > 1 else {}
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    strategy = {**program["STRATEGY"], "verbose": False} if devices > 1 else None
     try:
         seed_everything(0, verbose=False)
         left.module = program["Model"]()
-        options = {**quiet, "num_sanity_val_steps": 0, **program["TRAINER"]}
-        left.trainer = Trainer(accelerator="cpu", devices=devices, callbacks=[watch], **strategy, **options)
+        options = {"num_sanity_val_steps": 0, **program["TRAINER"]}
+        left.trainer = trainer_for(devices, strategy, callbacks=[watch], **options)
         with limit(HANG_S):
             left.trainer.fit(left.module, program["loader"]())
             note = program["after"](left.trainer, left.module)
@@ -148,6 +142,9 @@ def _difference_of_tensors(found: Any, expected: Any, rtol: float, atol: float, 
     if isinstance(found, Tensor) and found.is_meta:
         return f"{at}: a meta tensor"
     one, other = torch.as_tensor(found), torch.as_tensor(expected)
+    if one.device.type != other.device.type:
+        return f"{at}: on {one.device} instead of {other.device}"
+    one, other = one.cpu(), other.cpu()
     if one.shape != other.shape or one.dtype != other.dtype:
         return f"{at}: {tuple(one.shape)} {one.dtype} instead of {tuple(other.shape)} {other.dtype}"
     rtol = max(rtol, ROUNDING.get(one.dtype, 0.0))
@@ -194,7 +191,8 @@ def unusable(left: Left, program: Mapping[str, Any]) -> str:
                 module._trainer = None  # attached, it could not log here in one process either
             weight = next(each for each in module.parameters() if each.ndim > 1)  # others may have come later
             torch.set_default_dtype(weight.dtype)  # as in its steps
-            module.eval()(torch.ones(2, 5, 4, dtype=weight.dtype), torch.ones(2, 5, dtype=torch.long))
+            ids = torch.ones(2, 5, dtype=torch.long, device=weight.device)
+            module.eval()(torch.ones(2, 5, 4, dtype=weight.dtype, device=weight.device), ids)
     except (Exception, Hang) as failure:
         if left.trainer is not None and not _fresh_computes(program):
             return ""
