@@ -64,6 +64,7 @@ class PairTransport(Transport):
     """
 
     posts_ahead = False
+    carries_on_host = False
 
     def __init__(
         self,

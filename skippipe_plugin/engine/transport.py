@@ -1,8 +1,8 @@
 """One generation of the engine's process groups: tagged, posted-ahead sends and receives of tensors.
 
 The groups are made by hand from a store and numbered by generation; torch's *default* group is never touched. Gloo
-carries the bytes; tensors of other devices are staged through host memory. A send is a rendezvous at every size, so
-nothing here waits for a send before :meth:`Transport.flush` at the end of a step.
+carries the bytes; tensors of other devices go through host memory (:mod:`skippipe_plugin.engine.staging`). A send is a
+rendezvous at every size, so nothing here waits for a send before :meth:`Transport.flush` at the end of a step.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .errors import GenerationAborted
 from .gloo_door import open_device
 from .rendezvous import AbortableStore
 from .silence import silence_ends_after
+from .staging import Staging
 from .waiting import Waiting
 
 _FORMING = timedelta(seconds=30)
@@ -81,7 +82,7 @@ def from_bytes(data: Tensor, spec: TensorSpec) -> Tensor:
 class PendingTensor:
     """A posted receive."""
 
-    __slots__ = ("_buffer", "_device", "_sent", "_waiting", "_work")
+    __slots__ = ("_buffer", "_device", "_sent", "_staging", "_waiting", "_work")
 
     def __init__(
         self,
@@ -90,24 +91,31 @@ class PendingTensor:
         device: torch.device,
         waiting: Waiting,
         sent: Tensor | None = None,
+        staging: Staging | None = None,
     ) -> None:
-        self._work, self._buffer, self._device, self._waiting = work, buffer, device, waiting
+        self._work: Work | Collective | None = work
+        self._buffer, self._device, self._waiting = buffer, device, waiting
         self._sent = sent  # kept alive until all is here
+        self._staging = staging  # which has lent the buffer
 
     def wait(self) -> Tensor:
         """Block until the tensor is here; raise GenerationAborted when the generation ends first."""
-        return self._arrived().to(self._device)
+        arrived = self._arrived()
+        return arrived.to(self._device) if self._staging is None else self._staging.place(arrived)
 
     def wait_unless(self, is_none: Callable[[Tensor], bool]) -> Tensor | None:
         """Do the same, but return None for a tensor of which that is true, where it came: a device is not asked."""
-        arrived = self._arrived()
-        return None if is_none(arrived) else arrived.to(self._device)
+        if not is_none(self._arrived()):
+            return self.wait()
+        if self._staging is not None:
+            self._staging.let_go(self._buffer)
+        return None
 
     def _arrived(self) -> Tensor:
         if self._work is not None:
             with self._waiting:
                 _wait(self._work)
-        self._sent = None
+        self._sent = self._work = None
         return self._buffer
 
 
@@ -160,6 +168,8 @@ class Transport:
 
     posts_ahead = True
     """Whether receives may be posted long before their messages are sent, in any order."""
+    carries_on_host = True
+    """Whether what is sent is brought to the host by this object."""
 
     def __init__(
         self,
@@ -185,6 +195,8 @@ class Transport:
         self._host = host
         self._groups: dict[str, Gloo] = {}
         self._sends: list[tuple[Work, Tensor]] = []
+        self._staging: Staging | None = None
+        """How tensors of this rank's device come to the host and back."""
 
     def form(self) -> None:
         """Connect to all members.
@@ -193,6 +205,8 @@ class Transport:
             GenerationAborted: :meth:`poison` was called meanwhile, or a member could not be reached.
         """
         phases.reach(phases.Phase.FORMING)
+        if self.carries_on_host:
+            self._staging = Staging.of(self.device)
         self._connect(_ALL, self.members)
 
     @property
@@ -229,19 +243,28 @@ class Transport:
         That it was taken, the receiver has to say: gloo forgets a message whose connection breaks as it is written, and
         who waited for it would wait for ever, since nothing wakes him.
         """
-        ready = tensor.is_cpu and tensor.is_contiguous()
-        data = tensor.detach() if ready else tensor.detach().to("cpu").contiguous()
-        if data.numel():
-            group, member = self._groups[_ALL], self._index[destination]
-            self._sends.append((self._start(lambda: group.send([data], member, tag)), data))
+        if not tensor.numel():
+            return
+        data = tensor.detach()
+        if tensor.is_cpu:
+            self._post(destination, tag, data.contiguous())
+        elif self._staging is None or not self._staging.send(data, functools.partial(self._post, destination, tag)):
+            self._post(destination, tag, data.to("cpu").contiguous())
+
+    def _post(self, destination: int, tag: int, data: Tensor) -> None:
+        group, member = self._groups[_ALL], self._index[destination]
+        self._sends.append((self._start(lambda: group.send([data], member, tag)), data))
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Post a receive for a tensor of exactly ``spec``."""
-        buffer = torch.empty(spec.shape, dtype=spec.dtype)
-        if not buffer.numel():
-            return PendingTensor(None, buffer, device, self._waiting)
+        if not spec.num_bytes:
+            return PendingTensor(None, torch.empty(spec.shape, dtype=spec.dtype), device, self._waiting)
+        staging = None if device.type == "cpu" else self._staging
+        room = None if staging is None else staging.room(spec.shape, spec.dtype)
+        buffer = torch.empty(spec.shape, dtype=spec.dtype) if room is None else room
         group, member = self._groups[_ALL], self._index[source]
-        return PendingTensor(self._start(lambda: group.recv([buffer], member, tag)), buffer, device, self._waiting)
+        work = self._start(lambda: group.recv([buffer], member, tag))
+        return PendingTensor(work, buffer, device, self._waiting, staging=None if room is None else staging)
 
     def send_aside(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send a small host tensor that is none of the schedule's, whatever carries those."""
@@ -257,12 +280,25 @@ class Transport:
 
     def end_step(self) -> None:
         """Make sure that this rank's part of a step is over, where starting an operation does not say so."""
+        if self._staging is not None:
+            self._staging.settle()
 
     def flush(self) -> None:
         """Let go of what was sent; to be called when all of it is known to be taken."""
-        sends, self._sends = self._sends, []
-        for work, _ in sends:
+        staging = self._staging
+        try:
+            if staging is not None:
+                staging.settle()
+        finally:
+            sends, self._sends = self._sends, []
+        for work, data in sends:
             _wait(work)
+            if staging is not None:
+                staging.let_go(data)
+
+    def rest(self) -> None:
+        """Give memory back that was kept for further steps."""
+        self._staging = None
 
     def form_subgroup(self, name: str, ranks: Sequence[int]) -> None:
         """Form a group of ``ranks`` for :meth:`all_reduce`; every member calls this in the same order."""

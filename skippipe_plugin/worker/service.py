@@ -386,6 +386,8 @@ class Worker:
         self._new_decoders()
         with contextlib.suppress(GenerationAborted):  # of a step that failed
             self._let_go()
+        if self._transport is not None:
+            self._transport.rest()
         self._owes_memory = True
 
     def _new_decoders(self) -> None:

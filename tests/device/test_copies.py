@@ -120,8 +120,8 @@ def test_only_what_must_is_copied(small: Counted) -> None:
 def test_a_device_is_waited_for_as_often_whatever_it_holds(small: Counted, tmp_path: Path) -> None:
     (few, of_workers), (many, of_others) = _syncs(small), _syncs(_counted(tmp_path, 20))
     assert (few, of_workers) == (many, of_others)
-    assert max(few) <= 8 * MICROBATCHES
-    assert max(of_workers) <= 6 * MICROBATCHES
+    assert max(few) <= 6 * MICROBATCHES
+    assert max(of_workers) <= 4 * MICROBATCHES
 
 
 def _syncs(counted: Counted) -> tuple[list[int], list[int]]:

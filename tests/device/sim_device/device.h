@@ -23,6 +23,7 @@ enum Direction { kToDevice, kToHost };
 
 struct State {
   std::mutex mutex;
+  std::mutex copying;
   std::array<std::atomic<int64_t>, kNumCounters> counts{};
   std::array<std::vector<std::function<void()>>, 2> copies;
   c10::CachingDeviceAllocator::DeviceStats memory;

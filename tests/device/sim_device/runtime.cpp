@@ -145,7 +145,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
  private:
   static int of(void* event) { return static_cast<int>(reinterpret_cast<intptr_t>(event)) - 1; }
   // Who polls is told no once, and that all is done the next time.
-  static bool is_done(int device) { return catch_up(device, kToHost) == 0; }
+  static bool is_done(int device) { return catch_up(device, kToDevice) + catch_up(device, kToHost) == 0; }
 };
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
@@ -203,6 +203,7 @@ void later(int device, Direction direction, std::function<void()> copy) {
 
 size_t catch_up(int device, Direction direction) {
   std::vector<std::function<void()>> due;
+  std::lock_guard order(state(device).copying);  // who comes second finds them made
   std::unique_lock lock(state(device).mutex);
   due.swap(state(device).copies[direction]);
   lock.unlock();
