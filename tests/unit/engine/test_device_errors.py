@@ -31,7 +31,7 @@ FORWARD = Instruction(Action(1, Op.F, 0), "1F0", takes=0, gives=1, receives=Link
 class Transport1:
     """What is received cannot be moved to the device."""
 
-    rank, posts_ahead = 1, True
+    rank, posts_ahead, is_aborted = 1, True, False
 
     def __init__(self, error: Exception) -> None:
         self.error = error
