@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..engine.device import all_devices, random_states, set_random_states
+
 RandomState = dict[str, Any]
 """What :func:`random_state` returns: states of the global generators, and of those that loaders hold."""
 
@@ -19,7 +21,7 @@ def random_state(loaders: Iterable[Any]) -> RandomState:
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "devices": [random_states(device)[-1] for device in all_devices()],
         "loaders": [_get_state(generator) for generator in _generators(loaders)],
     }
 
@@ -29,8 +31,8 @@ def set_random_state(state: RandomState, loaders: Iterable[Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for device, value in zip(all_devices(), state["devices"], strict=False):
+        set_random_states(device, [state["torch"], value])
     for generator, value in zip(_generators(loaders), state["loaders"], strict=False):
         _set_state(generator, value)
 

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..engine.device import kept_random_states
 from ..engine.errors import SkipPipeError
 from ..model.settings import PipelineSettings
 from ..model.skipping import skips
@@ -60,9 +63,16 @@ def _checked(strategy: SkipPipeStrategy, module: LightningModule, batch: Any, op
         batch,
         pipeline=functools.partial(_probe, strategy),
         devices=strategy.num_processes,
-        options={"accelerator": strategy.root_device.type, "precision": strategy.precision_plugin.precision, **options},
+        device=strategy.root_device,
+        options={"accelerator": _accelerator(strategy), "precision": strategy.precision_plugin.precision, **options},
         is_block=lambda name: any(name.startswith(f"{block}.") for block in names),
     ).run()
+
+
+def _accelerator(strategy: SkipPipeStrategy) -> Any:
+    """Return what Trainers call the strategy's accelerator; a third party's may have another name than its devices."""
+    kind = strategy.root_device.type
+    return kind if kind in AcceleratorRegistry.available_accelerators() else strategy.accelerator
 
 
 def verify_first(strategy: SkipPipeStrategy, trainer: Trainer, module: LightningModule) -> None:
@@ -88,6 +98,7 @@ class StepCheck:
         batch: What a data loader would give.
         pipeline: Makes the pipeline's strategy, given what is to be other than in the user's.
         devices: How many processes the pipeline has.
+        device: What one process computes on.
         options: Further arguments of the Trainers.
         is_block: Says by its name whether a tensor belongs to the blocks.
     """
@@ -99,6 +110,7 @@ class StepCheck:
         *,
         pipeline: Callable[[Mapping[str, Any]], Any],
         devices: int,
+        device: torch.device,
         options: Mapping[str, Any],
         is_block: Callable[[str], bool],
     ) -> None:
@@ -106,6 +118,7 @@ class StepCheck:
         self._batch = batch
         self._pipeline = pipeline
         self._devices = devices
+        self._device = device
         self._options = dict(options)
         self._is_block = is_block
 
@@ -115,7 +128,7 @@ class StepCheck:
         Raises:
             SkipPipeError: They differ, or one process cannot take the step.
         """
-        with isolate_rng(), _silence():
+        with isolate_rng(), kept_random_states(self._device), _silence():
             expected = self._expected()
             result = compare(self._step(self._pipeline({})), expected)
             if isinstance(result, Agreement):
@@ -162,7 +175,9 @@ class StepCheck:
         module, observer = copy.deepcopy(self._module), _Observer()
         without_randomness(module)
         loader: DataLoader[Any] = DataLoader([copy.deepcopy(self._batch)], batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
-        placed = {"devices": 1} if strategy is None else {"devices": self._devices, "strategy": strategy}
+        # Without a strategy Lightning takes the CPU for a kind of accelerator that it does not know.
+        alone: dict[str, Any] = {"devices": 1, "strategy": SingleDeviceStrategy(self._device)}
+        placed = alone if strategy is None else {"devices": self._devices, "strategy": strategy}
         quiet: dict[str, Any] = dict.fromkeys(_SWITCHED_OFF, 0) | {"logger": False, "max_steps": 1}
         trainer = Trainer(callbacks=[observer], **quiet, **self._options, **placed)
         trainer.fit(module, loader)

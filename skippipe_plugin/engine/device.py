@@ -78,6 +78,12 @@ def current() -> torch.device:
     return HOST if found is None else torch.device(found.type, torch.accelerator.current_device_index())
 
 
+def all_devices() -> list[torch.device]:
+    """Return the devices that this process sees, beside the host."""
+    place = own_place()
+    return [torch.device(place.kind, index) for index in range(place.num_devices)]
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until all that was started on ``device`` is done."""
     if device.type != "cpu":

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from skippipe_plugin import SkipPipeConfig, TorchPipeline
 from skippipe_plugin.strategies import NetworkConfig
+from skippipe_plugin.strategies.replay import random_state, set_random_state
 from tests.e2e.models import TanhBlock, Transformer, next_token_loss, tokens
 from tests.e2e.modules import BATCH, STEPS, LanguageModel, loader
 from tests.e2e.support import assert_same_run, train
@@ -129,3 +130,12 @@ def test_a_loops_model_is_whole_on_its_device_afterwards() -> None:
         return found
 
     assert losses(pipeline=True) == pytest.approx(losses(pipeline=False), rel=1e-5)
+
+
+def test_what_all_devices_draw_is_put_back() -> None:
+    """As a driver that starts again needs it."""
+    state = random_state([])
+    drawn = [torch.rand(3, device=device) for device in ("cpu", "sim:0", "sim:5")]
+    set_random_state(state, [])
+    for one, device in zip(drawn, ("cpu", "sim:0", "sim:5"), strict=True):
+        assert torch.equal(one, torch.rand(3, device=device))

@@ -177,6 +177,11 @@ def test_layers_compute_and_learn_what_they_do_on_the_host(layer: str) -> None:
     torch.testing.assert_close(*on_both(train), rtol=1e-5, atol=1e-5)
 
 
+def test_integers_are_counted() -> None:
+    found = torch.histc(torch.tensor([3, 1, 1, 0, 3, 3], device="sim:1"), bins=4, min=0, max=3)
+    assert (found.tolist(), found.dtype, found.device) == ([1, 2, 0, 3], torch.int64, torch.device("sim:1"))
+
+
 def test_autocast_has_a_list_of_its_own() -> None:
     layer, batch = nn.Linear(4, 4).to("sim"), torch.randn(2, 4, device="sim")
     with torch.autocast("sim", torch.bfloat16):

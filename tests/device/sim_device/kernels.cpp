@@ -258,7 +258,10 @@ std::tuple<Tensor, Tensor> gru_cell(const Tensor& input, const Tensor& hidden, c
 
 // The host has none for integers; CUDA has, and transformers counts tokens by it.
 Tensor histc(const Tensor& self, int64_t bins, const c10::Scalar& min, const c10::Scalar& max) {
-  return self.to(at::kDouble).histc(bins, min, max).to(self.scalar_type());
+  count(kKernels, self.device().index());
+  catch_up(self.device().index());
+  HostView host;
+  return host.back(host.of(self).to(at::kDouble).histc(bins, min, max).to(self.scalar_type()), self.device());
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(CppFunction::makeFromBoxedFunction<&run>()); }
