@@ -47,6 +47,16 @@ def pytest_configure(config: pytest.Config) -> None:
         build.load(build.installed(config.cache.mkdir("sim-device")))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what the simulated device lacks."""
+    if config.getoption("--device") == "sim":
+        from tests.device.left_out import LEFT_OUT
+
+        for item in items:
+            if reason := LEFT_OUT.get(item.nodeid):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Let a test that is marked ``alone`` run beside no other test of this folder."""

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from skippipe_plugin.accelerate import SkipPipeAccelerator
 
 from .models import Block
+from .support import DEVICE
 
 STAGES = 2
 """How many workers all tests use, so that they take each other's over."""
@@ -121,15 +122,22 @@ def accelerator(kind: str, **arguments: Any) -> Iterator[Accelerator]:
     _forget()
     try:
         if kind == "plain":
-            yield Accelerator(**{"cpu": True, **arguments})
+            yield _placed(Accelerator(**{"cpu": True, **arguments}))
             return
         piped = SkipPipeAccelerator(**{"cpu": True, "num_stages": STAGES, "num_microbatches": 4, **arguments})
+        _placed(piped)
         try:
             yield piped
         finally:
             piped.skippipe.close()
     finally:
         _forget()
+
+
+def _placed(made: Accelerator) -> Accelerator:
+    """Let it train on the device, as one of the kinds of device that accelerate knows by name."""
+    made.state.device = PartialState().device = DEVICE
+    return made
 
 
 def _forget() -> None:

@@ -16,6 +16,9 @@ from skippipe_plugin.strategies import SkipPipeStrategy
 
 from .modules import STEPS
 
+DEVICE = torch.device("sim", 0) if hasattr(torch, "sim") else torch.device("cpu")
+"""What a loop of one process trains on; with ``pytest --device sim`` a simulated device."""
+
 
 @dataclass
 class Run:

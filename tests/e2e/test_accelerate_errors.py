@@ -17,8 +17,9 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.partition import PartitionError
 from tests.e2e import loops
 from tests.e2e.loops import Classifier
+from tests.e2e.support import DEVICE
 
-X, Y = loops.samples(8).tensors
+X, Y = (column.to(DEVICE) for column in loops.samples(8).tensors)
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_batches_that_cannot_be_cut(current: Accelerator) -> None:
 def test_an_error_in_the_model_has_its_own_traceback(current: Accelerator) -> None:
     model, optimizer = prepared(current)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        model(torch.randn(8, 3))
+        model(torch.randn(8, 3).to(DEVICE))
     step(current, model, optimizer)
 
 

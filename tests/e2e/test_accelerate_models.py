@@ -16,8 +16,9 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 from skippipe_plugin.accelerate import RecoveryPolicy, SkipPipe, SkipPipeConfig
 from tests.e2e import loops
 from tests.e2e.loops import Classifier, assert_same
+from tests.e2e.support import DEVICE
 
-X, Y = loops.samples(8).tensors
+X, Y = (column.to(DEVICE) for column in loops.samples(8).tensors)
 CONFIG = SkipPipeConfig(num_stages=loops.STAGES, num_microbatches=4)
 
 
@@ -34,7 +35,7 @@ def train(current: Accelerator, model: Any, optimizer: Any, steps: int = 2) -> l
 
 def made() -> tuple[Classifier, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = Classifier()
+    model = Classifier().to(DEVICE)
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
@@ -72,11 +73,11 @@ def test_saved_models_are_whole(tmp_path: Path) -> None:
         ]
         for state in states:
             assert list(state) == list(expected)
-            assert all(torch.equal(state[name], expected[name]) for name in expected)
+            assert all(torch.equal(state[name].cpu(), expected[name]) for name in expected)
         assert (tmp_path / "accelerate" / "model.safetensors").exists()
         other = loops.gpt2()
         model.load_state_dict(other.state_dict(), assign=True)
-        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
+        assert all(torch.equal(model.state_dict()[name].cpu(), tensor) for name, tensor in other.state_dict().items())
         with pytest.raises(RuntimeError, match="size mismatch"):
             model.load_state_dict(other.state_dict() | {"transformer.h.0.ln_1.weight": torch.ones(3)})
 

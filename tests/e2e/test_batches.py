@@ -95,7 +95,7 @@ class Taking(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = self.read(batch)
         assert len(x) == len(y)
-        return torch.nn.functional.cross_entropy(self.net(x), y)
+        return torch.nn.functional.cross_entropy(self.net(x), y.to(self.device))
 
     def configure_optimizers(self) -> AdamW:
         return AdamW(self.parameters(), lr=1e-2)

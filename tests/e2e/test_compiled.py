@@ -87,7 +87,7 @@ def test_compiled_models(form: str, uncompiled: Run, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
     run = _run(FORMS[form], 3, callbacks=[checkpoint], enable_checkpointing=True)
     assert_same_losses(run.losses, uncompiled.losses)
-    saved = torch.load(checkpoint.last_model_path, weights_only=False)["state_dict"]
+    saved = torch.load(checkpoint.last_model_path, "cpu", weights_only=False)["state_dict"]
     for state in (run.weights, saved):
         stripped = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
         assert_same_weights(stripped, uncompiled.weights)

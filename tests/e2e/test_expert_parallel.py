@@ -179,7 +179,7 @@ def test_the_balancer_moves_experts_when_that_pays(caplog: pytest.LogCaptureFixt
     """All tokens go to two experts of the first replica until one of them is moved to the second."""
 
     def to_two(logits: torch.Tensor, top_k: int, bias: torch.Tensor | None) -> Routing:
-        return Routing(logits.softmax(-1)[:, :2], torch.tensor([0, 1]).expand(len(logits), 2).contiguous())
+        return Routing(logits.softmax(-1)[:, :2], torch.tensor([[0, 1]] * len(logits), device=logits.device))
 
     config = ExpertConfig(payback_steps=10**6)
     balancer = LoadBalancer(stages=False, experts="placement", every_n_steps=2, expert_config=config)

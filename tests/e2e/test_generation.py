@@ -103,7 +103,7 @@ class Padded(Writer):
     """Prompts of several lengths, padded on the left."""
 
     def predict_step(self, batch: Tensor) -> Tensor:
-        mask = (torch.arange(batch.shape[1]) >= batch[:, :1] % 4).long()
+        mask = (torch.arange(batch.shape[1], device=self.device) >= batch[:, :1] % 4).long()
         return self.model.generate(
             input_ids=batch.where(mask > 0, 2), attention_mask=mask, max_new_tokens=LENGTH, pad_token_id=2
         )

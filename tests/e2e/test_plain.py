@@ -19,9 +19,10 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from skippipe_plugin import RecoveryPolicy, SkipPipeConfig, SkipPipeError, TorchPipeline
 from tests.e2e.models import Transformer, next_token_loss, tokens
+from tests.e2e.support import DEVICE
 
 CONFIG = SkipPipeConfig(num_stages=2, num_microbatches=4, verbose=False)
-BATCHES = [tokens(size, seed=seed) for seed, size in enumerate([8, 8, 7, 5, 8, 3])]
+BATCHES = [tokens(size, seed=seed).to(DEVICE) for seed, size in enumerate([8, 8, 7, 5, 8, 3])]
 
 
 @dataclass
@@ -58,7 +59,7 @@ def run(
     config: SkipPipeConfig = CONFIG,
 ) -> Record:
     torch.manual_seed(0)
-    record, model = Record(), make()
+    record, model = Record(), make().to(DEVICE)
     made = optimizer(model) if optimizer else torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     opened: AbstractContextManager[Any] = (
         TorchPipeline(model, made, config) if piped else contextlib.nullcontext(OneProcess(model))
@@ -204,7 +205,7 @@ def compared(model: Any, optimizer: Any, pipeline: Any, record: Record) -> None:
     for batch in BATCHES:
         logits = model(batch)
         vectors = functional.normalize(logits.mean(1), dim=-1)
-        loss = functional.cross_entropy(vectors @ vectors.T * 5, torch.arange(len(batch)))
+        loss = functional.cross_entropy(vectors @ vectors.T * 5, torch.arange(len(batch), device=DEVICE))
         if len(batch) != 5:
             loss.backward()
             optimizer.step()
@@ -214,7 +215,7 @@ def compared(model: Any, optimizer: Any, pipeline: Any, record: Record) -> None:
 
 def in_bfloat16(model: Any, optimizer: Any, pipeline: Any, record: Record) -> None:
     for batch in BATCHES[:2]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             loss = next_token_loss(model(batch), batch)
         loss.backward()
         record.seen.append(float(model.blocks[1].mlp[0].weight.grad.dtype == torch.float32))
@@ -224,7 +225,7 @@ def in_bfloat16(model: Any, optimizer: Any, pipeline: Any, record: Record) -> No
 
 def scaled(model: Any, optimizer: Any, pipeline: Any, record: Record) -> None:
     """``torch.amp``'s loop; unscaling reads all gradients."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
     for index, batch in enumerate(BATCHES):
         if index % 2:
             loss = pipeline.run(lambda ids: next_token_loss(model(ids), ids), batch)
@@ -326,7 +327,7 @@ def test_a_state_dict_saved_in_the_middle_resumes_either_way(tmp_path: Path) -> 
 def test_one_after_the_other_and_the_loop_between_them() -> None:
     """A model may enter a pipeline in the middle of its training, leave it, and enter another."""
     torch.manual_seed(0)
-    model, plain = Transformer(), Transformer()
+    model, plain = Transformer().to(DEVICE), Transformer().to(DEVICE)
     plain.load_state_dict(model.state_dict())
     optimizers = [torch.optim.Adam(each.parameters(), lr=1e-2, eps=1e-4) for each in (model, plain)]
     records = [Record(), Record()]
@@ -339,7 +340,7 @@ def test_one_after_the_other_and_the_loop_between_them() -> None:
 
 def test_an_optimizer_that_the_pipeline_does_not_know_steps_on_what_it_fetches() -> None:
     torch.manual_seed(0)
-    model, record = Transformer(), Record()
+    model, record = Transformer().to(DEVICE), Record()
     with TorchPipeline(model, None, CONFIG):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
         ordinary(model, optimizer, None, record)
@@ -354,7 +355,7 @@ def test_two_models_at_once() -> None:
 
     def train(piped: bool) -> tuple[list[float], list[Tensor]]:
         torch.manual_seed(0)
-        models = [Transformer(), Transformer()]
+        models = [Transformer().to(DEVICE), Transformer().to(DEVICE)]
         optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
         losses = []
         with contextlib.ExitStack() as stack:
@@ -410,7 +411,7 @@ def test_a_worker_that_is_lost_is_replaced(in_function: bool) -> None:
 @contextlib.contextmanager
 def opened(**settings: Any) -> Iterator[tuple[Any, Any, TorchPipeline]]:
     torch.manual_seed(0)
-    model = Transformer()
+    model = Transformer().to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with TorchPipeline(model, optimizer, CONFIG) as pipeline:
         yield model, optimizer, pipeline
@@ -421,7 +422,7 @@ def opened(**settings: Any) -> Iterator[tuple[Any, Any, TorchPipeline]]:
 
 
 def test_an_error_in_the_loop_leaves_the_model_whole() -> None:
-    model = Transformer()
+    model = Transformer().to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ZeroDivisionError), TorchPipeline(model, optimizer, CONFIG):
         model(BATCHES[0]).detach().sum().item() / 0
@@ -484,9 +485,9 @@ def test_a_loss_that_the_batch_alone_has_is_refused_with_a_way_out() -> None:
 
 def test_float16_is_scaled_in_the_loop_or_refused() -> None:
     def loop(model: Any, optimizer: Any, pipeline: Any, record: Record) -> None:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**12)
         for batch in BATCHES[:3]:
-            with torch.autocast("cpu", dtype=torch.float16):
+            with torch.autocast(DEVICE.type, dtype=torch.float16):
                 if isinstance(pipeline, TorchPipeline):
                     with pytest.raises(SkipPipeError, match="goes back before a GradScaler can scale it"):
                         pipeline.run(lambda ids: next_token_loss(model(ids), ids), batch)
@@ -514,7 +515,7 @@ def test_parameters_that_are_no_part_of_the_model() -> None:
 
     def both(model: nn.Module) -> torch.optim.Optimizer:
         nonlocal criterion
-        criterion = Criterion()
+        criterion = Criterion().to(DEVICE)
         return torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
 
     def loop(model: Any, optimizer: Any, pipeline: Any, record: Record) -> None:

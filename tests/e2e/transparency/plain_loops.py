@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from skippipe_plugin import SkipPipeConfig, TorchPipeline
 from tests.e2e.loops import Classifier, samples
+from tests.e2e.support import DEVICE
 
-BATCHES = [samples(8, seed=seed).tensors for seed in range(4)]
+BATCHES = [tuple(column.to(DEVICE) for column in samples(8, seed=seed).tensors) for seed in range(4)]
 Loop = Callable[[Any, torch.optim.Optimizer], list[float]]
 
 
@@ -27,7 +28,7 @@ def run(
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Return what the loop has seen, and the weights that it leaves."""
     torch.manual_seed(0)
-    model = make()
+    model = make().to(DEVICE)
     made = optimizer(model)
     config = SkipPipeConfig(**{"num_stages": 2, "num_microbatches": 4, "verbose": False, **settings})
     with TorchPipeline(model, made, config) if piped else contextlib.nullcontext():

@@ -32,7 +32,7 @@ class Inner(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         scale = self.scale * self.scaling["default"] * self.options.scale * sum(self.steps)
-        return torch.tanh(self.linear(hidden)) * scale + self.shift
+        return torch.tanh(self.linear(hidden)) * scale + self.shift.to(hidden.device)
 
 
 class Block(nn.Module):
@@ -181,7 +181,7 @@ def in_validation_only_and_deleted(model: Model, where: str, index: int) -> None
 
 def once_on_fit_start(model: Model, where: str, index: int) -> None:
     if where == "on_fit_start":
-        model.blocks[3].condition = torch.ones(8)
+        model.blocks[3].condition = torch.ones(8, device=model.device)
 
 
 def dropout_off_is_scheduled(model: Model, where: str, index: int) -> None:

@@ -47,7 +47,7 @@ class Reads(LightningModule):
         return self.head(h)
 
     def loss(self, batch: Any) -> Tensor:
-        x, y = self.read(batch)
+        x, y = (each.to(self.device) for each in self.read(batch))
         return F.mse_loss(self(x).squeeze(-1), y)
 
     def training_step(self, batch: Any, _: int) -> Tensor:
@@ -210,7 +210,7 @@ class Longest(Reads):
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         x, lengths = batch
-        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        mask = torch.arange(int(lengths.max()), device=self.device)[None] < lengths[:, None]
         return (self(x) * mask[:, :, None]).mean()
 
 

@@ -532,7 +532,7 @@ class Given(Block):
 
     def forward(self, hidden: Tensor, context: Any) -> Tensor:
         bias = context["bias"] if isinstance(context, dict) else getattr(context, "bias", context)
-        bias = torch.from_numpy(bias) if isinstance(bias, np.ndarray) else bias
+        bias = torch.from_numpy(bias).to(hidden.device) if isinstance(bias, np.ndarray) else bias
         return super().forward(hidden) + bias
 
 
@@ -557,8 +557,8 @@ def changed_in_between(x: Tensor, index: int) -> dict[str, float]:
 ARGUMENTS: dict[str, Callable[[Tensor, int], Any]] = {
     "dataclass": lambda x, index: Meta(x.repeat(1, 2)),
     "namespace": lambda x, index: SimpleNamespace(bias=x.repeat(1, 2)),
-    "array": lambda x, index: x.repeat(1, 2).numpy(),
-    "array in an object": lambda x, index: Meta(x.repeat(1, 2).numpy()),
+    "array": lambda x, index: x.repeat(1, 2).cpu().numpy(),
+    "array in an object": lambda x, index: Meta(x.repeat(1, 2).cpu().numpy()),
     "number of its own": lambda x, index: 0.1 * index,
     "one dict that changes": changed_in_between,
     "integers and floats": lambda x, index: [True, 1, 1.0, torch.ones(())][index],
@@ -620,7 +620,7 @@ class Masked(Block):
 @pytest.mark.parametrize("copies", [False, True])
 def test_a_mask_that_blocks_fill_in(copies: bool) -> None:
     def stack(self: Model, hidden: Tensor) -> Tensor:
-        mask = torch.ones(len(hidden), 8)
+        mask = torch.ones(len(hidden), 8, device=hidden.device)
         for block in self.blocks:
             hidden = block(hidden, mask)
         return hidden
@@ -635,14 +635,14 @@ def test_a_mask_that_blocks_fill_in(copies: bool) -> None:
 
 def test_a_tensor_that_the_step_changes_between_blocks() -> None:
     def stack(self: Model, hidden: Tensor) -> Tensor:
-        bias = torch.zeros(8)
+        bias = torch.zeros(8, device=self.device)
         for block in self.blocks:
             hidden = block(hidden, bias)
             bias += 0.1
         return hidden
 
     def out_of_place(self: Model, hidden: Tensor) -> Tensor:
-        bias = torch.zeros(8)
+        bias = torch.zeros(8, device=self.device)
         for block in self.blocks:
             hidden = block(hidden, bias)
             bias = bias + 0.1
@@ -655,7 +655,7 @@ def test_a_tensor_that_the_step_changes_between_blocks() -> None:
 
 def test_a_tensor_that_microbatches_share_and_change() -> None:
     def stack(self: Model, hidden: Tensor) -> Tensor:
-        self.counter = getattr(self, "counter", torch.zeros(8)).add_(1)
+        self.counter = getattr(self, "counter", torch.zeros(8, device=self.device)).add_(1)
         for block in self.blocks:
             hidden = block(hidden, self.counter)
         return hidden

@@ -111,7 +111,7 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "linear": partial(Block, lambda _, h: h),
     "dropout": lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.LayerNorm(8)),
     "noise": partial(Block, lambda self, h: h + torch.randn_like(h) * self.training),
-    "a layer that is dropped": partial(Block, lambda self, h: h * (torch.rand(len(h), 1) < 0.7)),
+    "a layer that is dropped": partial(Block, lambda self, h: h * (torch.rand(len(h), 1, device=h.device) < 0.7)),
     "attention": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 4)), nn.TransformerEncoderLayer(4, 2, 8, 0.1, batch_first=True), nn.Flatten(1)
     ),

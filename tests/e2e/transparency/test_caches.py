@@ -93,7 +93,7 @@ class Writer(LightningModule):
 def padded(net: nn.Module, ids: Tensor) -> Tensor:
     """A static cache is as long as it will ever be, and so is the mask of padded prompts."""
     net.generation_config.eos_token_id = None
-    mask = (torch.arange(ids.shape[1]) >= ids[:, :1] % 4).long()
+    mask = (torch.arange(ids.shape[1], device=ids.device) >= ids[:, :1] % 4).long()
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 2, "cache_implementation": "static"}
     return net.generate(input_ids=ids.where(mask > 0, 2), attention_mask=mask, **options)
 

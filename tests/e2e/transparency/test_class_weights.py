@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ..models import TanhBlock
-from ..support import assert_same_run, train
+from ..support import DEVICE, assert_same_run, train
 
 PIPELINE = {"num_microbatches": 4, "verbose": False}
-WEIGHTS = torch.tensor([0.2, 1.0, 1.0, 5.0])
+WEIGHTS = torch.tensor([0.2, 1.0, 1.0, 5.0], device=DEVICE)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -44,7 +44,7 @@ LOSSES: dict[str, Loss] = {
     "gathered": gathered,
 }
 FOLLOWS: dict[str, Loss] = {
-    "even": nn.CrossEntropyLoss(torch.ones(4)),
+    "even": nn.CrossEntropyLoss(torch.ones(4, device=DEVICE)),
     "a sum": lambda output, labels: F.cross_entropy(output, labels, WEIGHTS, reduction="sum") / 8,
     "of samples": lambda output, labels: F.cross_entropy(output, labels, WEIGHTS, reduction="none").mean(),
     "by hand": lambda output, labels: (F.cross_entropy(output, labels, reduction="none") * WEIGHTS[labels]).mean(),

@@ -25,7 +25,7 @@ class Several(Classifier):
 
 
 def losses_of(model: Any, optimizer: Any, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    head = nn.Linear(4, 4)
+    head = nn.Linear(4, 4).to(inputs.device)
     return {
         "loss outside": functional.cross_entropy(model(inputs), labels),
         "head outside": functional.cross_entropy(head(model(inputs)), labels),
@@ -86,8 +86,8 @@ def test_evaluation_without_no_grad(frozen: bool, settings: dict[str, Any]) -> N
             output = model(inputs)
             seen += [float(value.requires_grad) for value in output.values()]
             with contextlib.suppress(RuntimeError):
-                seen.append(float(output["logits"].numpy().sum()))
-            seen += [float(output[name].numpy().sum()) for name in ("sure", "best", "detached")]
+                seen.append(float(output["logits"].cpu().numpy().sum()))
+            seen += [float(output[name].cpu().numpy().sum()) for name in ("sure", "best", "detached")]
             seen.append(functional.cross_entropy(output["logits"], labels).item())
         with torch.no_grad():
             seen.append(float(model(inputs)["logits"].requires_grad))

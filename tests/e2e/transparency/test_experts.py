@@ -218,7 +218,7 @@ def test_a_bias_falls_by_its_rate_in_any_precision(strategy: dict[str, Any]) -> 
 def test_a_bias_is_saved_and_resumed_in_full(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "half", every_n_train_steps=5)
     half = biases("bf16-true", 5, more=[keep])
-    state = torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"]
+    state = torch.load(tmp_path / "half.ckpt", "cpu", weights_only=False)["state_dict"]
     saved = torch.stack([v for k, v in state.items() if k.endswith("selection_bias")])
     assert torch.equal(saved, half)
     found = biases("bf16-true", 9, path=str(tmp_path / "half.ckpt"))

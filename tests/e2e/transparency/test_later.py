@@ -108,7 +108,7 @@ class Reduction(Model):
 class Weights(Model):
     def on_train_epoch_start(self) -> None:
         if self.current_epoch:
-            self.criterion.weight = torch.tensor([0.1, 1.0, 4.0])
+            self.criterion.weight = torch.tensor([0.1, 1.0, 4.0], device=self.device)
 
 
 class Ignored(Model):

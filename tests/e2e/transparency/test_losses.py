@@ -175,7 +175,7 @@ def two_means(model: Any, batch: Any) -> Tensor:
 
 def contrastive(model: Any, batch: Any) -> Tensor:
     features = F.normalize(model(batch[0]).mean(1), dim=1)
-    return F.cross_entropy(features @ features.T * 10, torch.arange(len(features)))
+    return F.cross_entropy(features @ features.T * 10, torch.arange(len(features), device=features.device))
 
 
 def perplexity(model: Any, batch: Any) -> Tensor:
@@ -186,7 +186,7 @@ def perplexity(model: Any, batch: Any) -> Tensor:
 
 def longest(model: Any, batch: Any) -> Tensor:
     lengths = (batch[1] != -100).sum(1)
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
     return (per_token(model, batch)[:, :10] * mask).sum() / mask.sum()  # the longest of each batch has ten
 
 
@@ -337,7 +337,7 @@ def test_lightning_checks_what_is_logged() -> None:
 def outputs(model: Any, batch: Any) -> Any:
     logits = model(batch[0])
     return {
-        "numpy": logits.numpy(),
+        "numpy": logits.cpu().numpy(),
         "count": int((logits.argmax(-1) == batch[1]).sum()),
         "tensor_count": (logits.argmax(-1) == batch[1]).sum(),
         "samples": len(logits),

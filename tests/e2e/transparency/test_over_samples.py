@@ -77,7 +77,7 @@ OVER_SAMPLES: dict[str, Callable[[Any, Tensor], dict[str, Any]]] = {
 }
 OF_EACH_SAMPLE: dict[str, Callable[[Any, Tensor], dict[str, Any]]] = {
     "rows": lambda _, x: {"beside": x.std(1, keepdim=True)},
-    "shared": lambda _, x: {"beside": torch.linspace(0.5, 1.0, 8), "scale": 0.9},
+    "shared": lambda _, x: {"beside": torch.linspace(0.5, 1.0, 8, device=x.device), "scale": 0.9},
     "turned": lambda _, x: {"scales": {"factor": x.abs().mean(1)[None].T}},
 }
 
