@@ -8,7 +8,7 @@ process, no Lightning and no particular model library is known. `find_blocks` ch
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, groupby
@@ -377,23 +377,27 @@ def _owned_parameters(model: nn.Module, stack: BlockStack) -> Iterator[tuple[int
 
     Blocks are recognised by the container object: a second name for the container is no sharing.
     """
-    container = model.get_submodule(stack.container_name)
     keys = {name.rpartition(".")[2]: index for index, name in enumerate(stack.names)}
+    return _parameters_below(model, "", None, (model.get_submodule(stack.container_name), keys), ())
 
-    parents: list[nn.Module] = []  # a child may refer back to its parent
 
-    def walk(module: nn.Module, name: str, owner: int | None) -> Iterator[tuple[int | None, str, nn.Parameter]]:
-        if any(module is parent for parent in parents):
-            return
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                yield owner, _join(name, key), parameter
-        parents.append(module)
-        for key, child in _children(module):
-            yield from walk(child, _join(name, key), keys.get(key) if module is container else owner)
-        parents.pop()
-
-    return walk(model, "", None)
+def _parameters_below(
+    module: nn.Module,
+    name: str,
+    owner: int | None,
+    blocks: tuple[nn.Module, Mapping[str, int]],
+    parents: tuple[nn.Module, ...],
+) -> Iterator[tuple[int | None, str, nn.Parameter]]:
+    """Do so below a module; ``blocks`` are their container and their numbers in it."""
+    if any(module is parent for parent in parents):  # a child may refer back to its parent
+        return
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield owner, _join(name, key), parameter
+    container, keys = blocks
+    for key, child in _children(module):
+        owned_by = keys.get(key) if module is container else owner
+        yield from _parameters_below(child, _join(name, key), owned_by, blocks, (*parents, module))
 
 
 def _owner(index: int | None) -> str:

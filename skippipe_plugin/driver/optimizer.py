@@ -105,6 +105,7 @@ class RemoteOptimizer:
             own = remote.get(self._keys[id(parameter)]) if id(parameter) in self._keys else state.pop(parameter, None)
             if own is not None:
                 state[parameter] = own  # in the order in which one process would have made them
+        del self._step, self._state  # they refer to this object, and all of them to the user's
 
     def replaced_by(self, optimizer: Optimizer) -> RemoteOptimizer:
         """Make the optimizer an ordinary one, and extend another, with what state it has, in its place."""

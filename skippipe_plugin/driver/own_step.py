@@ -76,6 +76,7 @@ class OwnStep:
             del self._optimizer.__dict__["step"]
             if self._former is not None:
                 self._optimizer.__dict__["step"] = self._former
+        del self._step, self._former, self._rest  # they refer to this object, and it to the optimizer
 
     def forget_members(self) -> None:
         """Note that parameters may have come, gone or moved."""

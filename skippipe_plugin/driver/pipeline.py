@@ -304,7 +304,7 @@ class Pipeline:
         finally:  # whatever that says, the model is whole
             lost = self.mirror.give_back(weights)
             proxies.remove()
-            self._proxies = self.model = None
+            self._proxies = self.model = self._sender = None
             self._hosted = {}
             self.gradients.own([], {})
         return [proxies.names[block] for block in lost]

@@ -46,6 +46,7 @@ class WholeModel:
                 del self._model.__dict__[name]
                 if name in self._had:
                     self._model.__dict__[name] = self._had[name]
+        del self._forward, self._zero_grad  # they refer to this object, and it to the model
 
     def _zero(self, set_to_none: bool = True) -> None:
         with self._spread.pipeline.gradients.copies.unseen():

@@ -1,7 +1,11 @@
 """No process holds anything of a run that is over, however it ended: what it took is given back to the host."""
 
+import functools
+import gc
 import time
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import pytest
@@ -75,6 +79,19 @@ def a_plain_loop(width: int) -> None:
             optimizer.step()
 
 
+def a_loop_of_calls(width: int) -> None:
+    model = Net(width)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    with TorchPipeline(model, optimizer, _CONFIG):
+        for batch in _data():
+            model(batch).square().mean().backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    del scheduler.optimizer  # torch's own circle
+
+
 def free_memory(width: int) -> None:
     accelerator: Accelerator = SkipPipeAccelerator(_CONFIG, cpu=True)
     model = Net(width)
@@ -103,3 +120,25 @@ def test_what_a_run_took_is_given_back(run: Callable[[int], None]) -> None:
             break
         time.sleep(0.05)
     assert max(grown) < _ALLOWED
+
+
+@pytest.mark.parametrize("run", [a_plain_loop, a_loop_of_calls, free_memory])
+def test_what_a_loop_had_goes_with_it(run: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[object]] = []
+    for kind in (Net, torch.optim.AdamW):
+        monkeypatch.setattr(kind, "__init__", _noting(kind.__init__, made))
+    gc.disable()  # memory of a device is needed at once
+    try:
+        run(_SMALL)
+        assert [each() for each in made] == [None] * 2
+    finally:
+        gc.enable()
+
+
+def _noting(original: Callable[..., None], made: list[weakref.ref[object]]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: object, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    return init
