@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -101,13 +100,8 @@ def _per_step(starts: Sequence[Counts]) -> list[Counts]:
     return [{name: later[name] - now[name] for name in now} for later, now in pairs]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Counted:
-    return _counted(tmp_path_factory.mktemp("small"), 2)
-
-
-def test_only_what_must_is_copied(small: Counted) -> None:
-    driver, workers = small
+def test_only_what_must_is_copied(tmp_path: Path) -> None:
+    driver, workers = _counted(tmp_path, 2)
     assert len(workers) == 2
     for step in driver:
         assert 2 * HIDDEN + MASK <= step["to_host"] <= 1.05 * (2 * HIDDEN + MASK)
@@ -118,13 +112,14 @@ def test_only_what_must_is_copied(small: Counted) -> None:
         assert step["between"] == 0
 
 
-def test_a_device_is_waited_for_as_often_whatever_it_holds(small: Counted, tmp_path: Path) -> None:
-    for few, many in zip(_syncs(small), _syncs(_counted(tmp_path, 20)), strict=True):
+def test_a_device_is_waited_for_as_often_whatever_it_holds(tmp_path: Path) -> None:
+    for few, many in zip(_syncs(tmp_path / "few", 2), _syncs(tmp_path / "many", 20), strict=True):
         assert few - MICROBATCHES < many < few + MICROBATCHES  # as above; there are 72 parameters more
         assert few <= 6 * MICROBATCHES
 
 
-def _syncs(counted: Counted) -> list[float]:
+def _syncs(folder: Path, depth: int) -> list[float]:
     """Return how often each process waits in a step."""
-    driver, workers = counted
+    folder.mkdir()
+    driver, workers = _counted(folder, depth)
     return [statistics.mean(step["syncs"] for step in steps) for steps in (driver, *workers)]

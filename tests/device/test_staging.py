@@ -12,7 +12,7 @@ from torch import Tensor
 from skippipe_plugin.engine.errors import GenerationAborted
 from skippipe_plugin.engine.staging import PinnedMemory, Staging
 
-DEVICE = torch.device("sim:4")
+DEVICE = "sim:4"
 
 
 def counts() -> dict[str, int]:
@@ -22,7 +22,7 @@ def counts() -> dict[str, int]:
 
 
 def _staging(limit_bytes: int = 1 << 20) -> Staging:
-    return Staging(DEVICE, PinnedMemory(limit_bytes))
+    return Staging(torch.device(DEVICE), PinnedMemory(limit_bytes))
 
 
 def _numbers(start: int, shape: tuple[int, ...] = (3, 4)) -> Tensor:
@@ -48,7 +48,7 @@ def test_what_has_come_is_there_before_its_memory_is_used_again() -> None:
             pass
         room.copy_(_numbers(start))
         placed.append(staging.place(room))
-    assert {tensor.device for tensor in placed} == {DEVICE}
+    assert {tensor.device for tensor in placed} == {torch.device(DEVICE)}
     assert all(torch.equal(tensor.cpu(), _numbers(start)) for start, tensor in enumerate(placed))
     assert counts()["recorded"] >= 6
 
