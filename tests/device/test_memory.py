@@ -145,7 +145,7 @@ def test_nothing_stays(run: Callable[[str], None], tmp_path: Path) -> None:
     before = _in_use()
     run(str(tmp_path))
     gc.collect()
-    assert _in_use() == before
+    assert all(now <= then for now, then in zip(_in_use(), before, strict=True))  # less: of tests before
     workers = [file for file in tmp_path.iterdir() if file.name.isdecimal() and file.name != str(os.getpid())]
     assert len(workers) == 2
     deadline_s = time.monotonic() + LIMIT_S  # a worker rests first
