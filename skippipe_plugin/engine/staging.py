@@ -93,10 +93,17 @@ class Staging:
         """Return that of a device, if its kind has streams and pinned memory."""
         if device.type == "cpu":
             return None
-        with contextlib.suppress(Exception):  # each kind says in its own way that it has none
-            torch.empty(1, device="cpu", pin_memory=True)
-            return cls(device, PinnedMemory())
+        with contextlib.suppress(Exception):  # each kind says in its own way what it lacks
+            staging = cls(device, PinnedMemory())
+            staging._try()
+            return staging
         return None
+
+    def _try(self) -> None:
+        room = self.room((1,), torch.uint8)
+        assert room is not None, "there is no pinned memory"
+        self._leaving.wait_stream(torch.accelerator.current_stream(self._device))
+        self.place(room.zero_())
 
     def send(self, tensor: Tensor, hand_over: Callable[[Tensor], None]) -> bool:
         """Begin to copy a tensor to the host, and hand the copy over once it is there; return whether that is done.
