@@ -1,11 +1,9 @@
 // Autocast of the simulated devices: a list of their own, as CUDA, XPU and the CPU have theirs.
 #include <ATen/autocast_mode.h>
-#include <torch/library.h>
 
 #include "device.h"
 
 namespace sim {
-namespace {
 
 enum Rule { kToLower, kToFull, kToWidest };
 
@@ -50,5 +48,4 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
   for (const auto* name : kWidest) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&call<kToWidest>>());
 }
 
-}  // namespace
 }  // namespace sim

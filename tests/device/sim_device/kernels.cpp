@@ -6,20 +6,14 @@
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
 #include <c10/core/CPUAllocator.h>
-#include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
 
 #include <unordered_set>
 
 #include "device.h"
 
 namespace sim {
-namespace {
 
-using at::Tensor;
-using c10::Device;
-using c10::IntArrayRef;
-using torch::CppFunction;
+using at::Tensor, c10::Device, c10::IntArrayRef, torch::CppFunction;
 template <class T>
 using Maybe = std::optional<T>;
 using Names = std::unordered_set<std::string>;
@@ -290,5 +284,4 @@ TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) {
   m.impl("_thnn_fused_gru_cell", gru_cell);
 }
 
-}  // namespace
 }  // namespace sim

@@ -9,16 +9,11 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/Resize.h>
-#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <torch/library.h>
 
 namespace sim {
-namespace {
 
-using c10::Device;
-using c10::DeviceIndex;
-using c10::Stream;
+using c10::Device, c10::DeviceIndex, c10::Stream;
 
 thread_local DeviceIndex current = 0;
 thread_local std::array<c10::StreamId, kNumDevices> current_streams{};
@@ -30,11 +25,7 @@ DeviceIndex checked(DeviceIndex device) {
 
 // ---- memory
 
-struct Block {
-  void* data;
-  size_t size;
-  int device;
-};
+struct Block { void* data; size_t size; int device; };
 
 void release(void* context) {
   auto* block = static_cast<Block*>(context);
@@ -72,8 +63,9 @@ struct DeviceMemory final : c10::DeviceAllocator {
 REGISTER_ALLOCATOR(kType, &device_memory);
 
 struct PinnedMemory final : c10::Allocator {
-  std::mutex mutex;
-  std::map<const char*, size_t> blocks;  // by where they begin
+  // Never destroyed: tensors may outlive the interpreter.
+  static inline auto& mutex = *new std::mutex;
+  static inline auto& blocks = *new std::map<const char*, size_t>;  // by where they begin
 
   c10::DataPtr allocate(size_t size) override {
     auto* data = static_cast<char*>(std::aligned_alloc(64, size / 64 * 64 + 64));
@@ -82,15 +74,13 @@ struct PinnedMemory final : c10::Allocator {
     blocks[data] = size;
     return {data, data, free, Device(c10::kCPU)};
   }
-  static void free(void* data);
+  static void free(void* data) {
+    std::lock_guard lock(mutex);
+    blocks.erase(static_cast<char*>(data));
+    std::free(data);
+  }
   void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
-}& pinned = *new PinnedMemory;  // never destroyed: tensors may outlive the interpreter
-
-void PinnedMemory::free(void* data) {
-  std::lock_guard lock(pinned.mutex);
-  pinned.blocks.erase(static_cast<char*>(data));
-  std::free(data);
-}
+} pinned;
 
 // ---- generators: those of the host, under another name
 
@@ -158,9 +148,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   DeviceIndex getCurrentDevice() const override { return current; }
   void setCurrentDevice(DeviceIndex device) const override { current = checked(device); }
   DeviceIndex exchangeDevice(DeviceIndex device) const override { return std::exchange(current, checked(device)); }
-  DeviceIndex maybeExchangeDevice(DeviceIndex device) const override {
-    return device < 0 ? current : exchangeDevice(device);
-  }
+  DeviceIndex maybeExchangeDevice(DeviceIndex to) const override { return to < 0 ? current : exchangeDevice(to); }
   bool isPinnedPtr(const void* data) const override {
     std::lock_guard lock(pinned.mutex);
     const auto after = pinned.blocks.upper_bound(static_cast<const char*>(data));
@@ -181,7 +169,6 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 const bool registered = (at::RegisterPrivateUse1HooksInterface(new Hooks), true);
 
-}  // namespace
 
 State& state(int device) {
   static auto& states = *[] {
@@ -222,15 +209,11 @@ Device resolve(std::optional<Device> device) {
   return {kType, device && device->has_index() ? checked(device->index()) : current};
 }
 
-TORCH_LIBRARY(sim, m) {
-  m.def("generator(int device) -> Generator?", [](int64_t device) { return state(int(device)).generator; });
-}
+TORCH_LIBRARY(sim, m) { m.def("generator(int of) -> Generator?", [](int64_t of) { return state(int(of)).generator; }); }
 
 }  // namespace sim
 
 // For ctypes, past the dispatcher: a mode of the caller's does not see that somebody counts.
 extern "C" int64_t sim_count(int counter, int device) { return sim::state(device).counts[counter]; }
-extern "C" void sim_reset_counts(int device) {
-  for (auto& count : sim::state(device).counts) count = 0;
-}
+extern "C" void sim_reset_counts(int device) { for (auto& count : sim::state(device).counts) count = 0; }
 extern "C" void sim_limit_memory(int device, size_t size) { sim::state(device).limit = size; }
