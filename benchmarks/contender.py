@@ -75,15 +75,19 @@ def serve_torch(console: Console, settings: dict[str, Any]) -> None:
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
     rank, size = settings["rank"], settings["size"]
-    dist.init_process_group("gloo", init_method=f"tcp://{settings['store']}", rank=rank, world_size=size)
+    device = torch.device(settings.get("device", "cpu"))
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    backend = settings.get("backend", "gloo")
+    dist.init_process_group(backend, init_method=f"tcp://{settings['store']}", rank=rank, world_size=size)
     first, last = rank == 0, rank == size - 1
 
     @contextmanager
     def build(case: Case) -> Iterator[tuple[Step, Norm]]:
         share = case.num_blocks // size
-        model = Stack(make_blocks(case)[rank * share : (rank + 1) * share])
-        inputs, target = make_batch(case)
-        stage = PipelineStage(model, rank, size, torch.device("cpu"))
+        model = Stack(make_blocks(case)[rank * share : (rank + 1) * share]).to(device)
+        inputs, target = (part.to(device) for part in make_batch(case))
+        stage = PipelineStage(model, rank, size, device)
         schedule_class = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[settings["schedule"]]
         schedule = schedule_class(stage, case.num_microbatches, loss_fn=loss_of)
 

@@ -112,7 +112,7 @@ def _start(process: Process) -> subprocess.Popen[str]:
     command = [*process.command, sys.executable, str(process.checkout / "benchmarks/contender.py"), process.kind]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(process.checkout),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(process.checkout), os.environ.get("PYTHONPATH")))),
         "PYTHONWARNINGS": "ignore",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }

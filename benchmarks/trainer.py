@@ -118,7 +118,7 @@ def fit(settings: dict[str, Any], case: Case, callbacks: list[lightning.Callback
     """Train a case until a callback ends it."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        accelerator=settings.get("accelerator", "cpu"),
         **_strategy(settings, case),
         max_epochs=-1,
         logger=False,
@@ -159,12 +159,15 @@ def other_ranks(settings: dict[str, Any], command: dict[str, Any]) -> Iterator[N
 
 
 def _strategy(settings: dict[str, Any], case: Case) -> dict[str, Any]:
-    if settings["devices"] == 1:
+    network = settings.get("network", {})
+    if settings["devices"] == 1 and not network:
         return {"devices": 1}
-    from skippipe_plugin.strategies import SkipPipeStrategy
+    from skippipe_plugin.strategies import NetworkConfig, SkipPipeStrategy
 
     names = ("schedule", "driver_stage", "skip_ratio")
     options = {name: settings[name] for name in names if name in settings}
+    if network:  # an older checkout that is measured beside this one may not know all of its settings
+        options["network"] = NetworkConfig(**network)
     strategy = SkipPipeStrategy(num_microbatches=case.num_microbatches, **options)
     return {"devices": settings["devices"], "strategy": strategy}
 
