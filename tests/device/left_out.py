@@ -1,10 +1,13 @@
-"""What ``pytest --device sim`` skips: the tests of ``tests/e2e`` that pass on the CPU, and why not here."""
+"""What ``pytest --device sim`` skips of the tests that pass on the CPU, each with the reason."""
 
 SPARSE = "the simulated device has no kernels for sparse tensors"
+NESTED = "the simulated device has no kernels for nested tensors, which torch's encoder makes of padded samples"
+_BATCHES = "tests/e2e/transparency/test_batches.py"
+_OWN_GRADIENTS = "tests/e2e/transparency/test_own_gradients.py"
 LEFT_OUT = {
-    "tests/e2e/transparency/test_batches.py::test_what_cannot_be_cut_is_refused_and_one_microbatch_takes_it[sparse]": (
-        SPARSE
-    ),
-    "tests/e2e/transparency/test_batches.py::test_evaluation_takes_what_cannot_be_cut[sparse]": SPARSE,
+    f"{_BATCHES}::test_what_cannot_be_cut_is_refused_and_one_microbatch_takes_it[sparse]": SPARSE,
+    f"{_BATCHES}::test_evaluation_takes_what_cannot_be_cut[sparse]": SPARSE,
+    f"{_OWN_GRADIENTS}::test_an_encoder_leaves_padding_empty_in_evaluation[True-False]": NESTED,
+    f"{_OWN_GRADIENTS}::test_an_encoder_leaves_padding_empty_in_evaluation[True-True]": NESTED,
 }
-"""By test: what the device lacks, or the test on it."""
+"""By test: why it cannot run on the device."""

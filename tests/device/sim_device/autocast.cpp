@@ -33,7 +33,8 @@ void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 constexpr auto kLower = {"conv1d", "conv1d.padding", "conv2d", "conv2d.padding", "conv3d", "conv3d.padding",
     "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input", "convolution", "linear", "matmul", "mm",
     "mv", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "chain_matmul", "linalg_multi_dot", "prelu",
-    "scaled_dot_product_attention"};
+    "scaled_dot_product_attention", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "lstm_cell", "gru_cell",
+    "rnn_tanh_cell", "rnn_relu_cell"};
 constexpr auto kFull = {"exp", "log", "log10", "log2", "log1p", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "rsqrt",
     "reciprocal", "softplus", "layer_norm", "group_norm", "rms_norm", "softmax.int", "log_softmax.int", "cumsum",
     "prod", "sum", "sum.dim_IntList", "norm.Scalar", "nll_loss", "cross_entropy_loss", "mse_loss", "l1_loss",

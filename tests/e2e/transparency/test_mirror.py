@@ -25,6 +25,7 @@ from skippipe_plugin.accelerate import SkipPipeAccelerator
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import SkipPipeStrategy
+from tests.e2e.support import trainer_for
 
 WIDTH = 8
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -88,9 +89,9 @@ def fit(make: Callable[[], Model], devices: int, callbacks: Any = (), **options:
     seed_everything(0, verbose=False)
     module = make()
     settings = {"num_microbatches": 4, "verbose": False, **options.pop("strategy", {})}
-    pipeline = {"strategy": SkipPipeStrategy(**settings)} if devices > 1 else {}
-    usual = {"accelerator": "cpu", "max_steps": 4, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    trainer = Trainer(devices=devices, callbacks=[make() for make in callbacks], **pipeline, **QUIET, **usual | options)
+    usual = {"max_steps": 4, "num_sanity_val_steps": 0, **QUIET, **options}
+    made = [make() for make in callbacks]
+    trainer = trainer_for(devices, settings if devices > 1 else None, callbacks=made, **usual)
     trainer.fit(module, batches(), batches() if options.get("val_check_interval") else None)
     return module
 

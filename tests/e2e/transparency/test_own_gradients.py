@@ -99,7 +99,7 @@ class Encoder(LightningModule):
         self.embed, self.head, self.left = nn.Linear(4, 8), nn.Linear(8, 1), left
 
     def forward(self, inputs: Tensor) -> Tensor:
-        padded = torch.zeros(len(inputs), 5, dtype=torch.bool)
+        padded = torch.zeros(len(inputs), 5, dtype=torch.bool, device=inputs.device)
         padded[:, 3:] = True
         if not self.left:
             padded = padded.flip(1)

@@ -80,7 +80,8 @@ class Replacing(Model):
     def on_fit_start(self) -> None:
         with torch.no_grad():
             for block in self.blocks:
-                block.linear.weight = torch.arange(64.0).sin().view(8, 8)  # a parametrization takes it by Tensor.set_
+                weight = torch.arange(64.0, device=self.device).sin().view(8, 8)
+                block.linear.weight = weight  # a parametrization takes it by Tensor.set_
 
 
 def test_memory_that_another_tensor_gives_goes_to_the_worker() -> None:

@@ -16,7 +16,7 @@ from skippipe_plugin import SkipPipeConfig, SkipPipeError
 from skippipe_plugin.accelerate import SkipPipeAccelerator
 from tests.e2e.models import TanhBlock as Block
 from tests.e2e.modules import loader
-from tests.e2e.support import assert_same_run, assert_same_weights, train
+from tests.e2e.support import DEVICE, assert_same_run, assert_same_weights, train
 
 from .plain_loops import assert_same, run
 
@@ -72,7 +72,7 @@ DIVISOR = 4
 
 def divided(model: Any, optimizer: torch.optim.Optimizer, factor: float = 1 / DIVISOR, *, outside: bool = False) -> Any:
     seen = []
-    for x in BATCHES * 2:
+    for x in (batch.to(DEVICE) for batch in BATCHES * 2):
         loss = F.mse_loss(model(x, loss=False), x.sum(1, keepdim=True)) if outside else model(x)["loss"]
         (loss * factor).backward()
         seen.append(loss.item())

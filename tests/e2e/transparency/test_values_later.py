@@ -101,7 +101,7 @@ BY_VALUES: dict[str, Loss] = {
     "clipped": lambda module, x, y, w: classes(module, x * torch.clamp(4 / x.norm(), max=1.0), y).mean(),
     "clipped, by a number": lambda module, x, y, w: classes(module, x / max(1.0, float(x.abs().max())), y).mean(),
     "clipped, by a list": lambda module, x, y, w: classes(module, x / max(*x.flatten().tolist(), 1.0), y).mean(),
-    "clipped, by an array": lambda module, x, y, w: classes(module, x / max(1.0, x.numpy().max()), y).mean(),
+    "clipped, by an array": lambda module, x, y, w: classes(module, x / max(1.0, x.cpu().numpy().max()), y).mean(),
     "clipped, by a sum": lambda module, x, y, w: classes(module, x / x.abs().max().clamp(min=1), y).mean(),
     "hidden states by a number": bounded,
     "different labels": lambda module, x, y, w: classes(module, x, y).mean() * len(torch.unique(y)),
@@ -118,7 +118,7 @@ def ordinary(module: Any, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     loss = (loss * weights).sum() / weights.sum().clamp(min=1e-6)
     module.log("accuracy", (output.argmax(1) == labels).float().mean())
     module.log("highest", float(output.max()), reduce_fx="max")
-    assert math.isfinite(float(loss) + x.sum().item() + output.detach().numpy().mean() + loss.tolist())
+    assert math.isfinite(float(loss) + x.sum().item() + output.detach().cpu().numpy().mean() + loss.tolist())
     module.log("bounded", torch.where(output > 40, output, output * 0.1).mean())
     return loss
 
@@ -152,7 +152,7 @@ def odd_ones(module: Any, x: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
 
 
 def padded(module: Any, x: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
-    mask = (torch.arange(x.size(1)) < lengths[:, None]).float()[..., None]
+    mask = (torch.arange(x.size(1), device=x.device) < lengths[:, None]).float()[..., None]
     return (errors(module, x, y) * mask).sum() / mask.sum()
 
 
@@ -190,7 +190,7 @@ IS_POSITIVE: dict[str, Callable[[Tensor], Any]] = {
     "selected": lambda x: x[x > 0].numel(),
     "found": lambda x: len(torch.nonzero(x > 0)),
     "list": lambda x: max(x.flatten().tolist()) > 0,
-    "array": lambda x: (x.numpy() > 0).any(),
+    "array": lambda x: (x.cpu().numpy() > 0).any(),
     "equal": lambda x: not torch.equal(x.clamp(min=0), torch.zeros_like(x)),
 }
 

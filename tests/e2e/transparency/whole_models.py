@@ -63,9 +63,9 @@ class Contrastive(Whole):
     def training_step(self, batch: Any) -> Tensor:
         x = batch["x"]
         z = functional.normalize(self(torch.cat([x, x + 0.1 * torch.randn_like(x)])), dim=-1)
-        scores = (z @ z.T / 0.5).masked_fill(torch.eye(len(z), dtype=torch.bool), float("-inf"))
+        scores = (z @ z.T / 0.5).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), float("-inf"))
         self.log("highest", scores.max())
-        return functional.cross_entropy(scores, torch.arange(len(z)).roll(len(x)))
+        return functional.cross_entropy(scores, torch.arange(len(z), device=z.device).roll(len(x)))
 
 
 class Clip(Whole):
@@ -77,7 +77,7 @@ class Clip(Whole):
 
     def training_step(self, batch: Any) -> Tensor:
         scores = self(batch["x"]) @ self.other(batch["x"].flip(1)).T * self.temperature.exp()
-        target = torch.arange(len(scores))
+        target = torch.arange(len(scores), device=scores.device)
         return (functional.cross_entropy(scores, target) + functional.cross_entropy(scores.T, target)) / 2
 
 
@@ -137,7 +137,7 @@ class Diffusion(Whole):
     """Noise and times are drawn in the step."""
 
     def training_step(self, batch: Any) -> Tensor:
-        noise, time = torch.randn_like(batch["x"]), torch.rand(len(batch["x"]), 1)
+        noise, time = torch.randn_like(batch["x"]), torch.rand(len(batch["x"]), 1, device=self.device)
         return functional.mse_loss(self(batch["x"] * (1 - time) + noise * time), noise)
 
 
@@ -147,7 +147,7 @@ class Quantile(Whole):
     def training_step(self, batch: Any) -> Tensor:
         out = self(batch["x"])
         classes, counts = torch.unique(batch["y"], return_counts=True)
-        weight = torch.ones(4).index_put((classes,), 1 / counts)
+        weight = torch.ones(4, device=out.device).index_put((classes,), 1 / counts)
         losses = functional.cross_entropy(out, batch["y"], weight=weight, reduction="none")
         return losses[losses >= losses.quantile(0.5)].mean() * len(classes)
 
@@ -193,7 +193,7 @@ class Longest(Attending):
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         longest = int(batch["lengths"].max())
         batch["tokens"] = batch["tokens"][:, :longest]
-        return (), {"key_padding_mask": torch.arange(longest)[None] >= batch["lengths"][:, None]}
+        return (), {"key_padding_mask": torch.arange(longest, device=self.device)[None] >= batch["lengths"][:, None]}
 
 
 class Causal(Attending):
@@ -201,14 +201,15 @@ class Causal(Attending):
 
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         length = batch["tokens"].shape[1]
-        return (), {"attn_mask": torch.ones(length, length, dtype=torch.bool).triu(1)}
+        return (), {"attn_mask": torch.ones(length, length, dtype=torch.bool, device=self.device).triu(1)}
 
 
 class Rotary(Attending):
     """Tables of sines and cosines, the same for all samples."""
 
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        angle = torch.arange(batch["tokens"].shape[1])[:, None] * torch.ones(WIDTH) / 5
+        length = batch["tokens"].shape[1]
+        angle = torch.arange(length, device=self.device)[:, None] * torch.ones(WIDTH, device=self.device) / 5
         return ((angle.cos(), angle.sin()),), {}
 
 
@@ -216,7 +217,7 @@ class Positions(Attending):
     """Positions of its own for each sample."""
 
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (batch["lengths"][:, None] - torch.arange(batch["tokens"].shape[1])[None],), {}
+        return (batch["lengths"][:, None] - torch.arange(batch["tokens"].shape[1], device=self.device)[None],), {}
 
 
 class SequenceFirst(Whole):
@@ -226,7 +227,7 @@ class SequenceFirst(Whole):
         return Attention(batch_first=False)
 
     def training_step(self, batch: Any) -> Tensor:
-        padding = torch.arange(batch["tokens"].shape[1])[None] >= batch["lengths"][:, None]
+        padding = torch.arange(batch["tokens"].shape[1], device=self.device)[None] >= batch["lengths"][:, None]
         out = self.head(self.run(self.model(batch["tokens"].transpose(0, 1)), key_padding_mask=padding))
         return functional.cross_entropy(out.mean(0), batch["y"])
 
@@ -242,7 +243,7 @@ class Packed(Attending):
     """All tokens of all samples are one sequence."""
 
     def training_step(self, batch: Any) -> Tensor:
-        kept = torch.arange(batch["tokens"].shape[1])[None] < batch["lengths"][:, None]
+        kept = torch.arange(batch["tokens"].shape[1], device=self.device)[None] < batch["lengths"][:, None]
         packed = self.model(batch["tokens"][kept])[None]
         return functional.cross_entropy(self.head(self.run(packed))[0], batch["labels"][kept])
 
@@ -309,7 +310,7 @@ class Evaluated(Stateful):
 def contrast(out: Tensor) -> Tensor:
     """A loss of the whole batch: every sample against all others."""
     z = functional.normalize(out, dim=-1)
-    return functional.cross_entropy(z @ z.T, torch.arange(len(z)).roll(1))
+    return functional.cross_entropy(z @ z.T, torch.arange(len(z), device=z.device).roll(1))
 
 
 class Embedder(nn.Module):
