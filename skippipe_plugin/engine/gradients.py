@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from .gradient_hooks import GradientHooks, call_accumulated, hooked
+
+_BUCKET_BYTES: Final = 64 << 20
+"""How much of gradients is summed over ranks at once."""
 
 
 class GradientWindow:
@@ -123,8 +127,8 @@ def sum_over_holders(parameters: Sequence[nn.Parameter], all_reduce: Callable[[T
     all_reduce(used)
     for dtype in sorted({parameter.dtype for parameter in trained}, key=str):
         group = [p for p, count in zip(trained, used, strict=True) if count > 0 and p.dtype == dtype]
-        if group:
-            _sum_flat(group, all_reduce)
+        for bucket in _buckets(group):
+            _sum_flat(bucket, all_reduce)
 
 
 def norm_power(parameters: Sequence[Tensor], norm_type: float) -> float:
@@ -171,9 +175,25 @@ def _take(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     return gradients
 
 
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Share parameters out so that what is summed at once takes little memory beside the gradients."""
+    bucket, num_bytes = list[nn.Parameter](), 0
+    for parameter in parameters:
+        if bucket and num_bytes + parameter.nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket, num_bytes = [], 0
+        bucket.append(parameter)
+        num_bytes += parameter.nbytes
+    if bucket:
+        yield bucket
+
+
 def _sum_flat(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], None]) -> None:
+    """Sum in host memory; a device is waited for once on the way there, and once on the way back."""
     parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([part.detach().reshape(-1).cpu() for part in parts])
-    all_reduce(flat)
-    for parameter, summed in zip(parameters, torch.split(flat, [part.numel() for part in parts]), strict=True):
-        parameter.grad = summed.view_as(parameter).to(parameter.device, copy=True)
+    flat = torch.cat([part.detach().reshape(-1) for part in parts])
+    summed = flat.cpu()
+    all_reduce(summed)
+    pieces = torch.split(summed.to(flat.device), [part.numel() for part in parts])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = piece.view_as(parameter).to(parameter.device, copy=True)

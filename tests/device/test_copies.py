@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from skippipe_plugin.engine import gradients
 from tests.e2e.support import train
 
 ROWS, LENGTH, WIDTH, MICROBATCHES, DEPTH = 8, 32, 16, 4, 4
@@ -123,3 +125,27 @@ def _syncs(folder: Path, depth: int) -> list[float]:
     folder.mkdir()
     driver, workers = _counted(folder, depth)
     return [statistics.mean(step["syncs"] for step in steps) for steps in (driver, *workers)]
+
+
+def test_sums_over_ranks_wait_as_often_whatever_they_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _syncs_of_sum(4) == _syncs_of_sum(40) == 2
+    monkeypatch.setattr(gradients, "_BUCKET_BYTES", 2 * WIDTH * WIDTH * 4)
+    assert _syncs_of_sum(4) == 4
+
+
+def _syncs_of_sum(num_parameters: int) -> int:
+    """Sum gradients with those of a rank that has the same."""
+    import sim_device
+
+    parameters = [
+        nn.Parameter(torch.full((WIDTH, WIDTH), index + 1.0, device="sim:5")) for index in range(num_parameters)
+    ]
+    for parameter in parameters:
+        parameter.grad = parameter.detach().clone()
+    before = sim_device.counts(5)["syncs"]
+    gradients.sum_over_holders(parameters, lambda tensor: tensor.mul_(2))
+    waits = sim_device.counts(5)["syncs"] - before
+    for parameter in parameters:
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, 2 * parameter.detach())
+    return waits
