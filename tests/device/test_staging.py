@@ -53,6 +53,20 @@ def test_what_has_come_is_there_before_its_memory_is_used_again() -> None:
     assert counts()["recorded"] >= 6
 
 
+def test_memory_of_a_validation_serves_in_training() -> None:
+    staging, sent = _staging(), list[Tensor]()
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            room = staging.room((3, 4), torch.float32)
+            assert room is not None
+            placed = staging.place(room.fill_(2))
+            staging.send(placed, sent.append)
+            staging.settle()
+        assert torch.equal(sent[-1], torch.full((3, 4), 2.0))
+        staging.let_go(sent[-1])
+    assert (placed * torch.ones(1, device=DEVICE, requires_grad=True)).requires_grad
+
+
 def test_receiving_waits_for_nothing_and_sending_once() -> None:
     staging = _staging()
     for _ in range(2):
