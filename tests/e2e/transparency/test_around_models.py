@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from skippipe_plugin import SkipPipeConfig, SkipPipeError, TorchPipeline
 from tests.e2e.loops import Classifier, accelerator
+from tests.e2e.support import DEVICE
 
 from .plain_loops import BATCHES, assert_same, run
 
@@ -31,7 +32,7 @@ def trained(
     loss_of: Callable[[Front, Tensor, Tensor], Tensor], piped: bool, every: int = 1, **settings: Any
 ) -> tuple[list[float], dict[str, Tensor]]:
     torch.manual_seed(0)
-    both = Front()
+    both = Front().to(DEVICE)
     optimizers = [torch.optim.SGD(both.encoder.parameters(), lr=0.2), torch.optim.SGD(both.model.parameters(), lr=0.3)]
     config = SkipPipeConfig(**{"num_stages": 2, "num_microbatches": 4, "verbose": False, **settings})
     losses = []
@@ -91,7 +92,7 @@ def test_two_pipelines_one_behind_the_other() -> None:
 
     def train(piped: bool, first: int) -> list[float]:
         torch.manual_seed(0)
-        models = [Wide(), Classifier()]
+        models = [Wide().to(DEVICE), Classifier().to(DEVICE)]
         optimizers = [torch.optim.SGD(model.parameters(), lr=0.2) for model in models]
         config = SkipPipeConfig(num_stages=1, num_microbatches=2, verbose=False)
         losses = []
@@ -116,7 +117,7 @@ def test_in_front_under_accelerate() -> None:
     def train(kind: str) -> list[float]:
         torch.manual_seed(0)
         with accelerator(kind) as accelerate:
-            both = Front()
+            both = Front().to(DEVICE)
             made = torch.optim.SGD([*both.encoder.parameters(), *both.model.parameters()], lr=0.3)
             model, optimizer = accelerate.prepare(both.model, made)
             seen = []
@@ -229,9 +230,8 @@ def test_checkpoints_around_the_model(reentrant: bool) -> None:
         code = checkpoint(both.encoder, inputs.clone().requires_grad_(), use_reentrant=reentrant)
         logits = both.model(code)
         loss: Tensor = checkpoint(functional.cross_entropy, logits, labels, use_reentrant=reentrant)
-        return (
-            loss + 0.1 * checkpoint(both.model.head, torch.ones(2, 16).requires_grad_(), use_reentrant=reentrant).sum()
-        )
+        ones = torch.ones(2, 16, device=DEVICE, requires_grad=True)
+        return loss + 0.1 * checkpoint(both.model.head, ones, use_reentrant=reentrant).sum()
 
     (found, weights), (expected, others) = trained(checkpointed, True, 2), trained(checkpointed, False, 2)
     assert found == pytest.approx(expected, rel=1e-5)

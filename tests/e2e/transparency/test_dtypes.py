@@ -21,7 +21,7 @@ class Making(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + torch.tanh(self.linear(hidden)) * torch.linspace(0, 1, WIDTH)
+        return hidden + torch.tanh(self.linear(hidden)) * torch.linspace(0, 1, WIDTH, device=hidden.device)
 
 
 class Casting(nn.Module):
@@ -62,10 +62,10 @@ class Net(LightningModule):
         return self(batch).float().mean()
 
     def on_validation_epoch_end(self) -> None:  # where no precision's context is entered
-        batch = torch.linspace(-1, 1, 8, dtype=self.embed.weight.dtype).view(2, 4)
+        batch = torch.linspace(-1, 1, 8, dtype=self.embed.weight.dtype, device=self.device).view(2, 4)
         if self.embed.weight.dtype == torch.float32:
             self.sampled.append(self(batch))
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 self.sampled.append(self(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

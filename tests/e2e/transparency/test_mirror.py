@@ -160,14 +160,16 @@ def copied(model: Model) -> None:
 def through_views(model: Model) -> None:
     for block in model.blocks:
         block.linear.weight.detach().view(-1)[3:9].zero_()
-        block.linear.bias.data.numpy()[1] = 0.125
-        np.asarray(block.norm.weight.detach())[...] *= 0.5
+        on_host = model.device.type == "cpu"  # or there is no array of its memory
+        bias, weight = block.linear.bias.data, block.norm.weight.detach()
+        (bias.numpy() if on_host else bias)[1] = 0.125
+        (np.asarray(weight) if on_host else weight)[...] *= 0.5
 
 
 def new_data(model: Model) -> None:
     for block in model.blocks:
         block.linear.weight.data = block.linear.weight.data * 0.75
-        block.linear.bias.data = torch.full((WIDTH,), 0.1)
+        block.linear.bias.data = torch.full((WIDTH,), 0.1, device=model.device)
 
 
 def buffers(model: Model) -> None:
@@ -177,7 +179,7 @@ def buffers(model: Model) -> None:
 
 def new_buffers(model: Model) -> None:
     for index, block in enumerate(model.blocks):
-        block.gain = torch.full((WIDTH,), 0.3 + index / 8)
+        block.gain = torch.full((WIDTH,), 0.3 + index / 8, device=model.device)
 
 
 def foreach(model: Model) -> None:
@@ -288,7 +290,7 @@ def duplicated(model: Model) -> None:
         assert all(type(block) is Block for block in twin)
         model.notes += [float(parameter.sum()) for parameter in twin.parameters()]
         with torch.no_grad():
-            model.notes.append(float(twin[0](torch.ones(1, WIDTH)).sum()))
+            model.notes.append(float(twin[0](torch.ones(1, WIDTH, device=model.device)).sum()))
 
 
 def duplicated_tensors(model: Model) -> None:

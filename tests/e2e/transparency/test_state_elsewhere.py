@@ -116,6 +116,8 @@ class Module(LightningModule):
         self.weights, self.cycle = weights(), [itertools.cycle([1.0, 0.5, 0.1])]
 
     def on_train_start(self) -> None:
+        for unseen in (self.hidden[0], self.metrics["loss"]):  # of the Trainer
+            unseen.to(self.device)
         Config.calls, Config.losses, NAMESPACE.losses = 0, [], []
         vars(counted).update(losses=[])
         draws = torch.Generator().manual_seed(3)
