@@ -221,7 +221,7 @@ class Continuation:
 
     def _param_groups(self) -> list[dict[str, Any]]:
         assert self._remote is not None
-        return self._remote.local_state_dict()["param_groups"]  # type: ignore[no-any-return]
+        return self._remote.numbered_groups()
 
     def _note_epoch(self) -> None:
         self._epoch_state, self._first_fetch, self._last_fetch = random_state(self._loaders), None, None

@@ -171,15 +171,17 @@ class RemoteOptimizer:
     def local_state_dict(self) -> dict[str, Any]:
         """Return the ordinary ``state_dict``, but without the state of remote parameters, which nobody is asked for."""
         members = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        number_of = {id(parameter): number for number, parameter in enumerate(members)}
-        groups = [
-            {**group, "params": [number_of[id(parameter)] for parameter in group["params"]]}
-            for group in self._optimizer.param_groups
-        ]
         with self._state.opened():
             state = self._optimizer.state
             local = {number: dict(state[p]) for number, p in enumerate(members) if p in state}
-        return {"state": local, "param_groups": groups}
+        return {"state": local, "param_groups": self.numbered_groups()}
+
+    def numbered_groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups as a ``state_dict`` has them; after :meth:`detach`, too."""
+        groups = self._optimizer.param_groups
+        members = [parameter for group in groups for parameter in group["params"]]
+        number_of = {id(parameter): number for number, parameter in enumerate(members)}
+        return [{**group, "params": [number_of[id(each)] for each in group["params"]]} for group in groups]
 
     def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the optimizer's own ``state_dict`` with the state of remote parameters."""
