@@ -16,9 +16,10 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,19 +60,20 @@ def cases(processes: int, quick: bool) -> list[Case]:
     return [small] if quick else [small, large]
 
 
-def contenders_of(machine: Machine, processes: int) -> dict[str, Any]:
+def contenders_of(machine: Machine, processes: int) -> dict[str, Callable[[], Contender]]:
     """Return how to start each contender, by name."""
     share = machine.num_devices < processes
     network = {"workers_per_device": processes if share else 1}
     ours = {"devices": 1 if share else processes, "accelerator": machine.accelerator, "driver_stage": True}
-    found = {"one process": lambda: _trainer("one process", {"devices": 1, "accelerator": machine.accelerator}, 1)}
+    alone = {"devices": 1, "accelerator": machine.accelerator}
+    found: dict[str, Callable[[], Contender]] = {"one process": partial(_trainer, "one process", alone, 1)}
     for backend in ("gloo",) if share or machine.kind != "cuda" else ("gloo", "nccl"):
         for schedule in ("gpipe", "1f1b"):
             name, own = f"ours {schedule}, {backend}", {"schedule": schedule, "network": network | {"backend": backend}}
-            found[name] = lambda name=name, own=own: _trainer(name, ours | own, processes)
+            found[name] = partial(_trainer, name, ours | own, processes)
     if not share and machine.kind == "cuda":  # NCCL takes one process for each GPU
         for schedule in ("gpipe", "1f1b"):
-            found[f"torch {schedule}, nccl"] = lambda schedule=schedule: _torch(machine, schedule, processes)
+            found[f"torch {schedule}, nccl"] = partial(_torch, machine, schedule, processes)
     return found
 
 
