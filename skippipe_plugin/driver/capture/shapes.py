@@ -40,13 +40,13 @@ class ShapeBook:
         self._kinds = [kinds.setdefault(_signature(block), len(kinds)) for block in blocks]
         self._keeping: dict[tuple[int, Mode, torch.dtype], Probe] = {}
         self._known: dict[tuple[int, Mode, TensorSpec], Probe] = {}
-        self._settled: set[tuple[int, bool, bool]] = set()
         self._last: list[tuple[Mode, TensorSpec, Probe] | None] = [None] * len(self._kinds)
         """By block: a question that has a lasting answer, and that answer: mostly the next question is the same."""
 
     def is_settled(self, training: Sequence[bool]) -> bool:
         """Whether every block is known to keep its input's form in a training step, so that nothing need be asked."""
-        return all((kind, True, each) in self._settled for kind, each in zip(self._kinds, training, strict=True))
+        settled = {(kind, mode.training) for kind, mode, _ in self._keeping if mode.grad}
+        return all(each in settled for each in zip(self._kinds, training, strict=True))
 
     def alike(self, block: int) -> list[int]:
         """Return the blocks of the same kind."""
@@ -69,7 +69,6 @@ class ShapeBook:
         found = self._known[kind, mode, enters] = probe()
         if found.output == enters:
             self._keeping[kind, mode, enters.dtype] = found
-            self._settled.add((kind, mode.grad, mode.training))
         return found
 
     def _lasting(self, kind: int, mode: Mode, enters: TensorSpec) -> Probe | None:
