@@ -87,6 +87,7 @@ class PairTransport(Transport):
         self._backend = backend
         self._links: set[tuple[int, int]] = set()
         self._leaving: list[Gloo] = []
+        """Groups that are given back but may still be writing what was sent last."""
         self._formed: Counter[tuple[int, int]] = Counter()
         """How often each link was formed: a store hands out the names of a group once."""
 
@@ -120,13 +121,16 @@ class PairTransport(Transport):
                 continue
             if isinstance(group, _NCCL):
                 group.shutdown()
-            else:  # what gloo has written last is with the other end for sure when the next step is over
+            else:
                 self._leaving.append(group)
 
     def flush(self) -> None:
         """See :meth:`Transport.flush`."""
         super().flush()
         self._leaving.clear()
+
+    def _open_groups(self) -> list[Gloo]:
+        return [*super()._open_groups(), *self._leaving]
 
     def confirm(self) -> None:
         """See :meth:`Transport.confirm`."""

@@ -329,8 +329,12 @@ class Transport:
             if self._aborted.is_set():
                 return
             self._aborted.set()
-        for group in list(self._groups.values()):
+        for group in self._open_groups():
             self._break_off(group)
+
+    def _open_groups(self) -> list[Gloo]:
+        """Return the groups in which somebody may wait."""
+        return list(self._groups.values())
 
     def _break_off(self, group: Gloo) -> None:
         # A receive from a peer that is gone fails at once, and closes nothing: the next one may do it.
