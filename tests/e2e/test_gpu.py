@@ -174,7 +174,9 @@ def test_memory_is_given_back() -> None:
 class Compiled(LanguageModel):
     """Compiles its blocks."""
 
-    mode = "default"
+    def __init__(self, net: nn.Module, mode: str) -> None:
+        super().__init__(net)
+        self.mode = mode
 
     def configure_model(self) -> None:
         for block in self.model.blocks:
@@ -184,15 +186,13 @@ class Compiled(LanguageModel):
 @on_cuda
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_compiled_blocks(mode: str) -> None:
-    class Net(Compiled):
-        pass
-
-    Net.mode = mode
     data = loader(tokens(BATCH * STEPS))
     network = NetworkConfig(workers_per_device=3)
     options: dict[str, Any] = {"accelerator": ACCELERATOR}
-    ours = train(lambda: Net(Transformer()), data, 1, {"network": network, "num_microbatches": 4}, **options)
-    assert_same_run(ours, train(lambda: Net(Transformer()), data, 1, **options), rtol=1e-3, weights_rtol=1e-2)
+    ours = train(lambda: Compiled(Transformer(), mode), data, 1, {"network": network, "num_microbatches": 4}, **options)
+    assert_same_run(
+        ours, train(lambda: Compiled(Transformer(), mode), data, 1, **options), rtol=1e-3, weights_rtol=1e-2
+    )
 
 
 @needs_two
