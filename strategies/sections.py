@@ -18,7 +18,7 @@ from ..driver.capture.suspend import current_thread
 def shared_sections(module: LightningModule) -> Iterator[None]:
     """Let the microbatches of a step share the sections of the Trainer's profiler and of those that the module has."""
     held = [module.trainer.profiler, *vars(module).values()]  # type: ignore[attr-defined]
-    profilers = [each for each in held if isinstance(each, Profiler) and not isinstance(each, PassThroughProfiler)]
+    profilers = [each for each in held if Profiler in type(each).__mro__ and not isinstance(each, PassThroughProfiler)]
     for profiler in profilers:
         _share(profiler)
     try:

@@ -204,10 +204,11 @@ class BlockWatch:
     def _note(self, found: _Found) -> None:
         owns = [vars(module) for module in self.modules]
         children = [own["_modules"] for own in owns if own["_modules"]]
-        self._getters: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
+        self._getters: list[Callable[[Any], Any]] = []
+        self._owns = owns
         for index, own in enumerate(owns):
             names = [name for name in own if is_own(name) and (index, name) not in self._ignored]
-            self._getters.append((operator.itemgetter("training", "_modules", *names), own))
+            self._getters.append(operator.itemgetter("training", "_modules", *names))
         self._dicts = [*children, *found.dicts]
         self._lists = found.lists
         ignored = sorted({index for index, _ in self._ignored})
@@ -227,7 +228,7 @@ class BlockWatch:
 
     def _items(self) -> Iterator[Any]:
         chain = itertools.chain.from_iterable
-        own = [get(attributes) for get, attributes in self._getters]
+        own = map(operator.call, self._getters, self._owns)
         if not self._lists and not self._dicts:
             return chain(own)
         return chain([*own, *map(dict.values, self._dicts), *self._dicts, *self._lists])

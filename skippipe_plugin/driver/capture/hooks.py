@@ -173,10 +173,16 @@ class StackHooks:
         self._note()
 
     def refresh(self) -> None:
-        """Look again if hooks came or went: numbers of torch's are counted up, by hooks on tensors too."""
-        if RemovableHandle.next_id != self._next or list(map(len, self._watched)) != self._lengths:
-            for block in self.blocks:
-                block.look()
+        """Look again if hooks came or went."""
+        for block in range(len(self.blocks)):
+            self.of(block)
+
+    def of(self, block: int) -> BlockHooks:
+        """Return those of one block as they are now: numbers of torch's are counted up, by hooks on tensors too."""
+        watched = self._watched[block]
+        if RemovableHandle.next_id != self._next or (watched and list(map(len, watched)) != self._lengths[block]):
+            for each in self.blocks:
+                each.look()
             self._note()
         if any(_GLOBAL) and current_thread() is not None:
             raise SkipPipeError(
@@ -184,11 +190,12 @@ class StackHooks:
                 "operations, ...), but the blocks are on workers, where it would not run. Remove it, or register a "
                 "hook on the modules that it is for"
             )
+        return self.blocks[block]
 
     def _note(self) -> None:
         self._next = RemovableHandle.next_id
-        self._watched = [hooks for block in self.blocks for hooks in block.watched()]
-        self._lengths = list(map(len, self._watched))
+        self._watched = [list(block.watched()) for block in self.blocks]
+        self._lengths = [list(map(len, hooks)) for hooks in self._watched]
 
 
 class Seen(Tensor):

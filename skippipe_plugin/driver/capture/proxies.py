@@ -83,6 +83,8 @@ class StackCall:
     """In what mode a block is asked about that is not in training, and one that is."""
     placeholder: Tensor | None = None
     """What the next block must be called with."""
+    is_bare: bool = False
+    """Whether the last block was called with its hidden states and nothing else, as the next one will be, then."""
     specs: list[TensorSpec] = field(default_factory=list)
     """By block: the spec of its input; last, of the stack's output."""
     last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -278,8 +280,14 @@ class BlockProxies:
             call = self._begin(args, kwargs)
             self._open[owner] = call
         else:
-            call = self._expect(owner, block)
-        self._record(call, block, args, kwargs)
+            found = self._open.get(owner)
+            if found is None or block != len(found.block_template):
+                raise self._out_of_order(found, block)
+            call = found
+        if call.is_bare and len(args) == 1 and not kwargs and args[0] is call.placeholder:  # the most usual
+            call.block_template.append(call.block_template[-1])
+        else:
+            self._record(call, block, args, kwargs)
         call.modes.append(self._mode(call, block))
         probe = self._look_up(call, block)
         if probe.changes_input and call.hooks:
@@ -288,8 +296,9 @@ class BlockProxies:
         call.careful.append(probe.changes_input or probe.passes_input)
         call.entered.passed(self.names[block], probe)
         if block + 1 < len(self.blocks):
-            call.placeholder = self._token(call, block, probe.output)
-            return probe.structure.wrap(call.placeholder, self.names[block])
+            call.placeholder = token = self._token(call, block, probe.output)
+            structure = probe.structure
+            return token if structure.length is None else structure.wrap(token, self.names[block])
         del self._open[owner]
         self.forms = tuple(call.specs)
         call.entered.close()
@@ -317,15 +326,12 @@ class BlockProxies:
             "x *= y), or remove the hook"
         )
 
-    def _expect(self, owner: object, block: int) -> StackCall:
-        call = self._open.get(owner)
-        if call is None or block != len(call.block_template):
-            expected = len(call.block_template) if call is not None else 0
-            raise SkipPipeError(
-                f"{self.names[block]} was called where {self.names[expected]} was expected: the blocks of a pipeline "
-                "are called once each, in order. Name another stack with blocks=..., or train without the pipeline"
-            )
-        return call
+    def _out_of_order(self, call: StackCall | None, block: int) -> SkipPipeError:
+        expected = len(call.block_template) if call is not None else 0
+        return SkipPipeError(
+            f"{self.names[block]} was called where {self.names[expected]} was expected: the blocks of a pipeline "
+            "are called once each, in order. Name another stack with blocks=..., or train without the pipeline"
+        )
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackCall:
         _refuse_captured_outputs(kwargs, self.names[0])
@@ -363,7 +369,7 @@ class BlockProxies:
                 "blocks changes the hidden states (or activation checkpointing wraps a block from outside). Move that "
                 "code into a block, or name a stack without such code with blocks=..."
             )
-        bare = len(args) == 1 and not kwargs
+        call.is_bare = bare = len(args) == 1 and not kwargs
         template = _BARE if bare else self._taker(call, block).template(position, args, kwargs)
         if template not in call.templates:
             call.templates.append(template)
@@ -400,9 +406,8 @@ class BlockProxies:
 
     def _mode(self, call: StackCall, block: int) -> BlockMode:
         """Return what user code has set on ``block`` until now."""
-        self._hooks.refresh()
+        hooks = self._hooks.of(block)
         mode, tensors = self._attributes[block].mode()
-        hooks = self._hooks.blocks[block]
         if hooks.lists:
             call.hooks[block] = hooks.running
             mode = dataclasses.replace(mode, hooks=hooks.lists)
@@ -508,8 +513,6 @@ def _same_arguments(call: StackCall, args: tuple[Any, ...], kwargs: dict[str, An
     assert call.last_call is not None
     old_args, old_kwargs = call.last_call
     hidden = call.templates[call.block_template[-1]].hidden
-    if hidden == 0 and len(args) == len(old_args) == 1 and not kwargs and not old_kwargs:  # the most usual
-        return args[0] is call.placeholder
     if len(args) != len(old_args) or kwargs.keys() != old_kwargs.keys():
         return False
     if (args[hidden] if isinstance(hidden, int) else kwargs[hidden]) is not call.placeholder:

@@ -39,8 +39,8 @@ class SpecNumbers:
         self._unique = itertools.count()
         self._last: tuple[CallSpec, int] | None = None
 
-    def number(self, spec: CallSpec) -> int:
-        """Return the number of ``spec``; equal specs have equal numbers."""
+    def known(self, spec: CallSpec) -> tuple[CallSpec, int]:
+        """Return ``spec``, or the equal one that came just before it, and its number, which equal ones share."""
         if self._last is None or self._last[0] != spec:
             try:
                 key = cloudpickle.dumps(spec)
@@ -55,7 +55,7 @@ class SpecNumbers:
             self._last = (spec, self._numbers[key])
             if len(self._numbers) > _KEPT_SPECS:
                 self._numbers.popitem(last=False)
-        return self._last[1]
+        return self._last
 
 
 class Digests:

@@ -52,10 +52,10 @@ class CallWriter:
         seed: int,
     ) -> PreparedCall:
         """Describe ``call`` for the ranks on ``path``."""
-        spec = proxies.spec(call, self._hops(microbatch, path, call))
+        spec, number = self._numbers.known(proxies.spec(call, self._hops(microbatch, path, call)))
         digests = self._digests.digests(call.side_inputs)
         whole = Call(spec, tuple(call.side_inputs), seed, proxies.cache_use(call))
-        return PreparedCall(microbatch, whole, self._numbers.number(spec), digests)
+        return PreparedCall(microbatch, whole, number, digests)
 
     def send(self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path], opening: Opening | None) -> None:
         """Announce calls to the workers on their paths, and the step itself to all if ``opening`` describes it."""
