@@ -307,15 +307,20 @@ def _differentiable(tensor: Tensor) -> Tensor:
 
 
 def _skip_next_step(optimizer: Optimizer, remote: RemoteOptimizer) -> None:
-    """The first batch was stepped for already: run all around the step, but not the step."""
-    original = optimizer.__dict__.get("step")  # schedulers put one there
+    """The first batch was stepped for already: run all around the step, but not the step.
 
-    def step(closure: Callable[[], Any]) -> Any:  # Any: the loss
+    A loss scaler hears what it has heard the first time: that gradients, which nobody has now, are finite.
+    """
+    original = optimizer.__dict__.get("step")  # schedulers put one there
+    remote.__dict__["unscale"] = lambda inverse: lambda: False
+
+    def step(closure: Callable[[], Any] | None = None) -> Any:  # Any: the loss
+        del remote.__dict__["unscale"]
         if original is None:
             del optimizer.__dict__["step"]
         else:
             optimizer.__dict__["step"] = original
-        loss = closure()
+        loss = None if closure is None else closure()  # where the loss is scaled, it has run before
         remote.forget_clipping()
         return loss
 

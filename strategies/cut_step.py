@@ -26,6 +26,7 @@ from .averaged_log import AveragedLog, noted, noted_log
 from .clock import TrainersClock
 from .in_reach import in_reach
 from .outputs import loss_of, with_loss, without_loss
+from .scaling import scale_of_backward
 from .sections import shared_sections
 
 _OUTPUT = ("output",)
@@ -97,7 +98,7 @@ class CutStep:
             rewind=rewind,
             loss_is_sum=found.is_sum,
             share=found.share,
-            scale=1 / self._module.trainer.accumulate_grad_batches,
+            scale=scale_of_backward(self._module.trainer),
             bends=functools.partial(merging.asking.bend, self.question.kind, self.question.whole),
             framed=self._framed,
         )

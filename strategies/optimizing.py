@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..driver.optimizer import RemoteOptimizer, to_device
-from ..engine.errors import SkipPipeError
 from ..model.spread import SpreadModel
 from .checks import check_replaceable, check_single, check_unreplaced
 from .clipping import clip_everywhere, clip_locally
 from .continuation import Continuation
 from .drivers import DriversStrategy
+from .scaling import scale_everywhere, scale_locally
 from .zeroing import zero_everywhere, zero_locally
 
 
@@ -62,11 +62,6 @@ class OptimizingStrategy(DriversStrategy):
     @override
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise SkipPipeError(
-                "precision='16-mixed' scales the loss, which stages on other processes cannot follow yet; "
-                "use precision='bf16-mixed'"
-            )
         if self._remote is not None:
             self._reach_workers(self._remote)
 
@@ -75,6 +70,7 @@ class OptimizingStrategy(DriversStrategy):
         # What self.optimizers() returns has a zero_grad of its own, which sees this driver's parameters only.
         self._lightning_optimizers[0].__dict__["zero_grad"] = remote.optimizer.zero_grad
         clip_everywhere(self.precision_plugin, remote)
+        scale_everywhere(self.precision_plugin, remote)
 
     def _check_optimizers(self) -> None:
         """Raise when the list of optimizers is another than Lightning and the workers know."""
@@ -86,6 +82,7 @@ class OptimizingStrategy(DriversStrategy):
         if remote is None:
             return
         clip_locally(self.precision_plugin)
+        scale_locally(self.precision_plugin)
         zero_locally(self.lightning_module)
         for wrapper in self._lightning_optimizers:
             wrapper.__dict__.pop("zero_grad", None)

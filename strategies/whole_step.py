@@ -19,6 +19,7 @@ from .averaged_log import noted
 from .in_reach import in_reach
 from .logged import Logged, noting, undo_logs
 from .outputs import loss_of
+from .scaling import scale_of_backward
 
 
 class WholeStep:
@@ -63,7 +64,7 @@ class WholeStep:
             note_state=self._note_state,
             repeats=repeats,
             share=1 / drivers,
-            scale=1 / self._module.trainer.accumulate_grad_batches,
+            scale=scale_of_backward(self._module.trainer),
             bends=functools.partial(asking.bend, self._name, self._results),
             framed=self._module.trainer.precision_plugin.train_step_context,
         )

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 from ..engine.call import Ambient
+from ..engine.control.answers import Unscaled
 from ..engine.control.codec import Control
-from ..engine.control.commands import Clip, Merge
+from ..engine.control.commands import Clip, Merge, Unscale
 from ..engine.errors import SkipPipeError
 from ..schedule import Schedule
 from .links import Links
@@ -63,6 +64,14 @@ class _Clipped:
     value: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Unscaled:
+    """What was accumulated until then was multiplied by a loss scaler."""
+
+    inverse: float
+    overflowed: bool
+
+
 class Host(Protocol):
     """The pipeline, as far as it is needed here."""
 
@@ -93,7 +102,7 @@ class Accumulation:
         self.host = host
         self._new: Batch | None = None
         """The last batch, until its gradients are added."""
-        self._window: list[_Added | _Clipped] = []
+        self._window: list[_Added | _Clipped | _Unscaled] = []
         self._fixed = ""
         """Why what is accumulated cannot be computed again, if so."""
         self.repeating = False
@@ -117,6 +126,11 @@ class Accumulation:
         """Note that what is accumulated so far was clipped."""
         if self._window and (scale is not None or value is not None):
             self._window.append(_Clipped(scale, value))
+
+    def unscaled(self, inverse: float, *, overflowed: bool) -> None:
+        """Note that what is accumulated so far was multiplied by a loss scaler, and what that has found."""
+        if self._window:
+            self._window.append(_Unscaled(inverse, overflowed))
 
     def written(self) -> None:
         """Note that user code has written accumulated gradients."""
@@ -215,6 +229,9 @@ class Accumulation:
             if isinstance(each, _Clipped):
                 self._tell(lacking, Clip(each.scale, each.value, ""))
                 continue
+            if isinstance(each, _Unscaled):
+                self._unscale(lacking, each)
+                continue
             self.repeating = True
             try:
                 host.repeat(each.batch, keep=False)
@@ -222,6 +239,17 @@ class Accumulation:
                 self.repeating = False
             self._tell(lacking, Merge(each.scale, "", each.stage_scales, None))
         self._lacking.clear()
+
+    def _unscale(self, ranks: Sequence[int], how: _Unscaled) -> None:
+        assert self.host is not None
+        for rank in ranks:
+            answer = self.host.links[rank].ask(Unscale(0, how.inverse, None), Unscaled)
+            if answer.overflowed and not how.overflowed:
+                raise SkipPipeError(
+                    f"the gradients of the stages that worker rank {rank} has taken over are not finite, which the "
+                    "loss scaler would have had to know before the worker that held them was lost; go on from the "
+                    "last checkpoint"
+                )
 
     def _tell(self, ranks: Sequence[int], command: Control) -> None:
         assert self.host is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import gradients, phases
-from ..engine.control.answers import NormPowers
+from ..engine.control.answers import NormPowers, Unscaled
 from ..engine.control.codec import Control
-from ..engine.control.commands import AskNorm, Clip, Merge, Pass, StepOptimizer
+from ..engine.control.commands import AskNorm, Clip, Merge, Pass, StepOptimizer, Unscale
 from ..engine.control.values import Opening, StepOrder, Zero
 from ..engine.errors import SkipPipeError
 from ..engine.gradients import GradientWindow
@@ -91,6 +92,9 @@ class GradientControl:
         self._expected_norm: tuple[float, bool] | None = None
         self._norm_under_way = False
         self._num_norms = 0
+        self.unscales = False
+        """Whether gradients are unscaled before each step: until then their norm is nobody's business."""
+        self._num_unscaled = 0
         self.keep_norms = False
         """Whether workers remember the norms of their gradients, for who must rebuild a stage from its neighbours."""
         self.hosted_norms: dict[int, float] = {}
@@ -159,6 +163,7 @@ class GradientControl:
         self._zero = "drop" if set_to_none or self._zero == "drop" else "fill"
         self._opened_zero = False
         self.accumulation.zeroed()
+        self.pending_clip = None, None
         if self._is_stepped or self._accumulates:
             self.copies.note_zeroed()
         self._is_stepped = self._accumulates = False
@@ -235,12 +240,33 @@ class GradientControl:
         self.accumulation.added(scale, list(self._stage_scales.items()))
         self.loads.merge()
         self.on_merge()
-        norm = None if self._expected_norm is None else self._norm_request(self._expected_norm)
+        norm = None if self.unscales else self._norm_ahead()
         # Nothing is asked of it, and the optimizer step or the next batch follows: it goes out with that.
         follows = norm is None and not self._is_one_of_many
         self._command(Merge(scale, zero, list(self._stage_scales.items()), norm), more=follows)
-        self._norm_under_way = self._expected_norm is not None
+        self._norm_under_way = norm is not None
         self.copies.outdate(present=True)
+
+    def unscale(self, inverse: float) -> Callable[[], bool | None]:
+        """Multiply what the workers' optimizers step by ``inverse``, as a loss scaler does.
+
+        Returns:
+            Waits, and says whether something there was infinite or no number; None if there are no gradients.
+        """
+        self.accumulation.require()
+        self.before_reading()
+        self._flush()
+        norm, self._num_unscaled = self._norm_ahead(), self._num_unscaled + 1
+        self._command(Unscale(self._num_unscaled, inverse, norm))
+        self._norm_under_way = norm is not None
+        self.copies.outdate(present=self.copies.present)
+        return functools.partial(self._overflowed, self._num_unscaled, inverse)
+
+    def _overflowed(self, number: int, inverse: float) -> bool | None:
+        answers = self._links.gather(Unscaled, lambda answer: answer.number == number)
+        found = [each.overflowed for each in answers.values() if each.overflowed is not None]
+        self.accumulation.unscaled(inverse, overflowed=any(found))
+        return any(found) if found else None
 
     def _flush(self) -> bool:
         """Let the workers have what user code has written; return whether it has written anything."""
@@ -330,6 +356,10 @@ class GradientControl:
             self._links.broadcast(Pass())
         self.copies.outdate(present=self.copies.present)
 
+    def _norm_ahead(self) -> AskNorm | None:
+        """What is to be measured before it is asked for: a run that clips once clips always."""
+        return None if self._expected_norm is None else self._norm_request(self._expected_norm)
+
     def _norm_request(self, kind: tuple[float, bool]) -> AskNorm:
         """Number a request: the answers of steps that were not clipped must not be taken for that of a later one."""
         self._num_norms += 1
@@ -363,7 +393,8 @@ class MergeOnBackward(torch.autograd.Function):
             )
         ctx.is_over = True
         quotient = _quotient(float(grad_outputs[0]), ctx.scale)
-        if quotient != 1.0 and (bend := ctx.bends()):
+        # What is multiplied by infinity is none the better for it: a loss scaler finds it, and skips the step.
+        if quotient != 1.0 and math.isfinite(quotient) and (bend := ctx.bends()):
             raise SkipPipeError(_BENDS.format(what=bend, quotient=quotient))
         ctx.control.merge(quotient)
         return torch.zeros(()), None, None, None, None

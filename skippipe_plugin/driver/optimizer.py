@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal
 
 import cloudpickle
@@ -149,6 +149,25 @@ class RemoteOptimizer:
         """Clip every gradient element to +-``value``."""
         gradients.clip(self._local(), scale=None, value=value)
         self._pipeline.gradients.clip_later(value=value)
+
+    @property
+    def unscales(self) -> bool:
+        """Whether a loss scaler unscales the gradients before each step."""
+        return self._pipeline.gradients.unscales
+
+    @unscales.setter
+    def unscales(self, unscales: bool) -> None:
+        self._pipeline.gradients.unscales = unscales
+
+    def unscale(self, inverse: float) -> Callable[[], bool | None]:
+        """Multiply the gradients on the workers by ``inverse``; see :meth:`GradientControl.unscale`."""
+        if self._membership() != self._members:
+            self._regroup()
+        return self._pipeline.gradients.unscale(inverse)
+
+    def unseen(self) -> AbstractContextManager[None]:
+        """Let the body find no gradients but those of this driver's own parameters."""
+        return self._pipeline.gradients.copies.unseen()
 
     def forget_clipping(self) -> None:
         """Forget how to clip a step that is not taken."""
@@ -372,7 +391,8 @@ class RemoteOptimizer:
         assert settings is not None, "a step has a beginning"
         if self._membership() != self._members:
             self._regroup()
-        self._pipeline.gradients.step_optimizers(settings.dumps())
+        if not (self.unscales and _skips(self._optimizer)):
+            self._pipeline.gradients.step_optimizers(settings.dumps())
         self._pipeline.mirror.weights.outdate()
         self._ended()
 
@@ -416,6 +436,11 @@ def _has_values(state: Mapping[str, Any] | None) -> bool:
     """Whether a parameter's state is one that it was given or has got, not what a constructor makes on the driver."""
     values = [] if state is None else state.values()
     return state is not None and not any(isinstance(v, Tensor) and (v.is_meta or is_remote(v)) for v in values)
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    """Whether a fused step was told by a loss scaler that gradients are not finite, so that it has done nothing."""
+    return bool(optimizer.__dict__.get("found_inf", False))
 
 
 def to_device(optimizer: Optimizer, device: torch.device) -> None:

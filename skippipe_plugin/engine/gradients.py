@@ -168,6 +168,25 @@ def clip(parameters: Sequence[Tensor], *, scale: float | None, value: float | No
         torch.nn.utils.clip_grad_value_(list(parameters), value)
 
 
+def unscale(parameters: Sequence[Tensor], inverse: float) -> bool | None:
+    """Multiply the gradients by ``inverse``, by the kernel of :class:`torch.amp.GradScaler`.
+
+    Returns:
+        Whether something in them was infinite or no number; None if there are no gradients.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
+        if gradient.dtype == torch.float16:
+            raise ValueError("Attempting to unscale FP16 gradients.")  # as torch says it
+        values = gradient._values() if gradient.is_sparse else gradient
+        alike.setdefault((values.device, values.dtype), []).append(values)
+    found = {device: torch.zeros((), device=device) for device, _ in alike}
+    for (device, _), tensors in alike.items():
+        factor = torch.tensor(inverse, dtype=torch.float32, device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found[device], factor)
+    return any(map(bool, found.values())) if found else None
+
+
 def _take(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:

@@ -117,6 +117,11 @@ class Holdings:
             members, spread = ([p for p in each if id(p) in known] for each in (members, spread))
         return gradients.norm_power(members, norm_type), gradients.norm_power(spread, norm_type)
 
+    def unscale(self, inverse: float) -> bool | None:
+        """Multiply the gradients that the optimizer steps; return whether any overflowed, None if there are none."""
+        assert self._optimizer is not None, "an optimizer step before the optimizer"
+        return gradients.unscale(self._optimizer.parameters(), inverse)
+
     def build_optimizer(self, plan: Buffer) -> None:
         """Build the optimizer that the driver describes; its state starts empty."""
         self._optimizer = StageOptimizer(pickle.loads(plan), self._named_parameters())

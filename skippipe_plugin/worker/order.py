@@ -22,10 +22,11 @@ from ..engine.control.commands import (
     Pass,
     StepOptimizer,
     SwitchOptimizer,
+    Unscale,
 )
 from ..engine.control.presence import Exit, Release
 
-_COMMANDS: Final = (Merge, AskNorm, Clip, StepOptimizer, SwitchOptimizer)
+_COMMANDS: Final = (Merge, AskNorm, Clip, Unscale, StepOptimizer, SwitchOptimizer)
 """What every driver comes to, and what changes or measures what the others can ask for."""
 _AT_ONCE: Final = (Configure, Release, Exit, Abort)
 

@@ -128,6 +128,7 @@ class Worker:
         handlers.on(commands.MeasureLinks, lambda c: self._answer(self._membership.measure_links(c.num_bytes)))
         handlers.on(commands.Merge, self._merge)
         handlers.on(commands.AskNorm, self._measure_norm)
+        handlers.on(commands.Unscale, self._unscale)
         handlers.on(commands.UseSchedule, lambda c: self._membership.use_schedule(c.name, c.text))
         handlers.on(commands.BuildOptimizer, lambda command: self._holdings.build_optimizer(command.plan))
         handlers.on(commands.PutOptimizerState, self._put_optimizer_state)
@@ -482,6 +483,12 @@ class Worker:
         self._put_later()
         powers = self._holdings.norm_powers(float(command.norm_type), stepped=command.stepped)
         self._answer(answers.NormPowers(command.number, *powers))
+
+    def _unscale(self, command: commands.Unscale) -> None:
+        self._put_later()
+        self._answer(answers.Unscaled(command.number, self._holdings.unscale(command.inverse)))
+        if command.norm is not None:
+            self._measure_norm(command.norm)
 
     def _put_optimizer_state(self, command: commands.PutOptimizerState) -> None:
         self._holdings.load_optimizer_state(decode_optimizer_state(command.tensors, command.blobs))

@@ -24,6 +24,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import SumMetric
@@ -75,6 +76,8 @@ class Model(LightningModule):
         with torch.no_grad():  # as an averaged copy, which no optimizer steps
             self.frozen.weight.data.lerp_(self.embedding.weight @ self.embedding.weight.T, 0.1)
         event = {"batch": batch_idx, "loss": float(outputs["loss"]), "samples": batch[2].tolist()}
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        event["scaler"] = 1.0 if scaler is None else scaler.get_scale() * 1000 + scaler._get_growth_tracker()
         self.note(event | {"epoch": self.current_epoch, "step": self.global_step})
 
     def on_validation_epoch_end(self) -> None:
@@ -243,6 +246,7 @@ def fit(
     recovery: dict[str, Any] | None = None,
     data: Data = "plain",
     network: dict[str, Any] | None = None,
+    loss_scale: float | None = None,
     **options: Any,
 ) -> None:
     """Train; with one device by the plain Trainer."""
@@ -254,6 +258,9 @@ def fit(
 
         strategy = SkipPipeStrategy(num_microbatches=1, replicas=replicas, network=NetworkConfig(**(network or {})))
         callbacks = [*callbacks, *([StageRecovery(**recovery)] if recovery is not None else [])]
+    if loss_scale is not None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale, growth_interval=4)
+        options["plugins"] = MixedPrecision("16-mixed", "cpu", scaler)
     model = Model(folder, dropout)
     trainer = Trainer(
         accelerator="cpu",

@@ -1,6 +1,7 @@
 """A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced] [experts] [port=N] [two_nodes] [pause]``.
 
 ``hosts``: each driver holds a stage. ``reads``: the step reads gradients.
+``half``: in float16, with a loss scale that is too large at first.
 ``moves=+@1,-2@3 folder=PATH`` makes it elastic, see ``mortal.py``. Prints one JSON line per process.
 """
 
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.utils.data import DataLoader, TensorDataset
 
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
@@ -115,6 +118,7 @@ def main() -> None:
     devices, drivers = int(sys.argv[1]), int(sys.argv[2])
     seed_everything(1, verbose=False)
     callbacks = balancers()
+    scaler = GradScaler("cpu", init_scale=2.0**23) if "half" in sys.argv else None
     model = Model(delay_s=0.05 if "slow" in sys.argv else 0.0)
     trainer = Trainer(
         accelerator="cpu",
@@ -123,6 +127,7 @@ def main() -> None:
         strategy=strategy_for(devices, drivers),  # type: ignore[arg-type]
         max_steps=10_000 if "slow" in sys.argv else 5,
         callbacks=[*callbacks, *elastic()],
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)] if scaler is not None else [],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -136,6 +141,7 @@ def main() -> None:
         "losses": model.losses,
         "changes": sum(callback.changes for callback in callbacks),
         "validated": validated,
+        "scale": 1.0 if scaler is None else scaler.get_scale(),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }
     sys.stdout.write(f"RESULT {json.dumps(result)}\n")  # one write: several processes share the terminal

@@ -99,6 +99,21 @@ def test_a_step_that_some_workers_have_taken_is_taken_by_all(undisturbed: Path, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_the_loss_scale_goes_on_too(tmp_path: Path) -> None:
+    """Steps that are skipped, that all have taken, and that some have taken when the driver is killed."""
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    mortal.fit(undisturbed, loss_scale=2.0**20)
+    scales = [event["scaler"] for event in events(undisturbed) if "scaler" in event]
+    assert min(scales) < scales[0], "steps were skipped"
+    moments = ["on_before_optimizer_step:1", "StepOptimizer:5", "on_train_batch_end:2", "Unscale:2"]
+    errors = run(tmp_path, *moments, timeout_s=1100, loss_scale=2.0**20)
+    assert "the last of them is not taken again, but its batch is finished" in errors
+    assert_like(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_dropout_goes_on_too(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     """Compared with a pipeline, since dropout draws from other seeds there."""
     undisturbed = tmp_path_factory.mktemp("undisturbed")

@@ -70,6 +70,15 @@ def test_drivers_that_hold_a_stage_see_the_accumulated_gradients_in_a_step() -> 
 
 
 @pytest.mark.slow
+def test_two_drivers_skip_the_same_steps() -> None:
+    expected, results = run(plain(0, 2, "half")), run(plain(3, 2, "half", "hosts"))
+    for rank in (0, 1):
+        assert losses(results, rank) == pytest.approx(losses(expected, rank), rel=1e-3)
+    assert [result["scale"] for result in results[:2]] == [result["scale"] for result in expected]
+    assert expected[0]["scale"] < 2.0**20, "steps were skipped"
+
+
+@pytest.mark.slow
 def test_two_drivers_change_their_paths_together(data_parallel: list[dict]) -> None:
     results = run(plain(6, 2, "balanced"))
     for rank in (0, 1):

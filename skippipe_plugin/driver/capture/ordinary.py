@@ -41,15 +41,15 @@ def reduced(cls: type[nn.Module]) -> Callable[[nn.Module, Any], Any]:
 
 
 class StandIn:
-    """A method of ours on a user's module, which copies and pickles of the module have as their class has it.
+    """A method of ours on a user's object, which copies and pickles of the object have as their class has it.
 
     Args:
-        module: The user's.
+        module: The user's, such as a module.
         name: Of the method.
         function: What is called in its place.
     """
 
-    def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, module: object, name: str, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, getattr(module, name))
         self._function = function
         self._module = module

@@ -73,6 +73,15 @@ class NormPowers(Control):
 
 
 @dataclass(frozen=True, slots=True)
+class Unscaled(Control):
+    """The answer to :class:`Unscale <skippipe_plugin.engine.control.commands.Unscale>`."""
+
+    number: int
+    overflowed: bool | None
+    """Whether some gradient is infinite or no number; None where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
 class State(Control):
     """What belongs to blocks; of the optimizer the first blob is what is no tensor."""
 

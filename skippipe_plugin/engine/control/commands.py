@@ -224,6 +224,17 @@ class Clip(Control):
 
 
 @dataclass(frozen=True, slots=True)
+class Unscale(Control):
+    """Multiply what the optimizer steps, as a loss scaler does before a step, and say whether all of it is finite."""
+
+    number: int
+    """Comes back with the answer."""
+    inverse: float
+    norm: AskNorm | None
+    """What is to be measured afterwards, if a norm is expected to be asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Pass(Control):
     """This driver has come to the first one's next command."""
 

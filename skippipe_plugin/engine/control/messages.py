@@ -17,6 +17,7 @@ from .answers import (
     RouterNews,
     State,
     Tapped,
+    Unscaled,
     Warmed,
 )
 from .codec import Vocabulary
@@ -44,6 +45,7 @@ from .commands import (
     Step,
     StepOptimizer,
     SwitchOptimizer,
+    Unscale,
     UseSchedule,
     Warm,
 )
@@ -82,7 +84,7 @@ TO_WORKER: Final = Vocabulary(
     [
         *(Configure, UseSchedule, MeasureLinks, Abort, AskClock),
         *(Load, Warm, Arrange, Get, Overwrite, Probe, CompareParts),
-        *(Step, Calls, Pulled, Merge, AskNorm, Clip, Pass),
+        *(Step, Calls, Pulled, Merge, AskNorm, Clip, Unscale, Pass),
         *(BuildOptimizer, PutOptimizerState, StepOptimizer, SwitchOptimizer, AskRouters, MoveExperts),
         *(Prepare, Store, Settle, AskRecords, LetGo, NoteEstimates, Drop, EndRun),
         *(AskSummary, AskRecord, GetRetained, FinishStep, Retain, Outlive),
@@ -93,7 +95,8 @@ TO_WORKER: Final = Vocabulary(
 TO_DRIVER: Final = Vocabulary(
     "driver",
     [
-        *(Hello, Leave, Ready, Warmed, LinkCosts, ClockReads, Tapped, Done, NormPowers, State, Probed, PartsCompared),
+        *(Hello, Leave, Ready, Warmed, LinkCosts, ClockReads, Tapped, Done, NormPowers, Unscaled, State),
+        *(Probed, PartsCompared),
         *(RouterNews, ExpertNews, Kept, Stored, Records, Summary, OneRecord, Failed, Beat),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from skippipe_plugin.engine.gradients import GradientWindow, clip, norm_power, sum_over_holders, total_norm
+from skippipe_plugin.engine.gradients import GradientWindow, clip, norm_power, sum_over_holders, total_norm, unscale
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -132,6 +132,31 @@ def test_a_parameter_that_one_replica_used_gets_its_gradient_on_all(used: tuple[
             assert (parameter.grad is None) == (gradient is None)
             if gradient is not None:
                 torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("worst", [1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("scale", [3.0, 2.0**16])
+def test_unscaling_is_that_of_torchs_scaler(scale: float, worst: float) -> None:
+    ours, theirs = parameters(), parameters()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(torch.ones(()))
+    for params in (ours, theirs):
+        backward(params, scale)
+        params[1].grad[2] *= worst
+    optimizer = torch.optim.SGD([*theirs, nn.Parameter(torch.ones(1))])  # one without a gradient
+    scaler.unscale_(optimizer)
+    (found,) = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+    assert unscale(ours, float(torch.tensor(scale, dtype=torch.float64).reciprocal().float())) == bool(found)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.grad.nan_to_num(7.0), other.grad.nan_to_num(7.0))
+
+
+def test_nothing_to_unscale_and_what_torch_refuses() -> None:
+    assert unscale(parameters(), 1.0) is None
+    half = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    half.grad = torch.ones_like(half)
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        unscale([half], 1.0)
 
 
 def together(holders: list[list[nn.Parameter]]) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import pytest
 
 from skippipe_plugin.engine.control.codec import Control, Received
-from skippipe_plugin.engine.control.commands import AskNorm, Configure, Get, Merge, Pass, Step, StepOptimizer
+from skippipe_plugin.engine.control.commands import AskNorm, Configure, Get, Merge, Pass, Step, StepOptimizer, Unscale
 from skippipe_plugin.engine.control.values import CallNews, Opening, StepOrder
 from skippipe_plugin.worker.order import DriversOrder
 
 KINDS: dict[str, Control] = {
     "merge": Merge(1.0, "", [], None),
     "norm": AskNorm(1, 2.0, False),
+    "unscale": Unscale(1, 0.5, None),
     "optimizer_step": StepOptimizer(StepOrder(None, None, "", False, False, []), b""),
     "get": Get("weights"),
     "pass": Pass(),
@@ -78,5 +79,5 @@ def test_order(sent: Sequence[tuple[int, str]], expected: Sequence[tuple[int, st
 
 
 def test_one_driver_waits_for_nobody() -> None:
-    sent = [(0, "merge"), (0, "norm"), (0, "optimizer_step"), (0, "get")]
+    sent = [(0, "merge"), (0, "norm"), (0, "unscale"), (0, "optimizer_step"), (0, "get")]
     assert obeyed(*sent, num_drivers=1) == sent
