@@ -14,49 +14,36 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..driver.backward import GradientControl
 from ..driver.capture.asking import questions
 from ..driver.capture.batches import BatchError, Cutter
 from ..driver.capture.caches import is_cache
-from ..driver.capture.graphs import comes_from
 from ..driver.capture.rewind import rewinder
-from ..driver.capture.suspend import StepThread, current_thread, new_step_thread
+from ..driver.capture.suspend import current_thread
 from ..driver.capture.undo import undo_all
 from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from .asking import Asking
-from .entrance import Entrance, LoopGraph
+from .entrance import Entrance
 from .kinds import detail_of, form_of, kind_of
 from .merging import Merging
+from .open_step import OpenStep
 from .outputs import (
-    differentiable,
     find_loss,
-    gated,
     guarded,
     map_tensors,
-    watched,
     with_closed_caches,
     with_loss,
     without_caches,
 )
 from .shares import loss_weights
 from .spread import SpreadModel
-from .suspended import SuspendedStep, Train
+from .suspended import Train
 from .trials import LOSS, Question, Results
 from .untrained import Untrained
 from .weight import MicrobatchWeight, view_of
 
-_ONE_BACKWARD: Final = (
-    "this loss belongs to {which} call of the model, whose gradients are {state}: a pipeline takes one backward for "
-    "each training call of the model, before the next one. Put both inputs into one batch, or add the losses before "
-    "backward"
-)
-_GIVEN_UP: Final = (
-    "the workers have given up the call of the model that this loss belongs to: they were needed before its backward, "
-    "for {why}. Do that before the model is called, or after loss.backward()"
-)
 _HAS_A_LOSS: Final = (
     "backward went through an output of the model other than its loss, but the model computed a loss itself, so the "
     "backward of all microbatches ran when it was called. Use the returned loss alone, or call the model without "
@@ -73,18 +60,6 @@ class _Batch:
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     sizes: list[int]
-
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """The training call whose backward is still to come."""
-
-    entrance: Entrance
-    suspended: SuspendedStep | None = None
-    gradients: list[Tensor | None] | None = None
-    is_over: bool = False
-    given_up: str = ""
-    """What for, if so."""
 
 
 class _LossIsOutside(Exception):
@@ -116,6 +91,8 @@ class ModelCalls:
         self.num_calls = 0
         """The training calls so far; dropout in the blocks is seeded by it."""
         self.num_optimizer_steps = 0
+        self.open_step = OpenStep(spread, model, device)
+        """The last training call, whose backward is still to come."""
         self._spread = spread
         self._model = model
         self._device = device
@@ -123,8 +100,6 @@ class ModelCalls:
         self._forward: Callable[..., Any] = model.forward
         self._function = self._forward
         """What runs for each microbatch: the model, or a function of the loop's that calls it."""
-        self._pending: _Pending | None = None
-        self._thread: StepThread | None = None
         self._cutter = Cutter()
         self._outside: dict[Kind, bool] = {}
         """By kind of call: whether it returns no loss."""
@@ -132,7 +107,6 @@ class ModelCalls:
         """The kinds of which that is known."""
         self._weight = weight
         self._scale = scale
-        self._loop_graph = LoopGraph(model)
         self._entrance = Entrance()
         """Of the call under way."""
         self._asking = Asking(spread, model, device, weighted=callable(weight))
@@ -156,41 +130,6 @@ class ModelCalls:
         finally:
             self._function = self._forward
 
-    def begin_backward(self, outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bool:
-        """Prepare for a backward of the loop; return whether it must leave its graph.
-
-        What it adds to gradients counts with what the step that waits will add.
-        """
-        pending = self._pending
-        if pending is None or pending.is_over:
-            return False
-        if inputs and comes_from(outputs, functools.partial(_belongs_to, pending)):
-            self._loop_graph.check_inputs(outputs, inputs, pending.entrance.tensors)
-        if pending.suspended is None:
-            return False
-        self._gradients.window.resume()
-        hidden = [] if pending.suspended.hidden is None else [pending.suspended.hidden]
-        return self._loop_graph.keeps_graph(outputs, [*pending.entrance.tensors, *hidden])
-
-    def complete(self, keep_graph: bool = False) -> None:
-        """Run the backwards that the loop's backward has asked for, and add their gradients."""
-        pending = self._pending
-        if pending is None or pending.suspended is None:
-            return
-        if pending.gradients is None:
-            self._gradients.window.pause()
-            return
-        suspended, pending.suspended = pending.suspended, None
-        suspended.finish(pending.gradients)
-        self._gradients.merge(1.0)
-        pending.entrance.go_back(keep_graph=keep_graph)
-
-    def settle(self, why: str) -> None:
-        """Let no step wait any longer: the loop goes on to something that needs the workers, and ``why`` says what."""
-        self.complete()
-        if self._give_up(why):
-            self._spread.pipeline.heal()  # nobody may take what comes next for a part of the step
-
     def count_optimizer_step(self) -> None:
         """Note that the optimizer has stepped, which is what a skip ratio over time follows."""
         self.num_optimizer_steps += 1
@@ -203,26 +142,14 @@ class ModelCalls:
         """Take over what :meth:`state` returned."""
         self.num_calls, self.num_optimizer_steps = state["calls"], state["optimizer_steps"]
 
-    def fail(self) -> None:
-        """Drop what the last training call has left to do: a backward that has reached it failed."""
-        if self._pending is not None and self._pending.is_over:
-            self._give_up("a backward that failed")
-            self._pending = None
-        elif self._pending is not None and self._pending.suspended is not None:
-            self._gradients.window.pause()
-
     def close(self) -> None:
-        """Give up what is pending and end the thread."""
-        self._give_up("the end of the pipeline")
-        if self._thread is not None:
-            self._thread.close()
-            self._thread = None
+        """Give up what is open."""
+        self.open_step.close()
 
     # ------------------------------------------------------------- training
 
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.settle("another call of the model")
-        self._pending = None
+        self.open_step.begin()
         if self._spread.attached is not None:
             self._spread.attached.begin_step(self.num_optimizer_steps)
         self._entrance = Entrance()
@@ -263,16 +190,10 @@ class ModelCalls:
         )
         values, loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
-        loss = self._watched(loss)
+        loss = self.open_step.watched(self._entrance, loss)
         outputs = [map_tensors(torch.Tensor.detach, output) for output, _ in values]
         merged = guarded(self._merged(merging, outputs), _HAS_A_LOSS)
         return with_loss(merged, loss)
-
-    def _watched(self, loss: Tensor) -> Tensor:
-        """Let a loss, whose step is over, have its place in the loop's graph."""
-        entrance = self._entrance
-        pending = self._pending = _Pending(entrance)
-        return watched(loss, functools.partial(self._claim, pending), entrance.tensors, entrance.take())
 
     def _merged(self, merging: Merging, outputs: Sequence[Any]) -> Any:
         """Return the whole batch's output, whose loss is left to the caller."""
@@ -297,22 +218,8 @@ class ModelCalls:
         )
 
     def _hand_out(self, train: Train, merge: Callable[[list[Any]], Any], *, draws_on: bool = False) -> Any:
-        """Start a step that waits for the gradients of its outputs, and return these."""
-        self._thread = self._thread or new_step_thread()
-        suspended = SuspendedStep(self._thread, self._device, draws_on=draws_on)
-        outputs = suspended.start(train)
-        self._gradients.window.pause()
-        pending = self._pending = _Pending(self._entrance, suspended)
-        carrying = [tensor for output in outputs for tensor in differentiable(output)]
-        if not carrying:
-            self._give_up("nothing")
-            raise SkipPipeError(
-                f"{type(self._model).__name__} was called for training, but nothing it returned carries a gradient; "
-                "return a loss or differentiable outputs, or call it under torch.no_grad() or after model.eval()"
-            )
-        gates = iter(gated(carrying, functools.partial(self._receive, pending)))
-        opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
-        return merge(opened)
+        what = type(self._model).__name__
+        return self.open_step.hand_out(self._entrance, train, merge, what=what, draws_on=draws_on)
 
     def _run_outside(self, batch: _Batch, rewind: Callable[[], None], outside: Callable[..., None]) -> None:
         functions = [functools.partial(self._function, *args, **kwargs) for args, kwargs in batch.calls]
@@ -358,7 +265,7 @@ class ModelCalls:
         )
         [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps)
         assert loss is not None
-        loss = self._watched(loss)
+        loss = self.open_step.watched(self._entrance, loss)
         return with_loss(guarded(map_tensors(torch.Tensor.detach, output), _HAS_A_LOSS), loss)
 
     def _run_whole_outside(
@@ -386,30 +293,6 @@ class ModelCalls:
         entrance = self._entrance
         return lambda: entrance.undone_with(undo_all(self._model, self._device, (args, kwargs)))
 
-    def _receive(self, pending: _Pending, gradients: list[Tensor | None]) -> None:
-        """The loop's backward has reached the outputs."""
-        self._claim(pending)
-        pending.gradients = gradients
-
-    def _claim(self, pending: _Pending) -> None:
-        if pending is not self._pending:
-            raise SkipPipeError(_ONE_BACKWARD.format(which="an earlier", state="gone"))
-        if pending.given_up:
-            raise SkipPipeError(_GIVEN_UP.format(why=pending.given_up))
-        if pending.is_over:
-            raise SkipPipeError(_ONE_BACKWARD.format(which="a", state="added already"))
-        pending.is_over = True
-
-    def _give_up(self, why: str) -> bool:
-        """Give up a step that waits, and note what for; return whether one did."""
-        pending = self._pending
-        if pending is None or pending.suspended is None:
-            return False
-        suspended, pending.suspended = pending.suspended, None
-        pending.is_over, pending.given_up = True, why
-        suspended.abandon()
-        return True
-
     # ----------------------------------------------------------- evaluation
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -421,7 +304,7 @@ class ModelCalls:
         return self._untrained.marked(output, kind, call, (args, kwargs))
 
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.settle("a call of the model without gradients or in eval mode")
+        self.open_step.settle("a call of the model without gradients or in eval mode")
         cut = self._cut(args, kwargs, training=False)
         if cut is None:
             whole = self._whole_task(functools.partial(self._function, *args, **kwargs), args, kwargs)
@@ -443,10 +326,6 @@ class ModelCalls:
             return with_loss(merged, merging.merged(LOSS, losses))
 
     # --------------------------------------------------------------- pieces
-
-    @property
-    def _gradients(self) -> GradientControl:
-        return self._spread.pipeline.gradients
 
     def _cut(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = True
@@ -505,12 +384,6 @@ def _check_scaling(device: torch.device) -> None:
             "a loss that is computed for each microbatch in float16 goes back before a GradScaler can scale it; use "
             "torch.bfloat16, or compute the loss in the loop, from the outputs of the model (called without labels)"
         )
-
-
-def _belongs_to(pending: _Pending, node: Any) -> bool:  # Any: a node of autograd's graph
-    """Whether a node of the loop's graph is where a call of the model begins to go back."""
-    asks = getattr(node, "on_backward", None)
-    return isinstance(asks, functools.partial) and pending in asks.args
 
 
 def code_of(function: Callable[..., Any]) -> Hashable:

@@ -106,7 +106,8 @@ class LoopModel:
         )
         self._calls = calls
         self._whole = WholeModel(model, root, self.blocks, calls)
-        self._backwards = Backwards(calls.begin_backward, calls.complete, calls.fail)
+        step = calls.open_step
+        self._backwards = Backwards(step.begin_backward, step.complete, step.fail)
         self._backwards.follow()
 
     def bring_back(self) -> None:
@@ -153,7 +154,7 @@ class LoopModel:
         self._remote = RemoteOptimizer(
             self.blocks.pipeline,
             optimizer,
-            begun=functools.partial(calls.settle, "optimizer.step()"),
+            begun=functools.partial(calls.open_step.settle, "optimizer.step()"),
             ended=calls.count_optimizer_step,
         )
         if state["state"]:
@@ -187,7 +188,7 @@ class LoopModel:
     def _to_clip(self, parameters: Iterable[Tensor]) -> tuple[list[Tensor], RemoteOptimizer]:
         """Return those of the parameters that are here, and the optimizer of the others."""
         members = list(parameters)
-        self.calls.settle("the clipping of gradients")
+        self.calls.open_step.settle("the clipping of gradients")
         asked = {id(parameter) for parameter in members}
         groups = self._optimizer.param_groups if self._optimizer is not None else ()
         trained = [p for group in groups for p in group["params"] if is_remote(p) and p.requires_grad]

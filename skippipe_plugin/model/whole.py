@@ -30,8 +30,8 @@ class WholeModel:
         self._zero_local = model.zero_grad
         self._forward = StandIn(model, "forward", calls)
         self._handles = [
-            root.register_state_dict_pre_hook(lambda *_: calls.settle("state_dict()")),  # type: ignore[no-untyped-call]
-            root.register_load_state_dict_pre_hook(lambda *_: calls.settle("load_state_dict()")),  # type: ignore[no-untyped-call]
+            root.register_state_dict_pre_hook(lambda *_: calls.open_step.settle("state_dict()")),  # type: ignore[no-untyped-call]
+            root.register_load_state_dict_pre_hook(lambda *_: calls.open_step.settle("load_state_dict()")),  # type: ignore[no-untyped-call]
         ]
         self._zero_grad = StandIn(model, "zero_grad", self._zero)
         model.__dict__ |= {"forward": self._forward, "zero_grad": self._zero_grad}
