@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
+from ..driver.capture.remote import is_remote
 from ..driver.optimizer import RemoteOptimizer
 from ..engine.errors import SkipPipeError
 
@@ -18,11 +19,6 @@ def check_fit(module: LightningModule, trainer: Trainer) -> None:
     """Raise when ``trainer.fit(module)`` asks for what a pipeline cannot do."""
     if trainer.state.fn != TrainerFn.FITTING:
         return
-    if not module.automatic_optimization:
-        raise SkipPipeError(
-            f"{type(module).__name__} sets automatic_optimization=False, but a pipeline runs forward and backward of "
-            "all microbatches together; use automatic optimization, or train without the pipeline"
-        )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise SkipPipeError("training_step(dataloader_iter) cannot be microbatched; take a batch instead")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -34,15 +30,29 @@ def check_fit(module: LightningModule, trainer: Trainer) -> None:
             )
 
 
-def check_single(optimizers: Sequence[Optimizer]) -> None:
-    """Raise when there are several optimizers."""
-    if len(optimizers) > 1:
-        raise SkipPipeError(f"{len(optimizers)} optimizers: a pipeline steps one; give it parameter groups")
+def far_reaching(optimizers: Sequence[Optimizer]) -> Optimizer:
+    """Return the one of several optimizers that steps what is on workers; the first if none does.
+
+    Raises:
+        SkipPipeError: Several do.
+    """
+    far = [each for each in optimizers if any(is_remote(p) for group in each.param_groups for p in group["params"])]
+    if len(far) > 1:
+        raise SkipPipeError(
+            f"{len(far)} of the {len(optimizers)} optimizers step parameters of the blocks, but the workers step one: "
+            "let one optimizer have all parameters of the blocks, in groups of their own (the others may have the rest "
+            "of the model), or name a stack that one optimizer has with blocks=..."
+        )
+    return (far or list(optimizers))[0]
 
 
 def check_replaceable(optimizers: Sequence[Optimizer], *, is_continued: bool) -> None:
     """Raise when ``trainer.strategy.optimizers`` is set, while a model is spread, to what a pipeline cannot step."""
-    check_single(optimizers)
+    if len(optimizers) > 1:
+        raise SkipPipeError(
+            f"trainer.strategy.optimizers was set to {len(optimizers)} optimizers during fit, none of which is the one "
+            "that the workers have parts of; replace a single one by a single one"
+        )
     if not optimizers:
         raise SkipPipeError(
             "trainer.strategy.optimizers was emptied during fit, and a pipeline has an optimizer to step; freeze the "
@@ -57,7 +67,7 @@ def check_replaceable(optimizers: Sequence[Optimizer], *, is_continued: bool) ->
 
 def check_unreplaced(optimizers: Sequence[Optimizer], remote: RemoteOptimizer | None) -> None:
     """Raise when the list has another optimizer than the one that was given to the Trainer."""
-    if remote is not None and (len(optimizers) != 1 or optimizers[0] is not remote.optimizer):
+    if remote is not None and not any(each is remote.optimizer for each in optimizers):
         raise SkipPipeError(
             "the list trainer.strategy.optimizers was changed in place, of which neither Lightning nor the workers "
             "hear; assign another list (trainer.strategy.optimizers = [optimizer])"

@@ -12,10 +12,11 @@ from typing_extensions import override
 
 from ..driver.optimizer import RemoteOptimizer, to_device
 from ..model.spread import SpreadModel
-from .checks import check_replaceable, check_single, check_unreplaced
+from .checks import check_replaceable, check_unreplaced, far_reaching
 from .clipping import clip_everywhere, clip_locally
 from .continuation import Continuation
 from .drivers import DriversStrategy
+from .manual_steps import ManualSteps
 from .scaling import scale_everywhere, scale_locally
 from .zeroing import zero_everywhere, zero_locally
 
@@ -26,6 +27,9 @@ class OptimizingStrategy(DriversStrategy):
     def __init__(self, drivers: int, *, brings_workers: bool = False, per_device: int = 1) -> None:
         super().__init__(drivers, brings_workers=brings_workers, per_device=per_device)
         self._remote: RemoteOptimizer | None = None
+        """The one that steps what is on the workers."""
+        self._manual: ManualSteps | None = None
+        """Runs the steps of a module that steps its optimizers itself."""
         self._continuation: Continuation | None = None
 
     def _running(self) -> SpreadModel:
@@ -34,9 +38,13 @@ class OptimizingStrategy(DriversStrategy):
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        check_single(self.optimizers)
         if self.optimizers and not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers made one
-            self._remote = RemoteOptimizer(self._running().pipeline, self.optimizers[0])
+            manual = self._manual
+            self._remote = RemoteOptimizer(
+                self._running().pipeline,
+                far_reaching(self.optimizers),
+                begun=lambda: None if manual is None else manual.settle("optimizer.step()"),
+            )
             zero_everywhere(self.lightning_module, self._running().pipeline.gradients)
             if self._continuation is not None:
                 self._continuation.attach(self._running(), self._remote)
@@ -54,7 +62,7 @@ class OptimizingStrategy(DriversStrategy):
         remote = self._remote
         if remote is None:
             return
-        if len(optimizers) != 1 or optimizers[0] is not remote.optimizer:  # Lightning sets the same again
+        if not any(each is remote.optimizer for each in optimizers):  # Lightning sets the same again
             check_replaceable(optimizers, is_continued=self._continuation is not None)
             remote = self._remote = remote.replaced_by(optimizers[0])
         self._reach_workers(remote)
@@ -68,7 +76,8 @@ class OptimizingStrategy(DriversStrategy):
     def _reach_workers(self, remote: RemoteOptimizer) -> None:
         """Let what Lightning does to gradients reach those on workers."""
         # What self.optimizers() returns has a zero_grad of its own, which sees this driver's parameters only.
-        self._lightning_optimizers[0].__dict__["zero_grad"] = remote.optimizer.zero_grad
+        wrapper = next(each for each in self._lightning_optimizers if each.optimizer is remote.optimizer)
+        wrapper.__dict__["zero_grad"] = remote.optimizer.zero_grad
         clip_everywhere(self.precision_plugin, remote)
         scale_everywhere(self.precision_plugin, remote)
 
@@ -90,12 +99,16 @@ class OptimizingStrategy(DriversStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return super().optimizer_state(optimizer) if self._remote is None else self._remote.state_dict()
+        if self._remote is None or optimizer is not self._remote.optimizer:
+            return super().optimizer_state(optimizer)
+        return self._remote.state_dict()
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self._remote is None:
             super().load_optimizer_state_dict(checkpoint)
             return
-        self._remote.load_state_dict(checkpoint["optimizer_states"][0])
-        to_device(self.optimizers[0], self.root_device)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            is_remote = optimizer is self._remote.optimizer
+            (self._remote if is_remote else optimizer).load_state_dict(state)
+            to_device(optimizer, self.root_device)

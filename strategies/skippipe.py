@@ -62,6 +62,7 @@ from .continuation import FROM_MEMORY, Continuation
 from .cut_step import CutStep, PreparedStep, asking_of
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import cut_or_whole, loader_hint
+from .manual_steps import ManualSteps
 from .optimizing import OptimizingStrategy
 from .outputs import with_loss, without_loss
 from .sections import shared_sections
@@ -390,6 +391,9 @@ class SkipPipeStrategy(OptimizingStrategy):
             continuation.detach(over=over)
 
     def _bring_blocks_back(self) -> None:
+        if self._manual is not None:
+            self._manual.close()
+            self._manual = None
         try:
             if self._spread is not None:
                 self._timeline = self._spread.timeline or self._timeline
@@ -430,6 +434,9 @@ class SkipPipeStrategy(OptimizingStrategy):
         )
         self._spread.pipeline.collect_timeline = self._record_timeline
         self._asking = asking_of(module, self._spread, self.root_device)
+        if not module.automatic_optimization and module.trainer.state.fn == TrainerFn.FITTING:
+            repeats = self._recovery is not None
+            self._manual = ManualSteps(self._spread, module, self.root_device, repeats=repeats)
         if self.settings.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:
             rank_zero_info(said)
             self._said = said
@@ -484,16 +491,19 @@ class SkipPipeStrategy(OptimizingStrategy):
         if running.attached is not None:
             running.attached.begin_step(module.trainer.global_step)
         with self.precision_plugin.train_step_context():
+            if self._manual is not None:
+                step = functools.partial(module.training_step, *args, **kwargs)
+                return self._manual.run(step, batch, self._seed(), module.trainer.global_step)
             if (cut := self._cut_step("training_step", batch, rest, kwargs)) is None:
                 whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
                 with whole.logging():
                     values, loss = running.train(self._whole_task(whole), module.trainer.global_step)
                 return with_loss(without_loss(values[0]), loss)
-            step, merging = cut
-            task = step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
-            with step.logging(), shared_sections(module):
+            cut_step, merging = cut
+            task = cut_step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
+            with cut_step.logging(), shared_sections(module):
                 values, loss = running.train(task, module.trainer.global_step)
-            return step.finish(merging, values, loss)
+            return cut_step.finish(merging, values, loss)
 
     def _cut_step(self, name: str, batch: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PreparedStep | None:
         """Cut a step, and find out how its results merge; None when it runs once, on the whole batch."""

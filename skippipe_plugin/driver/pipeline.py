@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -124,6 +125,8 @@ class Pipeline:
         self._took_s: deque[float] = deque(maxlen=16)
         self._cuts = CutBook()
         self._around = AroundTheBlocks()
+        self._answers: Callable[[StackCall], Tensor] | None = None
+        """Takes calls that are made outside of the step functions."""
         self._proxies: BlockProxies | None = None
         self.model: nn.Module | None = None
         """The user's, while it is loaded."""
@@ -445,11 +448,22 @@ class Pipeline:
         if len(live) > 1 and self.proxies.is_watched:
             raise SkipPipeError(_WATCHED)
 
+    @contextmanager
+    def open_to(self, answer: Callable[[StackCall], Tensor]) -> Iterator[None]:
+        """Let ``answer`` take the calls that are made outside of the step functions."""
+        before, self._answers = self._answers, answer
+        try:
+            yield
+        finally:
+            self._answers = before
+
     def _forward(self, call: StackCall) -> Tensor:
         """Answer a call that was made outside of the step functions, such as sampling in a callback."""
         thread = current_thread()
         if thread is not None:
             return thread.suspend(call)  # type: ignore[no-any-return]
+        if self._answers is not None:
+            return self._answers(call)
         if call.ambient.grad and (call.hidden.requires_grad or self.gradients.window.parameters):
             raise SkipPipeError(
                 "the blocks of the pipeline were called outside of training_step with gradients enabled; "

@@ -23,7 +23,7 @@ from ..engine.stage import back_propagate, inner
 from ..schedule import Path
 from .capture import own_gradients
 from .capture.asking import CutBook, Question, ask
-from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of
+from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of, likely_cuts
 from .capture.graphs import goes_past
 from .capture.microbatch import split_sizes
 from .capture.proxies import BlockProxies, StackCall
@@ -60,6 +60,8 @@ class WholeTask:
     """Which of the user's functions it is."""
     questions: Sequence[Question] = ()
     """What may be asked, in this order, until one has an answer; without any the call is not cut."""
+    counts: Sequence[int] = ()
+    """Where nothing may be asked: how many samples the batch may have, the likeliest first. What fits is tried."""
     note_state: Callable[[], Callable[[], None]] = lambda: lambda: None
     """Notes what the user's code may change on the driver; returns what undoes it, random states included."""
     repeats: bool = False
@@ -357,12 +359,12 @@ class WholeRun:
     def _find_cut(self) -> tuple[int, Cut] | None:
         """Return the number of samples and the cut of the call that waits; None when it goes as it is."""
         task, call = self._task, self._outcome.request  # type: ignore[union-attr]
-        if self._most == 1 or call.caches or not task.questions:
+        if self._most == 1 or call.caches or not (task.questions or task.counts):
             return None
         if call.hooks:
             self._book.tell("forward hooks watch modules of the blocks, and are to see the whole batch")
             return None
-        counts = list(dict.fromkeys(question.num_samples for question in task.questions))
+        counts = list(task.counts or dict.fromkeys(question.num_samples for question in task.questions))
         kind = task.name, kind_of(call, counts)
         known, found = self._book.find(kind, call, counts)
         has_new = self._book.has_new_numbers(kind, call)
@@ -372,11 +374,11 @@ class WholeRun:
             return None
         if known:
             return found
-        if self._undo is None:
+        if self._undo is None and not task.counts:
             self._book.settled.discard(task.name)  # the next one can be asked about
             return None
         try:
-            found = self._choose(self._ask(call))
+            found = self._choose(self._ask(call) if not task.counts else likely_cuts(CallForm.of(call), task.counts))
         except NotCuttable as error:
             self._book.tell(str(error))
         self._book.put(kind, None if found is None else (counts.index(found[0]), found[1]))

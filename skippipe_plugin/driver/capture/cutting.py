@@ -8,9 +8,10 @@ stays what it was, even where T happens to equal the number of samples. Nothing 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from ...engine.transport import TensorSpec
 from .arguments import SideInputs
 from .entered import EnteredStack
 from .proxies import StackCall
+
+_MOST_WAYS: Final = 16
+"""Of how many ways to cut the arguments beside the hidden states one is looked for."""
 
 
 class NotCuttable(Exception):
@@ -151,6 +155,35 @@ def _axis(name: str, mine: Sequence[int], theirs: Sequence[int], size: int, othe
     if len(found) != 1 or len(changed) != 1:
         raise NotCuttable(f"{name} {list(mine)} becomes {list(theirs)} when {size} samples become {other}")
     return Axis(found[0], mine[found[0]] // size)
+
+
+def likely_cuts(whole: CallForm, counts: Sequence[int]) -> list[tuple[int, Cut]]:
+    """Return where a call looks as if it may be cut, the likeliest first; whether it may be is still to be tried.
+
+    Args:
+        whole: The call with the whole batch.
+        counts: How many samples that may have.
+
+    Raises:
+        NotCuttable: Nowhere.
+    """
+    found: list[tuple[int, Cut]] = []
+    for count in counts:
+        for dim in range(min(map(len, whole.forms))):
+            if count > 1 and all(form[dim] == count for form in whole.forms):
+                axes = (Axis(dim, 1),) * len(whole.forms)
+                sides = [_likely_axes(side, dim, count) for side in whole.side_inputs]
+                ways = itertools.islice(itertools.product(*sides), _MOST_WAYS)
+                found += [(count, Cut(axes, way)) for way in ways]
+    if not found:
+        shape = list(whole.forms[0])
+        raise NotCuttable(f"no dimension of the hidden states {shape} is that of the {counts[0]} samples")
+    return found
+
+
+def _likely_axes(shape: Sequence[int], dim: int, count: int) -> list[Axis | None]:
+    fitting = [each for each, size in enumerate(shape) if size == count]
+    return [*(Axis(each, 1) for each in sorted(fitting, key=lambda each: (each != dim, each))), None]
 
 
 def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]:
