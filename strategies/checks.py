@@ -13,12 +13,16 @@ from torch.optim import Optimizer
 from ..driver.capture.remote import is_remote
 from ..driver.optimizer import RemoteOptimizer
 from ..engine.errors import SkipPipeError
+from ..model.settings import PipelineSettings
+from ..supervisor import supervised
 
 
-def check_fit(module: LightningModule, trainer: Trainer) -> None:
+def check_fit(module: LightningModule, trainer: Trainer, settings: PipelineSettings) -> None:
     """Raise when ``trainer.fit(module)`` asks for what a pipeline cannot do."""
     if trainer.state.fn != TrainerFn.FITTING:
         return
+    if not module.automatic_optimization:
+        _check_manual(type(module).__name__, settings)
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise SkipPipeError("training_step(dataloader_iter) cannot be microbatched; take a batch instead")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -28,6 +32,26 @@ def check_fit(module: LightningModule, trainer: Trainer) -> None:
                 "they are on the workers, which keep the structure they were handed; prune the model "
                 "before fit (torch.nn.utils.prune), whose masks the workers apply, or after it"
             )
+
+
+def _check_manual(name: str, settings: PipelineSettings) -> None:
+    """Raise when steps that go back themselves are to run in a way that only others can."""
+    manual = f"{name} sets automatic_optimization=False"
+    if settings.drivers > 1:
+        raise SkipPipeError(
+            f"{manual}, and each of drivers={settings.drivers} would go back and step when its own code says so, which "
+            "the workers cannot follow; use drivers=1, or automatic optimization"
+        )
+    if settings.microbatches == "batch":
+        raise SkipPipeError(
+            f'{manual}, so that its step must run once, on the whole batch, and cannot be cut by microbatches="batch"; '
+            "leave that out, and only what enters the blocks is cut"
+        )
+    if supervised():
+        raise SkipPipeError(
+            f"{manual}, and steps its optimizers in the middle of a step, which a driver that starts again under "
+            "skippipe run would repeat; start the script without it, or use automatic optimization"
+        )
 
 
 def far_reaching(optimizers: Sequence[Optimizer]) -> Optimizer:

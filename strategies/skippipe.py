@@ -5,6 +5,7 @@ This module adapts; what a pipeline is lives in :mod:`skippipe_plugin.driver`. O
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -351,7 +352,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         module = self.lightning_module
         assert module is not None
         self.accelerator.setup(trainer)
-        check_fit(module, trainer)
+        check_fit(module, trainer, self.settings)
         if self.verify == "first" and trainer.state.fn == TrainerFn.FITTING:
             verify_first(self, trainer, module)
         with self._kept_biases(module):
@@ -410,9 +411,10 @@ class SkipPipeStrategy(OptimizingStrategy):
         check_no_shared_parameters(module, stack)
         blocks, described = originals(stack.blocks), str(stack)
         self._compiled = CompiledParts(module, blocks, uncompile(module))
+        is_manual = not module.automatic_optimization and module.trainer.state.fn == TrainerFn.FITTING
         compilation = self._compiled.compilation
         self._spread = SpreadModel(
-            self.settings,
+            dataclasses.replace(self.settings, microbatches="stack") if is_manual else self.settings,
             num_stages=self.num_stages,
             job=self._job,
             rank=self.global_rank,
@@ -434,7 +436,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         )
         self._spread.pipeline.collect_timeline = self._record_timeline
         self._asking = asking_of(module, self._spread, self.root_device)
-        if not module.automatic_optimization and module.trainer.state.fn == TrainerFn.FITTING:
+        if is_manual:
             repeats = self._recovery is not None
             self._manual = ManualSteps(self._spread, module, self.root_device, repeats=repeats)
         if self.settings.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:

@@ -174,8 +174,8 @@ class Stage:
         """Run the blocks; keep what the backward needs. Return the hidden states, detached."""
         ambient = call.spec.ambient
         self._take_over(ambient.switches)
-        # A training step keeps the user's random state as a whole; fetching and setting it takes long.
-        fork = self._guest and not ambient.grad
+        # What goes back is a training step's, which keeps the user's random state as a whole: this here takes long.
+        fork = self._guest and not (enters.requires_grad or leaves.requires_grad)
         notes = self._notes
         if notes is None or notes.spec is not call.spec:
             notes = self._notes = _Notes.of(call.spec, list(self.blocks))
