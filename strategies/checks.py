@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,7 +12,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from ..driver.capture.remote import is_remote
-from ..driver.optimizer import RemoteOptimizer
 from ..engine.errors import SkipPipeError
 from ..model.settings import PipelineSettings
 from ..supervisor import supervised
@@ -70,17 +70,23 @@ def far_reaching(optimizers: Sequence[Optimizer]) -> Optimizer:
     return (far or list(optimizers))[0]
 
 
-def check_replaceable(optimizers: Sequence[Optimizer], *, is_continued: bool) -> None:
+def same_objects(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether two sequences hold the very same objects."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def check_replaceable(optimizers: Sequence[Optimizer], before: Sequence[Optimizer], *, is_continued: bool) -> None:
     """Raise when ``trainer.strategy.optimizers`` is set, while a model is spread, to what a pipeline cannot step."""
-    if len(optimizers) > 1:
-        raise SkipPipeError(
-            f"trainer.strategy.optimizers was set to {len(optimizers)} optimizers during fit, none of which is the one "
-            "that the workers have parts of; replace a single one by a single one"
-        )
     if not optimizers:
         raise SkipPipeError(
             "trainer.strategy.optimizers was emptied during fit, and a pipeline has an optimizer to step; freeze the "
             "parameters (requires_grad_(False)) or set the learning rate to 0 instead"
+        )
+    if len(optimizers) > 1 or len(before) > 1:
+        raise SkipPipeError(
+            f"trainer.strategy.optimizers was set to {len(optimizers)} optimizers during fit, in place of "
+            f"{len(before)}: a pipeline takes one in place of one; give an optimizer parameter groups, or return all "
+            "of them from configure_optimizers"
         )
     if is_continued:
         raise SkipPipeError(
@@ -89,9 +95,9 @@ def check_replaceable(optimizers: Sequence[Optimizer], *, is_continued: bool) ->
         )
 
 
-def check_unreplaced(optimizers: Sequence[Optimizer], remote: RemoteOptimizer | None) -> None:
-    """Raise when the list has another optimizer than the one that was given to the Trainer."""
-    if remote is not None and not any(each is remote.optimizer for each in optimizers):
+def check_unreplaced(optimizers: Sequence[Optimizer], known: Sequence[Optimizer]) -> None:
+    """Raise when the list has other optimizers than those that were given to the Trainer."""
+    if not same_objects(optimizers, known):
         raise SkipPipeError(
             "the list trainer.strategy.optimizers was changed in place, of which neither Lightning nor the workers "
             "hear; assign another list (trainer.strategy.optimizers = [optimizer])"

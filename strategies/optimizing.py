@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from ..driver.optimizer import RemoteOptimizer, to_device
 from ..model.spread import SpreadModel
-from .checks import check_replaceable, check_unreplaced, far_reaching
+from .checks import check_replaceable, check_unreplaced, far_reaching, same_objects
 from .clipping import clip_everywhere, clip_locally
 from .continuation import Continuation
 from .drivers import DriversStrategy
@@ -57,13 +57,13 @@ class OptimizingStrategy(DriversStrategy):
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
         """Use others; while a model is spread, the parts on the workers become parts of the new one."""
-        self._optimizers = optimizers
+        before, self._optimizers = self._optimizers, optimizers
         self._lightning_optimizers = [LightningOptimizer._to_lightning_optimizer(each, self) for each in optimizers]
         remote = self._remote
         if remote is None:
             return
-        if not any(each is remote.optimizer for each in optimizers):  # Lightning sets the same again
-            check_replaceable(optimizers, is_continued=self._continuation is not None)
+        if not same_objects(optimizers, before):  # Lightning sets the same again
+            check_replaceable(optimizers, before, is_continued=self._continuation is not None)
             remote = self._remote = remote.replaced_by(optimizers[0])
         self._reach_workers(remote)
 
@@ -83,7 +83,7 @@ class OptimizingStrategy(DriversStrategy):
 
     def _check_optimizers(self) -> None:
         """Raise when the list of optimizers is another than Lightning and the workers know."""
-        check_unreplaced(self.optimizers, self._remote)
+        check_unreplaced(self.optimizers, [each.optimizer for each in self._lightning_optimizers])
 
     def _detach_optimizer(self) -> None:
         """Let the optimizer step what is on this driver alone."""
