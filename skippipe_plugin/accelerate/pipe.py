@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checked import checked
+from ..driver.loss_scaling import check_scaler
 from ..driver.moving import MoveEvent
 from ..driver.recovery.report import RecoveryEvent
 from ..engine.errors import SkipPipeError
@@ -63,7 +64,7 @@ class SkipPipe:
                     optimizer.zero_grad()
 
     Raises:
-        SkipPipeError: The accelerator distributes the model itself, or scales the loss.
+        SkipPipeError: The accelerator distributes the model itself, or has a loss scaler of another kind than torch's.
     """
 
     def __init__(
@@ -120,6 +121,8 @@ class SkipPipe:
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.bring_back()
+            for optimizer in self._accelerator._optimizers:
+                _renew(optimizer)
 
     @property
     def spread(self) -> SpreadModel:
@@ -155,14 +158,19 @@ class SkipPipe:
             device=device,
             events=self.events,
             scale=lambda: 1 / self._accelerator.gradient_accumulation_steps,
+            scaler=self._accelerator.scaler,
         )
         try:
             self._loop.spread(self._accelerator.print)
             for optimizer in self._accelerator._optimizers:
-                self._loop.take_optimizer(_innermost(optimizer), optimizer.state_dict())
+                self._take_optimizer(optimizer, optimizer.state_dict())
         except BaseException:
             self.bring_back()
             raise
+
+    def _take_optimizer(self, prepared: Optimizer, state: Mapping[str, Any]) -> None:
+        self._running().take_optimizer(_innermost(prepared), state)
+        _renew(prepared)
 
     def _running(self) -> LoopModel:
         if self._loop is None:
@@ -202,7 +210,7 @@ class SkipPipe:
         state = optimizer.state_dict()  # accelerate moves it to where the parameters are, which may be nowhere
         prepared = original(optimizer, device_placement=device_placement)
         if self._loop is not None:
-            self._loop.take_optimizer(_innermost(prepared), state)
+            self._take_optimizer(prepared, state)
         return prepared
 
     def _backward(self, original: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
@@ -223,6 +231,7 @@ class SkipPipe:
         members = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if self._loop is None or self._loop.is_here(members):
             return original(members, max_norm, norm_type=norm_type)
+        self._accelerator.unscale_gradients()
         return self._loop.clip_norm(members, max_norm, norm_type)
 
     def _clip_grad_value_(
@@ -232,6 +241,7 @@ class SkipPipe:
         if self._loop is None or self._loop.is_here(members):
             original(members, clip_value)
         else:
+            self._accelerator.unscale_gradients()
             self._loop.clip_value(members, clip_value)
 
     def _save_model(self, original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -274,10 +284,15 @@ def _check(accelerator: Accelerator) -> None:
             "processes into workers"
         )
     if accelerator.scaler is not None:
-        raise SkipPipeError(
-            "mixed_precision='fp16' scales the loss, which stages on other processes cannot follow yet; "
-            "use mixed_precision='bf16'"
-        )
+        check_scaler(accelerator.scaler)
+
+
+def _renew(prepared: Optimizer) -> None:
+    """Let an optimizer of accelerate, which calls the other's step as it was, call what that is now."""
+    while isinstance(prepared, AcceleratedOptimizer):
+        if prepared.scaler is not None:
+            prepared.__setstate__({})
+        prepared = prepared.optimizer
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:

@@ -47,7 +47,7 @@ class RemoteOptimizer:
     Args:
         pipeline: Has the workers.
         optimizer: Of parameters here and there.
-        begun: Called when a step begins.
+        begun: Called when a step begins, and when its gradients are unscaled.
         ended: Called when all parts have stepped.
     """
 
@@ -161,6 +161,7 @@ class RemoteOptimizer:
 
     def unscale(self, inverse: float) -> Callable[[], bool | None]:
         """Multiply the gradients on the workers by ``inverse``; see :meth:`GradientControl.unscale`."""
+        self._begun()
         if self._membership() != self._members:
             self._regroup()
         return self._pipeline.gradients.unscale(inverse)
@@ -393,8 +394,8 @@ class RemoteOptimizer:
             self._regroup()
         if not (self.unscales and _skips(self._optimizer)):
             self._pipeline.gradients.step_optimizers(settings.dumps())
-        self._pipeline.mirror.weights.outdate()
-        self._ended()
+            self._pipeline.mirror.weights.outdate()
+            self._ended()
 
     @functools.cached_property
     def _minds_early_gradients(self) -> bool:

@@ -45,6 +45,11 @@ class Ambient:
     """The kind of device on which user code has tensors made that name none (``torch.set_default_device``, ``with
     torch.device(...)``); empty: torch's choice."""
 
+    @property
+    def is_half(self) -> bool:
+        """Whether autocast computes in float16, whose range is small."""
+        return any(dtype == torch.float16 for _, dtype in self.autocast)
+
     @classmethod
     def current(cls, device_types: Sequence[str], switches: ProcessSwitches | None = None) -> Ambient:
         """Read the state of the calling thread."""

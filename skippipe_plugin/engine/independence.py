@@ -25,8 +25,13 @@ BENDS: Final = "bends"
 """A block's backward makes something else of a multiple of a gradient than that multiple of what it makes of it."""
 FACTORS: Final = (2.0**20, 2.0**-20)
 """Multiples that show it: powers of two round nothing, and what cuts gradients off reaches none of both or differs."""
+HALF_FACTORS: Final = (2.0**4, 2.0**-4)
+"""The same in float16, which has no room for others."""
 _ROUNDING: Final = 1e-6
 """Gradients are summed to so much of the largest of them."""
+_HALF_ROUNDING: Final = 1e-3
+_HALF_SIZE: Final = 2.0**6
+"""How large gradients of a block are in float16, to be neither infinite nor lost when they are multiplied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,25 +98,30 @@ def _bend(module: nn.Module, run: Run, call: Call, hidden: Tensor) -> str:
         with torch.enable_grad(), attributes_kept(module):
             torch.manual_seed(0)
             result = run(call, leaf)
-        backward = torch.arange(result.numel()).mul(0.7).cos().reshape(result.shape).to(result)
+        is_half = call.spec.ambient.is_half or result.dtype == torch.float16
+        factors, size = (HALF_FACTORS, _HALF_SIZE) if is_half else (FACTORS, 1.0)
+        backward = torch.arange(result.numel()).mul(0.7).cos().mul(size).reshape(result.shape).to(result)
         sources = [each for each in (leaf, *weights) if each.requires_grad]
         one, *others = [
             torch.autograd.grad(result, sources, backward * factor, retain_graph=True, allow_unused=True)
-            for factor in (1.0, *FACTORS)
+            for factor in (1.0, *factors)
         ]
     except Exception:  # nothing goes back, or not in this way
         return ""
     finally:
         state.restore()
-    return "" if all(is_multiple(one, other, f) for other, f in zip(others, FACTORS, strict=True)) else BENDS
+    pairs = zip(others, factors, strict=True)
+    return "" if all(is_multiple(one, other, factor, is_half=is_half) for other, factor in pairs) else BENDS
 
 
-def is_multiple(one: Sequence[Tensor | None], other: Sequence[Tensor | None], factor: float) -> bool:
+def is_multiple(
+    one: Sequence[Tensor | None], other: Sequence[Tensor | None], factor: float, *, is_half: bool = False
+) -> bool:
     """Whether the gradients of the ``factor``-fold are the ``factor``-fold; true where they are not all finite."""
     pairs = [(a.to_dense(), b.to_dense()) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     if not all(bool(torch.isfinite(each).all()) for pair in pairs for each in pair):
         return True
-    least = max((_largest(a) for a, _ in pairs), default=0.0) * _ROUNDING
+    least = max((_largest(a) for a, _ in pairs), default=0.0) * (_HALF_ROUNDING if is_half else _ROUNDING)
     return all(torch.allclose(b.double() / factor, a.double(), rtol=1e-2, atol=least) for a, b in pairs)
 
 

@@ -190,7 +190,9 @@ class Asking:
             def run() -> str:
                 reply = functools.partial(fakes.of_piece, 0)
                 results = self._trials.run(function, reply, Neutral(), trace.restore)
-                return "" if self._trials.is_linear(results, fakes.made[0]) else "the step, around the blocks,"
+                is_half = any(call.ambient.is_half for call in fakes.calls.values())
+                is_linear = self._trials.is_linear(results, fakes.made[0], is_half=is_half)
+                return "" if is_linear else "the step, around the blocks,"
 
             try:
                 found = self._spread.pipeline.surviving(run)

@@ -76,6 +76,7 @@ class ModelCalls:
         rewinds: Whether interrupted steps are repeated.
         weight: What a microbatch weighs, by the user.
         scale: Tells what the backward of a loss that the model returns is expected to bring.
+        is_scaled: Whether that is with a loss scaler.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class ModelCalls:
         rewinds: bool,
         weight: MicrobatchWeight | None = None,
         scale: Callable[[], float] = lambda: 1.0,
+        is_scaled: bool = False,
     ) -> None:
         self.num_calls = 0
         """The training calls so far; dropout in the blocks is seeded by it."""
@@ -107,6 +109,7 @@ class ModelCalls:
         """The kinds of which that is known."""
         self._weight = weight
         self._scale = scale
+        self._is_scaled = is_scaled
         self._entrance = Entrance()
         """Of the call under way."""
         self._asking = Asking(spread, model, device, weighted=callable(weight))
@@ -208,7 +211,8 @@ class ModelCalls:
         loss = find_loss(output)
         if loss is None:
             raise _LossIsOutside
-        _check_scaling(loss.device)
+        if not self._is_scaled:
+            _check_scaling(loss.device)
         return output, loss
 
     def _train_outside(self, batch: _Batch, merging: Merging, rewind: Callable[[], None]) -> Any:
@@ -381,7 +385,8 @@ class ModelCalls:
 def _check_scaling(device: torch.device) -> None:
     if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16:
         raise SkipPipeError(
-            "a loss that is computed for each microbatch in float16 goes back before a GradScaler can scale it; use "
+            "a loss that is computed for each microbatch in float16 goes back before a GradScaler can scale it; let "
+            "the pipeline know that (TorchPipeline(..., scaler=scaler), or Accelerator(mixed_precision='fp16')), use "
             "torch.bfloat16, or compute the loss in the loop, from the outputs of the model (called without labels)"
         )
 

@@ -12,10 +12,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ..driver.capture.remote import is_remote
 from ..driver.devices import Devices
+from ..driver.loss_scaling import unscale_everywhere, unscale_locally
 from ..driver.moving import MoveEvent
 from ..driver.optimizer import RemoteOptimizer, to_device
 from ..driver.recovery.report import RecoveryEvent
@@ -47,7 +49,8 @@ class LoopModel:
         num_stages: How many block stages to make.
         device: Where what is not in the blocks is computed.
         events: Gets the recoveries and moves.
-        scale: Tells what the loop's backward of a loss that the model returns is expected to bring.
+        scale: Tells what the loop's backward of a loss that the model returns is expected to bring, without a scaler.
+        scaler: Scales the losses, if the loop has one.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class LoopModel:
         device: torch.device,
         events: list[RecoveryEvent | MoveEvent],
         scale: Callable[[], float] = lambda: 1.0,
+        scaler: GradScaler | None = None,
     ) -> None:
         self.model = model
         self.blocks = SpreadModel(
@@ -72,7 +76,8 @@ class LoopModel:
         self._config = config
         self._device = device
         self._events = events
-        self._scale = scale
+        self._scale = scale if scaler is None else lambda: scale() * scaler.get_scale()
+        self._scaler = scaler
         self._calls: ModelCalls | None = None
         self._backwards: Backwards | None = None
         self._whole: WholeModel | None = None
@@ -102,7 +107,13 @@ class LoopModel:
             say(str(start_panel(self.blocks, root, blocks, described)))
         rewinds = policy is not None
         calls = ModelCalls(
-            self.blocks, model, self._device, rewinds=rewinds, weight=config.microbatch_weight, scale=self._scale
+            self.blocks,
+            model,
+            self._device,
+            rewinds=rewinds,
+            weight=config.microbatch_weight,
+            scale=self._scale,
+            is_scaled=self._scaler is not None,
         )
         self._calls = calls
         self._whole = WholeModel(model, root, self.blocks, calls)
@@ -119,6 +130,8 @@ class LoopModel:
         if self._whole is not None:
             self._whole.remove()
         try:
+            if self._scaler is not None:
+                unscale_locally(self._scaler)
             if self._remote is not None:
                 self._remote.detach()
         finally:
@@ -157,6 +170,8 @@ class LoopModel:
             begun=functools.partial(calls.open_step.settle, "optimizer.step()"),
             ended=calls.count_optimizer_step,
         )
+        if self._scaler is not None:
+            unscale_everywhere(self._scaler, self._remote)
         if state["state"]:
             self._remote.load_state_dict(state)
 

@@ -11,10 +11,12 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..checked import checked
+from ..driver.loss_scaling import check_scaler
 from ..driver.moving import MoveEvent
 from ..driver.recovery.report import RecoveryEvent
 from ..engine.errors import SkipPipeError
@@ -41,6 +43,8 @@ class TorchPipeline:
         model: The module. What is not in its blocks stays on its device.
         optimizer: What trains it, if it is trained: one optimizer, made from ``model.parameters()`` before.
         config: Settings; by default those of the environment, see :meth:`SkipPipeConfig.from_environment`.
+        scaler: What scales the losses of the loop, if it trains in float16. A pipeline that knows it unscales gradients
+            where they are, and takes losses in :meth:`run`.
 
     Example:
         ::
@@ -60,18 +64,26 @@ class TorchPipeline:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | None = None, config: SkipPipeConfig | None = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        config: SkipPipeConfig | None = None,
+        *,
+        scaler: GradScaler | None = None,
     ) -> None:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             raise SkipPipeError(
                 f"the model is wrapped in {type(model).__name__}, which distributes it itself; pass the module inside "
                 "of it (model.module), in one process"
             )
+        if scaler is not None:
+            check_scaler(scaler)
         self.config = config if config is not None else SkipPipeConfig.from_environment()
         self.events: list[RecoveryEvent | MoveEvent] = []
         """The recoveries so far, in order."""
         self._model = model
         self._optimizer = optimizer
+        self._scaler = scaler
         self._loop: LoopModel | None = None
 
     # ----------------------------------------------------------------- life
@@ -99,8 +111,15 @@ class TorchPipeline:
         end_with_driver()
         device = _device_of(self._model)
         job, num_stages = open_job(self.config, device, launcher, num_processes)
-        loop = LoopModel(self._model, self.config, job=job, num_stages=num_stages, device=device, events=self.events)
-        self._loop = loop
+        loop = self._loop = LoopModel(
+            self._model,
+            self.config,
+            job=job,
+            num_stages=num_stages,
+            device=device,
+            events=self.events,
+            scaler=self._scaler,
+        )
         try:
             loop.spread(log.info)
             if self._optimizer is not None:

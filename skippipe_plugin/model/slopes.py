@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.errors import SkipPipeError
-from ..engine.independence import FACTORS, is_multiple
+from ..engine.independence import FACTORS, HALF_FACTORS, is_multiple
 from .counting import View
 from .reductions import Mean, Plan, Rule, Sum, sharing
 
@@ -27,6 +27,8 @@ _COARSE: Final = 0.15, 0.02
 _SHARE: Final = 0.01
 """More than this a share of 16 bits is not off by rounding alone, which evens out over the hidden states."""
 _WORSE: Final = 3
+_HALF_SCALE: Final = 2.0**12
+"""A usual scale of losses in float16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +70,22 @@ def slopes_of(loss: Any, made: Sequence[Tensor], weights: Sequence[nn.Parameter]
     return Slopes(tuple(known.get(id(each)) for each in made), tuple(known.get(id(each)) for each in weights), factor)
 
 
-def is_linear(loss: Any, made: Sequence[Tensor], weights: Sequence[nn.Parameter]) -> bool:
-    """Whether the backward of ``loss`` makes multiples of multiples; true where it has none."""
-    one = slopes_of(loss, made, weights)
-    for factor in FACTORS:
-        other = slopes_of(loss, made, weights, factor)
+def is_linear(loss: Any, made: Sequence[Tensor], weights: Sequence[nn.Parameter], *, is_half: bool = False) -> bool:
+    """Whether the backward of ``loss`` makes multiples of multiples; true where it has none.
+
+    Args:
+        loss: Of the batch.
+        made: The made-up hidden states.
+        weights: The driver's own parameters.
+        is_half: Whether it is computed in float16: then as one that is scaled.
+    """
+    factors, scale = (HALF_FACTORS, _HALF_SCALE) if is_half else (FACTORS, 1.0)
+    one = slopes_of(loss, made, weights, scale)
+    for factor in factors:
+        other = slopes_of(loss, made, weights, scale * factor)
         if one is not None and other is not None:
             pairs = (*one.made, *one.weights), (*other.made, *other.weights)
-            if not is_multiple(*pairs, factor):
+            if not is_multiple(*pairs, factor, is_half=is_half):
                 return False
     return True
 

@@ -96,10 +96,10 @@ class Trials:
         with Neutral():
             return slopes_of(results.get(LOSS), made, self._own, factor)
 
-    def is_linear(self, results: Results, made: Sequence[Tensor]) -> bool:
+    def is_linear(self, results: Results, made: Sequence[Tensor], *, is_half: bool) -> bool:
         """Whether the backward of a loss around the blocks makes multiples of multiples."""
         with Neutral():
-            return is_linear(results.get(LOSS), made, self._own)
+            return is_linear(results.get(LOSS), made, self._own, is_half=is_half)
 
     @property
     def _own(self) -> list[nn.Parameter]:

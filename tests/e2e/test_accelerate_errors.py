@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional
 
-from skippipe_plugin.accelerate import SkipPipe, SkipPipeConfig
+from skippipe_plugin.accelerate import SkipPipeConfig
 from skippipe_plugin.driver.capture.batches import BatchError
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.partition import PartitionError
@@ -151,11 +151,7 @@ def test_an_error_in_the_model_has_its_own_traceback(current: Accelerator) -> No
     step(current, model, optimizer)
 
 
-def test_fp16_and_settings_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    with loops.accelerator("plain") as plain:
-        monkeypatch.setattr(plain, "scaler", object())
-        with pytest.raises(SkipPipeError, match="use mixed_precision='bf16'"):
-            SkipPipe(plain)
+def test_settings_that_cannot_be() -> None:
     for wrong, message in {
         "skip_ratio": "out of range",
         "num_microbatches": "out of range",
