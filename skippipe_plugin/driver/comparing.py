@@ -84,7 +84,8 @@ def difference_of_arguments(
     for block, (template, _) in enumerate(others):
         kinds.setdefault((proxies.book.alike(block)[0], call.block_template[block], id(template)), block)
     for block in kinds.values():
-        spec, enters = _precise(call, proxies.question_about(call, block), call.specs[block])
+        question = dataclasses.replace(proxies.question_about(call, block), carried=())  # of other slots, maybe
+        spec, enters = _precise(call, question, call.specs[block])
         template, sides = others[block]
         other = Call(dataclasses.replace(spec, templates=(template,)), _own(sides), 0)
         parts = Parts((other,), (enters.shape[0],), 0, 0, known_aside=True)

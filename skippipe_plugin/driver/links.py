@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, TypeVar
 
 from ..engine.channel import Channel, ChannelClosed, ChannelError
-from ..engine.control.answers import Failed, NormPowers, Tapped, Warmed
+from ..engine.control.answers import Failed, NormPowers, SideGradients, Tapped, Warmed
 from ..engine.control.codec import Control, Received
 from ..engine.control.line import to_worker
 from ..engine.control.presence import Beat, Exit, Leave, Refuse
@@ -30,6 +30,7 @@ from .keepers import keepers_among
 log = logging.getLogger(__name__)
 
 _A = TypeVar("_A", bound=Control)
+_OfStage = TypeVar("_OfStage", Tapped, SideGradients)
 _LOOK_S: Final = 0.05
 _SALVAGE_S: Final = 60.0
 _CAUSE_S: Final = 10.0
@@ -83,7 +84,8 @@ class Link:
         """The numbers of the last message that was sent, and of the last one whose answer nobody waits for any more."""
         self.num_late = 0
         """How many answers came when nobody waited for them any more."""
-        self._tapped: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
+        self._of_stages: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
+        """What stages send in a step without being asked for it."""
         self._closing = False
         self._reader = threading.Thread(target=self._read, name="worker", daemon=True)
         self._reader.start()
@@ -144,7 +146,9 @@ class Link:
             return self._queue_of(kind).get()
 
     def _queue_of(self, kind: type[Control]) -> queue.SimpleQueue[Received | None]:
-        return self._norms if kind is NormPowers else self._tapped if kind is Tapped else self._answers
+        if kind is NormPowers:
+            return self._norms
+        return self._of_stages if kind is Tapped or kind is SideGradients else self._answers
 
     def ask(self, question: Control, answer: type[_A]) -> _A:
         """Send a message and wait for its ``answer``, as :meth:`send` and :meth:`expect` do."""
@@ -194,29 +198,30 @@ class Link:
                     return answer
         return None
 
-    def expect_tapped(self, step: int, microbatch: int, stage: int) -> Tapped:
-        """Wait for what hooks are to see of a stage's forward of a microbatch; others' are kept."""
+    def expect_of_stage(self, kind: type[_OfStage], step: int, microbatch: int, stage: int) -> _OfStage:
+        """Wait for what a stage sends of a microbatch: for hooks to see, or gradients; others' are kept."""
         others: list[Received] = []
         while True:
             self._checked()
-            received = self._next(Tapped)
-            if received is None or not isinstance(received.body, Tapped) or received.body.step != step:
+            received = self._next(kind)
+            body = None if received is None else received.body
+            if received is None or not isinstance(body, (Tapped, SideGradients)) or body.step != step:
                 continue
-            if (received.body.microbatch, received.body.stage) == (microbatch, stage):
+            if isinstance(body, kind) and (body.microbatch, body.stage) == (microbatch, stage):
                 for other in others:
-                    self._tapped.put(other)
-                return received.body
+                    self._of_stages.put(other)
+                return body
             others.append(received)
 
     def wake(self) -> None:
         """Make a waiting :meth:`expect` look at the board."""
-        for each in (self._answers, self._norms, self._tapped):
+        for each in (self._answers, self._norms, self._of_stages):
             each.put(None)
 
     def forget_answers(self) -> None:
         """Drop answers to what was given up: those that are here, and those that are still to come."""
-        while not self._tapped.empty():
-            self._tapped.get()
+        while not self._of_stages.empty():
+            self._of_stages.get()
         with self._answering:
             self._given_up = self._last_sent
             for each in (self._answers, self._norms):

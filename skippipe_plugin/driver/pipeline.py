@@ -464,7 +464,9 @@ class Pipeline:
             return thread.suspend(call)  # type: ignore[no-any-return]
         if self._answers is not None:
             return self._answers(call)
-        if call.ambient.grad and (call.hidden.requires_grad or self.gradients.window.parameters):
+        if call.ambient.grad and (
+            self.gradients.window.parameters or any(source.requires_grad for source in call.sources)
+        ):
             raise SkipPipeError(
                 "the blocks of the pipeline were called outside of training_step with gradients enabled; "
                 "call them under torch.no_grad(), or inside the step"

@@ -19,7 +19,7 @@ from ..engine.call import Ambient, Call, block_seed
 from ..engine.control.values import Opening
 from ..engine.device import kept_random_states, seed_everything
 from ..engine.errors import SkipPipeError
-from ..engine.stage import back_propagate, inner
+from ..engine.stage import back_propagate, back_propagate_all, inner
 from ..schedule import Path
 from .capture import own_gradients
 from .capture.graphs import AroundTheBlocks
@@ -80,9 +80,9 @@ class StepTask:
     """By microbatch: its number of samples, where several are cut from one batch."""
     rewind: Callable[[], None] = lambda: None
     """Undoes what the functions have changed on the driver, before they run once more."""
-    outside: Callable[[Sequence[Any], Tensor | None], None] | None = None
+    outside: Callable[[Sequence[Any], Sequence[Tensor]], None] | None = None
     """Back-propagates into what the functions returned, when the loss is computed outside of them; it may wait. It is
-    also told what entered the blocks in one of them: its graph may take another backward afterwards."""
+    also told what the blocks were given in one of them: its graph may take another backward afterwards."""
 
     loss_is_sum: bool = False
     """Whether this driver's loss is the sum of the weighted ones as they are, instead of their mean."""
@@ -148,6 +148,8 @@ class StepRun:
         self._outcomes: dict[int, Outcome] = {}
         self._calls: dict[int, Call] = {}
         self._hidden: dict[int, Tensor] = {}
+        self._sides: dict[int, Sequence[Tensor]] = {}
+        """By microbatch: its side inputs, where some of them carry a gradient."""
         self._leaves: dict[int, Tensor] = {}
         self._held_back: list[PreparedCall] = []
         self._announced_s = self._first_s = self._held_since_s = 0.0
@@ -273,6 +275,8 @@ class StepRun:
         self._calls[index] = prepared.call
         if self._task.training:
             self._hidden[index] = stack_call.hidden
+            if prepared.call.spec.carried:
+                self._sides[index] = stack_call.side_inputs
         elif prepared.call.spec.hops[-1].requires_grad:
             raise SkipPipeError(WITH_GRADIENTS)
         self._held_back.append(prepared)
@@ -319,7 +323,8 @@ class StepRun:
         leaf = hidden.requires_grad_(self._calls[index].spec.hops[-1].requires_grad)
         seed_everything(block_seed(block_seed(self._task.seed, microbatch), _LOSS), self._device)
         result = inner(leaf)
-        with own_gradients.Checked(result, self._hidden[index]):
+        sources = self._sources(index)
+        with own_gradients.Checked(result, sources):
             outcome = self._resume(index, result)
         if isinstance(outcome, Suspended):
             raise SkipPipeError(CALLED_TWICE)
@@ -331,7 +336,7 @@ class StepRun:
         weight = self._task.weights[index]
         self.losses[index] = None if loss is None else loss.detach()
         if loss is not None and weight:  # what counts nothing may be NaN, a mean over no label
-            meet = self._around.look([loss], self._hidden[index])
+            meet = self._around.look([loss], *sources)
             back_propagate(loss, torch.full_like(loss, weight * self._task.scale), keep_graph=meet)
             if meet:  # nothing else is to keep this microbatch's graph until the end of the step
                 detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outcome.value)
@@ -346,7 +351,7 @@ class StepRun:
     def gradients_from_outside(self) -> dict[int, Tensor | None]:
         assert self._task.outside is not None
         assert len(self._leaves) == len(self._task.functions), "the schedule goes back before all losses"
-        self._task.outside(self.values(), next(iter(self._hidden.values()), None))
+        self._task.outside(self.values(), next(map(self._sources, self._hidden), ()))
         leaves, self._leaves = self._leaves, {}
         for microbatch in leaves:
             self._send_back(microbatch)
@@ -354,7 +359,9 @@ class StepRun:
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
         hidden = self._hidden.pop(microbatch - self._first)
-        if gradient is not None and hidden.requires_grad:
+        if self._sides and microbatch - self._first in self._sides:
+            self._back_propagate_all(microbatch, hidden, gradient)
+        elif gradient is not None and hidden.requires_grad:
             self._around.back(lambda: back_propagate(hidden, gradient))
 
     # -------------------------------------------------------------- pieces
@@ -366,6 +373,22 @@ class StepRun:
             call: StackCall = outcome.request
             shown = self._taps.collect(microbatch, self._paths[microbatch], call.modes, grad=call.ambient.grad)
             call.events, call.seen = shown.events, shown.tensors
+
+    def _sources(self, index: int) -> tuple[Tensor, ...]:
+        """Return what a microbatch's blocks were given that may carry a gradient."""
+        return (self._hidden[index], *(side for side in self._sides.get(index, ()) if side.requires_grad))
+
+    def _back_propagate_all(self, microbatch: int, hidden: Tensor, gradient: Tensor | None) -> None:
+        """Back-propagate into hidden states and side inputs together: one graph may have made them."""
+        assert self._taps is not None, "no step is under way"
+        index = microbatch - self._first
+        sides, spec = self._sides.pop(index), self._calls[index].spec
+        found = self._taps.gradients_of_sides(microbatch, self._paths[microbatch], spec, sides)
+        roots = [(sides[slot], each) for slot, each in found.items()]
+        if gradient is not None and hidden.requires_grad:
+            roots.insert(0, (hidden, gradient))
+        if roots:
+            self._around.back(lambda: back_propagate_all(*zip(*roots, strict=True)))
 
     def _send_back(self, microbatch: int) -> None:
         if self._taps is not None:

@@ -1,4 +1,4 @@
-"""What hooks of user code are shown of the blocks' insides, and the gradients that go back to where it came from."""
+"""What stages and the driver of a microbatch exchange beside the hidden states: what hooks see, and gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..engine.call import BlockMode
+from ..engine.call import BlockMode, CallSpec
+from ..engine.control import answers
 from ..engine.control.commands import Pulled
 from ..engine.handover import pack_tensors, unpack_tensors
 from ..engine.stage import Stage
@@ -30,7 +31,7 @@ class Shown:
 
 
 class TapExchange:
-    """One step's traffic of hooks; the stages on this driver take part like those elsewhere.
+    """One step's traffic of hooks and side inputs; the stages on this driver take part like those elsewhere.
 
     Args:
         step: The number of the step.
@@ -50,8 +51,9 @@ class TapExchange:
         self._here: dict[tuple[int, int], Tapped] = {}
         self._back: dict[tuple[int, int], dict[int, Tensor]] = {}
         self._shown: dict[int, Shown] = {}
+        self._side_gradients: dict[tuple[int, int], Mapping[int, Tensor]] = {}
         for stage in hosted.values():
-            stage.driver_hooks = self
+            stage.driver_side = self
 
     # ------------------------------------------------- for stages on this rank
 
@@ -62,6 +64,10 @@ class TapExchange:
     def gradients(self, stage: int, microbatch: int) -> dict[int, Tensor]:
         """Return the gradients of what a stage here has shown."""
         return self._back.pop((microbatch, stage))
+
+    def send_gradients(self, stage: int, microbatch: int, gradients: Mapping[int, Tensor]) -> None:
+        """Take the gradients of a stage's side inputs."""
+        self._side_gradients[microbatch, stage] = gradients
 
     # --------------------------------------------------------- for the driver
 
@@ -92,9 +98,28 @@ class TapExchange:
             else:
                 self._back[microbatch, visit.stage] = gradients
 
+    def gradients_of_sides(
+        self, microbatch: int, path: Path, spec: CallSpec, sides: Sequence[Tensor]
+    ) -> dict[int, Tensor]:
+        """Wait for the gradients of a microbatch's side inputs; return by slot their sums, along its path."""
+        total: dict[int, Tensor] = {}
+        for visit in path.visits:
+            if not spec.carried_by(self._layout.blocks(visit.stage)):
+                continue
+            for slot, gradient in self._gradients_of_stage(visit.rank, visit.stage, microbatch).items():
+                here = gradient.to(sides[slot].device)
+                total[slot] = total[slot] + here if slot in total else here
+        return total
+
+    def _gradients_of_stage(self, rank: int, stage: int, microbatch: int) -> Mapping[int, Tensor]:
+        if rank not in self._links:
+            return self._side_gradients.pop((microbatch, stage))
+        came = self._links[rank].expect_of_stage(answers.SideGradients, self._step, microbatch, stage)
+        return {int(name): each for name, each in unpack_tensors(came.tensors, came.blobs).items()}
+
     def _fetch(self, rank: int, stage: int, microbatch: int) -> Tapped:
         if rank not in self._links:
             return self._here.pop((microbatch, stage))
-        seen = self._links[rank].expect_tapped(self._step, microbatch, stage)
+        seen = self._links[rank].expect_of_stage(answers.Tapped, self._step, microbatch, stage)
         tensors = [each.to(self._device) for each in unpack_tensors(seen.tensors, seen.blobs).values()]
         return Tapped(bytes(seen.events), tuple(tensors), tuple(seen.requires_grad))

@@ -7,6 +7,7 @@ counts, it does as in one process. The price: every forward comes before the los
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..engine.call import Ambient, Call, block_seed
 from ..engine.control.values import Opening
 from ..engine.device import random_states, set_random_states
 from ..engine.errors import SkipPipeError
-from ..engine.stage import back_propagate, inner
+from ..engine.stage import back_propagate, back_propagate_all, inner
 from ..schedule import Path
 from .capture import own_gradients
 from .capture.asking import CutBook, Question, ask
@@ -74,9 +75,9 @@ class WholeTask:
     """Names what of the step's backward is not linear in the loss, if anything; see :class:`StepTask`."""
     framed: Callable[[], AbstractContextManager[None]] = nullcontext
     """What the function runs in when the step is repeated after its end; what it logs then is dropped."""
-    outside: Callable[[Sequence[Any], Tensor], None] | None = None
+    outside: Callable[[Sequence[Any], Sequence[Tensor]], None] | None = None
     """Back-propagates into what the function returned, when the loss is computed outside of it; it may wait. It is also
-    told what entered the blocks, whose graph takes another backward afterwards."""
+    told what the blocks were given, whose graph takes another backward afterwards."""
 
     @property
     def sizes(self) -> tuple[()]:
@@ -149,6 +150,8 @@ class WholeRun:
         self._prepared: dict[int, Call] = {}
         self._results: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor | None] = {}
+        self._of_sides: dict[int, dict[int, Tensor]] = {}
+        """By slot and microbatch: the gradients of the microbatches' side inputs."""
         self._opening: Opening | None = None
         self._paths: Sequence[Path] = ()
         self._loss: Tensor | None = None
@@ -263,7 +266,7 @@ class WholeRun:
         with self._drawing():
             result, call = inner(leaf), self._call
             assert call is not None
-            with own_gradients.Checked(result, call.hidden):
+            with own_gradients.Checked(result, call.sources):
                 self._resume(result)
             if isinstance(self._outcome, Suspended):
                 raise SkipPipeError(CALLED_TWICE)
@@ -276,17 +279,45 @@ class WholeRun:
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
         self._gradients[microbatch - self._first] = gradient
+        if self._prepared[microbatch - self._first].spec.carried:
+            self._collect_sides(microbatch)
         if len(self._gradients) < len(self._parts):
             return
         assert self._call is not None
         present = {index: piece for index, piece in self._gradients.items() if piece is not None}
+        roots = self._roots_of_sides()
         if self._call.hidden.requires_grad and present:
             filled = {i: present.get(i, torch.zeros_like(part.hidden)) for i, part in enumerate(self._parts)}
             whole = filled[0] if self._cut is None else self._cut.hidden.join([filled[i] for i in sorted(filled)])
+            roots.insert(0, (self._call.hidden, whole))
+        if roots:
             with self._drawing():
-                back_propagate(self._call.hidden, whole)
+                back_propagate_all(*zip(*roots, strict=True))
 
     # -------------------------------------------------------------- pieces
+
+    def _collect_sides(self, microbatch: int) -> None:
+        """Wait for the gradients of a microbatch's side inputs."""
+        assert self._taps is not None, "no step is under way"
+        index = microbatch - self._first
+        part, spec = self._parts[index], self._prepared[index].spec
+        found = self._taps.gradients_of_sides(microbatch, self._paths[microbatch], spec, part.side_inputs)
+        for slot, gradient in found.items():
+            self._of_sides.setdefault(slot, {})[index] = gradient
+
+    def _roots_of_sides(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the side inputs of the whole batch that got a gradient, each with it."""
+        assert self._call is not None
+        roots: list[tuple[Tensor, Tensor]] = []
+        for slot, found in sorted(self._of_sides.items()):
+            axis = None if self._cut is None else self._cut.side_inputs[slot]
+            if axis is None:
+                gradient = functools.reduce(torch.add, [found[index] for index in sorted(found)])
+            else:
+                pieces = [part.side_inputs[slot] for part in self._parts]
+                gradient = axis.join([found.get(i, torch.zeros_like(piece)) for i, piece in enumerate(pieces)])
+            roots.append((self._call.side_inputs[slot], gradient))
+        return roots
 
     def _start(self) -> None:
         with self._shown():
@@ -436,12 +467,12 @@ class WholeRun:
         assert call is not None
         self._before_backward()
         if task.outside is not None:
-            task.outside([value], call.hidden)
+            task.outside([value], call.sources)
             return
         loss = task.loss_of(value)
         if loss is not None:
             self._loss = loss.detach()
-            again = call.hidden.requires_grad and goes_past([loss], call.hidden)
+            again = goes_past([loss], *call.sources)
             back_propagate(loss, torch.full_like(loss, task.share * task.scale), keep_graph=again)
 
     def _joined(self, results: Mapping[int, Tensor]) -> Tensor:

@@ -122,6 +122,20 @@ class Template:
 
         return [fill(value) for value in self.args], {name: fill(value) for name, value in self.kwargs.items()}
 
+    def slots(self) -> frozenset[int]:
+        """Return the slots of all side inputs in it, those inside of objects included."""
+        found: set[int] = set()
+
+        def note(leaf: Any) -> Any:  # Any: a leaf of the user's arguments
+            if isinstance(leaf, SideInput):
+                found.add(leaf.slot)
+            elif isinstance(leaf, Packed):
+                found.update(leaf.slots)
+            return leaf
+
+        self.fill(note)
+        return frozenset(found)
+
     def name_of(self, position: int | str, forward: Callable[..., Any] | None) -> str:
         """Name an argument for a message, by the parameter of ``forward`` where that is known."""
         if isinstance(position, str):

@@ -7,7 +7,7 @@ distinct one once, and a spec refers to them by slot.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -137,6 +137,12 @@ class CallSpec:
     on_host: tuple[int, ...] = ()
     """The slots of side inputs that are on the host though blocks compute on a device: lengths of packed sequences,
     tables of numbers. They stay there, as in one process."""
+    carried: tuple[tuple[int, ...], ...] = ()
+    """By block of the whole stack: the slots of its side inputs whose gradients go back to the driver; empty: none."""
+
+    def carried_by(self, blocks: Iterable[int]) -> tuple[int, ...]:
+        """Return the slots of side inputs of ``blocks`` whose gradients go back to the driver."""
+        return tuple(sorted({slot for block in blocks for slot in self.carried[block]})) if self.carried else ()
 
     def in_training(self) -> bool:
         """Whether a backward pass follows."""

@@ -266,12 +266,13 @@ class Executor:
             assert taken is not None
             enters, leaves = call.spec.hops[instruction.takes : instruction.takes + 2]
             self._give(instruction, stage.forward(action.microbatch, call, taken, enters, leaves))
-        elif action.op is Op.B:
-            self._give(instruction, stage.backward(action.microbatch, taken))
-        elif action.op is Op.I:
-            self._give(instruction, stage.backward_input(action.microbatch, taken))
-        else:
+        elif action.op is Op.W:
             stage.backward_weight(action.microbatch)
+        else:
+            backward = stage.backward if action.op is Op.B else stage.backward_input
+            self._give(instruction, backward(action.microbatch, taken))
+            if call.spec.carried:
+                stage.send_gradients(action.microbatch)
 
     def _clear(self) -> None:
         self._calls.clear()

@@ -75,14 +75,17 @@ class Company(Protocol):
         """Take part in one of the others without a microbatch; its forward and backward have the same number."""
 
 
-class DriverHooks(Protocol):
-    """The hooks of user code on blocks, which run on the driver of a microbatch."""
+class DriverSide(Protocol):
+    """What a microbatch has on its driver beside the hidden states: hooks of user code on blocks, and side inputs."""
 
     def show(self, stage: int, microbatch: int, tapped: Tapped) -> None:
         """Send what they are to see."""
 
     def gradients(self, stage: int, microbatch: int) -> Mapping[int, Tensor]:
         """Wait for the gradients of the tensors in that, by index."""
+
+    def send_gradients(self, stage: int, microbatch: int, gradients: Mapping[int, Tensor]) -> None:
+        """Send the gradients that came to side inputs in a stage, by slot."""
 
 
 class Witness(Protocol):
@@ -111,6 +114,8 @@ class _Notes:
     """The blocks that get the hidden states and nothing else."""
     lasting: bool
     """Whether a block that has been set to its mode stays as the mode says."""
+    carried: tuple[int, ...]
+    """The slots of the side inputs whose gradients go back to the driver."""
 
     @classmethod
     def of(cls, spec: CallSpec, blocks: Sequence[int]) -> _Notes:
@@ -122,6 +127,7 @@ class _Notes:
             bool(spec.careful) and not spec.careful[first] and not modes[0].hooks,
             frozenset(block for block in blocks if spec.templates[spec.block_template[block]].is_bare),
             not any(mode.tensors for mode in modes),
+            spec.carried_by(blocks),
         )
 
 
@@ -139,11 +145,13 @@ class Stage:
         self.device = device
         self.company: Company | None = None
         """With whom the stage runs together, where its experts are spread."""
-        self.driver_hooks: DriverHooks | None = None
-        """Where what tapped modules compute goes to."""
+        self.driver_side: DriverSide | None = None
+        """Where what tapped modules compute goes to, and the gradients of side inputs."""
         self._recorder = Recorder()
         self._switches: ProcessSwitches | None = None
         self._tapped: dict[int, list[Tensor]] = {}
+        self._sides: dict[int, dict[int, Tensor]] = {}
+        """By microbatch and slot: what collects the gradients of side inputs."""
         self.witness: Witness | None = None
         """What counts along, in a training step."""
         self._guest = guest
@@ -183,6 +191,8 @@ class Stage:
             self.witness.begin(microbatch)
         with ambient.entered(), kept_random_states(self.device) if fork else nullcontext():
             inputs = hidden.detach().requires_grad_(enters.requires_grad) if ambient.grad else hidden
+            if notes.carried:
+                self._sides[microbatch], call = _with_leaves(call, notes.carried)
             with self._shown(microbatch, grad=ambient.grad) if notes.tapping else nullcontext():
                 output = self._run_blocks(call, notes, inputs)
         _check_output(self.index, output, leaves)
@@ -206,8 +216,8 @@ class Stage:
                 back_propagate(output, gradient)
             return inputs.grad
         roots = [(output, gradient)] if gradient is not None and output.requires_grad else []
-        assert self.driver_hooks is not None, "somebody was shown what hooks see"
-        tapped, gradients = self._tapped.pop(microbatch), self.driver_hooks.gradients(self.index, microbatch)
+        assert self.driver_side is not None, "somebody was shown what hooks see"
+        tapped, gradients = self._tapped.pop(microbatch), self.driver_side.gradients(self.index, microbatch)
         roots += [(tapped[index], each.to(self.device)) for index, each in gradients.items()]
         if roots:
             back_propagate_all(*zip(*roots, strict=True))
@@ -216,9 +226,10 @@ class Stage:
     def backward_input(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
         """Compute the gradient of the input only (I); :meth:`backward_weight` does the rest.
 
-        The split is torch's own; hooks on gradients do not fire and reentrant checkpointing fails under it.
+        The split is torch's own; hooks on gradients do not fire and reentrant checkpointing fails under it. It knows
+        one way into a stage and one out of it: with several, this is the whole backward.
         """
-        if microbatch in self._tapped:  # its gradients come from two places
+        if microbatch in self._tapped or microbatch in self._sides:
             whole = self.backward(microbatch, gradient)
             self._halves[microbatch] = ()
             return whole
@@ -248,8 +259,18 @@ class Stage:
         else:
             self.backward(microbatch, half)
 
+    def send_gradients(self, microbatch: int) -> None:
+        """Send the driver the gradients that a backward has brought to side inputs, if any of the stage's carry one."""
+        sides = self._sides.pop(microbatch, None)
+        if sides is not None:
+            assert self.driver_side is not None, "nobody who waits for them"
+            found = {slot: leaf.grad for slot, leaf in sides.items() if leaf.grad is not None}
+            dense = {slot: each if each.layout is torch.strided else each.to_dense() for slot, each in found.items()}
+            self.driver_side.send_gradients(self.index, microbatch, dense)
+
     def forget(self) -> None:
         """Drop the activations of a step that will not be finished."""
+        self._sides.clear()
         self._saved.clear()
         self._tapped.clear()
         self._halves.clear()
@@ -265,7 +286,8 @@ class Stage:
         with self._without_a_trace(module, call) as buffers, Returns(module) as hooks:
             watch, inputs = BlockWatch(module), _random(enters, self.device)
             version = inputs._version
-            output = self._call_block(block, call, inputs, filled={}, shelf=CacheShelf.of(call.caches))
+            _, carrying = _with_leaves(call, call.spec.carried_by([block]))
+            output = self._call_block(block, carrying, inputs, filled={}, shelf=CacheShelf.of(call.caches))
             writes, written = watch.differences(), changed_buffers(module, buffers)
         found = _describe(output, inputs, changed=inputs._version != version)
         return dataclasses.replace(found, writes=tuple(sorted(writes)), idle=hooks.idle(), buffers=written)
@@ -355,7 +377,7 @@ class Stage:
     @contextmanager
     def _shown(self, microbatch: int, *, grad: bool) -> Iterator[None]:
         """Send what tapped modules compute in a forward to the hooks on the driver."""
-        assert self.driver_hooks is not None, "nobody to show it to"
+        assert self.driver_side is not None, "nobody to show it to"
         self._recorder.begin()
         try:
             yield
@@ -365,7 +387,7 @@ class Stage:
         flags = tuple(grad and tensor.requires_grad for tensor in tensors)
         if any(flags):
             self._tapped[microbatch] = tensors
-        self.driver_hooks.show(self.index, microbatch, Tapped(events, tuple(t.detach() for t in tensors), flags))
+        self.driver_side.show(self.index, microbatch, Tapped(events, tuple(t.detach() for t in tensors), flags))
 
     def _take_over(self, switches: ProcessSwitches | None) -> None:
         """Let the process have the driver's switches, for backwards too."""
@@ -449,6 +471,13 @@ class Stage:
 
 
 _SAME_MEMORY: Final[Callable[[Tensor, torch.Size], Tensor]] = torch.ops.aten._unsafe_view.default
+
+
+def _with_leaves(call: Call, slots: Iterable[int]) -> tuple[dict[int, Tensor], Call]:
+    """Return leaves that collect the gradients of some side inputs, by slot, and the call that computes with them."""
+    leaves = {slot: call.side_inputs[slot].detach().requires_grad_() for slot in slots}
+    sides = [inner(leaves[slot]) if slot in leaves else each for slot, each in enumerate(call.side_inputs)]
+    return leaves, dataclasses.replace(call, side_inputs=tuple(sides))
 
 
 def inner(leaf: Tensor) -> Tensor:

@@ -273,7 +273,7 @@ class ModelCalls:
         return with_loss(guarded(map_tensors(torch.Tensor.detach, output), _HAS_A_LOSS), loss)
 
     def _run_whole_outside(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], outside: Callable[[Sequence[Any], Tensor], None]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], outside: Callable[[Sequence[Any], Sequence[Tensor]], None]
     ) -> None:
         task = self._whole_task(functools.partial(self._function, *args, **kwargs), args, kwargs, outside=outside)
         self._spread.train(task, self.num_optimizer_steps)

@@ -123,8 +123,7 @@ class OpenStep:
         if pending.suspended is None:
             return False
         self._gradients.window.resume()
-        hidden = [] if pending.suspended.hidden is None else [pending.suspended.hidden]
-        return self._graph.keeps_graph(outputs, [*pending.entrance.tensors, *hidden])
+        return self._graph.keeps_graph(outputs, [*pending.entrance.tensors, *pending.suspended.sources])
 
     def complete(self, keep_graph: bool = False) -> None:
         """Run the backwards that the user's backward has asked for, and add their gradients."""

@@ -37,8 +37,8 @@ class SuspendedStep:
         self._device = device
         self._draws_on = draws_on
         self._gradients: Sequence[Tensor | None] | None = None
-        self.hidden: Tensor | None = None
-        """What entered the blocks, if its graph goes back after that of the outputs."""
+        self.sources: Sequence[Tensor] = ()
+        """What the blocks were given, if its graph goes back after that of the outputs."""
         self._loop_states: list[Tensor] = []
         self._begun: Snapshot | None = None
         """What the loop had switched on around its call of the model, and may have left before its backward."""
@@ -74,14 +74,14 @@ class SuspendedStep:
         self._thread.abandon()
         switch_on(since)
 
-    def _back_propagate(self, outputs: Sequence[Any], hidden: Tensor | None = None) -> None:
+    def _back_propagate(self, outputs: Sequence[Any], sources: Sequence[Tensor] = ()) -> None:
         """In the step's thread: hand the outputs over, wait for their gradients, and go back from there.
 
         Args:
             outputs: By microbatch, or of the whole batch.
-            hidden: What entered the blocks, if one graph has both.
+            sources: What the blocks were given, if one graph has both.
         """
-        self.hidden = hidden
+        self.sources = sources
         if self._gradients is None:  # a step that a lost worker interrupted on its way back has them already
             self._wait(outputs)
         assert self._gradients is not None
@@ -89,7 +89,7 @@ class SuspendedStep:
         pairs = zip(carrying, self._gradients, strict=True)
         used = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
         tensors = [tensor for tensor, _ in used]
-        again = hidden is not None and goes_past(tensors, hidden)
+        again = goes_past(tensors, *sources)
         if used:
             torch.autograd.backward(tensors, [gradient for _, gradient in used], retain_graph=again)
 

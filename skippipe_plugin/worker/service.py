@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -423,7 +423,7 @@ class Worker:
         self._holdings.experts.begin_step()
         self._pulled.clear()
         for stage in self._holdings.stages.values():
-            stage.driver_hooks = self
+            stage.driver_side = self
         stages, measured = self._holdings.stages, first.timeline
         executor = Executor(membership.transport, stages, self._device, measured=measured)
         events = executor.run(membership.program(first.program), live, _Feed(self))
@@ -464,6 +464,11 @@ class Worker:
             self._take_in()
         pulled = self._pulled.pop((microbatch, stage))
         return {int(name): each for name, each in unpack_tensors(pulled.tensors, pulled.blobs).items()}
+
+    def send_gradients(self, stage: int, microbatch: int, gradients: Mapping[int, Tensor]) -> None:
+        """Send the gradients of a stage's side inputs to the driver that they come from."""
+        entries, blobs = pack_tensors({str(slot): gradient for slot, gradient in gradients.items()})
+        self._reply(self._sources[microbatch], answers.SideGradients(self._step, microbatch, stage, entries, blobs))
 
     def _ask_routers(self, command: commands.AskRouters) -> None:
         self._answer(obey(self._routers, command))

@@ -179,22 +179,6 @@ def test_an_exception_in_a_remote_block() -> None:
     assert "worker rank 2 (stage 2)" in caught.value.__notes__[0]
 
 
-def test_a_second_tensor_that_needs_a_gradient() -> None:
-    class TwoInputs(Block):
-        def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
-            return super().forward(hidden) + bias
-
-    def forward(self: Model, hidden: Tensor) -> Tensor:
-        for block in self.blocks:
-            hidden = block(hidden, self.head.weight)
-        return self.head(hidden)
-
-    model = changed(forward=forward)
-    model.blocks = nn.ModuleList(TwoInputs() for _ in range(4))
-    with pytest.raises(SkipPipeError, match="second tensor that needs a gradient"):
-        fit(model)
-
-
 def test_a_call_with_gradients_outside_of_the_step() -> None:
     with pytest.raises(SkipPipeError, match=r"outside of training_step with gradients enabled.*no_grad"):
         fit(changed(on_train_batch_start=lambda self, batch, batch_idx: self(batch[0]).sum()))

@@ -1,7 +1,7 @@
 """What a block is called with, as the driver's code made it: taken when the block is called, or refused by name.
 
-Only the hidden states carry a gradient to the workers, so a tensor with one is looked for everywhere: in containers,
-in objects, in closures. A value is what it was at the call; what is changed before it has travelled is refused.
+Tensors are looked for everywhere: in containers, in objects, in closures. A value is what it was at the call; what is
+changed before it has travelled is refused.
 """
 
 from __future__ import annotations
@@ -51,11 +51,14 @@ class SideInputs:
     """By id of an array: its slot, and the array itself, which keeps the id from being given again."""
     objects: dict[int, tuple[Any, Any, Packed]] = field(default_factory=dict)  # Any: the user's
     """By id of an object: itself, a picture of what it held, and how it travels."""
+    carrying: list[int] = field(init=False)
+    """The slots of those that require a gradient."""
     _versions: list[int] = field(init=False)
     _blocks: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         """Watch what is given from the start."""
+        self.carrying = [slot for slot, tensor in enumerate(self.tensors) if tensor.requires_grad]
         self._versions = list(versions(self.tensors))
         self._blocks = ["the blocks"] * len(self.tensors)
 
@@ -67,6 +70,8 @@ class SideInputs:
                 if version != self._versions[index]:
                     raise self._changed(index)
                 return index
+        if tensor.requires_grad:
+            self.carrying.append(len(self.tensors))
         self.tensors.append(tensor)
         self._versions.append(version)
         self._blocks.append(block)
@@ -95,7 +100,6 @@ class ArgumentTaker:
         grad: Whether gradients are on.
         cache_slot: Gives a key-value cache its slot.
         leave: Gets a cache that is not sent, since gradients are on.
-        others: Other stacks of the model, as ``blocks=`` names them.
     """
 
     def __init__(
@@ -108,7 +112,6 @@ class ArgumentTaker:
         grad: bool,
         cache_slot: Callable[[Any], int],
         leave: Callable[[Any], None] = lambda _: None,
-        others: Sequence[str] = (),
     ) -> None:
         self._names = names
         self._block = block
@@ -117,7 +120,6 @@ class ArgumentTaker:
         self._grad = grad
         self._cache_slot = cache_slot
         self._leave = leave
-        self._others = others
         self._argument = ""
 
     def template(self, position: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
@@ -168,8 +170,6 @@ class ArgumentTaker:
     def _check_tensor(self, value: Tensor) -> None:
         if isinstance(value, HiddenToken):
             raise self._earlier_output(value)
-        if self._grad and value.requires_grad:
-            raise self._second_gradient(value)
         if value.is_meta or is_remote(value):
             raise SkipPipeError(
                 f"argument {self._argument} of {self._name} has no values here (it is on the meta device, or a weight "
@@ -254,20 +254,6 @@ class ArgumentTaker:
         return None
 
     # ------------------------------------------------------------- refusals
-
-    def _second_gradient(self, value: Tensor) -> SkipPipeError:
-        other = ""
-        if self._others:
-            named = " or ".join(f'blocks="{name}"' for name in self._others[:3])
-            other = (
-                f", or pipeline another stack ({named}): of an encoder-decoder the encoder, whose blocks take nothing "
-                "but their hidden states"
-            )
-        return SkipPipeError(
-            f"{self._name} takes a second tensor that needs a gradient (argument {self._argument}, shape "
-            f"{tuple(value.shape)}) beside its hidden states; only the hidden states carry gradients between stages. "
-            f"Compute it inside the block{other}"
-        )
 
     def _earlier_output(self, token: HiddenToken) -> SkipPipeError:
         names, earlier = self._names, token.origin()

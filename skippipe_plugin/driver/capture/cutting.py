@@ -190,7 +190,7 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
     """Return the calls of the microbatches; their forms (``specs``) are still to be found."""
     hidden = cut.hidden.split(call.hidden.detach(), sizes)
     sides = [
-        [side] * len(sizes) if axis is None else axis.split(side, sizes)
+        [side] * len(sizes) if axis is None else _pieces(axis, side, sizes)
         for axis, side in zip(cut.side_inputs, call.side_inputs, strict=True)
     ]
     return [
@@ -207,6 +207,11 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
         )
         for index, piece in enumerate(hidden)
     ]
+
+
+def _pieces(axis: Axis, side: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Cut a side input; its pieces carry a gradient if it does."""
+    return [piece.requires_grad_(side.requires_grad) for piece in axis.split(side.detach(), sizes)]
 
 
 def are_numbers(side: Tensor) -> bool:

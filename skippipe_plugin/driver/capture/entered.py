@@ -27,19 +27,30 @@ class EnteredStack:
         self._version = versions([hidden])
         self._passed_on = True
         """Whether the blocks so far have handed it on, itself or a view of it."""
-        self._changed_by = ""
+        self.changed_by = ""
+        """The block that changes it in place; empty: none does."""
         self._seen: Tensor | None = None
 
     def passed(self, name: str, probe: Probe) -> None:
         """Note what the next block does to its input."""
         if self._passed_on and probe.changes_input:
-            self._changed_by = self._changed_by or name
+            self.changed_by = self.changed_by or name
         self._passed_on &= probe.passes_input
+
+    def check_apart(self, name: str, side_inputs: Iterable[Tensor]) -> None:
+        """Raise when a block gets, beside its hidden states, the memory that has been changed in place."""
+        memory = self.hidden.untyped_storage().data_ptr()
+        if any(memory and memory == side.untyped_storage().data_ptr() for side in side_inputs):
+            raise SkipPipeError(
+                f"{name} gets the tensor that entered the first block beside its hidden states, and {self.changed_by} "
+                "changes that in place, on a worker, which other workers do not see. Let the block make a new tensor "
+                "(inplace=False), or give it a copy: block(x.clone())"
+            )
 
     def close(self) -> None:
         """All blocks were called: part from what the code after them must not read if they change it."""
         self.check()
-        if self._changed_by:
+        if self.changed_by:
             self._seen = self.hidden
             self.hidden = inner(self.hidden) if self.hidden.requires_grad else self.hidden.detach()
 
@@ -48,11 +59,11 @@ class EnteredStack:
         for tensor in (self._seen, self._seen._base if self._seen is not None else None):
             if type(tensor) is Tensor and (tensor is self._seen or tensor.requires_grad):
                 tensor.__class__ = ChangedInput
-                tensor.__dict__["_changed_by"] = self._changed_by
+                tensor.__dict__["_changed_by"] = self.changed_by
 
     def check(self) -> None:
         """Raise when the driver's code has changed the tensor in place since the first block was called."""
-        if not self._changed_by and versions([self.hidden]) != self._version:
+        if not self.changed_by and versions([self.hidden]) != self._version:
             raise SkipPipeError(
                 f"the hidden states that entered the first block (shape {tuple(self.hidden.shape)}) were changed in "
                 "place before the blocks had run. Blocks of a pipeline run after the code around them, so they would "

@@ -19,12 +19,12 @@ _AUTOGRAD: Final[Any] = torch.autograd  # Any: its own name for the engine is pr
 
 
 class Checked:
-    """Refuse such gradients while user code runs with the blocks' ``result``; ``hidden`` is what entered them."""
+    """Refuse such gradients while user code runs with the blocks' ``result``; ``sources`` are what they were given."""
 
-    __slots__ = ("_hidden", "_original", "_result")
+    __slots__ = ("_original", "_result", "_sources")
 
-    def __init__(self, result: Tensor, hidden: Tensor) -> None:
-        self._result, self._hidden = result, hidden
+    def __init__(self, result: Tensor, sources: Sequence[Tensor]) -> None:
+        self._result, self._sources = result, sources
         self._original: Any = None  # Any: torch's own
 
     def __enter__(self) -> None:
@@ -36,17 +36,19 @@ class Checked:
 
     def _run_backward(self, outputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:  # Any: torch's own
         if goes_through(outputs, self._result):
-            _check(args[3] if len(args) > 3 else (), kwargs.get("accumulate_grad", False), self._hidden)
+            _check(args[3] if len(args) > 3 else (), kwargs.get("accumulate_grad", False), self._sources)
         return self._original(outputs, *args, **kwargs)
 
 
-def _check(inputs: Sequence[Any], accumulates: bool, hidden: Tensor) -> None:  # Any: tensors or edges of the graph
+def _check(
+    inputs: Sequence[Any], accumulates: bool, sources: Sequence[Tensor]
+) -> None:  # Any: tensors or edges of the graph
     if accumulates:
         raise SkipPipeError(
             "backward() was called inside of the step on something that depends on the blocks of the pipeline; under "
             "automatic optimization return the loss instead, with such a term added to it"
         )
-    if any(isinstance(each, Tensor) and reaches(hidden, each) for each in inputs):
+    if any(isinstance(each, Tensor) and reaches(source, each) for each in inputs for source in sources):
         raise SkipPipeError(
             "torch.autograd.grad() asks inside of the step for the gradient of something behind the blocks of the "
             "pipeline by something before them (a gradient penalty, a physics-informed loss), but the graph ends at "

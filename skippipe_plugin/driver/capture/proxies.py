@@ -101,6 +101,20 @@ class StackCall:
         return self.beside.tensors
 
     @property
+    def carried(self) -> tuple[tuple[int, ...], ...]:
+        """By block: the slots of its side inputs that carry a gradient; empty where none does."""
+        if not self.beside.carrying or not self.ambient.grad:
+            return ()
+        slots = [template.slots().intersection(self.beside.carrying) for template in self.templates]
+        by_template = [tuple(sorted(each)) for each in slots]
+        return tuple(by_template[index] for index in self.block_template) if any(by_template) else ()
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """What gradients of the blocks go back to on the driver, if it carries one: hidden states and side inputs."""
+        return (self.hidden, *(self.side_inputs[slot] for slot in self.beside.carrying if self.ambient.grad))
+
+    @property
     def on_host(self) -> tuple[int, ...]:
         """The slots of those that are on the host though the hidden states are on a device."""
         if self.hidden.device.type == "cpu":
@@ -233,6 +247,7 @@ class BlockProxies:
             call.ambient,
             tuple(call.careful),
             call.on_host,
+            call.carried,
         )
 
     def learn_forms(self, call: StackCall) -> None:
@@ -252,7 +267,8 @@ class BlockProxies:
         template = call.templates[call.block_template[block]]
         modes = (call.modes[block],) * len(self.blocks)
         ambient = dataclasses.replace(call.ambient, inference=False, caches_casts=True)
-        return CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient, on_host=call.on_host)
+        carried = call.carried[block : block + 1] * len(self.blocks)
+        return CallSpec((), (template,), (0,) * len(self.blocks), modes, ambient, on_host=call.on_host, carried=carried)
 
     def cache_use(self, call: StackCall) -> CacheUse:
         """Return the key-value caches of ``call``, which runs, with what happened to them since the call before."""
@@ -295,6 +311,9 @@ class BlockProxies:
         call.specs.append(probe.output)
         call.careful.append(probe.changes_input or probe.passes_input)
         call.entered.passed(self.names[block], probe)
+        if call.entered.changed_by:
+            template = call.templates[call.block_template[block]]
+            call.entered.check_apart(self.names[block], [call.side_inputs[slot] for slot in template.slots()])
         if block + 1 < len(self.blocks):
             call.placeholder = token = self._token(call, block, probe.output)
             structure = probe.structure
@@ -392,12 +411,11 @@ class BlockProxies:
             grad=call.ambient.grad,
             cache_slot=cache_slot,
             leave=call.unkept.append,
-            others=self.other_stacks,
         )
 
     def _token(self, call: StackCall, block: int, spec: TensorSpec) -> HiddenToken:
         grad, modes = call.ambient.grad, call.modes
-        needs = grad and call.hidden.requires_grad
+        needs = grad and (call.hidden.requires_grad or bool(call.beside.carrying))
 
         def needs_gradient() -> bool:
             return needs or (grad and any(any(mode.requires_grad) for mode in modes[: block + 1]))

@@ -21,9 +21,9 @@ from .side_inputs import Digests, Outbox, PreparedCall, SpecNumbers
 
 @dataclass(frozen=True, slots=True)
 class _KnownHops:
-    """The hops that followed from a path, gradients, forms and modes."""
+    """The hops that followed from a path, gradients, forms, modes and side inputs."""
 
-    asked: tuple[Path, bool, bool, tuple[TensorSpec, ...], tuple[BlockMode, ...]]
+    asked: tuple[Path, bool, bool, tuple[TensorSpec, ...], tuple[BlockMode, ...], tuple[tuple[int, ...], ...]]
     hops: tuple[Hop, ...]
 
 
@@ -70,17 +70,18 @@ class CallWriter:
         """Return what crosses between the ranks on ``path``; mostly what it was in the step before."""
         requires_grad = call.ambient.grad and call.hidden.requires_grad
         before = self._hops_before.get(microbatch)
-        asked = path, requires_grad, call.ambient.grad, tuple(call.specs), tuple(call.modes)
+        asked = path, requires_grad, call.ambient.grad, tuple(call.specs), tuple(call.modes), call.carried
         if before is None or before.asked != asked:
             self._check_forms(microbatch, path, call)
             before = self._hops_before[microbatch] = _KnownHops(asked, self._find_hops(path, call, requires_grad))
         return before.hops
 
     def _find_hops(self, path: Path, call: StackCall, requires_grad: bool) -> tuple[Hop, ...]:
-        hops = [Hop(call.specs[0], requires_grad)]
+        hops, carried = [Hop(call.specs[0], requires_grad)], call.carried
         for visit in path.visits:
             blocks = self._layout.blocks(visit.stage)
             trained = any(flag for block in blocks for flag in call.modes[block].requires_grad)
+            trained = trained or (bool(carried) and any(carried[blocks.start : blocks.stop]))
             requires_grad = requires_grad or (call.ambient.grad and trained)
             hops.append(Hop(call.specs[blocks.stop], requires_grad))
         return tuple(hops)

@@ -52,6 +52,17 @@ class Tapped(Control):
 
 
 @dataclass(frozen=True, slots=True)
+class SideGradients(Control):
+    """The gradients that came to side inputs in a stage; an entry's name is the slot."""
+
+    step: int
+    microbatch: int
+    stage: int
+    tensors: Sequence[TensorEntry]
+    blobs: Sequence[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
 class Done(Control):
     """A step is done: its gradients are complete."""
 

@@ -15,6 +15,7 @@ from .answers import (
     Probed,
     Ready,
     RouterNews,
+    SideGradients,
     State,
     Tapped,
     Unscaled,
@@ -95,7 +96,7 @@ TO_WORKER: Final = Vocabulary(
 TO_DRIVER: Final = Vocabulary(
     "driver",
     [
-        *(Hello, Leave, Ready, Warmed, LinkCosts, ClockReads, Tapped, Done, NormPowers, Unscaled, State),
+        *(Hello, Leave, Ready, Warmed, LinkCosts, ClockReads, Tapped, SideGradients, Done, NormPowers, Unscaled, State),
         *(Probed, PartsCompared),
         *(RouterNews, ExpertNews, Kept, Stored, Records, Summary, OneRecord, Failed, Beat),
     ],

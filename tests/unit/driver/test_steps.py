@@ -29,7 +29,7 @@ class Writer:
         self.announced: list[list[int]] = []
 
     def prepare(self, microbatch: int, *_: Any) -> PreparedCall:
-        return PreparedCall(microbatch, SimpleNamespace(microbatch=microbatch), 0, ())
+        return PreparedCall(microbatch, SimpleNamespace(microbatch=microbatch, spec=SimpleNamespace(carried=())), 0, ())
 
     def send(self, step: int, calls: list[PreparedCall], *_: Any) -> None:
         self.announced.append([call.microbatch for call in calls])

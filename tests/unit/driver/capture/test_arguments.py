@@ -89,7 +89,7 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
 
 
 def taker(hidden: Tensor, beside: SideInputs, *, block: int = 0, grad: bool = True) -> ArgumentTaker:
-    return ArgumentTaker(NAMES, block, hidden, beside, grad=grad, cache_slot=lambda cache: 0, others=("encoder",))
+    return ArgumentTaker(NAMES, block, hidden, beside, grad=grad, cache_slot=lambda cache: 0)
 
 
 def take(*args: Any, grad: bool = True, **kwargs: Any) -> tuple[Template, SideInputs]:
@@ -137,10 +137,11 @@ def test_a_tensor_arrives_wherever_it_is(hold: Callable[[Any], Any]) -> None:
 
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
 def test_a_gradient_is_found_wherever_it_is(hold: Callable[[Any], Any]) -> None:
-    value = hold(torch.randn(3, requires_grad=True) * 2)
-    with pytest.raises(SkipPipeError, match=r'net\.0 takes a second tensor .*blocks="encoder"'):
-        take(value)
-    take(value, grad=False)
+    tensor = torch.randn(3, requires_grad=True) * 2
+    template, beside = take(torch.zeros(3), hold(tensor), torch.zeros(2))
+    (slot,) = beside.carrying
+    assert beside.tensors[slot] is tensor
+    assert slot in template.slots()
 
 
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
