@@ -22,7 +22,7 @@ from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, back_propagate_all, inner
 from ..schedule import Path
 from .capture import own_gradients
-from .capture.graphs import AroundTheBlocks
+from .capture.graphs import AroundTheBlocks, check_hooks
 from .capture.notes import Noted
 from .capture.proxies import BlockProxies, StackCall
 from .capture.side_inputs import PreparedCall
@@ -337,6 +337,8 @@ class StepRun:
         self.losses[index] = None if loss is None else loss.detach()
         if loss is not None and weight:  # what counts nothing may be NaN, a mean over no label
             meet = self._around.look([loss], *sources)
+            if meet:
+                check_hooks([loss], sources)
             back_propagate(loss, torch.full_like(loss, weight * self._task.scale), keep_graph=meet)
             if meet:  # nothing else is to keep this microbatch's graph until the end of the step
                 detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outcome.value)

@@ -25,7 +25,7 @@ from ..schedule import Path
 from .capture import own_gradients
 from .capture.asking import CutBook, Question, ask
 from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of, likely_cuts
-from .capture.graphs import goes_past
+from .capture.graphs import check_hooks, goes_past
 from .capture.microbatch import split_sizes
 from .capture.proxies import BlockProxies, StackCall
 from .capture.side_inputs import PreparedCall
@@ -473,6 +473,8 @@ class WholeRun:
         if loss is not None:
             self._loss = loss.detach()
             again = goes_past([loss], *call.sources)
+            if again:
+                check_hooks([loss], call.sources)
             back_propagate(loss, torch.full_like(loss, task.share * task.scale), keep_graph=again)
 
     def _joined(self, results: Mapping[int, Tensor]) -> Tensor:

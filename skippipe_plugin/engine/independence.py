@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -94,6 +96,7 @@ def _bend(module: nn.Module, run: Run, call: Call, hidden: Tensor) -> str:
     weights = [each for each in module.parameters() if each.requires_grad]
     leaf = hidden.detach().clone()
     leaf = leaf.requires_grad_(leaf.is_floating_point())
+    call, sides = _opened(call)
     try:
         with torch.enable_grad(), attributes_kept(module):
             torch.manual_seed(0)
@@ -101,7 +104,7 @@ def _bend(module: nn.Module, run: Run, call: Call, hidden: Tensor) -> str:
         is_half = call.spec.ambient.is_half or result.dtype == torch.float16
         factors, size = (HALF_FACTORS, _HALF_SIZE) if is_half else (FACTORS, 1.0)
         backward = torch.arange(result.numel()).mul(0.7).cos().mul(size).reshape(result.shape).to(result)
-        sources = [each for each in (leaf, *weights) if each.requires_grad]
+        sources = [each for each in (leaf, *weights, *sides) if each.requires_grad]
         one, *others = [
             torch.autograd.grad(result, sources, backward * factor, retain_graph=True, allow_unused=True)
             for factor in (1.0, *factors)
@@ -184,26 +187,33 @@ class _Comparison:
     def have_same_gradients(self, call: Call, hidden: Tensor, parts: Parts) -> bool:
         """Whether gradients of the parts add up to those of the whole; true where there are none to be compared."""
         try:
-            whole = self._gradients([call], [hidden], parts)
-            pieces = self._gradients(parts.calls, torch.split(hidden, list(parts.rows), parts.enters), parts)
+            whole = self._gradients(call, [call], [hidden], parts)
+            pieces = self._gradients(call, parts.calls, torch.split(hidden, list(parts.rows), parts.enters), parts)
             rounding = _ROUNDING * max(map(_largest, whole))  # of those too that are 0 but for it, as of biases of keys
             if all(_are_close(*pair, coarse=10.0, least=rounding) for pair in zip(whole, pieces, strict=True)):
                 return True
-            again = self._gradients([call], [hidden], parts)
+            again = self._gradients(call, [call], [hidden], parts)
         except Exception:  # nothing goes back, or not in this way
             return True
         return not all(map(torch.equal, whole, again))
 
-    def _gradients(self, calls: Sequence[Call], pieces: Sequence[Tensor], parts: Parts) -> list[Tensor]:
+    def _gradients(self, whole: Call, calls: Sequence[Call], pieces: Sequence[Tensor], parts: Parts) -> list[Tensor]:
+        """Return the gradients of what enters the block, of its weights, and of the side inputs that carry one."""
+        opened, sides = zip(*map(_opened, calls), strict=True)
         weights = [each for each in self._module.parameters() if each.requires_grad]
         leaves = [piece.detach().clone().requires_grad_() for piece in pieces]
         with torch.enable_grad(), self._from_the_start(0):
-            results = [self._run(call, leaf) for call, leaf in zip(calls, leaves, strict=True)]
+            results = [self._run(call, leaf) for call, leaf in zip(opened, leaves, strict=True)]
             together = torch.cat(results, parts.leaves)
             backward = torch.arange(together.numel()).mul(0.7).cos().reshape(together.shape).to(together)
-            found = torch.autograd.grad(together, [*leaves, *weights], backward, allow_unused=True)
-        entering = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=False)]
-        return [torch.cat(entering, parts.enters), *(g.to_dense() for g in found[len(leaves) :] if g is not None)]
+            sources = [*leaves, *weights, *(side for each in sides for side in each)]
+            found = iter(torch.autograd.grad(together, sources, backward, allow_unused=True))
+        entering = [_filled(next(found), leaf) for leaf in leaves]
+        of_weights = [g.to_dense() for g in itertools.islice(found, len(weights)) if g is not None]
+        of_sides = [[_filled(next(found), side) for side in each] for each in sides]
+        forms = [whole.side_inputs[slot].shape for slot in _carried(whole)]
+        joined = [_joined(each, form) for *each, form in zip(*of_sides, forms, strict=True)]
+        return [torch.cat(entering, parts.enters), *of_weights, *joined]
 
     @contextmanager
     def _from_the_start(self, seed: int) -> Iterator[None]:
@@ -212,6 +222,30 @@ class _Comparison:
         torch.manual_seed(seed)
         with attributes_kept(self._module), self._mode():
             yield
+
+
+def _carried(call: Call) -> tuple[int, ...]:
+    """Return the slots of the side inputs that carry a gradient: a question says the same of every block."""
+    return call.spec.carried_by([0])
+
+
+def _opened(call: Call) -> tuple[Call, list[Tensor]]:
+    """Return the call with leaves in the places of side inputs that carry a gradient, and these."""
+    leaves = {slot: call.side_inputs[slot].detach().requires_grad_() for slot in _carried(call)}
+    sides = tuple(leaves.get(slot, each) for slot, each in enumerate(call.side_inputs))
+    return dataclasses.replace(call, side_inputs=sides), list(leaves.values())
+
+
+def _filled(gradient: Tensor | None, of: Tensor) -> Tensor:
+    return torch.zeros_like(of) if gradient is None else gradient.to_dense()
+
+
+def _joined(pieces: Sequence[Tensor], form: torch.Size) -> Tensor:
+    """Put the gradients of a side input's pieces together; what the parts share has them all."""
+    for dim, size in enumerate(form):
+        if any(piece.shape[dim] != size for piece in pieces):
+            return torch.cat(list(pieces), dim)
+    return torch.stack(list(pieces)).sum(0)
 
 
 def _is_same(one: _Outcome, other: _Outcome) -> bool:

@@ -11,6 +11,7 @@ from .flips import Flip
 from .outstanding import Outstanding
 from .reductions import Plan
 from .resized import Sizes
+from .traces import SideAxes
 from .trials import Key
 
 GRADIENTS: Final = "the gradients of parameters"
@@ -63,6 +64,8 @@ class Answer:
     takes_course: bool = False
     """Whether it may do otherwise by values of its batch."""
     sizes: Sizes = field(default_factory=Sizes)
+    axes: SideAxes = field(default_factory=SideAxes)
+    """What is known of the side inputs that carry a gradient."""
     tells: bool = False
     """Whether a batch was asked about whose loss is a number, and another one than 0, as it is without labels."""
     lacked: set[Weighting] = field(default_factory=set)

@@ -36,6 +36,7 @@ from .slopes import WHY as DETACHED
 from .spread import SpreadModel
 from .surroundings import Surroundings
 from .traceless import Untouched, uneven, untouched
+from .traces import SideAxes
 from .trials import LOSS, Question, Results, Trials, named
 
 _LEAST_ASKED: Final = 3
@@ -184,7 +185,7 @@ class Asking:
         return self._bends[kind]
 
     def _bend(self, function: Callable[[], Results]) -> str:
-        fakes = Fakes([1], 0)
+        fakes = Fakes([1], 0, axes=SideAxes(guesses=True))
         with torch.enable_grad(), self._quiet(), self._untouched() as trace:  # it is asked in a backward
 
             def run() -> str:

@@ -19,6 +19,7 @@ from .flips import COMPARISONS, LOOKUPS, REDUCTIONS, Compared, Comparisons, Flip
 from .kinks import Kink, Kinks, is_compared, mark
 from .reductions import COARSE
 from .resized import Sizes, takes_course
+from .traces import SideAxes
 
 _GOLDEN: Final = 0.6180339887
 _DROPOUTS: Final = frozenset(
@@ -59,10 +60,20 @@ class Fakes:
         draw: Different numbers give different hidden states; of four in a row the last two are positive.
         factor: By how much all are multiplied.
         first: By how much those of the first microbatch are multiplied.
+        axes: What is known of side inputs, on which the hidden states depend then, too.
     """
 
-    def __init__(self, sizes: Sequence[int], draw: int, factor: float = 1.0, *, first: float = 1.0) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        draw: int,
+        factor: float = 1.0,
+        *,
+        first: float = 1.0,
+        axes: SideAxes | None = None,
+    ) -> None:
         self._sizes = sizes
+        self._axes = axes or SideAxes()
         self._draw = draw
         self._factor = factor
         self._first = first
@@ -129,6 +140,15 @@ class Fakes:
         for whole, *parts in zip(self._entered[-1], *self._entered[:-1], strict=False):
             yield Entrance(whole, parts, self._sizes, rounding)
 
+    def axes(self) -> SideAxes:
+        """Return which dimension of each side input is the batch's, as the calls show it."""
+        axes = SideAxes()
+        for number, (whole, *parts) in enumerate(zip(self._entered[-1], *self._entered[:-1], strict=False)):
+            calls = [part.call for part in parts if part.call is not None]
+            if whole.call is not None and len(calls) == len(parts):
+                axes.learn(number, whole.call, calls)
+        return axes
+
     def _scale(self, sample: int) -> float:
         factor = self._first if sample < self._sizes[0] else 1.0
         return factor * (0.3 + 2.2 * ((sample + 1 + 3 * self._draw) * _GOLDEN % 1.0))
@@ -146,6 +166,9 @@ class Fakes:
             made = made + torch.sin((1.7 + 0.4 * (self._draw % 4)) * hidden.float())
         made = made * scales.to(hidden.device)
         made = ((made.abs() + 0.05 if self._draw % 4 > 1 else made) * self._factor).to(spec.dtype)
+        number, size = len(self.made[index]), self._sizes[index] if index >= 0 else sum(self._sizes)
+        zeros = self._axes.zeros(number, call, made, self._noise[max(index, 0)][number][2], size)
+        made = made if zeros is None else made + zeros.to(spec.dtype)
         if call.ambient.grad and made.is_floating_point() and not made.requires_grad:
             made.requires_grad_()
         mark(made)

@@ -79,7 +79,7 @@ class Observing:
             trace: What the step finds.
             answer: Gets what is to be seen in no single result.
         """
-        view, fakes = question.view, Fakes(question.view.sizes, draw)
+        view, fakes = question.view, Fakes(question.view.sizes, draw, axes=answer.axes)
         view.rounding, marked = _ROUNDING, features_of(view)
         parts = self._run_pieces(question, fakes, marked, trace, answer)
         answer.hooks |= fakes.are_watched
@@ -94,6 +94,7 @@ class Observing:
         )
         if isinstance(whole, Exception):
             return whole
+        answer.axes = fakes.axes()
         _note_runs(answer, whole.mode, parts, view, is_first=not draw)
         answer.left = answer.left or trace.changed_in_batch()  # then microbatches cannot take its place
         changes = trace.changes()

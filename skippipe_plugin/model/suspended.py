@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..driver.capture.graphs import goes_past
+from ..driver.capture.graphs import check_hooks, goes_past
 from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
 from ..driver.capture.switches import Snapshot, switch_on
 from ..engine.call import Ambient, device_types
@@ -90,6 +90,8 @@ class SuspendedStep:
         used = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
         tensors = [tensor for tensor, _ in used]
         again = goes_past(tensors, *sources)
+        if again:
+            check_hooks(tensors, sources)
         if used:
             torch.autograd.backward(tensors, [gradient for _, gradient in used], retain_graph=again)
 

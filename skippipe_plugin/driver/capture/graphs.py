@@ -50,6 +50,20 @@ def reaches(output: Tensor, source: Tensor) -> bool:
     return any(getattr(each, "variable", None) is source for each in ends)
 
 
+def check_hooks(outputs: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Refuse a gradient hook on what the blocks were given where ``outputs`` depend on that other than through them."""
+    for source in sources:
+        if source._backward_hooks and any(reaches(output, source) for output in outputs):
+            hook = next(iter(source._backward_hooks.values()))
+            raise SkipPipeError(
+                f"a tensor that the blocks get (shape {tuple(source.shape)}) has a gradient hook "
+                f"({getattr(hook, '__qualname__', hook)}), and the loss uses that tensor around the blocks as well: "
+                "its gradient comes in two parts, of which the hook would see each by itself. Let the tensor keep its "
+                "gradient (retain_grad()), and read that after the backward, or give each way a tensor of its own "
+                "(x * 1) with a hook"
+            )
+
+
 def _nodes(tensors: Iterable[Tensor]) -> Iterator[_Node]:
     """Yield the nodes that the backward of ``tensors`` runs, but for those that only add up a leaf's gradient."""
     found: set[_Node] = set()

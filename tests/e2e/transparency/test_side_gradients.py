@@ -155,10 +155,12 @@ def test_gradient_accumulation(microbatches: str) -> None:
 
 
 @pytest.mark.parametrize(("num_microbatches", "rtol"), [(1, 1e-5), (2, 3e-2)])
-def test_mixed_precision(num_microbatches: int, rtol: float) -> None:
+def test_mixed_precision(num_microbatches: int, rtol: float, caplog: pytest.LogCaptureFixture) -> None:
     """Gradients of two microbatches are rounded to bfloat16 before they are added, as when they are accumulated."""
     alone = train(Model, data(), 1, max_steps=STEPS, precision="bf16-mixed")
-    found = fit(Model, {"num_microbatches": num_microbatches}, precision="bf16-mixed")
+    with caplog.at_level(logging.WARNING):
+        found = fit(Model, {"num_microbatches": num_microbatches}, precision="bf16-mixed")
+    assert "whole batch" not in caplog.text
     assert_same_run(found, alone, rtol=rtol, weights_rtol=10 * rtol, weights_atol=0.1 * rtol)
 
 
@@ -343,8 +345,10 @@ CALLED: dict[str, Callable[[], Model]] = {
 
 
 @pytest.mark.parametrize("name", CALLED)
-def test_ways_to_call(name: str) -> None:
-    assert_exact(CALLED[name])
+def test_ways_to_call(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert_exact(CALLED[name])
+    assert "whole batch" not in caplog.text
 
 
 @pytest.mark.parametrize("name", CALLED)
@@ -387,6 +391,80 @@ def test_steps_without_gradients() -> None:
     assert_same_run(found, alone)
     for name, value in alone.trainer.callback_metrics.items():
         torch.testing.assert_close(found.trainer.callback_metrics[name], value)
+
+
+# Hooks on gradients -------------------------------------------------------------------------------
+
+
+def hooked(self: Model, labels: Tensor, times: Tensor) -> Tensor:
+    c = Model.condition(self, labels, times)
+    if c.requires_grad:
+        c.register_hook(lambda gradient: gradient / (1e-2 + gradient.norm()))
+    return c
+
+
+class Normalised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, c: Tensor) -> Tensor:
+        return c.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / (1e-2 + gradient.norm())
+
+
+class NormalisedInside(AdaBlock):
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return super().forward(h, Normalised.apply(c))
+
+
+@pytest.mark.parametrize(
+    ("member", "why"), [({"condition": hooked}, "does not follow"), ({"block": NormalisedInside}, "a block")]
+)
+def test_what_is_computed_over_samples_on_the_way_back(
+    member: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert_exact(made(**member))
+    assert why in caplog.text
+
+
+def clamped(self: Model, labels: Tensor, times: Tensor) -> Tensor:
+    c = Model.condition(self, labels, times)
+    if c.requires_grad:
+        c.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    return c
+
+
+def test_a_hook_that_bends_each_samples_gradient() -> None:
+    assert_exact(made(condition=clamped), accumulate_grad_batches=3, max_steps=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatches": "stack"}])
+def test_a_hook_on_what_is_also_used_around_the_blocks(options: dict[str, Any]) -> None:
+    with pytest.raises(SkipPipeError, match=r"has a gradient hook \(clamped.*two parts"):
+        fit(made(condition=clamped, end=also_in_the_head), options)
+
+
+@pytest.mark.parametrize("options", [{"num_microbatches": 1}, {"microbatches": "stack"}])
+def test_a_gradient_that_is_kept(options: dict[str, Any]) -> None:
+    class Keeping(Model):
+        def condition(self, labels: Tensor, times: Tensor) -> Tensor:
+            self.c = super().condition(labels, times)
+            if self.c.requires_grad:
+                self.c.retain_grad()
+            return self.c
+
+        def end(self, h: Tensor, c: Any) -> Tensor:
+            return also_in_the_head(self, h, c)
+
+        def on_after_backward(self) -> None:
+            self.log("slope", self.c.grad.norm())
+
+    found, alone = fit(Keeping, options), train(Keeping, data(), 1, max_steps=STEPS)
+    assert_same_run(found, alone)
+    slope = "slope"
+    torch.testing.assert_close(found.trainer.callback_metrics[slope], alone.trainer.callback_metrics[slope])
 
 
 # In loops -----------------------------------------------------------------------------------------
