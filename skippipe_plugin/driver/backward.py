@@ -233,6 +233,7 @@ class GradientControl:
             self._settle_stepped()
         for stage, held in self._hosted.items():
             gradients.scale_gradients(self.window.new_of(held.parameters()), self._stage_scales.get(stage, 1.0))
+            self.window.in_half |= held.in_half
         self.window.merge(scale)
         zero = self.take_zero()
         if zero:

@@ -376,6 +376,7 @@ class Pipeline:
         run = self._step_run(task, self._ambient())
         with run.explained():
             self._forth_and_back(run, task, choose)
+        self.gradients.window.in_half |= self._around.in_half
         self.gradients.count_visits(self.schedules[TRAINING], run.shares)
         loss = run.loss_of_batch()
         return run.values(), None if loss is None else mergeable(loss, self.gradients, task.scale, task.bends)

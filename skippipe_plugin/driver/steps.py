@@ -339,6 +339,8 @@ class StepRun:
             meet = self._around.look([loss], *sources)
             if meet:
                 check_hooks([loss], sources)
+            if self._calls[index].spec.ambient.is_half:
+                self._around.look_for_half([loss, *sources])
             back_propagate(loss, torch.full_like(loss, weight * self._task.scale), keep_graph=meet)
             if meet:  # nothing else is to keep this microbatch's graph until the end of the step
                 detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outcome.value)
@@ -353,6 +355,8 @@ class StepRun:
     def gradients_from_outside(self) -> dict[int, Tensor | None]:
         assert self._task.outside is not None
         assert len(self._leaves) == len(self._task.functions), "the schedule goes back before all losses"
+        if any(call.spec.ambient.is_half for call in self._calls.values()):
+            self._around.look_for_half(each for each in pytree.tree_leaves(self.values()) if isinstance(each, Tensor))
         self._task.outside(self.values(), next(map(self._sources, self._hidden), ()))
         leaves, self._leaves = self._leaves, {}
         for microbatch in leaves:

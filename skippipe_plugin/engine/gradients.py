@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .gradient_hooks import GradientHooks, call_accumulated, hooked
+from .half import let_overflow
 
 _BUCKET_BYTES: Final = 64 << 20
 """How much of gradients is summed over ranks at once."""
@@ -24,6 +25,8 @@ class GradientWindow:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
+        self.in_half: set[int] = set()
+        """The ids of those whose gradients are computed in float16, and overflow as a whole."""
         self._accumulated: list[Tensor | None] | None = None
         self._new: list[Tensor | None] = []
         self._hooks = GradientHooks()
@@ -98,6 +101,8 @@ class GradientWindow:
         new, self._new = self._new, []
         pairs = [(p, gradient) for p, gradient in zip(self.parameters, new, strict=False) if gradient is not None]
         scale_gradients([gradient for _, gradient in pairs], scale)
+        if self.in_half:
+            let_overflow(gradient for parameter, gradient in pairs if id(parameter) in self.in_half)
         for parameter, new_gradient in pairs:
             gradient = hooked(parameter, new_gradient)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

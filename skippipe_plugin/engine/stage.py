@@ -20,6 +20,7 @@ from .attributes import BlockWatch, Key, apply_changes, attributes_kept, changed
 from .call import Ambient, BlockMode, Call, CallSpec, Hop, block_seed
 from .device import kept_random_states, random_states, seed_everything, set_random_states
 from .errors import SkipPipeError
+from .half import computed_in_half
 from .independence import Parts, difference, uncompiled
 from .kept_state import Buffers
 from .kvcache import CacheShelf
@@ -165,6 +166,10 @@ class Stage:
         self._writes: dict[int, set[Key]] = {}
         self._unreported: list[tuple[int, Key]] = []
         self._shelf = CacheShelf()
+        self.in_half: set[int] = set()
+        """The ids of the parameters whose gradients are computed in float16."""
+        self._looked_at: CallSpec | None = None
+        """The spec whose forward was looked at for them."""
         self._careful = False
         """Whether a block has changed its input in place though nothing said so."""
 
@@ -196,6 +201,9 @@ class Stage:
             with self._shown(microbatch, grad=ambient.grad) if notes.tapping else nullcontext():
                 output = self._run_blocks(call, notes, inputs)
         _check_output(self.index, output, leaves)
+        if ambient.autocast and self._looked_at is not call.spec and output.requires_grad:
+            self._looked_at = call.spec
+            self.in_half |= computed_in_half([output]) if ambient.is_half else set()
         if self.witness is not None:
             self.witness.end(microbatch)
         if inputs.requires_grad or output.requires_grad or microbatch in self._tapped:

@@ -99,6 +99,7 @@ class Holdings:
         for stage, scale in command.stage_scales:
             if stage in self.stages:
                 gradients.scale_gradients(self.window.new_of(self.stages[stage].parameters()), scale)
+        self.window.in_half.update(*(stage.in_half for stage in self.stages.values()))
         self.window.merge(command.scale)
 
     def zero(self, how: str) -> None:

@@ -27,8 +27,8 @@ from .modules import BATCH, STEPS, LanguageModel, loader, momentum
 from .support import DEVICE, Run, assert_same_run, train
 from .test_recovery import At, Ready, kill
 
-TOO_LARGE = 2.0**23
-"""A scale at which float16 overflows in this model, and which is small enough after a few steps."""
+EDGE = 2.0**20
+"""A scale at which gradients of the whole batch overflow in this model, and most of those of microbatches do not."""
 
 
 class Scales(Callback):
@@ -175,13 +175,19 @@ def test_clipped_by_value_and_accumulated(options: str) -> None:
     assert_same(found, plain(options))
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_scale_that_is_too_large(accumulated: int) -> None:
-    options: dict[str, Any] = {"scaler": {"init_scale": TOO_LARGE}, "accumulate_grad_batches": accumulated}
-    options |= {"max_epochs": -1, "gradient_clip_val": 0.2}
-    alone = fit(1, **options)
-    assert {count for _, count in alone[1]} == {0, 1, 2}, "steps were skipped, taken, and the scale has grown"
-    assert_same(fit(3, {"num_microbatches": 1}, **options), alone)
+@functools.cache
+def on_the_edge(accumulated: int, devices: int = 1, strategy: str = "") -> tuple[Run, list[tuple[float, int]]]:
+    settings = {**STRATEGIES[strategy][1], "num_microbatches": 1 if accumulated == 3 else 4} if strategy else None
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulated, "max_epochs": -1, "gradient_clip_val": 0.2}
+    return fit(devices, settings, scaler={"init_scale": EDGE, "growth_interval": 2}, **options)
+
+
+@pytest.mark.parametrize(("strategy", "accumulated"), [*((each, 1) for each in STRATEGIES), ("1f1b", 2), ("1f1b", 3)])
+def test_the_scale_follows_what_overflows_in_the_whole_batch(strategy: str, accumulated: int) -> None:
+    expected = on_the_edge(accumulated)
+    assert len({scale for scale, _ in expected[1]}) > 1
+    assert min(after / before for (before, _), (after, _) in pairwise(expected[1])) == 0.5, "steps were skipped"
+    assert_same(on_the_edge(accumulated, STRATEGIES[strategy][0], strategy), expected)
 
 
 SCALERS: dict[str, dict[str, Any]] = {

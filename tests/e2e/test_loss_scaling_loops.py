@@ -31,7 +31,7 @@ HIT = 2
 def halved(current: Accelerator) -> Accelerator:
     """Let it be one that was made with ``mixed_precision="fp16"``."""
     current.native_amp = True
-    current.scaler = GradScaler(DEVICE.type, init_scale=2.0**12, growth_interval=3)
+    current.scaler = GradScaler(DEVICE.type, growth_interval=3)
     current.state._mixed_precision = "fp16"
     return current
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from ...engine.errors import SkipPipeError
+from ...engine.half import computed_in_half
 
 _Node = Any
 """A node of autograd's graph: torch's own stubs do not agree on its type."""
@@ -87,7 +88,9 @@ class AroundTheBlocks:
     def __init__(self) -> None:
         self.meet = False
         """Whether the loss reaches the graph in front of the blocks."""
-        self._looked = 0
+        self.in_half: set[int] = set()
+        """The ids of the parameters around the blocks whose gradients are computed in float16."""
+        self._looked = self._looked_for_half = 0
 
     def look(self, outputs: Iterable[Tensor], *hidden: Tensor) -> bool:
         """Say whether ``outputs`` go past the blocks."""
@@ -95,6 +98,12 @@ class AroundTheBlocks:
             self._looked += 1
             self.meet = goes_past(outputs, *hidden)
         return self.meet
+
+    def look_for_half(self, outputs: Iterable[Tensor]) -> None:
+        """Look for parameters whose gradients are computed in float16, before the backward of ``outputs``."""
+        if self._looked_for_half < _FIRST:
+            self._looked_for_half += 1
+            self.in_half |= computed_in_half(outputs)
 
     def back(self, propagate: Callable[[], None]) -> None:
         """Run the second pass; if the first has not left its graph standing, say so and do so from now on."""
