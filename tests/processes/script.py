@@ -1,6 +1,7 @@
 """A user's training script: ``script.py DEVICES DRIVERS [slow] [balanced] [experts] [port=N] [two_nodes] [pause]``.
 
-``hosts``: each driver holds a stage. ``reads``: the step reads gradients.
+``hosts``: each driver holds a stage. ``reads``: the step reads gradients. ``conditioned``: every block gets a tensor
+that carries a gradient.
 ``half``: in float16, with a loss scale that is too large at first.
 ``moves=+@1,-2@3 folder=PATH`` makes it elastic, see ``mortal.py``. Prints one JSON line per process.
 """
@@ -31,8 +32,9 @@ class Block(nn.Module):
 
             self.linear = MoELayer(width, 8, num_experts=4)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + torch.tanh(self.linear(self.norm(hidden)))
+    def forward(self, hidden: Tensor, given: Tensor | None = None) -> Tensor:
+        hidden = hidden + torch.tanh(self.linear(self.norm(hidden)))
+        return hidden if given is None else hidden * (1 + given)
 
 
 class Model(LightningModule):
@@ -41,6 +43,7 @@ class Model(LightningModule):
         self.embedding = nn.Linear(8, 16)
         self.blocks = nn.ModuleList(Block(16) for _ in range(6))
         self.head = nn.Linear(16, 4)
+        self.condition = nn.Linear(8, 16) if "conditioned" in sys.argv else None
         self.losses: list[float] = []
         self.delay_s = delay_s
 
@@ -61,8 +64,9 @@ class Model(LightningModule):
 
     def loss_of(self, batch: list[Tensor]) -> Tensor:
         hidden = self.embedding(batch[0])
+        given = () if self.condition is None else (torch.tanh(self.condition(batch[0])),)
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = block(hidden, *given)
         return nn.functional.cross_entropy(self.head(hidden), batch[1])
 
     def on_train_batch_end(self, outputs: dict[str, Tensor], batch: object, batch_idx: int) -> None:

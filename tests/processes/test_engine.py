@@ -1,7 +1,7 @@
 """Whatever `validate` accepts runs on the engine: every rank a thread with a group of its own; autograd judges."""
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from skippipe_plugin.engine.arguments import Template
+from skippipe_plugin.engine.arguments import SideInput, Template
 from skippipe_plugin.engine.c10d import TCPStore, host_store
 from skippipe_plugin.engine.call import Ambient, BlockMode, Call, CallSpec, Hop
 from skippipe_plugin.engine.errors import GenerationAborted
@@ -62,12 +62,23 @@ class Feed:
 
 
 class Driver:
-    """A model around the blocks: the inputs are leaves, the loss is the mean square of the outputs."""
+    """A model around the blocks: the inputs are leaves, the loss is the mean square of the outputs.
+
+    All blocks get the sum of the input's rows as well, with a gradient.
+    """
 
     def __init__(self, schedule: Schedule, inputs: Sequence[Tensor], feeds: Sequence[Feed]) -> None:
         self.schedule, self.inputs, self.feeds = schedule, inputs, feeds
         self.losses: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
+        self._given: dict[tuple[int, int], Mapping[int, Tensor]] = {}
+        self._condition = threading.Condition()
+
+    def send_gradients(self, stage: int, microbatch: int, gradients: Mapping[int, Tensor]) -> None:
+        """Take what a stage sends, in its rank's thread."""
+        with self._condition:
+            self._given[microbatch, stage] = gradients
+            self._condition.notify_all()
 
     def embed(self, microbatch: int) -> tuple[Call, Tensor]:
         hidden = self.inputs[microbatch]
@@ -75,8 +86,10 @@ class Driver:
         hops = (Hop(TensorSpec.of(hidden), self.schedule.backward),) * (len(visits) + 1)
         mode = BlockMode((True,), (True, True))
         ambient = Ambient(self.schedule.backward, False, ())
-        spec = CallSpec(hops, (Template((None,), {}, 0),), (0,) * 16, (mode,) * 16, ambient)
-        call = Call(spec, (), seed=microbatch)
+        carried = ((0,),) * 16 if self.schedule.backward else ()
+        template = Template((None, SideInput(0)), {}, 0)
+        spec = CallSpec(hops, (template,), (0,) * 16, (mode,) * 16, ambient, carried=carried)
+        call = Call(spec, (hidden.sum(0),), seed=microbatch)
         for rank in {visit.rank for visit in visits} - {self.schedule.paths[microbatch].driver}:
             self.feeds[rank].put(microbatch, call)
         return call, hidden
@@ -100,7 +113,11 @@ class Driver:
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
         assert gradient is not None
-        self.gradients[microbatch] = gradient
+        stages = self.schedule.paths[microbatch].stages
+        with self._condition:
+            came = self._condition.wait_for(lambda: all((microbatch, s) in self._given for s in stages), timeout=20)
+            assert came, "a stage has not sent the gradient of its side input"
+        self.gradients[microbatch] = gradient + sum(self._given[microbatch, stage][0] for stage in stages)
 
 
 class Block(nn.Linear):
@@ -111,8 +128,18 @@ class Block(nn.Linear):
             self.weight.copy_(torch.randn(WIDTH, WIDTH, generator=generator) / 2)
             self.bias.zero_()
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + torch.tanh(super().forward(hidden))
+    def forward(self, hidden: Tensor, side: Tensor) -> Tensor:
+        return hidden + torch.tanh(super().forward(hidden) + side)
+
+
+class Senders:
+    """Where a rank's stages send gradients: to the driver of the microbatch."""
+
+    def __init__(self, schedule: Schedule, drivers: Mapping[int, Driver]) -> None:
+        self._schedule, self._drivers = schedule, drivers
+
+    def send_gradients(self, stage: int, microbatch: int, gradients: Mapping[int, Tensor]) -> None:
+        self._drivers[self._schedule.paths[microbatch].driver].send_gradients(stage, microbatch, gradients)
 
 
 def tagged(store: TCPStore, **shape: Any) -> Transport:
@@ -151,6 +178,8 @@ def run_on_engine(
         transport.connect(directed_links(schedule))
         held = [stage for stage, ranks in enumerate(schedule.placement) if stage and rank in ranks]
         stages = {stage: Stage(stage, {stage: Block(stage)}, CPU) for stage in held}
+        for stage in stages.values():
+            stage.driver_side = Senders(schedule, drivers)
         executor = Executor(transport, stages, CPU, drivers.get(rank))
         executor.run(compile_program(schedule, rank), set(range(schedule.num_microbatches)), feeds[rank])
         gradients[rank] = {stage: stages[stage].blocks[stage].weight.grad for stage in held}
@@ -171,7 +200,7 @@ def check(schedule: Schedule, make: Callable[..., Transport] = tagged) -> None:
         leaf = inputs[microbatch].clone().requires_grad_()
         hidden = leaf
         for stage in path.stages:
-            hidden = blocks[stage](hidden)
+            hidden = blocks[stage](hidden, leaf.sum(0))
         loss = hidden.pow(2).mean()
         torch.testing.assert_close(drivers[path.driver].losses[microbatch], loss.detach())
         if schedule.backward:

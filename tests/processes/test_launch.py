@@ -79,6 +79,14 @@ def test_two_drivers_skip_the_same_steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hosts", [[], ["hosts"]], ids=["", "hosts"])
+def test_gradients_of_side_inputs_go_to_the_driver_that_they_come_from(hosts: list[str]) -> None:
+    expected, results = run(plain(0, 2, "conditioned")), run(plain(3, 2, "conditioned", *hosts))
+    for rank in (0, 1):
+        assert losses(results, rank) == pytest.approx(losses(expected, rank), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_two_drivers_change_their_paths_together(data_parallel: list[dict]) -> None:
     results = run(plain(6, 2, "balanced"))
     for rank in (0, 1):
