@@ -138,7 +138,7 @@ class StepCheck:
     def _expected(self) -> StepEvidence:
         """Take the step in one process: in double precision if the module can, where rounding hides nothing."""
         own = self._options.get("precision", "32-true")
-        for precision in dict.fromkeys(("64-true", own)) if "true" in str(own) else (own,):
+        for precision in dict.fromkeys(("64-true", own) if "true" in str(own) else ("64-true", "32-true", own)):
             self._options["precision"] = precision
             try:
                 return self._step(None)

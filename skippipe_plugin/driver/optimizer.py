@@ -140,7 +140,8 @@ class RemoteOptimizer:
             self._local() if local is None else local, norm_type, stepped=local is None
         )
         local = self._local() if local is None else local
-        scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        ratio = max_norm / (norm + 1e-6)
+        scale = 1.0 if ratio > 1.0 else ratio  # as torch.nn.utils.clip_grad_norm_: what is no number is none afterwards
         gradients.clip(local, scale=scale, value=None)
         self._pipeline.gradients.clip_later(scale=scale)
         return norm

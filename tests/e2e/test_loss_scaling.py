@@ -22,6 +22,7 @@ from torch.optim import SGD, AdamW
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.errors import SkipPipeError
 
+from . import test_recovery_accumulation as window
 from .models import Block, Transformer, tokens
 from .modules import BATCH, STEPS, LanguageModel, loader, momentum
 from .support import DEVICE, Run, assert_same_run, train
@@ -266,6 +267,33 @@ def test_a_lost_worker_changes_nothing(hook: str, batch: int) -> None:
     found = fit(5, {"replicas": 2}, make=delicate, callbacks=callbacks, **OPTIONS["norm"])
     assert len(recovery.events) == 1
     assert_same(found, plain("norm"))
+
+
+class Reading(Callback):
+    """Reads weights of a block before a step: where its worker was lost by then, it is replaced there."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        module.model.blocks[2].norm1.weight.sum().item()
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        pytest.param("on_before_backward", marks=pytest.mark.slow),
+        pytest.param("on_train_batch_start", marks=pytest.mark.slow),
+        "on_before_optimizer_step",
+    ],
+)
+def test_what_a_lost_stage_had_accumulated_is_scaled_and_unscaled_again(hook: str) -> None:
+    """Blocks are alike, so that the average of two is what the lost stage was."""
+    recovery = StageRecovery(rule="mean", lr_factor=1.0)
+    at = At(hook, 1 if hook == "on_before_optimizer_step" else window.WINDOW, kill(2))
+    options: dict[str, Any] = {"optimizer": window.adamw, "gradient_clip_val": 0.05}
+    found = window.run(at, Reading(), recovery=recovery, plugins=half(init_scale=2.0**12), **options)
+    expected = window.run(plugins=half(init_scale=2.0**12), **options)
+    assert recovery.events[0].batches_repeated >= window.WINDOW - 2
+    window.assert_equal(found, expected)
+    assert scaler_of(found.trainer).state_dict() == scaler_of(expected.trainer).state_dict()
 
 
 def test_a_scaler_is_the_users_own_again() -> None:

@@ -72,6 +72,12 @@ def test_settings_agree(strategy: dict[str, Any]) -> None:
     assert _check(_language_model(), tokens(BATCH), strategy, gradient_clip_val=0.1).largest < 1e-7
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_is_no_difference(precision: str) -> None:
+    """It rounds otherwise for a microbatch than for a batch; the step is compared without."""
+    assert _check(_language_model(), tokens(BATCH), precision=precision).largest < 1e-7
+
+
 def test_the_module_and_the_random_state_stay_as_they_are() -> None:
     module = _language_model(dropout=0.3)
     state, draws = copy.deepcopy(module.state_dict()), torch.get_rng_state()

@@ -122,6 +122,20 @@ def weights(module: Looking) -> None:
     module.seen.append(float(module.blocks[2].linear.weight.detach().norm()))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_no_number_is_clipped_by_as_in_one_process(value: float) -> None:
+    def spoil(module: Any) -> None:
+        module.blocks[1].linear.weight.grad[0, 0] = value
+
+    runs = [
+        train(lambda: Looking("on_after_backward", spoil), loader(points(8)), n, max_steps=1, gradient_clip_val=0.1)
+        for n in (3, 1)
+    ]
+    for name, expected in runs[1].weights.items():
+        torch.testing.assert_close(runs[0].weights[name], expected, equal_nan=True)
+    assert runs[1].weights["head.weight"].isnan().all() == (value != float("inf"))
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("settings", [{}, {"driver_stage": True}], ids=str)
 @pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step"])
