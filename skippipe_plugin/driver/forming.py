@@ -103,8 +103,8 @@ class Forming:
             if self.layout.num_drivers > 1:
                 transport.form_subgroup(_DRIVERS, self.layout.drivers)
             transport.connect(directed_links(*self.formation.schedules.values()))
-        except GenerationAborted:
-            self._links.raise_cause()
+        except GenerationAborted as error:
+            self._links.raise_cause(error.ranks)
             raise
         self._links.expect_all(Ready)
         transport.leave_store()
@@ -158,7 +158,11 @@ class Forming:
     def sum_over_drivers(self, tensor: Tensor) -> None:
         """Add up a tensor of each driver's, in place."""
         assert self.transport is not None, "drivers meet in a generation"
-        self.transport.all_reduce(tensor, _DRIVERS)
+        try:
+            self.transport.all_reduce(tensor, _DRIVERS)
+        except GenerationAborted as error:
+            self._links.raise_cause(error.ranks)
+            raise
 
     # ------------------------------------------------------ the next formation
 

@@ -20,11 +20,13 @@ from ..engine.channel import Channel, ChannelClosed, ChannelError
 from ..engine.control.answers import Failed, NormPowers, SideGradients, Tapped, Warmed
 from ..engine.control.codec import Control, Received
 from ..engine.control.line import to_worker
-from ..engine.control.presence import Beat, Exit, Leave, Refuse
+from ..engine.control.presence import AskProgress, Beat, Exit, Leave, Progress, Refuse
 from ..engine.device import NOWHERE, Place
 from ..engine.device_errors import is_lasting
-from ..engine.errors import ConnectionsBroken, StageLostError, unpack_exception
+from ..engine.errors import StageLostError, unpack_exception
+from ..engine.traffic import Transfer
 from ..engine.waiting import Waiting
+from .breaks import Breaks
 from .keepers import keepers_among
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ class Link:
         self._sign = Beat()
         """The worker's last answer to a question for a sign of life."""
         self._sign_s = 0.0
+        self._progress: Progress | None = None
+        """What it has said to the last question for its progress."""
         self._channel = channel
         self.host, self.is_local = channel.peer.rpartition(":")[0], channel.is_local
         """The address of the worker's host, and whether this is it, as far as addresses tell."""
@@ -290,6 +294,17 @@ class Link:
         is_fresh = self._asked_s is not None and self._sign_s >= self._asked_s and not self._unanswered
         return self._sign.turn if is_fresh and self._sign.is_quiet and not self.gone else 0
 
+    def ask_progress(self, transfers: Sequence[Transfer]) -> None:
+        """Ask what the worker waits for, and whether it has begun these transfers; :meth:`progress` has the answer."""
+        self._progress = None
+        with contextlib.suppress(ChannelClosed):  # the reader sees that too
+            self._line.send_if_free(AskProgress(transfers))
+
+    def progress(self) -> Progress | None:
+        """Return, once, what the worker has said to the last question for its progress; None: nothing has come."""
+        progress, self._progress = self._progress, None
+        return None if self.gone else progress
+
     def give_up(self, how_lost: str, detail: str = "") -> None:
         """Count the worker as lost, and tell it so if it can still hear that."""
         self.how_lost = how_lost
@@ -315,6 +330,8 @@ class Link:
             match received.body:
                 case Beat():
                     self._sign, self._sign_s = received.body, time.monotonic()
+                case Progress():
+                    self._progress = received.body
                 case Leave():
                     self.leaving = True
                 case Warmed():
@@ -360,13 +377,12 @@ class Links:
         self._links: dict[int, Link] = {}
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
-        self._saw_break: list[str] = []
-        """Who has reported that a connection of this generation broke, in order."""
         self._broken = threading.Event()
         self._named = threading.Event()
         self.generation = -1
         self.waiting = Waiting()
         """Entered while this driver waits for a worker, by whatever carries its answer."""
+        self._breaks = Breaks(self.waiting, self._name_of)
         self.recovering = False
         """Whether somebody replaces lost workers: then what comes after a step goes on without them."""
         self.on_failure: Callable[[], None] = lambda: None
@@ -456,18 +472,18 @@ class Links:
         if not self._broken.is_set():
             return
         # Survivors see a closed connection before its cause is known; the cause is what the user must read.
-        if not self._named.is_set():
+        if not self._named.is_set() and not self._breaks.are_found:
             self._await_cause()
-        failure = self._failure or self._broken_connections()
+        failure = self._failure or self._breaks.error()
         failure.__suppress_context__ = True  # the closed connection that it was found by explains nothing
         raise failure
 
-    def raise_cause(self) -> None:
-        """Raise what has broken a connection that this rank itself saw break; return if it is not found in time."""
+    def raise_cause(self, awaited: Sequence[int] = ()) -> None:
+        """Raise what has broken a connection that this rank itself saw break, as it was waiting for some ranks."""
         if not self._broken.is_set():
             self._await_cause()
-            if self.recovering and not self._broken.is_set():
-                raise self._broken_connections()
+            if not self._broken.is_set():
+                raise self._breaks.error(awaited)
         self.check()
 
     def _await_cause(self) -> None:
@@ -491,12 +507,6 @@ class Links:
             for link in links:
                 link.prod()
 
-    def _broken_connections(self) -> ConnectionsBroken:
-        """Say whose connections broke though all live."""
-        with self._lock:
-            ends = " and ".join([*dict.fromkeys(self._saw_break)][:2]) or "the driver and a worker"
-        return ConnectionsBroken(f"a connection of {ends} broke, but no worker ended: was it reset on its way?")
-
     def report_lost(self, link: Link) -> None:
         """Note that a worker is gone."""
         stage = link.stages[0] if link.stages else "of nobody"  # idle workers hold none
@@ -510,8 +520,7 @@ class Links:
     def report_error(self, link: Link, failed: Failed) -> None:
         """Note a worker's exception; an aborted generation is only the echo of somebody else's failure."""
         if failed.aborted:
-            with self._lock:
-                self._saw_break.append(str(link))
+            self._breaks.note(link.rank, failed)
             self._fail(None)
         else:
             self._fail(_error_of(failed, link))
@@ -520,6 +529,15 @@ class Links:
         """Note that in this generation all wait for each other, and what they wait for is lost."""
         if generation == self.generation and not self.failed:
             self._fail(None)
+
+    def report_dead_link(self, generation: int, sender: int, waiting: int) -> None:
+        """Note that in this generation one rank waits for what another one has sent, and nothing moves."""
+        if generation == self.generation and not self.failed:
+            self._breaks.note_dead(sender, waiting)
+            self._fail(None)
+
+    def _name_of(self, rank: int) -> str | None:
+        return str(self._links[rank]) if rank in self._links else None
 
     def tell_survivors(self, body: Control) -> None:
         """Send a message to every worker that is still there."""
@@ -533,7 +551,7 @@ class Links:
         with self._lock:
             self.generation = generation
             self._failure = None
-            self._saw_break.clear()
+            self._breaks = Breaks(self.waiting, self._name_of)
             self._broken.clear()
             self._named.clear()
         for link in self._links.values():

@@ -324,9 +324,13 @@ class Pipeline:
         self.heal()
         transport = self._forming.transport
         assert transport is not None
-        if self.leads:
-            self.links.broadcast(MeasureLinks(num_bytes))
-        return measured_network(transport, self.links, num_bytes, self.layout.size)
+        try:
+            if self.leads:
+                self.links.broadcast(MeasureLinks(num_bytes))
+            return measured_network(transport, self.links, num_bytes, self.layout.size)
+        except GenerationAborted as error:
+            self._give_up(error)
+            raise
 
     @property
     def forms(self) -> Sequence[TensorSpec]:
@@ -555,7 +559,7 @@ class Pipeline:
         """Abort the step; when it broke because of a worker, raise that worker's failure instead."""
         self.abort()
         if isinstance(error, GenerationAborted):
-            self.links.raise_cause()
+            self.links.raise_cause(error.ranks)
 
     def _anybody(self, live: Sequence[int]) -> bool:
         """Whether any driver still has functions that wait for the blocks: all take part in every round."""

@@ -35,9 +35,9 @@ def repeating(pipeline: Pipeline, batch: Batch) -> Iterator[None]:
             yield
         if pipeline.whole_schedules[_TRAINING] is not usual:
             pipeline.use_schedule(_TRAINING, usual)
-    except GenerationAborted:
+    except GenerationAborted as error:
         pipeline.abort()
-        pipeline.links.raise_cause()
+        pipeline.links.raise_cause(error.ranks)
         raise
     finally:
         undo()

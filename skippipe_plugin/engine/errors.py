@@ -27,7 +27,16 @@ class StageLostError(SkipPipeError):
 
 
 class GenerationAborted(SkipPipeError):
-    """The groups of this generation were closed under a running operation; the cause is raised by their owner."""
+    """The groups of this generation were closed under a running operation; the cause is raised by their owner.
+
+    Args:
+        text: What is known here.
+        ranks: Who was waited for.
+    """
+
+    def __init__(self, text: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(text)
+        self.ranks = ranks
 
 
 class ConnectionsBroken(SkipPipeError):

@@ -143,13 +143,16 @@ class PairTransport(Transport):
         if data.numel():
             group = self._groups[_name(self.rank, destination)]
             self._sends.append((self._start(lambda: group.send([data], _DESTINATION, 0)), data))
+            self._traffic.send(destination, 0)
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Issue the receive of the link's next message."""
         buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
         group = self._groups[_name(source, self.rank)]
         work = self._start(lambda: group.recv([buffer], _SOURCE, 0)) if buffer.numel() else None
-        return PendingTensor(work, buffer, device, self._waiting)
+        is_seen = work is not None and self._backend == "gloo"  # nobody can tell whether bytes move under NCCL
+        awaited = self._traffic.receive(source, 0) if is_seen else None
+        return PendingTensor(work, buffer, device, self._waiting, awaited)
 
     def end_step(self) -> None:
         """Wait until every send of this step has been taken, as far as who waits can be woken: under NCCL."""
@@ -170,7 +173,7 @@ class PairTransport(Transport):
         return ProcessGroupNCCL(store, rank, size, options)
 
     def _form_gloo(self, store: Store, rank: int, size: int) -> Gloo:
-        return form_gloo(store, rank, size, self._host)
+        return form_gloo(store, rank, size, self._host, self._traffic.connections)
 
 
 def transport_for(

@@ -10,7 +10,7 @@ import contextlib
 import socket
 from collections.abc import Iterator, Mapping
 
-from .own_files import open_files, sockets_among
+from .own_files import OpenFile, open_files, sockets_among
 
 
 def set_signs_of_life(connection: socket.socket, options: Mapping[str, int]) -> None:
@@ -22,17 +22,22 @@ def set_signs_of_life(connection: socket.socket, options: Mapping[str, int]) -> 
 
 
 @contextlib.contextmanager
-def silence_ends_after(seconds: float) -> Iterator[None]:
-    """Let every TCP connection that this process makes meanwhile break when what it sends stays untaken for so long."""
-    before = open_files()
-    yield
+def silence_ends_after(seconds: float) -> Iterator[set[OpenFile]]:
+    """Let every TCP connection that this process makes meanwhile break when what it sends stays untaken for so long.
+
+    Yields what afterwards holds these connections.
+    """
+    before, made = open_files(), set[OpenFile]()
+    yield made
     options = {
         "TCP_USER_TIMEOUT": int(seconds * 1000),
         # Who only receives has nothing untaken: it must ask.
         "TCP_KEEPIDLE": max(1, int(seconds / 3)),
         "TCP_KEEPINTVL": max(1, int(seconds / 5)),
     }
-    for _, copy in sockets_among(open_files() - before):
+    fresh = {file.number: file for file in open_files() - before}
+    for number, copy in sockets_among(fresh.values()):
         if copy.type == socket.SOCK_STREAM and copy.family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):  # reset by now
                 set_signs_of_life(copy, options)
+            made.add(fresh[number])

@@ -23,9 +23,11 @@ from .c10d import Gloo, ProcessGroupGloo, Store, Work
 from .device import HOST
 from .errors import GenerationAborted
 from .gloo_door import open_device
+from .own_files import OpenFile
 from .rendezvous import AbortableStore
 from .silence import silence_ends_after
 from .staging import Staging
+from .traffic import Awaited, Traffic
 from .waiting import Waiting
 
 _FORMING = timedelta(seconds=30)
@@ -82,7 +84,7 @@ def from_bytes(data: Tensor, spec: TensorSpec) -> Tensor:
 class PendingTensor:
     """A posted receive."""
 
-    __slots__ = ("_buffer", "_device", "_sent", "_staging", "_waiting", "_work")
+    __slots__ = ("_awaited", "_buffer", "_device", "_sent", "_staging", "_waiting", "_work")
 
     def __init__(
         self,
@@ -90,11 +92,12 @@ class PendingTensor:
         buffer: Tensor,
         device: torch.device,
         waiting: Waiting,
+        awaited: Awaited | None = None,
         sent: Tensor | None = None,
         staging: Staging | None = None,
     ) -> None:
         self._work: Work | Collective | None = work
-        self._buffer, self._device, self._waiting = buffer, device, waiting
+        self._buffer, self._device, self._waiting, self._awaited = buffer, device, waiting, awaited
         self._sent = sent  # kept alive until all is here
         self._staging = staging  # which has lent the buffer
 
@@ -113,8 +116,8 @@ class PendingTensor:
 
     def _arrived(self) -> Tensor:
         if self._work is not None:
-            with self._waiting:
-                _wait(self._work)
+            with self._waiting.on(self._awaited):
+                _wait(self._work, self._awaited)
         self._sent = self._work = None
         return self._buffer
 
@@ -185,6 +188,7 @@ class Transport:
         self.rank = rank
         self.device = device
         self._waiting = waiting or Waiting()
+        self._traffic = self._waiting.traffic = Traffic(rank, generation)
         self.members = tuple(members)
         self.generation = generation
         self._index = {member: index for index, member in enumerate(self.members)}
@@ -194,6 +198,8 @@ class Transport:
         self._stores: list[AbortableStore] = []
         self._host = host
         self._groups: dict[str, Gloo] = {}
+        self._company: dict[str, tuple[int, ...]] = {}
+        """Who is in each subgroup."""
         self._sends: list[tuple[Work, Tensor]] = []
         self._staging: Staging | None = None
         """How tensors of this rank's device come to the host and back."""
@@ -254,6 +260,7 @@ class Transport:
     def _post(self, destination: int, tag: int, data: Tensor) -> None:
         group, member = self._groups[_ALL], self._index[destination]
         self._sends.append((self._start(lambda: group.send([data], member, tag)), data))
+        self._traffic.send(destination, tag)
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Post a receive for a tensor of exactly ``spec``."""
@@ -263,20 +270,21 @@ class Transport:
         room = None if staging is None else staging.room(spec.shape, spec.dtype)
         buffer = torch.empty(spec.shape, dtype=spec.dtype) if room is None else room
         group, member = self._groups[_ALL], self._index[source]
-        work = self._start(lambda: group.recv([buffer], member, tag))
-        return PendingTensor(work, buffer, device, self._waiting, staging=None if room is None else staging)
+        work, awaited = self._start(lambda: group.recv([buffer], member, tag)), self._traffic.receive(source, tag)
+        return PendingTensor(work, buffer, device, self._waiting, awaited, staging=None if room is None else staging)
 
     def send_aside(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send a small host tensor that is none of the schedule's, whatever carries those."""
         group, member = self._groups[_ALL], self._index[destination]
         self._sends.append((self._start(lambda: group.send([tensor], member, tag)), tensor))
+        self._traffic.send(destination, tag)
 
     def receive_aside(self, length: int, source: int, tag: int) -> PendingTensor:
         """Post a receive for what :meth:`send_aside` sends, ``length`` int64."""
         buffer = torch.empty(length, dtype=torch.int64)
         group, member = self._groups[_ALL], self._index[source]
-        work = self._start(lambda: group.recv([buffer], member, tag))
-        return PendingTensor(work, buffer, buffer.device, self._waiting)
+        work, awaited = self._start(lambda: group.recv([buffer], member, tag)), self._traffic.receive(source, tag)
+        return PendingTensor(work, buffer, buffer.device, self._waiting, awaited)
 
     def end_step(self) -> None:
         """Make sure that this rank's part of a step is over, where starting an operation does not say so."""
@@ -303,13 +311,15 @@ class Transport:
     def form_subgroup(self, name: str, ranks: Sequence[int]) -> None:
         """Form a group of ``ranks`` for :meth:`all_reduce`; every member calls this in the same order."""
         self._connect(name, ranks)
+        self._company[name] = tuple(ranks)
 
     def all_reduce(self, tensor: Tensor, name: str) -> None:
         """Sum the host tensor ``tensor`` in place over the subgroup ``name``."""
         group = self._groups[name]
         work = Collective(self._start(lambda: group.allreduce([tensor])), group, self._aborted)
-        with self._waiting:
-            _wait(work)
+        awaited = self._traffic.meet(name, self._company[name])
+        with self._waiting.on(awaited):
+            _wait(work, awaited)
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> PendingTensor:
         """Begin to exchange rows [rows, ...] within the subgroup ``name``: by member, how many go and how many come."""
@@ -317,7 +327,8 @@ class Transport:
         buffer = data.new_empty(sum(receive), *data.shape[1:])
         group = self._groups[name]
         work = self._start(lambda: group.alltoall_base(buffer, data, list(receive), list(send)))
-        return PendingTensor(Collective(work, group, self._aborted), buffer, rows.device, self._waiting, data)
+        awaited = self._traffic.meet(name, self._company[name])
+        return PendingTensor(Collective(work, group, self._aborted), buffer, rows.device, self._waiting, awaited, data)
 
     def poison(self) -> None:
         """Wake every operation of this generation, from any thread; the groups are useless afterwards.
@@ -350,7 +361,7 @@ class Transport:
         store = AbortableStore(self._store, f"generation/{self.generation}/{name}/{attempt}/", self._aborted)
         self._stores.append(store)
         index, formed = list(ranks).index(self.rank), _Outcome()
-        form = form or functools.partial(form_gloo, host=self._host)
+        form = form or functools.partial(form_gloo, host=self._host, made=self._traffic.connections)
         thread = threading.Thread(
             target=formed.run,
             args=(lambda: form(store, index, len(ranks)),),
@@ -398,23 +409,24 @@ class _Outcome:
         return self._group
 
 
-def _wait(work: Work | Collective) -> None:
+def _wait(work: Work | Collective, awaited: Awaited | None = None) -> None:
     try:
         work.wait(FOREVER)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as error:
-        raise GenerationAborted(str(error)) from error
+        raise GenerationAborted(str(error), () if awaited is None else tuple(awaited.ranks)) from error
 
 
-def form_gloo(store: Store, rank: int, size: int, host: str) -> Gloo:
-    """Form a gloo group, bound to ``host``."""
+def form_gloo(store: Store, rank: int, size: int, host: str, made: set[OpenFile]) -> Gloo:
+    """Form a gloo group, bound to ``host``; add its connections to those that were ``made``."""
     device, door = open_device(host)
     options = ProcessGroupGloo._Options()
     options._devices = [device]
     options._timeout = _FORMING
-    with silence_ends_after(_SILENT_S):
+    with silence_ends_after(_SILENT_S) as connections:
         group = ProcessGroupGloo(store, rank, size, options)
+    made |= connections
     if door is not None:
         door.shut()
     group._set_default_timeout(FOREVER)

@@ -10,9 +10,12 @@ import contextlib
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Final
 
+from .control.presence import Progress
 from .own_files import open_files, sockets_among
+from .traffic import Awaited, Traffic, Transfer
 
 _UNREAD: Final = 0x541B
 _UNTAKEN: Final = 0x5411
@@ -30,6 +33,26 @@ class Waiting:
         self._count = 0
         self.turn = 0
         """The how-many-eth time it waits; 0 while it does not."""
+        self.traffic: Traffic | None = None
+        """Of the generation at present."""
+        self._awaited: Awaited | None = None
+
+    def on(self, awaited: Awaited | None) -> Waiting:
+        """Say what is waited for, by who enters this at once."""
+        if threading.get_ident() == self._owner:
+            self._awaited = awaited
+        return self
+
+    def progress(self, asked: Sequence[Transfer] = ()) -> Progress:
+        """Say what is waited for, whether bytes move meanwhile, and which of the transfers this rank has begun."""
+        awaited, traffic = self._awaited, self.traffic
+        turn = self.turn
+        if traffic is None:
+            return Progress(turn)
+        begun = [transfer for transfer in asked if traffic.has_begun(transfer)]
+        if not turn or awaited is None:
+            return Progress(turn, begun=begun)
+        return Progress(turn, awaited.transfer, awaited.ranks, traffic.num_moved(), begun)
 
     def is_quiet(self) -> bool:
         """Whether it waits and nothing is on its way to or from this process."""
@@ -43,6 +66,7 @@ class Waiting:
     def __exit__(self, *_: object) -> None:
         if threading.get_ident() == self._owner:
             self.turn = 0
+            self._awaited = None
 
 
 def nothing_is_under_way() -> bool:

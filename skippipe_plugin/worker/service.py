@@ -27,7 +27,7 @@ from ..engine.control.codec import Control, Received
 from ..engine.control.handlers import Handlers
 from ..engine.control.keeping import Drop, EndRun, Settle
 from ..engine.control.line import to_driver
-from ..engine.control.presence import Beat, Exit, Hello, Leave, Outlive, Refuse, Release
+from ..engine.control.presence import AskProgress, Beat, Exit, Hello, Leave, Outlive, Refuse, Release
 from ..engine.control.values import Opening
 from ..engine.device import make_current
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
@@ -97,7 +97,8 @@ class Worker:
         self._asked: tuple[int, int] = (0, -1)
         """Who sent the command under way, and its number on that one's channel."""
         self._given_up = -1
-        """The last generation that the driver has given up."""
+        """The last generation that a driver has given up."""
+        self._given_up_by = -1
         self._step = -1
         self._steps: dict[int, commands.Step] = {}
         self._order = DriversOrder(lambda: self._steps)
@@ -242,6 +243,10 @@ class Worker:
                     with contextlib.suppress(ChannelClosed):
                         line.send_if_free(Beat(self._waiting.turn, self._waiting.is_quiet()))
                     continue
+                case AskProgress(transfers):
+                    with contextlib.suppress(ChannelClosed):
+                        line.send_if_free(self._waiting.progress(transfers))
+                    continue
                 case Outlive() as where:  # it joined by hand; this may come in the middle of a step
                     self.next_driver, self._outlives = where, True
                     continue
@@ -249,6 +254,7 @@ class Worker:
                     self._refusal = reason
                     continue  # the end of the channel follows
                 case commands.Abort(generation):
+                    self._given_up_by = source
                     self._abort(generation)
                 case Exit() if source > 0:
                     return  # a further driver ends before the first: nothing to do for it any more
@@ -303,8 +309,14 @@ class Worker:
         self._holdings.give_up_step()
         self._tallies.close()
         packed, text = pack_exception(error)
+        awaited, by = -1, -1
+        if isinstance(error, GenerationAborted):
+            if self._given_up >= self._generation:
+                by = self._given_up_by
+            elif self._transport is not None and not self._transport.is_aborted:
+                awaited = next(iter(error.ranks), -1)
         with contextlib.suppress(ChannelClosed):  # the reader of that channel reports it
-            self._answer(answers.Failed(aborted, text, packed))
+            self._answer(answers.Failed(aborted, text, awaited, by, packed))
 
     def _answer(self, body: Control) -> None:
         """Answer the command under way such that all drivers know."""

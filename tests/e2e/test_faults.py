@@ -1,7 +1,9 @@
 """Faults beside a worker that dies: a full disk, a worker that sleeps and wakes up."""
 
 import functools
+import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.transport import Transport
 from skippipe_plugin.model import spread
 from skippipe_plugin.testing import At as Moment
-from skippipe_plugin.testing import FillDisk, Injector, Phase, Stop
+from skippipe_plugin.testing import Cut, FillDisk, Injector, Phase, Stop
 from skippipe_plugin.worker import WorkerProcesses
 
 from .support import Run, assert_same_losses, assert_same_weights
@@ -84,15 +86,18 @@ def test_a_paused_worker_is_an_error_that_names_it_where_nobody_is_replaced(
 
 
 class Forgetful:
-    """A transport's ``send`` that forgets one message of the driver, as gloo may where a connection breaks."""
+    """A way to send of a transport that forgets one message of the driver, as gloo may where a connection breaks."""
 
     def __init__(self, nth: int) -> None:
-        self.count, self.nth, self.usual = 0, nth, Transport.send
+        self.count, self.nth, self.usual = 0, nth, Transport._post
 
     def __call__(self, transport: Transport, *message: Any) -> None:
         self.count += 1
         if self.count != self.nth:
             self.usual(transport, *message)
+        else:
+            destination, tag, _ = message
+            transport._traffic.send(destination, tag)
 
     def __get__(self, transport: Any, _: Any = None) -> Any:
         return functools.partial(self, transport)
@@ -105,11 +110,11 @@ def test_a_message_that_is_lost_while_all_live(
 ) -> None:
     """Nobody notices by himself: all wait for each other, and nothing is on its way."""
     expected, _ = run()
-    monkeypatch.setattr(Transport, "send", forgetful := Forgetful(nth))
+    monkeypatch.setattr(Transport, "_post", forgetful := Forgetful(nth))
     result, recovery = run(recovery=StageRecovery(spares=0, heartbeat_s=1.0))
     assert forgetful.count > nth
     assert not recovery.events
-    assert caplog.text.count("nothing is on its way: a message is lost") == 1
+    assert len(re.findall(r"nothing comes from the driver to worker rank \d .* was a message lost\?", caplog.text)) == 1
     assert_same_losses(result.losses, expected.losses)
     assert_same_weights(result.weights, expected.weights)
     assert_counted(result)
@@ -118,6 +123,26 @@ def test_a_message_that_is_lost_while_all_live(
 @pytest.mark.timeout(120)
 def test_a_message_that_is_lost_is_an_error_where_nobody_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spread, "_SILENT_S", 1.0)
-    monkeypatch.setattr(Transport, "send", Forgetful(9))
-    with pytest.raises(SkipPipeError, match="broke, but no worker ended"):
+    monkeypatch.setattr(Transport, "_post", Forgetful(9))
+    with pytest.raises(SkipPipeError, match=r"nothing comes from the driver to worker rank 1 \(stage 1\)"):
         run()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("between", [(1, 2), (0, 3)], ids=["workers", "driver"])
+def test_a_cut_between_the_living_is_found_within_seconds(
+    between: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is told of it, and both ends answer their driver: no byte moves, though one waits for what was sent."""
+    expected, _ = run()
+    with Injector(Cut(Moment(Phase.TRAINING, step=3, action="0F2"), between, connections="data")) as injector:
+        result, recovery = run(recovery=StageRecovery(spares=0, heartbeat_s=4.0))
+        took_s = time.monotonic() - injector._armed_s - injector.report[0].seconds
+    assert injector.num_done == 1
+    assert took_s < 10, "the system would have found it after 15 s"
+    assert not recovery.events
+    first, second = ("the driver" if rank == 0 else rf"worker rank {rank} \(stage {rank}\)" for rank in between)
+    assert re.search(rf"nothing comes from ({first} to {second}|{second} to {first}), though both live", caplog.text)
+    assert_same_losses(result.losses, expected.losses)
+    assert_same_weights(result.weights, expected.weights)
+    assert_counted(result)

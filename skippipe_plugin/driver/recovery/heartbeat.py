@@ -1,6 +1,7 @@
 """Signs of life: finds workers that are paused, cut off or hung, whose connection never breaks by itself.
 
-And messages that were lost while all live: then all wait for each other, and nothing is on its way.
+And links that are cut, or have lost a message, while all live: one end waits for what the other one has sent, and no
+byte moves (:mod:`.dead_links`); or all wait for each other, and nothing is on its way.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
 from ...engine.waiting import nothing_is_under_way
 from ..links import ALL_SILENT_S, Link, Links
+from .dead_links import DeadLink, DeadLinks
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,12 @@ _TOLD_AFTER: Final = 3
 """After so many of them the user is told who is waited for."""
 _STALLED_AFTER: Final = 3
 """After so many of them, in each of which all waited for what they waited for before, a message counts as lost."""
+
+
+_LOOK_S: Final = 0.5
+"""How often it is looked whether bytes move, while this driver waits for something that has not come at once."""
+_DEAD_S: Final = (2.0, 12.0)
+"""For how long none may at least and at most; later the system itself would end the connection."""
 
 
 class Stall:
@@ -64,6 +73,11 @@ class Heartbeat:
         self._is_only_driver = is_only_driver
         self._limit_s = limit_s
         self._since_s = limit_s * _TOLD_AFTER / _QUESTIONS
+        self._beat_s = limit_s / _QUESTIONS
+        self._look_s = min(_LOOK_S, self._beat_s / 2)
+        dead_s = min(max(limit_s / 2, _DEAD_S[0]), _DEAD_S[1])
+        self._dead_links = DeadLinks(math.ceil(dead_s * (1 / self._look_s - 1 / self._beat_s)))
+        self._turn = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._ask, name="heartbeat", daemon=True)
         self._thread.start()
@@ -73,15 +87,43 @@ class Heartbeat:
         self._over.set()
         self._thread.join()
 
+    def _look(self, links: list[Link], *, may_ask: bool) -> None:
+        """Look whether bytes move, where this driver has waited since the last time: others are asked only then."""
+        own, generation = self._links.waiting, self._links.generation
+        turn, self._turn = self._turn, own.turn
+        if not turn or turn != own.turn or own.traffic is None:
+            self._dead_links.forget()
+            return
+        rank = own.traffic.rank
+        said = {link.rank: progress for link in links if (progress := link.progress()) is not None}
+        said[rank] = own.progress(self._dead_links.transfers_of(rank))
+        dead = self._dead_links.look(said)
+        if dead is not None:
+            self._report(generation, dead)
+            self._dead_links.forget()
+        for link in links if may_ask else ():
+            link.ask_progress(self._dead_links.transfers_of(link.rank))
+
+    def _report(self, generation: int, dead: DeadLink | None) -> None:
+        if dead is None:
+            self._links.report_stall(generation)
+        else:
+            self._links.report_dead_link(generation, dead.sender, dead.waiting)
+
     def _ask(self) -> None:
-        told, stall = False, Stall()
-        while not self._over.wait(self._limit_s / _QUESTIONS):
+        told, stall, asked_s = False, Stall(), time.monotonic()
+        while not self._over.wait(self._look_s):
             links = list(self._links)
+            may_ask = time.monotonic() - asked_s < self._beat_s - self._look_s / 2
+            self._look(links, may_ask=may_ask)
+            if may_ask:  # or whoever says whether anything is on its way would see this question
+                continue
+            asked_s = time.monotonic()
             if self._is_only_driver and stall.lasts(self._links, _STALLED_AFTER):
                 log.warning(
                     "the driver and its workers wait for each other, and nothing is on its way: a message is lost"
                 )
-                self._links.report_stall(self._links.generation)
+                self._report(self._links.generation, self._dead_links.suspect)
             all_silent = len(links) > 1 and all(link.is_silent for link in links)
             if all_silent and not told:
                 log.warning("no worker answers: waiting for %g s for the driver's own link", ALL_SILENT_S)

@@ -143,4 +143,8 @@ class Failed(Control):
 
     aborted: bool
     traceback: str
-    exception: Buffer
+    awaited: int = -1
+    """The rank whose connection broke while it was waited for, where that is known."""
+    given_up_by: int = -1
+    """The driver that has given the generation up, if one had."""
+    exception: Buffer = b""

@@ -71,11 +71,13 @@ from .keeping import (
     Summary,
 )
 from .presence import (
+    AskProgress,
     Beat,
     Exit,
     Hello,
     Leave,
     Outlive,
+    Progress,
     Refuse,
     Release,
 )
@@ -89,7 +91,7 @@ TO_WORKER: Final = Vocabulary(
         *(BuildOptimizer, PutOptimizerState, StepOptimizer, SwitchOptimizer, AskRouters, MoveExperts),
         *(Prepare, Store, Settle, AskRecords, LetGo, NoteEstimates, Drop, EndRun),
         *(AskSummary, AskRecord, GetRetained, FinishStep, Retain, Outlive),
-        *(Release, Exit, Refuse, Beat),
+        *(Release, Exit, Refuse, Beat, AskProgress),
     ],
 )
 """What a driver sends."""
@@ -98,7 +100,7 @@ TO_DRIVER: Final = Vocabulary(
     [
         *(Hello, Leave, Ready, Warmed, LinkCosts, ClockReads, Tapped, SideGradients, Done, NormPowers, Unscaled, State),
         *(Probed, PartsCompared),
-        *(RouterNews, ExpertNews, Kept, Stored, Records, Summary, OneRecord, Failed, Beat),
+        *(RouterNews, ExpertNews, Kept, Stored, Records, Summary, OneRecord, Failed, Beat, Progress),
     ],
 )
 """What a worker sends."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..channel import Buffer
 from ..device import NOWHERE, Place
+from ..traffic import Transfer
 from .codec import Control
 
 
@@ -51,6 +52,29 @@ class Beat(Control):
     """In an answer: as :attr:`skippipe_plugin.engine.waiting.Waiting.turn`."""
     is_quiet: bool = False
     """In an answer: whether nothing is on its way to or from a process that waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskProgress(Control):
+    """A question for what is waited for, and whether these transfers were begun."""
+
+    transfers: Sequence[Transfer]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Control):
+    """The answer to :class:`AskProgress`."""
+
+    turn: int
+    """As :attr:`skippipe_plugin.engine.waiting.Waiting.turn`."""
+    awaited: Transfer | None = None
+    """What it waits for, if that is one."""
+    ranks: Sequence[int] = ()
+    """Who has to begin that too."""
+    num_moved: int = 0
+    """As :meth:`skippipe_plugin.engine.traffic.Traffic.num_moved`."""
+    begun: Sequence[Transfer] = ()
+    """Those of the transfers that this rank has begun."""
 
 
 @dataclass(frozen=True, slots=True)

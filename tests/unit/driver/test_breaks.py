@@ -175,7 +175,7 @@ def test_who_is_silent_when_a_connection_breaks_is_the_cause(
     for rank, link in enumerate(pool.resting()):
         board.add(rank, [rank + 1], link)
     for channel in channels[:2]:
-        to_driver(channel).send(Failed(True, "", b""), answers=-1, generation=0)
+        to_driver(channel).send(Failed(True, ""), answers=-1, generation=0)
     with pytest.raises(StageLostError, match=r"\(stage 3\) is gone: it gave no sign of life when a connection broke"):
         board.raise_cause()
 
@@ -189,7 +189,7 @@ def test_a_driver_that_nobody_answers_blames_nobody(
     board = Links()
     for rank, link in enumerate(pool.resting()):
         board.add(rank, [rank + 1], link)
-    to_driver(channels[0]).send(Failed(True, "", b""), answers=-1, generation=0)
+    to_driver(channels[0]).send(Failed(True, ""), answers=-1, generation=0)
     begun_s = time.monotonic()
     while not board.failed and time.monotonic() - begun_s < 5:
         time.sleep(0.01)  # what it says later would be a sign of life
@@ -206,7 +206,7 @@ def test_a_break_between_the_living_is_found_at_once(pool: WorkerPool, join: Cal
     for rank, link in enumerate(pool.acquire(3)):
         board.add(rank, [rank + 1], link)
     for channel in channels[:2]:
-        to_driver(channel).send(Failed(True, "", b""), answers=-1, generation=0)
+        to_driver(channel).send(Failed(True, ""), answers=-1, generation=0)
     begun_s = time.monotonic()
     with pytest.raises(ConnectionsBroken, match=r"worker rank \d .* and worker rank \d .* broke, but no worker ended"):
         board.raise_cause()
@@ -219,7 +219,7 @@ def test_a_break_is_a_death_where_somebody_died(pool: WorkerPool, join: Callable
     board.recovering = True
     for rank, link in enumerate(pool.resting()):
         board.add(rank, [rank + 1], link)
-    to_driver(channels[0]).send(Failed(True, "", b""), answers=-1, generation=0)
+    to_driver(channels[0]).send(Failed(True, ""), answers=-1, generation=0)
     threading.Timer(0.4, channels[1].close).start()
     with pytest.raises(StageLostError, match="is gone"):
         board.raise_cause()

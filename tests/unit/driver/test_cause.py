@@ -7,7 +7,7 @@ import pytest
 from skippipe_plugin.driver import links
 from skippipe_plugin.driver.links import Link, Links
 from skippipe_plugin.engine.channel import ChannelClosed, Message
-from skippipe_plugin.engine.errors import StageLostError
+from skippipe_plugin.engine.errors import ConnectionsBroken, StageLostError
 
 
 class Peer:
@@ -44,4 +44,5 @@ def test_a_cause_that_comes_later_is_waited_for() -> None:
 
 def test_a_cause_that_never_comes_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "_CAUSE_S", 0.05)
-    Links().raise_cause()
+    with pytest.raises(ConnectionsBroken, match="a connection of the driver and driver 3 broke"):
+        Links().raise_cause((3,))

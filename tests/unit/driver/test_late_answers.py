@@ -134,7 +134,7 @@ def test_a_late_error_does_not_end_what_comes_after_it(meet: Callable[[WorkerBeh
     def answer(line: Line, received: Received) -> None:
         time.sleep(0.1)
         if received.body == question(1):
-            line.send(Failed(True, "", b""))
+            line.send(Failed(True, ""))
         elif not isinstance(received.body, Exit):
             line.send(state(received.body))
 

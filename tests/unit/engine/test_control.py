@@ -180,7 +180,7 @@ def test_messages_are_values() -> None:
         assert dataclasses.is_dataclass(kind)
         assert not hasattr(kind, "__dict__") or "__slots__" in vars(kind), kind
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Failed(True, "", b"").aborted = False  # type: ignore[misc]
+        Failed(True, "").aborted = False  # type: ignore[misc]
 
 
 def test_the_document_has_every_message() -> None:

@@ -9,11 +9,11 @@ from skippipe_plugin.engine.control.answers import Ready
 from skippipe_plugin.engine.control.commands import AskClock, Calls, Pass
 from skippipe_plugin.engine.control.handlers import Handlers
 from skippipe_plugin.engine.control.messages import TO_WORKER
-from skippipe_plugin.engine.control.presence import Beat, Exit, Outlive, Refuse, Release
+from skippipe_plugin.engine.control.presence import AskProgress, Beat, Exit, Outlive, Refuse, Release
 from skippipe_plugin.engine.handshake import SessionKeys
 from skippipe_plugin.worker import Worker
 
-ELSEWHERE = {Beat, Outlive, Refuse, Exit, Release, Pass, Calls}
+ELSEWHERE = {AskProgress, Beat, Outlive, Refuse, Exit, Release, Pass, Calls}
 """What readers, the order of drivers and the step under way take."""
 
 
