@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from ..engine.call import block_seed
 from .entrance import Entrance
 from .open_step import OpenStep
 from .spread import SpreadModel
+
+_COUNTS: Final = "another call of blocks that keep something in buffers (BatchNorm), so that none is repeated"
 
 
 class OpenCalls:
@@ -38,7 +41,9 @@ class OpenCalls:
         self._step = step
         self._repeats = repeats
         self._counts: Sequence[int] = ()
-        self._seed = self._num_steps = self._num_calls = 0
+        self._seed = self._num_steps = self._number = 0
+        self._followed: set[int] = set()
+        """The numbers of calls in a step that others with gradients have followed before their backward."""
 
     def begin(self, counts: Sequence[int], seed: int, num_steps: int) -> None:
         """Expect the calls for one batch.
@@ -48,49 +53,58 @@ class OpenCalls:
             seed: Of the randomness in the blocks.
             num_steps: The optimizer steps so far.
         """
-        self._counts, self._seed, self._num_steps, self._num_calls = counts, seed, num_steps, 0
+        self._counts, self._seed, self._num_steps, self._number = counts, seed, num_steps, 0
 
     def __call__(self, call: StackCall) -> Tensor:
         """Run the blocks, and return what they return."""
+        self._number += 1
+        seed = block_seed(self._seed, self._number)
         if not self._goes_back(call):
-            self._step.settle("a call of the blocks through which no gradient goes back")
-            task = self._task(call, training=False)
+            self._step.make_room("a call of the blocks through which no gradient goes back")
             with torch.set_grad_enabled(call.ambient.grad):
-                result: Tensor = self._spread.evaluate(task)[0]
-            return result
-        self._step.begin()
+                return self._evaluated(call, seed)
+        counts = self._spread.pipeline.proxies.writes_buffers  # in the order of the calls, each once
+        if self._step.begin(_COUNTS if counts else ""):
+            self._followed.add(self._number - 1)
         entrance = Entrance()
-        run = functools.partial(self._run, _entered(call, entrance), entrance)
-        stack = f"the stack of {self._spread.pipeline.proxies.names[0]}"
-        return self._step.hand_out(entrance, run, lambda outputs: outputs[0], what=stack, draws_on=True)  # type: ignore[no-any-return]
+        run = functools.partial(self._run, _entered(call, entrance), entrance, seed)
+        if self._number in self._followed and not counts:
+            with torch.no_grad():
+                output = self._evaluated(_without_gradients(call), seed)
+            return self._step.hand_out_later(entrance, run, output)
+        result: Tensor = self._step.hand_out(
+            entrance,
+            run,
+            lambda outputs: outputs[0],
+            what=f"the stack of {self._spread.pipeline.proxies.names[0]}",
+            draws_on=True,
+            repeats=not counts,
+        )
+        return result
 
     def _goes_back(self, call: StackCall) -> bool:
         trains = any(any(mode.requires_grad) for mode in call.modes)
         return call.ambient.grad and (trains or any(t.requires_grad for t in (call.hidden, *call.side_inputs)))
 
-    def _run(self, call: StackCall, entrance: Entrance, outside: Callable[..., None]) -> None:
-        self._spread.train(self._task(call, entrance, outside, training=True), self._num_steps)
+    def _evaluated(self, call: StackCall, seed: int) -> Tensor:
+        result: Tensor = self._spread.evaluate(self._task(call, seed, training=False))[0]
+        return result
 
-    def _task(
-        self,
-        call: StackCall,
-        entrance: Entrance | None = None,
-        outside: Callable[..., None] | None = None,
-        *,
-        training: bool,
-    ) -> WholeTask:
-        self._num_calls += 1
-        undo = _nothing if entrance is None else entrance.undone_with(_nothing)
+    def _run(self, call: StackCall, entrance: Entrance, seed: int, outside: Callable[..., None]) -> None:
+        undo = entrance.undone_with(_nothing)
+        task = self._task(call, seed, training=True, note_state=lambda: undo, outside=outside)
+        self._spread.train(task, self._num_steps)
+
+    def _task(self, call: StackCall, seed: int, *, training: bool, **options: Any) -> WholeTask:
         return WholeTask(
             function=lambda: suspend_here(call),
             loss_of=lambda _: None,
-            seed=block_seed(self._seed, self._num_calls),
+            seed=seed,
             training=training,
             name="call",
             counts=self._counts,
-            note_state=lambda: undo,
             repeats=self._repeats,
-            outside=outside,
+            **options,
         )
 
 
@@ -98,6 +112,13 @@ def _entered(call: StackCall, entrance: Entrance) -> StackCall:
     """Return the same call, as the beginning of a graph of its own."""
     (hidden, *sides), _ = entrance.enter((call.hidden, *call.side_inputs), {})
     return dataclasses.replace(call, entered=EnteredStack(hidden), beside=SideInputs(sides))
+
+
+def _without_gradients(call: StackCall) -> StackCall:
+    """Return the same call, of which only the result is wanted."""
+    sides = SideInputs([side.detach() for side in call.side_inputs])
+    ambient = dataclasses.replace(call.ambient, grad=False)
+    return dataclasses.replace(call, entered=EnteredStack(call.hidden.detach()), beside=sides, ambient=ambient)
 
 
 def _nothing() -> None:

@@ -1,12 +1,14 @@
-"""A training step of the blocks that is open: its forwards are done, and its backward comes with the user's own.
+"""Training steps of the blocks that are open: their forwards are done, and their backward comes with the user's own.
 
 What the blocks have returned starts a graph of its own. When a backward of the user's has reached it, the step goes on
-with the gradients; what has entered the blocks gets its gradient last, and that goes further back.
+with the gradients; what has entered the blocks gets its gradient last, and that goes further back. The workers wait in
+one step at a time: others, if they may be repeated, run once more when their gradients are there.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -34,20 +36,33 @@ _GIVEN_UP: Final = (
 )
 
 
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """The training call whose backward is still to come."""
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class _Call:
+    """A training call whose backward is still to come; it lives as long as the graph that it started."""
 
     entrance: Entrance
+    again: Train | None = None
+    """Runs it once more; None where it may not be repeated."""
     suspended: SuspendedStep | None = None
+    """Its step, while the workers wait in it."""
     gradients: list[Tensor | None] | None = None
     is_over: bool = False
     given_up: str = ""
     """What for, if so."""
 
+    def add(self, gradients: list[Tensor | None]) -> None:
+        """Note gradients of its outputs, which may come in parts."""
+        before = self.gradients or [None] * len(gradients)
+        pairs = zip(before, gradients, strict=True)
+        self.gradients = [new if old is None else old if new is None else old + new for old, new in pairs]
+
+    def end(self, given_up: str = "") -> None:
+        """Take no gradients any more."""
+        self.is_over, self.given_up, self.again = True, given_up, None
+
 
 class OpenStep:
-    """Holds the last training call of a model, and does what its backward asks for; there is one at a time.
+    """Holds the training calls of a model, and does what their backwards ask for.
 
     Args:
         spread: The blocks.
@@ -58,16 +73,45 @@ class OpenStep:
     def __init__(self, spread: SpreadModel, model: nn.Module, device: torch.device) -> None:
         self._spread = spread
         self._device = device
-        self._pending: _Pending | None = None
+        self._last: _Call | None = None
+        """The only one in whose step the workers may wait."""
+        self._earlier: list[weakref.ref[_Call]] = []
         self._thread: StepThread | None = None
         self._graph = LoopGraph(model)
 
     # ------------------------------------------------------------- forwards
 
-    def begin(self) -> None:
-        """Let another training call begin: the one before is over."""
-        self.settle("another call of the model")
-        self._pending = None
+    def begin(self, why: str = "") -> bool:
+        """Let another training call begin; return whether the workers had waited in one that is repeated for that.
+
+        Args:
+            why: What is said where one that may not be repeated would go back after this one.
+        """
+        waited = self.make_room(why)
+        if self._last is not None and self._last.again is not None:
+            self._earlier = [ref for ref in self._earlier if ref() is not None] + [weakref.ref(self._last)]
+        self._last = None
+        return waited
+
+    def make_room(self, why: str) -> bool:
+        """Let the workers wait in no step: what comes needs them, and ``why`` says what that is.
+
+        Returns:
+            Whether they had waited in one that is repeated when its gradients are there.
+        """
+        self.complete()
+        return self._make_room(why)
+
+    def _make_room(self, why: str) -> bool:
+        last = self._last
+        if last is None or last.suspended is None:
+            return False
+        suspended, last.suspended = last.suspended, None
+        if last.again is None:
+            last.end(why)
+        suspended.abandon()
+        self._spread.pipeline.heal()  # nobody may take what comes next for a part of the step
+        return last.again is not None
 
     def hand_out(
         self,
@@ -77,6 +121,7 @@ class OpenStep:
         *,
         what: str,
         draws_on: bool = False,
+        repeats: bool = False,
     ) -> Any:
         """Start a step that waits for the gradients of its outputs, and return these.
 
@@ -86,12 +131,13 @@ class OpenStep:
             merge: Makes one output of those of the microbatches.
             what: Names it, for errors.
             draws_on: Whether the step's code draws from the random state of the code around it.
+            repeats: Whether it may be repeated.
         """
         self._thread = self._thread or new_step_thread()
         suspended = SuspendedStep(self._thread, self._device, draws_on=draws_on)
         outputs = suspended.start(train)
         self._gradients.window.pause()
-        pending = self._pending = _Pending(entrance, suspended)
+        call = self._last = _Call(entrance, train if repeats else None, suspended)
         carrying = [tensor for output in outputs for tensor in differentiable(output)]
         if not carrying:
             self._give_up("nothing")
@@ -99,14 +145,20 @@ class OpenStep:
                 f"{what} was called for training, but nothing it returned carries a gradient; "
                 "return a loss or differentiable outputs, or call it under torch.no_grad() or after model.eval()"
             )
-        gates = iter(gated(carrying, functools.partial(self._receive, pending)))
+        gates = iter(gated(carrying, functools.partial(self._receive, call)))
         opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
         return merge(opened)
 
+    def hand_out_later(self, entrance: Entrance, train: Train, output: Tensor) -> Tensor:
+        """Return what a call has given already, whose step runs when its gradients are there."""
+        call = self._last = _Call(entrance, train)
+        [opened] = gated([output], functools.partial(self._receive, call))
+        return opened
+
     def watched(self, entrance: Entrance, loss: Tensor) -> Tensor:
         """Let a loss, whose step is over, have its place in the graph of the code around it."""
-        pending = self._pending = _Pending(entrance)
-        return watched(loss, functools.partial(self._claim, pending), entrance.tensors, entrance.take())
+        call = self._last = _Call(entrance)
+        return watched(loss, functools.partial(self._claim, call), entrance.tensors, entrance.take())
 
     # ------------------------------------------------------------ backwards
 
@@ -115,41 +167,59 @@ class OpenStep:
 
         What it adds to gradients counts with what the step that waits will add.
         """
-        pending = self._pending
-        if pending is None or pending.is_over:
-            return False
-        if inputs and comes_from(outputs, functools.partial(_belongs_to, pending)):
-            self._graph.check_inputs(outputs, inputs, pending.entrance.tensors)
-        if pending.suspended is None:
+        calls = self._open_calls()
+        if inputs and comes_from(outputs, functools.partial(_belongs_to, calls)):
+            self._graph.check_inputs(outputs, inputs, [each for call in calls for each in call.entrance.tensors])
+        waiting = [call for call in calls if call.suspended is not None or call.again is not None]
+        if not waiting:
             return False
         self._gradients.window.resume()
-        return self._graph.keeps_graph(outputs, [*pending.entrance.tensors, *pending.suspended.sources])
+        entered = [each for call in waiting for each in call.entrance.tensors]
+        sources = [each for call in waiting if call.suspended is not None for each in call.suspended.sources]
+        return self._graph.keeps_graph(outputs, [*entered, *sources])
 
     def complete(self, keep_graph: bool = False) -> None:
         """Run the backwards that the user's backward has asked for, and add their gradients."""
-        pending = self._pending
-        if pending is None or pending.suspended is None:
-            return
-        if pending.gradients is None:
+        calls = self._open_calls()
+        reached = [call for call in calls if call.gradients is not None]
+        if self._last is not None and self._last.suspended is not None and self._last.gradients is None:
             self._gradients.window.pause()
-            return
-        suspended, pending.suspended = pending.suspended, None
-        suspended.finish(pending.gradients)
+            if reached:
+                self._make_room("the backward of an earlier one")
+        for call in reversed(calls):  # the gradient of what entered one may go on through an earlier one
+            if call.gradients is not None:
+                self._finish(call)
+                call.entrance.go_back(keep_graph=keep_graph or call is not calls[0])
+
+    def _finish(self, call: _Call) -> None:
+        """Go back through one call, and add its gradients."""
+        gradients, suspended, again = call.gradients, call.suspended, call.again
+        assert gradients is not None
+        call.suspended = None
+        call.end()
+        if suspended is not None:
+            suspended.finish(gradients)
+        else:
+            assert again is not None, "a step that neither waits nor may be repeated"
+            self._thread = self._thread or new_step_thread()
+            SuspendedStep(self._thread, self._device, draws_on=True).repeat(again, gradients)
         self._gradients.merge(1.0)
-        pending.entrance.go_back(keep_graph=keep_graph)
 
     def settle(self, why: str) -> None:
-        """Let no step wait any longer: what comes needs the workers, and ``why`` says what that is."""
-        self.complete()
-        if self._give_up(why):
-            self._spread.pipeline.heal()  # nobody may take what comes next for a part of the step
+        """Let no call wait any longer: what comes changes what they were computed with, and ``why`` says what it is."""
+        self.make_room(why)
+        for call in self._open_calls():
+            if call.again is not None:
+                call.end(why)
 
     def fail(self) -> None:
-        """Drop what the last training call has left to do: a backward that has reached it failed."""
-        if self._pending is not None and self._pending.is_over:
+        """Drop what training calls have left to do: a backward that has reached one failed."""
+        if any(call.gradients is not None for call in self._open_calls()) or (
+            self._last is not None and self._last.is_over
+        ):
             self._give_up("a backward that failed")
-            self._pending = None
-        elif self._pending is not None and self._pending.suspended is not None:
+            self._last = None
+        elif self._last is not None and self._last.suspended is not None:
             self._gradients.window.pause()
 
     def close(self) -> None:
@@ -165,32 +235,40 @@ class OpenStep:
     def _gradients(self) -> GradientControl:
         return self._spread.pipeline.gradients
 
-    def _receive(self, pending: _Pending, gradients: list[Tensor | None]) -> None:
-        """The user's backward has reached the outputs."""
-        self._claim(pending)
-        pending.gradients = gradients
+    def _open_calls(self) -> list[_Call]:
+        """Return the calls whose backward is still to come, in their order."""
+        calls = [*(ref() for ref in self._earlier), self._last]
+        return [call for call in calls if call is not None and not call.is_over]
 
-    def _claim(self, pending: _Pending) -> None:
-        if pending is not self._pending:
+    def _receive(self, call: _Call, gradients: list[Tensor | None]) -> None:
+        """A backward of the user's has reached the outputs."""
+        self._check(call)
+        call.add(gradients)
+
+    def _claim(self, call: _Call) -> None:
+        """A backward of the user's has reached a loss whose step is over."""
+        self._check(call)
+        call.end()
+
+    def _check(self, call: _Call) -> None:
+        if call.given_up:
+            raise SkipPipeError(_GIVEN_UP.format(why=call.given_up))
+        if call is not self._last and all(ref() is not call for ref in self._earlier):
             raise SkipPipeError(_ONE_BACKWARD.format(which="an earlier", state="gone"))
-        if pending.given_up:
-            raise SkipPipeError(_GIVEN_UP.format(why=pending.given_up))
-        if pending.is_over:
+        if call.is_over:
             raise SkipPipeError(_ONE_BACKWARD.format(which="a", state="added already"))
-        pending.is_over = True
 
-    def _give_up(self, why: str) -> bool:
-        """Give up a step that waits, and note what for; return whether one did."""
-        pending = self._pending
-        if pending is None or pending.suspended is None:
-            return False
-        suspended, pending.suspended = pending.suspended, None
-        pending.is_over, pending.given_up = True, why
-        suspended.abandon()
-        return True
+    def _give_up(self, why: str) -> None:
+        """Give up all calls, and note what for."""
+        for call in self._open_calls():
+            suspended, call.suspended = call.suspended, None
+            call.end(why)
+            if suspended is not None:
+                suspended.abandon()
+        self._earlier.clear()
 
 
-def _belongs_to(pending: _Pending, node: Any) -> bool:  # Any: a node of autograd's graph
-    """Whether a node of a graph is where a call of the model begins to go back."""
+def _belongs_to(calls: Sequence[_Call], node: Any) -> bool:  # Any: a node of autograd's graph
+    """Whether a node of a graph is where one of the calls begins to go back."""
     asks = getattr(node, "on_backward", None)
-    return isinstance(asks, functools.partial) and pending in asks.args
+    return isinstance(asks, functools.partial) and any(call in asks.args for call in calls)

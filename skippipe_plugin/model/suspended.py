@@ -68,6 +68,18 @@ class SuspendedStep:
             switch_on(since)
             set_random_states(self._device, self._loop_states)
 
+    def repeat(self, train: Train, gradients: Sequence[Tensor | None]) -> None:
+        """Run a whole step, forwards and backwards, the gradients of whose outputs are known."""
+        self._gradients = gradients
+        self._loop_states = random_states(self._device)
+        try:
+            with torch.enable_grad():
+                ambient = Ambient.current(device_types(self._device))
+                outcome = self._thread.start(lambda: train(self._back_propagate), ambient)
+            assert isinstance(outcome, Returned)
+        finally:
+            set_random_states(self._device, self._loop_states)
+
     def abandon(self) -> None:
         """Give the step up."""
         since = self._begun.take_back() if self._begun is not None else ()

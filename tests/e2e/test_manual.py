@@ -388,9 +388,110 @@ class LBFGS(Manual):
         return torch.optim.LBFGS(self.parameters())
 
 
-class OneBackwardForTwo(Manual):
+class Several(Manual):
+    """Calls the blocks several times before it goes back; ``losses`` says how."""
+
+    def losses(self, batch: Tensor) -> list[Tensor]:
+        return [self.loss(batch) + self.loss(-batch)]
+
     def training_step(self, batch: Tensor, index: int) -> Any:
-        self.manual_backward(self.loss(batch) + self.loss(-batch))
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        losses = self.losses(batch)
+        for loss in losses:
+            self.manual_backward(loss, retain_graph=True)
+        optimizer.step()
+        return {"loss": torch.stack([loss.detach() for loss in losses]).sum()}
+
+
+class Contrastive(Several):
+    """Two views of one batch, against each other."""
+
+    def losses(self, batch: Tensor) -> list[Tensor]:
+        one, other = (F.normalize(self.encoded(view), dim=1) for view in (batch, batch.flip(1)))
+        return [F.cross_entropy(one @ other.T / 0.1, torch.arange(len(batch)))]
+
+    def encoded(self, batch: Tensor) -> Tensor:
+        return functools.reduce(lambda h, block: block(h), self.net.blocks, self.net.embed(batch))
+
+
+class Chained(Several):
+    """The blocks on what the blocks have made, and both in the loss."""
+
+    def losses(self, batch: Tensor) -> list[Tensor]:
+        hidden = self.net.embed(batch)
+        made = []
+        for _ in range(3):
+            for block in self.net.blocks:
+                hidden = block(hidden)
+            hidden = 0.5 * hidden + self.net.embed(batch)
+            made.append(self.net.head(hidden))
+        return [sum(F.mse_loss(each, batch.pow(2).sum(1, keepdim=True)) for each in made)]  # type: ignore[list-item]
+
+
+class Preferring(Several):
+    """A policy on two answers, and a frozen reference beside it, as in direct preference optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reference = Net(blocks=2).requires_grad_(False)
+
+    def losses(self, batch: Tensor) -> list[Tensor]:
+        chosen, rejected = batch + 0.5, batch - 0.5
+        with torch.no_grad():
+            before = self.reference(chosen) - self.reference(rejected)
+            held = self.net(chosen)
+        margin = self.net(chosen) - self.net(rejected) - before
+        return [-F.logsigmoid(0.5 * margin).mean() + 0.01 * held.mean()]
+
+
+class InTurn(Several):
+    """Goes back through each call by itself, the first one last."""
+
+    def losses(self, batch: Tensor) -> list[Tensor]:
+        return [self.loss(batch * factor) for factor in (1, 2, 3)][::-1]
+
+
+class InOrder(InTurn):
+    """Goes back through the first one first."""
+
+    def losses(self, batch: Tensor) -> list[Tensor]:
+        return super().losses(batch)[::-1]
+
+
+class Sometimes(Several):
+    """Calls them twice in some batches only, and drops what one call gave."""
+
+    def losses(self, batch: Tensor) -> list[Tensor]:
+        first = self.loss(batch)
+        if batch[0, 0] > 0:
+            self.loss(batch * 3)
+            return [first + self.loss(batch * 2)]
+        return [first]
+
+
+class Counted(Several):
+    """Has blocks that count what they have seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.net.blocks:
+            block.norm = nn.BatchNorm1d(8)  # type: ignore[assignment]
+
+
+SEVERAL = [Several, Contrastive, Chained, Preferring, InTurn, InOrder, Sometimes]
+
+
+@pytest.mark.parametrize("make", SEVERAL, ids=lambda make: make.__name__)
+def test_several_calls_before_a_backward_are_those_of_one_process(make: Make) -> None:
+    assert_same_run(*both(make))
+
+
+def test_a_lost_worker_is_replaced_between_several_calls() -> None:
+    with Injector(Kill(At(Phase.TRAINING, nth=5), who=2)) as injector:
+        found = fit(Chained, 5, {"num_microbatches": 4, "replicas": 2}, callbacks=[StageRecovery(spares=1)])
+    assert [each.done for each in injector.report] == [True]
+    assert_same_run(found, fit(Chained, 1))
 
 
 class BackwardTwice(Manual):
@@ -435,7 +536,7 @@ class FailsBetween(Manual):
     [
         (TwoOnBlocks, "2 of the 2 optimizers step parameters of the blocks"),
         (LBFGS, "LBFGS"),
-        (OneBackwardForTwo, "an earlier call of the model"),
+        (Counted, "keep something in buffers"),
         (BackwardTwice, "added already"),
         (Penalised, "single gradients of what the model has computed"),
         (Later, "end of training_step"),

@@ -210,6 +210,11 @@ class BlockProxies:
         """Whether a training step can begin without asking what the blocks do."""
         return self.book.is_settled([block.training for block in self.blocks])
 
+    @property
+    def writes_buffers(self) -> bool:
+        """Whether the forward of some block writes its buffers, as far as was asked."""
+        return self.book.writes_buffers
+
     @contextmanager
     def in_step(self) -> Iterator[None]:
         """While the workers run a step nothing can be asked of them."""

@@ -48,6 +48,11 @@ class ShapeBook:
         settled = {(kind, mode.training) for kind, mode, _ in self._keeping if mode.grad}
         return all(each in settled for each in zip(self._kinds, training, strict=True))
 
+    @property
+    def writes_buffers(self) -> bool:
+        """Whether the forward of a block that was asked writes its buffers."""
+        return any(probe.buffers for probe in self._known.values())
+
     def alike(self, block: int) -> list[int]:
         """Return the blocks of the same kind."""
         return [index for index, each in enumerate(self._kinds) if each == self._kinds[block]]
