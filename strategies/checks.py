@@ -37,20 +37,29 @@ def check_fit(module: LightningModule, trainer: Trainer, settings: PipelineSetti
 def _check_manual(name: str, settings: PipelineSettings) -> None:
     """Raise when steps that go back themselves are to run in a way that only others can."""
     manual = f"{name} sets automatic_optimization=False"
-    if settings.drivers > 1:
-        raise SkipPipeError(
-            f"{manual}, and each of drivers={settings.drivers} would go back and step when its own code says so, which "
-            "the workers cannot follow; use drivers=1, or automatic optimization"
-        )
-    if settings.microbatches == "batch":
-        raise SkipPipeError(
-            f'{manual}, so that its step must run once, on the whole batch, and cannot be cut by microbatches="batch"; '
-            "leave that out, and only what enters the blocks is cut"
-        )
+    _check_open(manual, "use automatic optimization", settings)
     if supervised():
         raise SkipPipeError(
             f"{manual}, and steps its optimizers in the middle of a step, which a driver that starts again under "
             "skippipe run would repeat; start the script without it, or use automatic optimization"
+        )
+
+
+def check_several_calls(settings: PipelineSettings) -> None:
+    """Raise when steps that call the blocks several times are to run in a way that only others can."""
+    _check_open("training_step calls the blocks several times", "put the inputs of all calls into one batch", settings)
+
+
+def _check_open(what: str, instead: str, settings: PipelineSettings) -> None:
+    if settings.drivers > 1:
+        raise SkipPipeError(
+            f"{what}, and each of drivers={settings.drivers} would go back when its own code says so, which workers "
+            f"cannot follow; use drivers=1, or {instead}"
+        )
+    if settings.microbatches == "batch":
+        raise SkipPipeError(
+            f'{what}, so that it must run once, on the whole batch, and cannot be cut by microbatches="batch"; leave '
+            f"that out, and only what enters the blocks is cut; or {instead}"
         )
 
 

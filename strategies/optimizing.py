@@ -16,7 +16,7 @@ from .checks import check_replaceable, check_unreplaced, far_reaching, same_obje
 from .clipping import clip_everywhere, clip_locally
 from .continuation import Continuation
 from .drivers import DriversStrategy
-from .manual_steps import ManualSteps
+from .open_steps import OpenSteps
 from .scaling import scale_everywhere, scale_locally
 from .zeroing import zero_everywhere, zero_locally
 
@@ -28,8 +28,8 @@ class OptimizingStrategy(DriversStrategy):
         super().__init__(drivers, brings_workers=brings_workers, per_device=per_device)
         self._remote: RemoteOptimizer | None = None
         """The one that steps what is on the workers."""
-        self._manual: ManualSteps | None = None
-        """Runs the steps of a module that steps its optimizers itself."""
+        self._open: OpenSteps | None = None
+        """Runs steps as in one process but for their calls of the blocks, where they need that."""
         self._continuation: Continuation | None = None
 
     def _running(self) -> SpreadModel:
@@ -39,15 +39,16 @@ class OptimizingStrategy(DriversStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         if self.optimizers and not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers made one
-            manual = self._manual
             self._remote = RemoteOptimizer(
-                self._running().pipeline,
-                far_reaching(self.optimizers),
-                begun=lambda: None if manual is None else manual.settle("optimizer.step()"),
+                self._running().pipeline, far_reaching(self.optimizers), begun=self._settle_for_step
             )
             zero_everywhere(self.lightning_module, self._running().pipeline.gradients)
             if self._continuation is not None:
                 self._continuation.attach(self._running(), self._remote)
+
+    def _settle_for_step(self) -> None:
+        if self._open is not None:
+            self._open.settle("optimizer.step()")
 
     @property
     @override

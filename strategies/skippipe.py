@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
@@ -57,13 +57,13 @@ from ..schedule import CostModel, Schedule, Timeline
 from ..sources import workers_of
 from ..supervisor import supervised
 from ..worker import end_with_driver
-from .checks import check_fit
+from .checks import check_fit, check_several_calls
 from .compiled import uncompile
 from .continuation import FROM_MEMORY, Continuation
 from .cut_step import CutStep, PreparedStep, asking_of
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import cut_or_whole, loader_hint
-from .manual_steps import ManualSteps
+from .open_steps import OpenSteps
 from .optimizing import OptimizingStrategy
 from .outputs import with_loss, without_loss
 from .sections import shared_sections
@@ -71,6 +71,12 @@ from .verify import Verify, check_step, verify_first
 from .whole_step import WholeStep
 
 log = logging.getLogger(__name__)
+
+_SEVERAL_CALLS: Final = (
+    "training_step calls the blocks %d times before it goes back. It runs once, on the whole batch, of which only what "
+    "enters the blocks is cut; all forwards come before the loss, and those of all calls but the last run once more on "
+    "the way back"
+)
 
 
 @checked(skip_ratio=SHARE, num_microbatches=COUNT, replicas=NUM_PROCESSES, drivers=NUM_PROCESSES)
@@ -171,6 +177,8 @@ class SkipPipeStrategy(OptimizingStrategy):
         self._restore_late = False
         self._cutter = Cutter()
         self._recovery: Recovery | None = None
+        self._has_looked = False
+        """Whether it was tried how often a training step calls the blocks."""
         self._record_timeline = False
         self._timeline: Timeline | None = None
 
@@ -392,15 +400,16 @@ class SkipPipeStrategy(OptimizingStrategy):
             continuation.detach(over=over)
 
     def _bring_blocks_back(self) -> None:
-        if self._manual is not None:
-            self._manual.close()
-            self._manual = None
+        if self._open is not None:
+            self._open.close()
+            self._open = None
         try:
             if self._spread is not None:
                 self._timeline = self._spread.timeline or self._timeline
                 self._spread.bring_back(keep=self._continuation is not None)
         finally:
             self._spread = self._asking = None
+            self._has_looked = False
             if self._compiled is not None:
                 self._compiled.restore()
                 self._compiled = None
@@ -437,8 +446,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         self._spread.pipeline.collect_timeline = self._record_timeline
         self._asking = asking_of(module, self._spread, self.root_device)
         if is_manual:
-            repeats = self._recovery is not None
-            self._manual = ManualSteps(self._spread, module, self.root_device, repeats=repeats)
+            self._open = self._opened(module)
         if self.settings.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:
             rank_zero_info(said)
             self._said = said
@@ -493,10 +501,13 @@ class SkipPipeStrategy(OptimizingStrategy):
         if running.attached is not None:
             running.attached.begin_step(module.trainer.global_step)
         with self.precision_plugin.train_step_context():
-            if self._manual is not None:
+            cut = None if self._open is not None else self._cut_step("training_step", batch, rest, kwargs)
+            if self._open is None and self._calls_again(cut, args, kwargs):
+                self._open = self._opened(module)
+            if self._open is not None:
                 step = functools.partial(module.training_step, *args, **kwargs)
-                return self._manual.run(step, batch, self._seed(), module.trainer.global_step)
-            if (cut := self._cut_step("training_step", batch, rest, kwargs)) is None:
+                return self._open.run(step, batch, self._seed(), module.trainer.global_step)
+            if cut is None:
                 whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
                 with whole.logging():
                     values, loss = running.train(self._whole_task(whole), module.trainer.global_step)
@@ -506,6 +517,28 @@ class SkipPipeStrategy(OptimizingStrategy):
             with cut_step.logging(), shared_sections(module):
                 values, loss = running.train(task, module.trainer.global_step)
             return cut_step.finish(merging, values, loss)
+
+    def _opened(self, module: LightningModule) -> OpenSteps:
+        steps = OpenSteps(self._running(), module, self.root_device, repeats=self._recovery is not None)
+        steps.open()
+        return steps
+
+    def _calls_again(self, cut: PreparedStep | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a step calls the blocks with gradients more than once, as far as steps were tried; says so."""
+        module, asking = self.lightning_module, self._asking
+        assert module is not None
+        assert asking is not None
+        most = asking.most_calls
+        if not self._has_looked:
+            self._has_looked = True
+            if cut is None:
+                asking.look(WholeStep(module, "training_step", args, kwargs, self.root_device).results)
+            most = max(self.gather_objects(asking.most_calls))
+        if most < 2:
+            return False
+        check_several_calls(self.settings)
+        log.warning(_SEVERAL_CALLS, most)
+        return True
 
     def _cut_step(self, name: str, batch: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PreparedStep | None:
         """Cut a step, and find out how its results merge; None when it runs once, on the whole batch."""
@@ -535,6 +568,8 @@ class SkipPipeStrategy(OptimizingStrategy):
             return self._evaluate("predict_step", args, kwargs)
 
     def _evaluate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._open is not None:
+            self._open.settle(name)
         module, batch, rest = self._step_arguments(args)
         if (cut := self._cut_step(name, batch, rest, kwargs)) is None:
             whole = WholeStep(module, name, args, kwargs, self.root_device)

@@ -65,7 +65,7 @@ class WholeStep:
             repeats=repeats,
             share=1 / drivers,
             scale=scale_of_backward(self._module.trainer),
-            bends=functools.partial(asking.bend, self._name, self._results),
+            bends=functools.partial(asking.bend, self._name, self.results),
             framed=self._module.trainer.precision_plugin.train_step_context,
         )
 
@@ -80,7 +80,7 @@ class WholeStep:
         for logged in self._shared:
             logged.carry_out(logged.name, logged.value, **logged.options)
 
-    def _results(self) -> Results:
+    def results(self) -> Results:
         """Run the step, which is only asked what its loss is."""
         with noted():
             loss = loss_of(self._call(self._batch))

@@ -45,8 +45,9 @@ _SOME_WITHOUT_LOSS: Final = (
     "a zero loss"
 )
 CALLED_TWICE: Final = (
-    "the training step calls the blocks more than once for one batch; a pipeline can run them once per "
-    "step. Put both inputs into one batch, or train without the pipeline"
+    "the training step calls the blocks more often than in the batches before: how often was found when it was tried. "
+    "Let every batch make all of the calls (with a weight of 0 where one should not count), or put their inputs into "
+    "one batch"
 )
 WITH_GRADIENTS: Final = (
     "the blocks of the pipeline were called with gradients enabled in validation, test or prediction; "

@@ -204,6 +204,11 @@ class Asking:
         return found or bend_of_blocks(self._spread, fakes)
 
     @property
+    def most_calls(self) -> int:
+        """How often a training step that was tried has called the blocks, at most."""
+        return self._trials.most_calls
+
+    @property
     def is_watched(self) -> bool:
         """Whether forward hooks that run on the driver watch modules of the blocks."""
         return self._spread.pipeline.proxies.is_watched

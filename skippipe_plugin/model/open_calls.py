@@ -59,7 +59,7 @@ class OpenCalls:
         """Run the blocks, and return what they return."""
         self._number += 1
         seed = block_seed(self._seed, self._number)
-        if not self._goes_back(call):
+        if not call.goes_back:
             self._step.make_room("a call of the blocks through which no gradient goes back")
             with torch.set_grad_enabled(call.ambient.grad):
                 return self._evaluated(call, seed)
@@ -81,10 +81,6 @@ class OpenCalls:
             repeats=not counts,
         )
         return result
-
-    def _goes_back(self, call: StackCall) -> bool:
-        trains = any(any(mode.requires_grad) for mode in call.modes)
-        return call.ambient.grad and (trains or any(t.requires_grad for t in (call.hidden, *call.side_inputs)))
 
     def _evaluated(self, call: StackCall, seed: int) -> Tensor:
         result: Tensor = self._spread.evaluate(self._task(call, seed, training=False))[0]

@@ -83,7 +83,9 @@ class SuspendedStep:
     def abandon(self) -> None:
         """Give the step up."""
         since = self._begun.take_back() if self._begun is not None else ()
+        states = random_states(self._device)
         self._thread.abandon()
+        set_random_states(self._device, states)
         switch_on(since)
 
     def _back_propagate(self, outputs: Sequence[Any], sources: Sequence[Tensor] = ()) -> None:

@@ -64,6 +64,8 @@ class Trials:
         self._spread = spread
         self._module = module
         self._device = device
+        self.most_calls = 0
+        """How often a training step has called the blocks, at most."""
 
     def both(
         self, question: Question, fakes: Fakes, restore: Callable[[], None], flip: Flip | None = None
@@ -195,8 +197,11 @@ class Trials:
                 return function()
 
         try:
-            outcome = thread.start(under_mode, Ambient.current(device_types(self._device)))
+            ambient, calls = Ambient.current(device_types(self._device)), 0
+            outcome = thread.start(under_mode, ambient)
             while isinstance(outcome, Suspended):
+                calls += ambient.grad
+                self.most_calls = max(self.most_calls, calls)
                 with outcome.request.ambient.entered():
                     answer = reply(outcome.request)
                 outcome = thread.resume(answer)

@@ -80,13 +80,6 @@ def next_run_works():
     assert not torch.equal(before, model.blocks[0].linear.weight)
 
 
-def test_manual_optimization() -> None:
-    model = Model()
-    model.automatic_optimization = False
-    with pytest.raises(SkipPipeError, match="sets automatic_optimization=False"):
-        fit(model)
-
-
 def test_no_block_stack() -> None:
     model = Model()
     model.blocks = Block()
@@ -131,14 +124,6 @@ def test_a_step_that_leaves_the_stack_and_uses_nothing_of_it() -> None:
 def test_a_step_that_never_reaches_the_blocks() -> None:
     with pytest.raises(SkipPipeError, match="returned without calling the blocks"):
         fit(changed(training_step=lambda self, batch, batch_idx: self.head(batch[0]).sum()))
-
-
-def test_a_step_that_runs_the_blocks_twice() -> None:
-    def training_step(self: Model, batch: Any, batch_idx: int) -> Tensor:
-        return self(batch[0]).sum() + self(batch[0]).mean()
-
-    with pytest.raises(SkipPipeError, match="more than once"):
-        fit(changed(training_step=training_step))
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the blocks", "after the blocks"])

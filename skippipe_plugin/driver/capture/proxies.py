@@ -115,6 +115,14 @@ class StackCall:
         return (self.hidden, *(self.side_inputs[slot] for slot in self.beside.carrying if self.ambient.grad))
 
     @property
+    def goes_back(self) -> bool:
+        """Whether a gradient goes back through the blocks."""
+        if not self.ambient.grad:
+            return False
+        entering = any(each.requires_grad for each in (self.hidden, *self.side_inputs))
+        return entering or any(any(mode.requires_grad) for mode in self.modes)
+
+    @property
     def on_host(self) -> tuple[int, ...]:
         """The slots of those that are on the host though the hidden states are on a device."""
         if self.hidden.device.type == "cpu":

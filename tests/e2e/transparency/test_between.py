@@ -509,12 +509,11 @@ def test_a_teacher_that_is_the_larger_stack() -> None:
 def twice_first_without(self: Model, batch: Tensor, index: int) -> Tensor:
     with torch.no_grad():
         wanted = self(batch)
-    return F.mse_loss(self(batch), wanted + 1)
+    return F.mse_loss(self(batch), 0.5 * wanted + 1)
 
 
 def test_a_stack_that_is_called_twice_once_without_gradients() -> None:
-    with pytest.raises(SkipPipeError, match="calls the blocks more than once for one batch"):
-        fit(made(training_step=twice_first_without))
+    assert_exact(made(training_step=twice_first_without))
 
 
 # Arguments ------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Steps of a module that goes back and steps its optimizers itself (``automatic_optimization = False``).
+"""Steps that run as in one process, once on the whole batch: only their calls of the blocks go through the pipeline.
 
-They run as in one process, once on the whole batch: only their calls of the blocks go through the pipeline.
+So do those of modules that go back and step their optimizers themselves (``automatic_optimization = False``), and those
+that call the blocks several times before their loss is there.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from ..model.open_step import OpenStep
 from ..model.spread import SpreadModel
 
 
-class ManualSteps:
-    """Runs them.
+class OpenSteps:
+    """Runs them, from :meth:`open` to :meth:`close`.
 
     Args:
         spread: The module's blocks.
@@ -30,8 +31,19 @@ class ManualSteps:
 
     def __init__(self, spread: SpreadModel, module: LightningModule, device: torch.device, *, repeats: bool) -> None:
         self._spread = spread
-        self._open = OpenStep(spread, module, device)
-        self._calls = OpenCalls(spread, self._open, repeats=repeats)
+        self._ends_itself = not module.automatic_optimization
+        self._step = OpenStep(spread, module, device)
+        self._calls = OpenCalls(spread, self._step, repeats=repeats)
+        self._backwards = Backwards(self._step.begin_backward, self._step.complete, self._step.fail)
+
+    def open(self) -> None:
+        """Begin to follow the backwards of this process."""
+        self._backwards.follow()
+
+    def close(self) -> None:
+        """Give up what waits, and follow no more."""
+        self._step.close()
+        self._backwards.leave()
 
     def run(self, step: Callable[[], Any], batch: Any, seed: int, num_steps: int) -> Any:
         """Run a step, and return what it returns.
@@ -42,24 +54,18 @@ class ManualSteps:
             seed: Of the randomness in the blocks.
             num_steps: The optimizer steps so far.
         """
+        self._step.settle("the next training_step")
         self._calls.begin(sample_counts(batch), seed, num_steps)
-        backwards = Backwards(self._open.begin_backward, self._open.complete, self._open.fail)
-        backwards.follow()
         try:
             with self._spread.pipeline.open_to(self._calls):
                 result = step()
-            self._open.settle("the end of training_step")
+            if self._ends_itself:
+                self._step.settle("the end of training_step")
         except BaseException:
-            self._open.close()
+            self._step.close()
             raise
-        finally:
-            backwards.leave()
         return result
 
     def settle(self, why: str) -> None:
         """Let no call wait for its backward any longer: what comes needs the workers, and ``why`` says what that is."""
-        self._open.settle(why)
-
-    def close(self) -> None:
-        """Give up what waits."""
-        self._open.close()
+        self._step.settle(why)
