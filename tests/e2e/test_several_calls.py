@@ -136,7 +136,20 @@ class Perturbed(Module):
         return F.mse_loss(self.net(batch + 0.1 * torch.randn_like(batch)), targets.detach()) + targets.pow(2).mean()
 
 
-MODULES = [Contrastive, Triplet, Preferring, Recurrent, Masked, Bootstrapped, Perturbed]
+class Conditioned(Module):
+    """Blocks that get a conditioning vector with a gradient, once as it is and once without any (guidance)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition = nn.Linear(4, 8)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        condition = torch.sigmoid(self.condition(batch))
+        made = self.net.head(self.net.encoded(batch, condition)) + self.net(batch) * condition.mean()
+        return F.mse_loss(made, batch.sum(1, keepdim=True))
+
+
+MODULES = [Contrastive, Triplet, Preferring, Recurrent, Masked, Bootstrapped, Perturbed, Conditioned]
 LAYOUTS: list[dict[str, Any]] = [
     {"num_microbatches": 2, "driver_stage": True},
     {"num_microbatches": 1},
@@ -160,7 +173,7 @@ def test_steps_with_several_calls_are_those_of_one_process(make: Make, caplog: p
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("make", [Contrastive, Recurrent], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [Contrastive, Recurrent, Conditioned], ids=lambda make: make.__name__)
 def test_so_they_are_in_any_layout(make: Make, layout: dict[str, Any]) -> None:
     assert_exact(make, layout)
 
