@@ -173,8 +173,7 @@ def likely_cuts(whole: CallForm, counts: Sequence[int]) -> list[tuple[int, Cut]]
             if count > 1 and all(form[dim] == count for form in whole.forms):
                 axes = (Axis(dim, 1),) * len(whole.forms)
                 sides = [_likely_axes(side, dim, count) for side in whole.side_inputs]
-                ways = itertools.islice(itertools.product(*sides), _MOST_WAYS)
-                found += [(count, Cut(axes, way)) for way in ways]
+                found += [(count, Cut(axes, way)) for way in itertools.islice(_by_likelihood(sides), _MOST_WAYS)]
     if not found:
         shape = list(whole.forms[0])
         raise NotCuttable(f"no dimension of the hidden states {shape} is that of the {counts[0]} samples")
@@ -182,8 +181,27 @@ def likely_cuts(whole: CallForm, counts: Sequence[int]) -> list[tuple[int, Cut]]
 
 
 def _likely_axes(shape: Sequence[int], dim: int, count: int) -> list[Axis | None]:
-    fitting = [each for each, size in enumerate(shape) if size == count]
-    return [*(Axis(each, 1) for each in sorted(fitting, key=lambda each: (each != dim, each))), None]
+    own = [Axis(dim, 1)] if len(shape) > dim and shape[dim] == count else []
+    return [*own, None, *(Axis(each, 1) for each, size in enumerate(shape) if size == count and each != dim)]
+
+
+def _by_likelihood(sides: Sequence[Sequence[Axis | None]]) -> Iterator[tuple[Axis | None, ...]]:
+    """Yield the combinations of one axis for each side input, first those in which few are unlikely."""
+    ranks = [range(len(axes)) for axes in sides]
+    for total in range(sum(map(len, ranks)) + 1):
+        for chosen in _with_sum(ranks, total):
+            yield tuple(axes[rank] for axes, rank in zip(sides, chosen, strict=True))
+
+
+def _with_sum(ranks: Sequence[range], total: int) -> Iterator[tuple[int, ...]]:
+    """Yield what adds up to ``total``, one number of each range."""
+    if not ranks:
+        if total == 0:
+            yield ()
+        return
+    for first in ranks[0]:
+        if first <= total:
+            yield from ((first, *rest) for rest in _with_sum(ranks[1:], total - first))
 
 
 def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]:

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from skippipe_plugin.driver.capture.arguments import SideInputs
-from skippipe_plugin.driver.capture.cutting import Axis, CallForm, Cut, NotCuttable, cut_call, find_cut, kind_of
+from skippipe_plugin.driver.capture.cutting import (
+    Axis,
+    CallForm,
+    Cut,
+    NotCuttable,
+    cut_call,
+    find_cut,
+    kind_of,
+    likely_cuts,
+)
 from skippipe_plugin.driver.capture.entered import EnteredStack
 from skippipe_plugin.driver.capture.growing import sample_counts, with_more_samples
 from skippipe_plugin.driver.capture.proxies import StackCall
@@ -121,3 +130,15 @@ def test_samples_may_be_counted_in_several_ways() -> None:
     ]
     assert sorted(sample_counts([torch.ones(5), torch.ones(5), torch.ones(5)])) == [3, 5]
     assert sample_counts("text") == []
+
+
+def test_likely_cuts_begin_with_what_is_likely() -> None:
+    whole = CallForm(((8, 8, 4), (8, 8, 4)), ((1, 8, 4), (8, 1, 8, 8)), (), ())
+    (first, *_), expected = likely_cuts(whole, [8]), Cut((Axis(0, 1), Axis(0, 1)), (None, Axis(0, 1)))
+    assert first == (8, expected)
+    assert (8, Cut((Axis(1, 1), Axis(1, 1)), (Axis(1, 1), None))) in likely_cuts(whole, [8])
+
+
+def test_nothing_is_likely_without_a_dimension_of_the_samples() -> None:
+    with pytest.raises(NotCuttable, match=r"no dimension of the hidden states \[6, 4\] is that of the 8 samples"):
+        likely_cuts(CallForm(((6, 4), (6, 4)), (), (), ()), [8])
