@@ -284,6 +284,11 @@ class Deaf(AdaBlock):
         return super().forward(h, torch.zeros_like(h[:, 0]))
 
 
+class FromHost(AdaBlock):
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return super().forward(h, c.to(h.device))
+
+
 class Prompted(AdaBlock):
     """Attends to a prompt that all samples share."""
 
@@ -337,6 +342,7 @@ CALLED: dict[str, Callable[[], Model]] = {
         block=Prompted, add=add_table, condition=lambda self, *_: self.table * 2
     ),
     "with a parameter itself": made(block=Prompted, add=add_table, condition=lambda self, *_: self.table),
+    "from the host": made(block=FromHost, condition=lambda self, *given: Model.condition(self, *given).cpu()),
     "around frozen parts": made(add=frozen),
     "with frozen blocks": made(add=frozen, block=frozen_blocks),
     "what entered the first block": made(block=Twice, stack=lambda self, h, c: Model.stack(self, h, h)),
@@ -438,6 +444,21 @@ def clamped(self: Model, labels: Tensor, times: Tensor) -> Tensor:
 
 def test_a_hook_that_bends_each_samples_gradient() -> None:
     assert_exact(made(condition=clamped), accumulate_grad_batches=3, max_steps=2)
+
+
+def test_a_gradient_by_the_conditioning_that_the_step_computes_itself() -> None:
+    def forward(self: Model, batch: Any) -> Tensor:
+        c = self.condition(*batch[1:])
+        out = self.end(self.stack(self.embed(batch[0]), c), c)
+        (slope,) = torch.autograd.grad(out.sum(), c, create_graph=True)
+        return out + slope.pow(2).sum()
+
+    with pytest.raises(SkipPipeError, match=r"torch\.autograd\.grad\(\) asks inside of the step"):
+        fit(made(forward=forward))
+
+
+def test_a_first_step_that_is_compared() -> None:
+    fit(Model, {"verify": "first"})
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatches": "stack"}])
