@@ -190,9 +190,9 @@ class Asking:
 
             def run() -> str:
                 reply = functools.partial(fakes.of_piece, 0)
-                results = self._trials.run(function, reply, Neutral(), trace.restore)
-                is_half = any(call.ambient.is_half for call in fakes.calls.values())
-                is_linear = self._trials.is_linear(results, fakes.made[0], is_half=is_half)
+                mode = Neutral()
+                results = self._trials.run(function, reply, mode, trace.restore)
+                is_linear = self._trials.is_linear(results, fakes.made[0], is_half=mode.is_half)
                 return "" if is_linear else "the step, around the blocks,"
 
             try:

@@ -209,6 +209,8 @@ class Neutral(TorchFunctionMode):
         """Whether it may do otherwise by values of its batch."""
         self.is_coarse = False
         """Whether anything that has run under it was computed in 16 bits."""
+        self.is_half = False
+        """Whether that was in float16."""
         self.reads_gradients = False
         """Whether what has run under it looked at gradients of parameters."""
         self.weighs_classes = False
@@ -241,7 +243,8 @@ class Neutral(TorchFunctionMode):
         self._note(func, name, args, kwargs)
         result = func(*args, **kwargs)
         self.takes_course = self.takes_course or takes_course(name, args, result)
-        self.is_coarse = self.is_coarse or (isinstance(result, Tensor) and result.dtype in COARSE)
+        if isinstance(result, Tensor) and result.dtype in COARSE:
+            self.is_coarse, self.is_half = True, self.is_half or result.dtype == torch.float16
         if name in COMPARISONS or name in LOOKUPS or name in REDUCTIONS:
             given = (*args, *kwargs.values())
             result = self._comparisons.follow(name, given, result, of_values=is_compared(given[0]))

@@ -65,6 +65,47 @@ def test_loops_of_accelerate(loop: Callable[..., Record]) -> None:
     assert_same(*both(loop))
 
 
+class Clamping(loops.Classifier):
+    """Clamps what goes back into the blocks or the head, in float16."""
+
+    def __init__(self, in_blocks: bool) -> None:
+        super().__init__()
+        self.clamp_ = None if in_blocks else Clamped()
+        if in_blocks:
+            self.blocks = nn.ModuleList(nn.Sequential(block, Clamped()) for block in self.blocks)
+
+    def forward(self, inputs: Any, labels: Any = None) -> Any:
+        output = super().forward(inputs, None)
+        output = output if self.clamp_ is None else self.clamp_(output)
+        return {"loss": nn.functional.cross_entropy(output, labels), "logits": output}
+
+
+class Clamped(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Clamp.apply(x)
+
+
+class Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0].clamp(-100.0, 100.0)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_loss_that_is_multiplied_is_refused_where_its_backward_bends(in_blocks: bool) -> None:
+    with loops.accelerator("pipeline") as current:
+        torch.manual_seed(0)
+        model, inputs = Clamping(in_blocks), loops.samples(8).tensors
+        model, _ = halved(current).prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        loss = model(*(each.to(DEVICE) for each in inputs))["loss"]
+        with pytest.raises(SkipPipeError, match="the loss is multiplied"):
+            current.backward(loss / 3)
+
+
 def overflowing(current: Accelerator) -> Record:
     """The gradient of one weight overflows once; a schedule follows the steps that are taken."""
     record, model = Record(), Transformer(depth=4)
