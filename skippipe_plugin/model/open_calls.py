@@ -20,10 +20,17 @@ from ..driver.capture.proxies import StackCall
 from ..driver.capture.suspend import suspend_here
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
+from ..engine.errors import SkipPipeError
 from .entrance import Entrance
 from .open_step import OpenStep
 from .spread import SpreadModel
 
+_HOOKS: Final = (
+    "a forward hook of yours watches {block} or modules in it, in a step that goes back itself or calls the blocks "
+    "several times: what it sees could be part of a loss, and of which call that is cannot be told. Remove the hook "
+    "before the step (and register it for validation), return what it collects from the block, or let the step call the "
+    "blocks once, under automatic optimization"
+)
 _COUNTS: Final = "another call of blocks that keep something in buffers (BatchNorm), so that none is repeated"
 
 
@@ -66,6 +73,8 @@ class OpenCalls:
         counts = self._spread.pipeline.proxies.writes_buffers  # in the order of the calls, each once
         if self._step.begin(_COUNTS if counts else ""):
             self._followed.add(self._number - 1)
+        if call.hooks:
+            raise SkipPipeError(_HOOKS.format(block=self._spread.pipeline.proxies.names[min(call.hooks)]))
         entrance = Entrance()
         run = functools.partial(self._run, _entered(call, entrance), entrance, seed)
         if self._number in self._followed and not counts:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..driver.backward import GradientControl
-from ..driver.capture.graphs import comes_from
+from ..driver.capture.graphs import check_hooks, comes_from
 from ..driver.capture.suspend import StepThread, new_step_thread
 from ..engine.errors import SkipPipeError
 from .entrance import Entrance, LoopGraph
@@ -176,7 +176,10 @@ class OpenStep:
         self._gradients.window.resume()
         entered = [each for call in waiting for each in call.entrance.tensors]
         sources = [each for call in waiting if call.suspended is not None for each in call.suspended.sources]
-        return self._graph.keeps_graph(outputs, [*entered, *sources])
+        keeps = self._graph.keeps_graph(outputs, [*entered, *sources])
+        if keeps:
+            check_hooks(outputs, entered)
+        return keeps
 
     def complete(self, keep_graph: bool = False) -> None:
         """Run the backwards that the user's backward has asked for, and add their gradients."""

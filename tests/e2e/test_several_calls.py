@@ -179,7 +179,9 @@ def test_so_they_are_in_any_layout(make: Make, layout: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"val_data": loader(DATA[:9], 4)}], ids=str
+    "options",
+    [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"val_data": loader(DATA[:9], 4)}],
+    ids=["accumulated", "clipped", "validated"],
 )
 def test_so_they_are_with_what_the_trainer_does(options: dict[str, Any]) -> None:
     assert_exact(Preferring, max_epochs=2, **options)
@@ -224,6 +226,34 @@ class Later(Contrastive):
 def test_a_second_call_that_only_a_later_batch_makes_is_refused() -> None:
     with pytest.raises(SkipPipeError, match="more often than in the batches before"):
         fit(Later, 3, {"num_microbatches": 4})
+
+
+class Watched(Contrastive):
+    """Has a hook that collects what a block computes."""
+
+    def on_train_start(self) -> None:
+        kept: list[Tensor] = []
+        self.net.blocks[1].register_forward_hook(lambda module, args, output: kept.append(output))
+
+
+def test_hooks_on_blocks_that_several_calls_run_are_refused() -> None:
+    with pytest.raises(SkipPipeError, match=r"a forward hook of yours watches net\.blocks\.1"):
+        fit(Watched, 3, {"num_microbatches": 2})
+
+
+class Hooked(Contrastive):
+    """Has a gradient hook on what enters the blocks, which the loss uses beside them, too."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        hidden = self.net.embed(batch)
+        hidden.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+        made = functools.reduce(lambda h, block: block(h), self.net.blocks, hidden)
+        return F.mse_loss(self.net.head(made + hidden), self.net(batch))
+
+
+def test_a_gradient_hook_that_would_see_half_is_refused() -> None:
+    with pytest.raises(SkipPipeError, match="its gradient comes in two parts"):
+        fit(Hooked, 3, {"num_microbatches": 2})
 
 
 def test_steps_that_shall_be_cut_are_refused() -> None:
