@@ -28,8 +28,8 @@ from .spread import SpreadModel
 _HOOKS: Final = (
     "a forward hook of yours watches {block} or modules in it, in a step that goes back itself or calls the blocks "
     "several times: what it sees could be part of a loss, and of which call that is cannot be told. Remove the hook "
-    "before the step (and register it for validation), return what it collects from the block, or let the step call the "
-    "blocks once, under automatic optimization"
+    "before the step (and register it for validation), return what it collects from the block, or let the step call "
+    "the blocks once, under automatic optimization"
 )
 _COUNTS: Final = "another call of blocks that keep something in buffers (BatchNorm), so that none is repeated"
 
