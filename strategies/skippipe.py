@@ -531,8 +531,8 @@ class SkipPipeStrategy(OptimizingStrategy):
         most = asking.most_calls
         if not self._has_looked:
             self._has_looked = True
-            if cut is None:
-                asking.look(WholeStep(module, "training_step", args, kwargs, self.root_device).results)
+            if cut is None and self._running().runs_whole:  # else it was tried
+                asking.look(WholeStep(module, "training_step", args, kwargs, self.root_device).results, (args, kwargs))
             most = max(self.gather_objects(asking.most_calls))
         if most < 2:
             return False

@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..driver.capture.contents import undo_changes
 from ..engine.errors import SkipPipeError
 from .answers import GRADIENTS, Answer, Clock
 from .batch_state import BatchState
@@ -156,8 +157,20 @@ class Asking:
         """Ask about a step of which something is known, but not enough."""
         return self._ask(question, answer) if answer.num_asked < _MOST_ASKED else answer
 
-    def look(self, function: Callable[[], Results]) -> Results | None:
-        """Return what a step gives on made-up hidden states, whole; None where it fails on them."""
+    def look(self, function: Callable[[], Results], batch: Any) -> Results | None:
+        """Return what a step gives on made-up hidden states, whole; None where it fails on them.
+
+        Args:
+            function: The step.
+            batch: What it gets, which is as before then.
+        """
+        undo = undo_changes(batch)
+        try:
+            return self._look(function)
+        finally:
+            undo()
+
+    def _look(self, function: Callable[[], Results]) -> Results | None:
         with self._quiet(), self._untouched() as trace:
 
             def run() -> Results:

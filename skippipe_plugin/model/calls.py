@@ -245,7 +245,7 @@ class ModelCalls:
         kind = code_of(self._function), len(args), frozenset(kwargs)
         self.num_calls += 1
         if kind not in self._seen and not self._outside.get(kind):  # a step that is given up would count in buffers
-            given = self._asking.look(functools.partial(self._results, self._function, (args, kwargs)))
+            given = self._asking.look(functools.partial(self._results, self._function, (args, kwargs)), (args, kwargs))
             self._outside[kind] = given is not None and LOSS not in given
         if not self._outside.setdefault(kind, False):
             undo = undo_all(self._model, self._device, (args, kwargs)) if kind not in self._seen else _nothing

@@ -46,7 +46,7 @@ class Untrained:
         if not torch.is_grad_enabled() or not self._needs_gradients(given):
             return output
         if kind not in self._flags:
-            self._flags[kind] = self._look(call)
+            self._flags[kind] = self._look(call, given)
         flags = self._flags[kind]
         if flags is None or len(flags) != len(_flags(output)):
             return output
@@ -56,9 +56,9 @@ class Untrained:
     def _needs_gradients(self, given: Any) -> bool:
         return any(parameter.requires_grad for parameter in self._model.parameters()) or bool(differentiable(given))
 
-    def _look(self, call: Callable[[], Any]) -> list[bool] | None:
+    def _look(self, call: Callable[[], Any], given: Any) -> list[bool] | None:
         try:
-            found = self._asking.look(lambda: {_OUTPUT: call()})
+            found = self._asking.look(lambda: {_OUTPUT: call()}, given)
         except SkipPipeError:  # what is refused with gradients may do without them
             return None
         return None if found is None else _flags(found[_OUTPUT])

@@ -228,6 +228,18 @@ def test_a_second_call_that_only_a_later_batch_makes_is_refused() -> None:
         fit(Later, 3, {"num_microbatches": 4})
 
 
+class Changing(Contrastive):
+    """Changes its batch, which is tried before."""
+
+    def training_step(self, batch: Tensor, index: int) -> Any:
+        return super().training_step(batch.mul_(0.5), index)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_a_batch_that_was_tried_is_as_before(num_microbatches: int) -> None:
+    assert_exact(Changing, {"num_microbatches": num_microbatches})
+
+
 class Watched(Contrastive):
     """Has a hook that collects what a block computes."""
 
