@@ -21,7 +21,9 @@ from torch.optim import SGD, AdamW
 
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.moe import MoEConfig
 
+from . import test_moe as mixtures
 from . import test_recovery_accumulation as window
 from .models import Block, Transformer, tokens
 from .modules import BATCH, STEPS, LanguageModel, loader, momentum
@@ -209,6 +211,19 @@ def test_a_fused_step_which_unscales_by_itself() -> None:
     runs = [fit(devices, make=lambda: delicate(fused), callbacks=(hit,)) for devices in (3, 1)]
     assert_same(*runs)
     assert_same_state(runs[0][0], runs[1][0])
+
+
+def test_experts_that_are_spread_over_replicas() -> None:
+    """Each replica has experts that no other worker looks at."""
+
+    def run(devices: int, strategy: dict[str, Any] | None = None, **watch: Any) -> Run:
+        plugin = half(init_scale=EDGE, growth_interval=1)
+        return mixtures.run("own", devices, mixtures.Watch(**watch), strategy, plugins=plugin)
+
+    found, expected = run(5, {"replicas": 2}, config=MoEConfig(expert_parallel=2)), run(1)
+    assert scaler_of(found.trainer).state_dict() == scaler_of(expected.trainer).state_dict()
+    assert scaler_of(expected.trainer).get_scale() < EDGE
+    assert_same_run(found, expected, rtol=5e-4, weights_rtol=2e-3, weights_atol=1e-3)
 
 
 class Looking(Callback):
