@@ -40,6 +40,7 @@ from ..engine.versions import own_versions
 from ..engine.waiting import Waiting
 from ..engine.wire import CallDecoder, decode_optimizer_state
 from ..moe.board import RouterBoard
+from .feed import Feed
 from .holdings import Holdings
 from .keep import Keep
 from .membership import Membership
@@ -438,7 +439,7 @@ class Worker:
             stage.driver_side = self
         stages, measured = self._holdings.stages, first.timeline
         executor = Executor(membership.transport, stages, self._device, measured=measured)
-        events = executor.run(membership.program(first.program), live, _Feed(self))
+        events = executor.run(membership.program(first.program), live, Feed(self))
         if first.training:
             self._holdings.experts.end_step(events)
             membership.sum_over_replicas(self._holdings.experts, self._holdings.stages)
@@ -597,16 +598,3 @@ class Worker:
 
 def _extend_path(paths: Iterable[str]) -> None:
     sys.path += [path for path in paths if path not in sys.path]
-
-
-class _Feed:
-    """The executor's view of the worker's inbox."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    def poll(self) -> list[tuple[int, Call]]:
-        return self._worker.next_calls(block=False)
-
-    def wait(self) -> list[tuple[int, Call]]:
-        return self._worker.next_calls(block=True)
