@@ -53,7 +53,8 @@ class Breaks:
             sender, waiting = self._dead
             return ConnectionsBroken(
                 f"nothing comes from {self._name(sender)} to {self._name(waiting)}, though both live and it was sent: "
-                "is the link between them cut, or was a message lost?"
+                "is the link between them cut, or was a message lost?",
+                self._dead,
             )
         with self._lock:
             reports = list(self._reports)
@@ -69,8 +70,14 @@ class Breaks:
         if not reports and not awaited:
             names.append("a worker")
         return ConnectionsBroken(
-            f"a connection of {' and '.join(names)} broke, but no worker ended: was it reset on its way?"
+            f"a connection of {' and '.join(names)} broke, but no worker ended: was it reset on its way?",
+            tuple(ranks) if known or not reports else (),
         )
+
+    def apart(self, ranks: Sequence[int]) -> ConnectionsBroken:
+        """Say that two ranks could not be connected, though all others were."""
+        names = " and ".join(map(self._name, ranks))
+        return ConnectionsBroken(f"{names} could not be connected with each other, but no worker ended.", tuple(ranks))
 
     def _name(self, rank: int) -> str:
         return self._name_of(rank) or ("the driver" if rank == self._rank else f"driver {rank}")

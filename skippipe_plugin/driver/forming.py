@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engine.c10d import Store, host_store
 from ..engine.control.answers import Ready
 from ..engine.control.commands import Abort, Configure, UseSchedule
-from ..engine.errors import GenerationAborted
+from ..engine.errors import ConnectionsBroken, GenerationAborted
 from ..engine.handover import import_paths
 from ..engine.pairs import transport_for
 from ..engine.program import directed_links
@@ -25,6 +25,7 @@ from .programs import Programs
 from .rendezvous import Rendezvous
 
 _DRIVERS: Final = "drivers"
+_PAIR: Final = 2
 
 
 class Forming:
@@ -99,6 +100,16 @@ class Forming:
             for link in self._links:
                 link.send(self._command(link, store_host, store_port, may_leave=may_leave, step=step))
         try:
+            self._connect(transport)
+        except ConnectionsBroken as error:
+            apart = transport.unreached()
+            if len(apart) == _PAIR:
+                raise self._links.breaks.apart(apart) from error
+            raise
+        transport.leave_store()
+
+    def _connect(self, transport: Transport) -> None:
+        try:
             transport.form()
             if self.layout.num_drivers > 1:
                 transport.form_subgroup(_DRIVERS, self.layout.drivers)
@@ -107,7 +118,6 @@ class Forming:
             self._links.raise_cause(error.ranks)
             raise
         self._links.expect_all(Ready)
-        transport.leave_store()
 
     def _meet(self) -> tuple[Store, str, int]:
         """Return the store from which a generation's groups are formed, and where it is."""

@@ -525,6 +525,11 @@ class Links:
         else:
             self._fail(_error_of(failed, link))
 
+    @property
+    def breaks(self) -> Breaks:
+        """What is known of connections that broke in this generation."""
+        return self._breaks
+
     def report_stall(self, generation: int) -> None:
         """Note that in this generation all wait for each other, and what they wait for is lost."""
         if generation == self.generation and not self.failed:

@@ -40,7 +40,16 @@ class GenerationAborted(SkipPipeError):
 
 
 class ConnectionsBroken(SkipPipeError):
-    """Connections between ranks broke, though all of them live: others may be made."""
+    """Connections between ranks broke, though all of them live: others may be made.
+
+    Args:
+        text: What happened.
+        ends: The two ranks, where they are known.
+    """
+
+    def __init__(self, text: str, ends: tuple[int, ...] = ()) -> None:
+        super().__init__(text)
+        self.ends = ends
 
 
 class StartRefused(SkipPipeError):

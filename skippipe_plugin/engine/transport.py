@@ -214,6 +214,18 @@ class Transport:
         if self.carries_on_host:
             self._staging = Staging.of(self.device)
         self._connect(_ALL, self.members)
+        store = self._store
+        assert store is not None, "who forms has a store"
+        self._start(lambda: store.set(self._reached(self.rank), ""))
+
+    def unreached(self) -> list[int]:
+        """Return the members that are not connected with all others: of a link that is cut, both ends."""
+        if self._store is None:
+            return []
+        return [rank for rank in self.members if not self._store.check([self._reached(rank)])]
+
+    def _reached(self, rank: int) -> str:
+        return f"generation/{self.generation}/reached/{rank}"
 
     @property
     def is_aborted(self) -> bool:

@@ -18,7 +18,7 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.transport import Transport
 from skippipe_plugin.model import spread
 from skippipe_plugin.testing import At as Moment
-from skippipe_plugin.testing import Cut, FillDisk, Injector, Phase, Stop
+from skippipe_plugin.testing import Cut, FillDisk, Injector, Phase, Reset, Stop
 from skippipe_plugin.worker import WorkerProcesses
 
 from .support import Run, assert_same_losses, assert_same_weights
@@ -145,4 +145,18 @@ def test_a_cut_between_the_living_is_found_within_seconds(
     assert re.search(rf"nothing comes from ({first} to {second}|{second} to {first}), though both live", caplog.text)
     assert_same_losses(result.losses, expected.losses)
     assert_same_weights(result.weights, expected.weights)
+    assert_counted(result)
+
+
+@pytest.mark.timeout(120)
+def test_two_workers_that_do_not_reach_each_other_are_parted(caplog: pytest.LogCaptureFixture) -> None:
+    """Their connection breaks whenever it was made anew: one of them is replaced, and the run goes on."""
+    resets = [Reset(Moment(Phase.TRAINING, step=3, action="0B1", nth=nth), (1, 2)) for nth in (1, 2, 3)]
+    recovery = StageRecovery(spares=1, lr_factor=1.0)
+    with Injector(*resets) as injector:
+        result, _ = run(recovery=recovery)
+    assert injector.num_done == 3, injector.report
+    (event,) = recovery.events
+    assert re.fullmatch(r"its connections with rank [12] broke again and again", event.how_lost)
+    assert event.rank in (1, 2)
     assert_counted(result)

@@ -11,6 +11,8 @@ from ..links import Link
 
 _MAX_JOIN_DEATHS: Final = 2
 """How often the replacement of one worker may die before it has taken over."""
+_MAX_BREAKS_OF_PAIR: Final = 3
+"""How often connections of the same two ranks may break before one of them is replaced."""
 MAX_LOSSES: Final = 5
 """How often the worker of one rank may be lost without a finished attempt in between."""
 
@@ -20,12 +22,14 @@ class Losses:
 
     def __init__(self) -> None:
         self._num_breaks = 0
+        self._parted: Counter[frozenset[int]] = Counter()
         self._how: dict[int, list[str]] = {}
         self._deaths: Counter[int] = Counter()
 
     def forget(self) -> None:
         """Note that something was finished."""
         self._num_breaks = 0
+        self._parted.clear()
         self._how.clear()
         self._deaths.clear()
 
@@ -36,11 +40,21 @@ class Losses:
             ConnectionsBroken: There were too many.
         """
         self._num_breaks += 1
+        self._parted[frozenset(error.ends)] += 1
         if self._num_breaks > MAX_LOSSES:
             raise ConnectionsBroken(
                 f"connections between the workers broke {self._num_breaks} times, and nothing was finished in between; "
                 "look at what is between their hosts (firewall, address translation)"
             ) from error
+
+    def are_parted(self, error: ConnectionsBroken) -> bool:
+        """Whether two ranks have broken apart again and again; once that is said, they begin anew."""
+        ends = frozenset(error.ends)
+        if not ends or self._parted[ends] < _MAX_BREAKS_OF_PAIR:
+            return False
+        self._parted.clear()
+        self._num_breaks = 0
+        return True
 
     def note(self, link: Link, *, took_over: bool, error: BaseException) -> None:
         """Count a loss.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from ...engine.control.commands import Arrange, Warm
 from ...engine.errors import ConnectionsBroken, SkipPipeError, StageLostError
@@ -32,6 +32,9 @@ from .report import RecoveryEvent
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_GOES_S: Final = 10.0
+"""How long it may take until the channel to a worker that was given up has ended here."""
+_LOOK_S: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +179,11 @@ class StageKeeper:
         lost = pipeline.links.drop_lost()
         if isinstance(error, ConnectionsBroken) and not lost:
             self._losses.note_break(error)
-            log.warning("%s Others are made, and what was under way is repeated", error)
-            return
+            if self._losses.are_parted(error):
+                lost = self._part(error.ends)
+            if not lost:
+                log.warning("%s Others are made, and what was under way is repeated", error)
+                return
         if not lost:
             raise error
         for link in lost:
@@ -191,6 +197,22 @@ class StageKeeper:
             except SkipPipeError:
                 self.gave_up = True
                 raise
+
+    def _part(self, ends: Sequence[int]) -> list[Link]:
+        """Give one of two workers up that live and do not reach each other; return it, once it is gone.
+
+        Rather one on another host, since others are started here, and one that has a replica.
+        """
+        links = [link for link in self._pipeline.links if link.rank in ends]
+        if not links:
+            return []
+        link = min(links, key=lambda each: (each.is_local, self._replica(each.rank) is None, each.rank))
+        other = ", ".join(f"rank {rank}" for rank in ends if rank != link.rank)
+        link.give_up(f"its connections with {other} broke again and again", ", though both live,")
+        deadline = time.monotonic() + _GOES_S
+        while not link.gone and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+        return self._pipeline.links.drop_lost()
 
     @property
     def _taking_over(self) -> set[int]:

@@ -235,6 +235,21 @@ def test_breaks_have_an_end() -> None:
     losses.note_break(ConnectionsBroken("much later"))
 
 
+def test_two_that_break_apart_again_and_again_are_no_pair() -> None:
+    losses, of_pair, of_others = Losses(), ConnectionsBroken("once more", (2, 1)), ConnectionsBroken("too", (1, 3))
+    found = []
+    for error in (of_pair, of_others, ConnectionsBroken("by whom?"), of_pair, ConnectionsBroken("again", (1, 2))):
+        losses.note_break(error)
+        found.append(losses.are_parted(error))
+    assert found == [False, False, False, False, True]
+    for _ in range(2):
+        losses.note_break(of_pair)
+        assert not losses.are_parted(of_pair)
+    losses.forget()
+    losses.note_break(of_pair)
+    assert not losses.are_parted(of_pair)
+
+
 def test_who_cannot_be_greeted_closes_the_door_to_nobody(
     pool: WorkerPool, join: Callable[[bool], Channel], caplog: pytest.LogCaptureFixture
 ) -> None:
