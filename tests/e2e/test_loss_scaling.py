@@ -6,6 +6,7 @@ Lightning makes a bfloat16 run of it on CPUs, so its plugin is given here, as wh
 import copy
 import functools
 import pickle
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch.amp import GradScaler
 from torch.optim import SGD, AdamW
 
 from skippipe_plugin.callbacks import StageRecovery
+from skippipe_plugin.driver.links import Link
+from skippipe_plugin.engine.control.codec import Control
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.moe import MoEConfig
 
@@ -211,6 +214,24 @@ def test_a_fused_step_which_unscales_by_itself() -> None:
     runs = [fit(devices, make=lambda: delicate(fused), callbacks=(hit,)) for devices in (3, 1)]
     assert_same(*runs)
     assert_same_state(runs[0][0], runs[1][0])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_is_said_for_a_step(scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm comes with what the workers have found; a run without a scaler says nothing of it."""
+    said: Counter[str] = Counter()
+    tell = Link.tell
+
+    def counted(link: Link, body: Control, **how: Any) -> int:
+        said[type(body).__name__] += link.rank == 1
+        return tell(link, body, **how)
+
+    monkeypatch.setattr(Link, "tell", counted)
+    plugins = {"plugins": half()} if scaled else {}
+    train(delicate, loader(tokens(BATCH * STEPS)), 3, {"num_microbatches": 4}, gradient_clip_val=0.2, **plugins)
+    assert said["StepOptimizer"] == said["Merge"] == STEPS
+    assert said["Unscale"] == (STEPS if scaled else 0)
+    assert said["AskNorm"] == 1, "later ones are asked ahead"
 
 
 def test_experts_that_are_spread_over_replicas() -> None:
