@@ -324,7 +324,7 @@ class StepRun:
         leaf = hidden.requires_grad_(self._calls[index].spec.hops[-1].requires_grad)
         seed_everything(block_seed(block_seed(self._task.seed, microbatch), _LOSS), self._device)
         result = inner(leaf)
-        sources = self._sources(index)
+        sources = self._sources(index) if self._sides else (self._hidden[index],)
         with own_gradients.Checked(result, sources):
             outcome = self._resume(index, result)
         if isinstance(outcome, Suspended):

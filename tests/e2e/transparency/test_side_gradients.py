@@ -129,6 +129,15 @@ def test_the_batch_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     assert "whole batch" not in caplog.text
 
 
+def test_one_layout_rounds_alike() -> None:
+    """Whoever sends its part first: parts are added along the path."""
+    settings = {"num_microbatches": 4, "schedule": "gpipe"}
+    one, other = fit(Model, settings, 4), fit(Model, settings, 4)
+    assert one.losses == other.losses
+    for name, weight in one.weights.items():
+        assert torch.equal(weight, other.weights[name]), name
+
+
 def split_backward(schedule: Schedule) -> Schedule:
     """Let the input gradients (I) of the workers come first, and the weights' (W) at the end."""
     orders = []
