@@ -6,8 +6,9 @@ that call the blocks several times before their loss is there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,7 +17,35 @@ from ..driver.capture.growing import sample_counts
 from ..model.backwards import Backwards
 from ..model.open_calls import OpenCalls
 from ..model.open_step import OpenStep
+from ..model.settings import PipelineSettings
 from ..model.spread import SpreadModel
+from .checks import check_several_calls
+
+log = logging.getLogger(__name__)
+
+_SEVERAL_CALLS: Final = (
+    "training_step calls the blocks %d times before it goes back. It runs once, on the whole batch, of which only what "
+    "enters the blocks is cut; all forwards come before the loss, and those of all calls but the last run once more on "
+    "the way back"
+)
+
+
+def allowed_several_calls(most: int, settings: PipelineSettings) -> Literal[True]:
+    """Say that steps call the blocks up to ``most`` times, and what that costs.
+
+    Raises:
+        SkipPipeError: With these settings they may not.
+    """
+    check_several_calls(settings)
+    log.warning(_SEVERAL_CALLS, most)
+    return True
+
+
+def opened_steps(spread: SpreadModel, module: LightningModule, device: torch.device, *, repeats: bool) -> OpenSteps:
+    """Return what runs such steps, open; see :class:`OpenSteps`."""
+    steps = OpenSteps(spread, module, device, repeats=repeats)
+    steps.open()
+    return steps
 
 
 class OpenSteps:

@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
@@ -57,13 +57,13 @@ from ..schedule import CostModel, Schedule, Timeline
 from ..sources import workers_of
 from ..supervisor import supervised
 from ..worker import end_with_driver
-from .checks import check_fit, check_several_calls
+from .checks import check_fit
 from .compiled import uncompile
 from .continuation import FROM_MEMORY, Continuation
 from .cut_step import CutStep, PreparedStep, asking_of
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import cut_or_whole, loader_hint
-from .open_steps import OpenSteps
+from .open_steps import allowed_several_calls, opened_steps
 from .optimizing import OptimizingStrategy
 from .outputs import with_loss, without_loss
 from .sections import shared_sections
@@ -71,12 +71,6 @@ from .verify import Verify, check_step, verify_first
 from .whole_step import WholeStep
 
 log = logging.getLogger(__name__)
-
-_SEVERAL_CALLS: Final = (
-    "training_step calls the blocks %d times before it goes back. It runs once, on the whole batch, of which only what "
-    "enters the blocks is cut; all forwards come before the loss, and those of all calls but the last run once more on "
-    "the way back"
-)
 
 
 @checked(skip_ratio=SHARE, num_microbatches=COUNT, replicas=NUM_PROCESSES, drivers=NUM_PROCESSES)
@@ -391,6 +385,9 @@ class SkipPipeStrategy(OptimizingStrategy):
 
     def _bring_back(self, *, over: bool) -> None:
         """Make model and optimizer whole again on this driver, and free the workers."""
+        if self._open is not None:  # workers that wait in a step answer nobody
+            self._open.close()
+            self._open = None
         try:
             self._detach_optimizer()
         finally:
@@ -400,9 +397,6 @@ class SkipPipeStrategy(OptimizingStrategy):
             continuation.detach(over=over)
 
     def _bring_blocks_back(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self._open = None
         try:
             if self._spread is not None:
                 self._timeline = self._spread.timeline or self._timeline
@@ -446,7 +440,8 @@ class SkipPipeStrategy(OptimizingStrategy):
         self._spread.pipeline.collect_timeline = self._record_timeline
         self._asking = asking_of(module, self._spread, self.root_device)
         if is_manual:
-            self._open = self._opened(module)
+            repeats = self._recovery is not None
+            self._open = opened_steps(self._spread, module, self.root_device, repeats=repeats)
         if self.settings.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:
             rank_zero_info(said)
             self._said = said
@@ -503,7 +498,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         with self.precision_plugin.train_step_context():
             cut = None if self._open is not None else self._cut_step("training_step", batch, rest, kwargs)
             if self._open is None and self._calls_again(cut, args, kwargs):
-                self._open = self._opened(module)
+                self._open = opened_steps(running, module, self.root_device, repeats=self._recovery is not None)
             if self._open is not None:
                 step = functools.partial(module.training_step, *args, **kwargs)
                 return self._open.run(step, batch, self._seed(), module.trainer.global_step)
@@ -518,13 +513,8 @@ class SkipPipeStrategy(OptimizingStrategy):
                 values, loss = running.train(task, module.trainer.global_step)
             return cut_step.finish(merging, values, loss)
 
-    def _opened(self, module: LightningModule) -> OpenSteps:
-        steps = OpenSteps(self._running(), module, self.root_device, repeats=self._recovery is not None)
-        steps.open()
-        return steps
-
     def _calls_again(self, cut: PreparedStep | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a step calls the blocks with gradients more than once, as far as steps were tried; says so."""
+        """Whether a step calls the blocks more than once, as far as steps were tried."""
         module, asking = self.lightning_module, self._asking
         assert module is not None
         assert asking is not None
@@ -534,11 +524,7 @@ class SkipPipeStrategy(OptimizingStrategy):
             if cut is None and self._running().runs_whole:  # else it was tried
                 asking.look(WholeStep(module, "training_step", args, kwargs, self.root_device).results, (args, kwargs))
             most = max(self.gather_objects(asking.most_calls))
-        if most < 2:
-            return False
-        check_several_calls(self.settings)
-        log.warning(_SEVERAL_CALLS, most)
-        return True
+        return most > 1 and allowed_several_calls(most, self.settings)
 
     def _cut_step(self, name: str, batch: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PreparedStep | None:
         """Cut a step, and find out how its results merge; None when it runs once, on the whole batch."""
