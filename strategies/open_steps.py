@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from ..driver.capture.growing import sample_counts
+from ..engine.errors import none_swallowed
 from ..model.backwards import Backwards
 from ..model.open_calls import OpenCalls
 from ..model.open_step import OpenStep
@@ -86,7 +87,7 @@ class OpenSteps:
         self._step.settle("the next training_step")
         self._calls.begin(sample_counts(batch), seed, num_steps)
         try:
-            with self._spread.pipeline.open_to(self._calls):
+            with none_swallowed(), self._spread.pipeline.open_to(self._calls):
                 result = step()
             if self._ends_itself:
                 self._step.settle("the end of training_step")

@@ -1,5 +1,6 @@
 """Steps that call the blocks several times before their loss is there: as in one process."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -251,6 +252,23 @@ class Watched(Contrastive):
 def test_hooks_on_blocks_that_several_calls_run_are_refused() -> None:
     with pytest.raises(SkipPipeError, match=r"a forward hook of yours watches net\.blocks\.1"):
         fit(Watched, 3, {"num_microbatches": 2})
+
+
+class Trying(Contrastive):
+    """Looks at what is between the blocks, and swallows what is refused."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        hidden, norms = self.net.embed(batch), []
+        for block in self.net.blocks:
+            hidden = block(hidden)
+            with contextlib.suppress(Exception):
+                norms.append(float(hidden.detach().norm()))
+        return F.mse_loss(self.net.head(hidden), self.net(batch) + len(norms))
+
+
+def test_a_refusal_that_is_swallowed_is_raised() -> None:
+    with pytest.raises(SkipPipeError, match="needs the output of net"):
+        fit(Trying, 3, {"num_microbatches": 1})
 
 
 class Hooked(Contrastive):
