@@ -142,14 +142,14 @@ class PairTransport(Transport):
         data = tensor.detach().to(self._device).contiguous()
         if data.numel():
             group = self._groups[_name(self.rank, destination)]
-            self._sends.append((self._start(lambda: group.send([data], _DESTINATION, 0)), data))
+            self._sends.append((self._start(lambda: group.send([data], _DESTINATION, 0), destination), data))
             self._traffic.send(destination, 0)
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Issue the receive of the link's next message."""
         buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
         group = self._groups[_name(source, self.rank)]
-        work = self._start(lambda: group.recv([buffer], _SOURCE, 0)) if buffer.numel() else None
+        work = self._start(lambda: group.recv([buffer], _SOURCE, 0), source) if buffer.numel() else None
         is_seen = work is not None and self._backend == "gloo"  # nobody can tell whether bytes move under NCCL
         awaited = self._traffic.receive(source, 0) if is_seen else None
         return PendingTensor(work, buffer, device, self._waiting, awaited)

@@ -6,8 +6,11 @@ one asks again and again instead, and stops as soon as the generation is aborted
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -67,6 +70,18 @@ class AbortableStore(Store):
         self._left: Store | None = store
         self._prefix = prefix
         self._aborted = aborted
+        self._answered_s = math.inf
+
+    @property
+    def idle_s(self) -> float:
+        """For how many seconds it has been asked nothing; what is awaited here is asked for again and again."""
+        return time.monotonic() - self._answered_s
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[None]:
+        self._answered_s = math.inf
+        yield
+        self._answered_s = time.monotonic()
 
     @property
     def _store(self) -> Store:
@@ -80,20 +95,24 @@ class AbortableStore(Store):
 
     def set(self, key: str, value: str | bytes) -> None:
         """See ``torch.distributed.Store.set``."""
-        self._store.set(self._prefix + key, value)  # type: ignore[arg-type]
+        with self._asked():
+            self._store.set(self._prefix + key, value)  # type: ignore[arg-type]
 
     def get(self, key: str) -> bytes:
         """Wait for ``key`` and return its value."""
         self.wait([key])
-        return self._store.get(self._prefix + key)
+        with self._asked():
+            return self._store.get(self._prefix + key)
 
     def add(self, key: str, amount: int) -> int:
         """See ``torch.distributed.Store.add``."""
-        return self._store.add(self._prefix + key, amount)
+        with self._asked():
+            return self._store.add(self._prefix + key, amount)
 
     def check(self, keys: Sequence[str]) -> bool:
         """Whether all keys are there."""
-        return self._store.check([self._prefix + key for key in keys])
+        with self._asked():
+            return self._store.check([self._prefix + key for key in keys])
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Wait for all keys.

@@ -36,6 +36,8 @@ _SILENT_S = 15.0
 
 The control channels may tell that both ends live: then the pair, with all others, is connected anew.
 """
+_CONNECT_S = 10.0
+"""How long connecting may take once gloo knows where all members are; a system tries to reach one for minutes."""
 _LOOK_S = 0.02
 """How often a rank that forms groups looks whether it still should."""
 # Failures are found by the control channels, never by this time-out: it only has to be longer than any step.
@@ -271,7 +273,7 @@ class Transport:
 
     def _post(self, destination: int, tag: int, data: Tensor) -> None:
         group, member = self._groups[_ALL], self._index[destination]
-        self._sends.append((self._start(lambda: group.send([data], member, tag)), data))
+        self._sends.append((self._start(lambda: group.send([data], member, tag), destination), data))
         self._traffic.send(destination, tag)
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
@@ -282,20 +284,22 @@ class Transport:
         room = None if staging is None else staging.room(spec.shape, spec.dtype)
         buffer = torch.empty(spec.shape, dtype=spec.dtype) if room is None else room
         group, member = self._groups[_ALL], self._index[source]
-        work, awaited = self._start(lambda: group.recv([buffer], member, tag)), self._traffic.receive(source, tag)
+        work = self._start(lambda: group.recv([buffer], member, tag), source)
+        awaited = self._traffic.receive(source, tag)
         return PendingTensor(work, buffer, device, self._waiting, awaited, staging=None if room is None else staging)
 
     def send_aside(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send a small host tensor that is none of the schedule's, whatever carries those."""
         group, member = self._groups[_ALL], self._index[destination]
-        self._sends.append((self._start(lambda: group.send([tensor], member, tag)), tensor))
+        self._sends.append((self._start(lambda: group.send([tensor], member, tag), destination), tensor))
         self._traffic.send(destination, tag)
 
     def receive_aside(self, length: int, source: int, tag: int) -> PendingTensor:
         """Post a receive for what :meth:`send_aside` sends, ``length`` int64."""
         buffer = torch.empty(length, dtype=torch.int64)
         group, member = self._groups[_ALL], self._index[source]
-        work, awaited = self._start(lambda: group.recv([buffer], member, tag)), self._traffic.receive(source, tag)
+        work = self._start(lambda: group.recv([buffer], member, tag), source)
+        awaited = self._traffic.receive(source, tag)
         return PendingTensor(work, buffer, buffer.device, self._waiting, awaited)
 
     def end_step(self) -> None:
@@ -381,18 +385,18 @@ class Transport:
             daemon=True,
         )
         thread.start()
-        self._groups[name] = formed.wait(self._aborted)
+        self._groups[name] = formed.wait(self._aborted, store if name == _ALL else None)
         if self._aborted.is_set():  # poison() may have come too early to see the group
             raise GenerationAborted(f"generation {self.generation} was given up while it formed")
 
     @staticmethod
-    def _start(operation: object) -> Work:
+    def _start(operation: object, *peer: int) -> Work:
         try:
             return operation()  # type: ignore[operator, no-any-return]
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except RuntimeError as error:
-            raise GenerationAborted(str(error)) from error
+            raise GenerationAborted(str(error), peer) from error
 
 
 class _Outcome:
@@ -410,8 +414,10 @@ class _Outcome:
             self._error = error
         self._over.set()
 
-    def wait(self, aborted: threading.Event) -> Gloo:
+    def wait(self, aborted: threading.Event, store: AbortableStore | None) -> Gloo:
         while not self._over.wait(_LOOK_S):
+            if store is not None and store.idle_s > _CONNECT_S:
+                raise GenerationAborted(f"the members could not all be connected within {_CONNECT_S:g} s")
             if aborted.is_set():
                 raise GenerationAborted("the generation was given up while it formed")
         if isinstance(self._error, (RuntimeError, OSError)):

@@ -151,7 +151,7 @@ def test_a_cut_between_the_living_is_found_within_seconds(
 @pytest.mark.timeout(120)
 def test_two_workers_that_do_not_reach_each_other_are_parted(caplog: pytest.LogCaptureFixture) -> None:
     """Their connection breaks whenever it was made anew: one of them is replaced, and the run goes on."""
-    resets = [Reset(Moment(Phase.TRAINING, step=3, action="0B1", nth=nth), (1, 2)) for nth in (1, 2, 3)]
+    resets = [Reset(Moment(Phase.TRAINING, step=3, action="0F0", nth=nth), (1, 2)) for nth in (1, 2, 3)]
     recovery = StageRecovery(spares=1, lr_factor=1.0)
     with Injector(*resets) as injector:
         result, _ = run(recovery=recovery)

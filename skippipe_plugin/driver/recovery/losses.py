@@ -22,6 +22,7 @@ class Losses:
 
     def __init__(self) -> None:
         self._num_breaks = 0
+        self._ends: tuple[int, ...] = ()
         self._parted: Counter[frozenset[int]] = Counter()
         self._how: dict[int, list[str]] = {}
         self._deaths: Counter[int] = Counter()
@@ -29,6 +30,7 @@ class Losses:
     def forget(self) -> None:
         """Note that something was finished."""
         self._num_breaks = 0
+        self._ends = ()
         self._parted.clear()
         self._how.clear()
         self._deaths.clear()
@@ -40,21 +42,22 @@ class Losses:
             ConnectionsBroken: There were too many.
         """
         self._num_breaks += 1
-        self._parted[frozenset(error.ends)] += 1
+        self._ends = error.ends or self._ends  # where nobody knows it is taken to be as before
+        self._parted[frozenset(self._ends)] += 1
         if self._num_breaks > MAX_LOSSES:
             raise ConnectionsBroken(
                 f"connections between the workers broke {self._num_breaks} times, and nothing was finished in between; "
                 "look at what is between their hosts (firewall, address translation)"
             ) from error
 
-    def are_parted(self, error: ConnectionsBroken) -> bool:
-        """Whether two ranks have broken apart again and again; once that is said, they begin anew."""
-        ends = frozenset(error.ends)
-        if not ends or self._parted[ends] < _MAX_BREAKS_OF_PAIR:
-            return False
+    def parted(self) -> tuple[int, ...]:
+        """Return the two ranks whose connection has broken again and again, if it has; then they begin anew."""
+        ends = self._ends
+        if not ends or self._parted[frozenset(ends)] < _MAX_BREAKS_OF_PAIR:
+            return ()
         self._parted.clear()
         self._num_breaks = 0
-        return True
+        return ends
 
     def note(self, link: Link, *, took_over: bool, error: BaseException) -> None:
         """Count a loss.

@@ -179,8 +179,7 @@ class StageKeeper:
         lost = pipeline.links.drop_lost()
         if isinstance(error, ConnectionsBroken) and not lost:
             self._losses.note_break(error)
-            if self._losses.are_parted(error):
-                lost = self._part(error.ends)
+            lost = self._part(self._losses.parted())
             if not lost:
                 log.warning("%s Others are made, and what was under way is repeated", error)
                 return
