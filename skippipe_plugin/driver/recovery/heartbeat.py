@@ -112,6 +112,7 @@ class Heartbeat:
 
     def _ask(self) -> None:
         told, stall, asked_s = False, Stall(), time.monotonic()
+        excused = set[int]()
         while not self._over.wait(self._look_s):
             links = list(self._links)
             may_ask = time.monotonic() - asked_s < self._beat_s - self._look_s / 2
@@ -128,10 +129,12 @@ class Heartbeat:
             if all_silent and not told:
                 log.warning("no worker answers: waiting for %g s for the driver's own link", ALL_SILENT_S)
             told = all_silent
+            # When the driver's link is back, not all are heard again at once.
+            excused = {id(link) for link in links if all_silent or (link.is_silent and id(link) in excused)}
             for link in links:
                 if link.num_unanswered == _TOLD_AFTER and not all_silent:
                     log.warning("%s has given no sign of life for some %g s of %g", link, self._since_s, self._limit_s)
-                link.beat(_QUESTIONS + all_silent * math.ceil(ALL_SILENT_S / self._limit_s * _QUESTIONS))
+                link.beat(_QUESTIONS + (id(link) in excused) * math.ceil(ALL_SILENT_S / self._limit_s * _QUESTIONS))
             for link in self._idle():
                 if link.beat(_QUESTIONS):
                     log.warning("an idle worker is lost: %s", link.how_lost)

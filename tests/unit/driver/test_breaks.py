@@ -165,6 +165,25 @@ def test_everybody_at_once_is_not_everybody_dead(
     assert 1.4 < time.monotonic() - begun_s < 9
 
 
+def test_who_is_heard_first_when_the_link_is_back_condemns_nobody(
+    pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat_module, "ALL_SILENT_S", 30.0)
+    board = Links()
+    for _ in range(2):
+        join(False)
+    for rank, link in enumerate(pool.resting()):
+        board.add(rank, [rank + 1], link)
+    heartbeat, begun_s = Heartbeat(board, 0.5), time.monotonic()
+    while time.monotonic() - begun_s < 3:
+        if time.monotonic() - begun_s > 1.5:
+            board[0]._channel.heard_s = time.monotonic()
+        time.sleep(0.01)
+    heartbeat.close()
+    assert board[1].num_unanswered > 5
+    assert not board.lost
+
+
 def test_who_is_silent_when_a_connection_breaks_is_the_cause(
     pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
