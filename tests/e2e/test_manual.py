@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import SkipPipeStrategy
+from skippipe_plugin.strategies.checks import check_fit
 from skippipe_plugin.testing import At, Injector, Kill, Phase
 from tests.e2e.modules import loader
 from tests.e2e.support import Run, assert_same_run, train, trainer_for
@@ -564,11 +567,12 @@ def test_a_failure_between_forward_and_backward_leaves_a_whole_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "says"), [({"drivers": 2}, "drivers=2"), ({"microbatches": "batch"}, "microbatches=.batch.")]
+    ("settings", "says"), [({"drivers": 2}, "drivers=2"), ({"microbatches": "batch"}, "microbatches=")], ids=str
 )
-def test_settings_that_manual_steps_cannot_have_are_refused(strategy: dict[str, Any], says: str) -> None:
+def test_settings_that_manual_steps_cannot_have_are_refused(settings: dict[str, Any], says: str) -> None:
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), callbacks=[])
     with pytest.raises(SkipPipeError, match=says):
-        fit(Manual, 4, {"num_microbatches": 2, **strategy})
+        check_fit(Manual(), trainer, SkipPipeStrategy(**settings).settings)
 
 
 @pytest.mark.parametrize("make", [Manual, TwoOptimizers], ids=lambda make: make.__name__)
