@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,13 +25,13 @@ from .checks import check_several_calls
 log = logging.getLogger(__name__)
 
 _SEVERAL_CALLS: Final = (
-    "training_step calls the blocks %d times before it goes back. It runs once, on the whole batch, of which only what "
-    "enters the blocks is cut; all forwards come before the loss, and those of all calls but the last run once more on "
-    "the way back"
+    "training_step calls the blocks %d times or more before it goes back. It runs once, on the whole batch, of which "
+    "only what enters the blocks is cut; all forwards come before the loss, and those of all calls but the last run "
+    "once more on the way back"
 )
 
 
-def allowed_several_calls(most: int, settings: PipelineSettings) -> Literal[True]:
+def allow_several_calls(most: int, settings: PipelineSettings) -> None:
     """Say that steps call the blocks up to ``most`` times, and what that costs.
 
     Raises:
@@ -39,7 +39,6 @@ def allowed_several_calls(most: int, settings: PipelineSettings) -> Literal[True
     """
     check_several_calls(settings)
     log.warning(_SEVERAL_CALLS, most)
-    return True
 
 
 def opened_steps(spread: SpreadModel, module: LightningModule, device: torch.device, *, repeats: bool) -> OpenSteps:

@@ -32,6 +32,7 @@ from ..driver.pipeline import TRAINING
 from ..driver.recovery.policy import RecoveryPolicy
 from ..driver.recovery.report import RecoveryEvent
 from ..driver.routers import RouterControl
+from ..driver.steps import CalledTwice
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.device import own_place
@@ -63,7 +64,7 @@ from .continuation import FROM_MEMORY, Continuation
 from .cut_step import CutStep, PreparedStep, asking_of
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import cut_or_whole, loader_hint
-from .open_steps import allowed_several_calls, opened_steps
+from .open_steps import allow_several_calls, opened_steps
 from .optimizing import OptimizingStrategy
 from .outputs import with_loss, without_loss
 from .sections import shared_sections
@@ -171,8 +172,8 @@ class SkipPipeStrategy(OptimizingStrategy):
         self._restore_late = False
         self._cutter = Cutter()
         self._recovery: Recovery | None = None
-        self._has_looked = False
-        """Whether it was tried how often a training step calls the blocks."""
+        self._has_trained = False
+        """Whether a training step has run once, on the whole batch."""
         self._record_timeline = False
         self._timeline: Timeline | None = None
 
@@ -403,7 +404,7 @@ class SkipPipeStrategy(OptimizingStrategy):
                 self._spread.bring_back(keep=self._continuation is not None)
         finally:
             self._spread = self._asking = None
-            self._has_looked = False
+            self._has_trained = False
             if self._compiled is not None:
                 self._compiled.restore()
                 self._compiled = None
@@ -497,34 +498,34 @@ class SkipPipeStrategy(OptimizingStrategy):
             running.attached.begin_step(module.trainer.global_step)
         with self.precision_plugin.train_step_context():
             cut = None if self._open is not None else self._cut_step("training_step", batch, rest, kwargs)
-            if self._open is None and self._calls_again(cut, args, kwargs):
-                self._open = opened_steps(running, module, self.root_device, repeats=self._recovery is not None)
+            if self._open is None and self._asking is not None and self._asking.most_calls > 1:
+                self._open_several(module, self._asking.most_calls)
+            if cut is None and self._open is None:
+                whole, first = WholeStep(module, "training_step", args, kwargs, self.root_device), not self._has_trained
+                undo, self._has_trained = whole.note_state() if first else None, True
+                try:
+                    with whole.logging():
+                        values, loss = running.train(self._whole_task(whole), module.trainer.global_step)
+                    return with_loss(without_loss(values[0]), loss)
+                except CalledTwice:
+                    if undo is None:
+                        raise
+                    undo()
+                    self._open_several(module, 2)
             if self._open is not None:
                 step = functools.partial(module.training_step, *args, **kwargs)
                 return self._open.run(step, batch, self._seed(), module.trainer.global_step)
-            if cut is None:
-                whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
-                with whole.logging():
-                    values, loss = running.train(self._whole_task(whole), module.trainer.global_step)
-                return with_loss(without_loss(values[0]), loss)
+            assert cut is not None
             cut_step, merging = cut
             task = cut_step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
             with cut_step.logging(), shared_sections(module):
                 values, loss = running.train(task, module.trainer.global_step)
             return cut_step.finish(merging, values, loss)
 
-    def _calls_again(self, cut: PreparedStep | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a step calls the blocks more than once, as far as steps were tried."""
-        module, asking = self.lightning_module, self._asking
-        assert module is not None
-        assert asking is not None
-        most = asking.most_calls
-        if not self._has_looked:
-            self._has_looked = True
-            if cut is None and self._running().runs_whole:  # else it was tried
-                asking.look(WholeStep(module, "training_step", args, kwargs, self.root_device).results, (args, kwargs))
-            most = max(self.gather_objects(asking.most_calls))
-        return most > 1 and allowed_several_calls(most, self.settings)
+    def _open_several(self, module: LightningModule, most: int) -> None:
+        """Let steps run as in one process from now on, since they call the blocks so often."""
+        allow_several_calls(most, self.settings)
+        self._open = opened_steps(self._running(), module, self.root_device, repeats=self._recovery is not None)
 
     def _cut_step(self, name: str, batch: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PreparedStep | None:
         """Cut a step, and find out how its results merge; None when it runs once, on the whole batch."""

@@ -61,11 +61,11 @@ class WholeStep:
             training=training,
             name=self._name,
             questions=questions(self._call, self._batch),
-            note_state=self._note_state,
+            note_state=self.note_state,
             repeats=repeats,
             share=1 / drivers,
             scale=scale_of_backward(self._module.trainer),
-            bends=functools.partial(asking.bend, self._name, self.results),
+            bends=functools.partial(asking.bend, self._name, self._results),
             framed=self._module.trainer.precision_plugin.train_step_context,
         )
 
@@ -80,7 +80,7 @@ class WholeStep:
         for logged in self._shared:
             logged.carry_out(logged.name, logged.value, **logged.options)
 
-    def results(self) -> Results:
+    def _results(self) -> Results:
         """Run the step, which is only asked what its loss is."""
         with noted():
             loss = loss_of(self._call(self._batch))
@@ -93,7 +93,8 @@ class WholeStep:
     def _call(self, batch: Any) -> Any:
         return getattr(self._module, self._name)(batch, *self._rest, **self._kwargs)
 
-    def _note_state(self) -> Callable[[], None]:
+    def note_state(self) -> Callable[[], None]:
+        """Return what takes back all that the step changes from now on."""
         trainer = self._module.trainer
         undo, unlog = undo_all(self._module, self._device, self._batch, in_reach(trainer)), undo_logs(trainer)
 

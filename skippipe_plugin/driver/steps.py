@@ -55,6 +55,10 @@ WITH_GRADIENTS: Final = (
 )
 
 
+class CalledTwice(SkipPipeError):
+    """A training step has called the blocks once more."""
+
+
 def not_called(proxies: BlockProxies) -> str:
     """Say that a training step went without the blocks, and which other stacks the model has."""
     others = " or ".join(f'blocks="{name}"' for name in proxies.other_stacks[:5]) or "blocks=..."
@@ -328,7 +332,7 @@ class StepRun:
         with own_gradients.Checked(result, sources):
             outcome = self._resume(index, result)
         if isinstance(outcome, Suspended):
-            raise SkipPipeError(CALLED_TWICE)
+            raise CalledTwice(CALLED_TWICE)
         self._outcomes[index] = outcome
         if self.loss_is_outside:
             self._leaves[microbatch] = leaf

@@ -31,7 +31,7 @@ from .capture.proxies import BlockProxies, StackCall
 from .capture.side_inputs import PreparedCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter
-from .steps import CALLED_TWICE, WITH_GRADIENTS, gradient_of, not_called
+from .steps import CALLED_TWICE, WITH_GRADIENTS, CalledTwice, gradient_of, not_called
 from .tapped import TapExchange
 
 _STEP: Final = 0
@@ -269,7 +269,7 @@ class WholeRun:
             with own_gradients.Checked(result, call.sources):
                 self._resume(result)
             if isinstance(self._outcome, Suspended):
-                raise SkipPipeError(CALLED_TWICE)
+                raise CalledTwice(CALLED_TWICE)
             self._back_propagate(self.values()[0])
         if self._taps is not None:
             self._taps.send_back(self._first, self._paths[self._first])

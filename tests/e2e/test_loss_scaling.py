@@ -167,7 +167,7 @@ def assert_same_state(found: Run, expected: Run) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("options", ["ordinary", "norm"])
+@pytest.mark.parametrize("options", [pytest.param("ordinary", marks=pytest.mark.slow), "norm"])
 def test_one_weight_that_overflows_skips_the_step_of_all(strategy: str, options: str) -> None:
     devices, settings = STRATEGIES[strategy]
     found = fit(devices, settings, make=delicate, callbacks=(Overflowing(3, HIT),), **OPTIONS[options])
@@ -188,7 +188,16 @@ def on_the_edge(accumulated: int, devices: int = 1, strategy: str = "") -> tuple
     return fit(devices, settings, scaler={"init_scale": EDGE, "growth_interval": 2}, **options)
 
 
-@pytest.mark.parametrize(("strategy", "accumulated"), [*((each, 1) for each in STRATEGIES), ("1f1b", 2), ("1f1b", 3)])
+@pytest.mark.parametrize(
+    ("strategy", "accumulated"),
+    [
+        ("1f1b", 1),
+        ("stack", 1),
+        ("1f1b", 2),
+        *(pytest.param(each, 1, marks=pytest.mark.slow) for each in STRATEGIES if each not in ("1f1b", "stack")),
+        pytest.param("1f1b", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_the_scale_follows_what_overflows_in_the_whole_batch(strategy: str, accumulated: int) -> None:
     expected = on_the_edge(accumulated)
     assert len({scale for scale, _ in expected[1]}) > 1

@@ -298,8 +298,14 @@ def both(make: Make, strategy: dict[str, Any] | None = None, **options: Any) -> 
     return fit(make, 3, strategy or LAYOUTS[0], **options), fit(make, 1, **options)
 
 
-@pytest.mark.parametrize("layout", range(len(LAYOUTS)))
-@pytest.mark.parametrize("make", [Manual, Accumulating, TwoOptimizers, Gan], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [
+        pytest.param(make, at, id=f"{make.__name__}-{at}", marks=() if at == index % len(LAYOUTS) else pytest.mark.slow)
+        for index, make in enumerate([Manual, Gan, Accumulating, TwoOptimizers])
+        for at in range(len(LAYOUTS))
+    ],
+)
 def test_a_manual_step_is_that_of_one_process(make: Make, layout: int) -> None:
     assert_same_run(*both(make, LAYOUTS[layout]))
 
@@ -347,7 +353,7 @@ def test_logged_values_and_validation_are_those_of_one_process() -> None:
     assert found.trainer.global_step == expected.trainer.global_step == 10
 
 
-@pytest.mark.parametrize("make", [Manual, TwoOptimizers, Gan], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [pytest.param(Manual, marks=pytest.mark.slow), TwoOptimizers])
 def test_a_resumed_run_goes_on_as_one_process(make: Make, tmp_path: Path) -> None:
     def resumed(devices: int, strategy: dict[str, Any] | None = None) -> Run:
         folder = tmp_path / str(devices)
@@ -365,8 +371,14 @@ def test_a_resumed_run_goes_on_as_one_process(make: Make, tmp_path: Path) -> Non
                 torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [Manual, TwoOptimizers, Gan], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize(
+    ("make", "precision"),
+    [
+        (Manual, "bf16-mixed"),
+        (Gan, "16-mixed"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(Manual, "16-mixed"), (TwoOptimizers, "16-mixed")]),
+    ],
+)
 def test_manual_steps_follow_mixed_precision(make: Make, precision: str) -> None:
     def options() -> dict[str, Any]:
         if precision == "bf16-mixed":
@@ -482,10 +494,11 @@ class Counted(Several):
             block.norm = nn.BatchNorm1d(8)  # type: ignore[assignment]
 
 
-SEVERAL = [Several, Contrastive, Chained, Preferring, InTurn, InOrder, Sometimes]
+SEVERAL = [Chained, InTurn, Sometimes]
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (Several, Contrastive, Preferring, InOrder)]
 
 
-@pytest.mark.parametrize("make", SEVERAL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [*SEVERAL, *SLOW])
 def test_several_calls_before_a_backward_are_those_of_one_process(make: Make) -> None:
     assert_same_run(*both(make))
 
@@ -583,8 +596,16 @@ def test_a_manual_step_can_be_checked(make: Make) -> None:
     assert agreement.num_weights == len(list(make().parameters()))
 
 
-@pytest.mark.parametrize("phase", [Phase.TRAINING, Phase.MERGING, Phase.STEPPING], ids=lambda phase: phase.value)
-@pytest.mark.parametrize("make", [Accumulating, Gan], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("make", "phase"),
+    [
+        (Accumulating, Phase.TRAINING),
+        (Gan, Phase.MERGING),
+        pytest.param(Accumulating, Phase.MERGING, marks=pytest.mark.slow),
+        pytest.param(Gan, Phase.TRAINING, marks=pytest.mark.slow),
+        *(pytest.param(make, Phase.STEPPING, marks=pytest.mark.slow) for make in (Accumulating, Gan)),
+    ],
+)
 def test_a_lost_worker_is_replaced_under_manual_steps(make: Make, phase: Phase) -> None:
     recovery = StageRecovery(spares=1)
     with Injector(Kill(At(phase, nth=2), who=2)) as injector:

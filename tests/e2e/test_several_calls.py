@@ -173,8 +173,14 @@ def test_steps_with_several_calls_are_those_of_one_process(make: Make, caplog: p
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("make", [Contrastive, Recurrent, Conditioned], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [
+        pytest.param(make, layout, id=f"{make.__name__}-{at}", marks=() if at == index else pytest.mark.slow)
+        for index, make in enumerate([Contrastive, Recurrent, Conditioned])
+        for at, layout in enumerate(LAYOUTS)
+    ],
+)
 def test_so_they_are_in_any_layout(make: Make, layout: dict[str, Any]) -> None:
     assert_exact(make, layout)
 
@@ -206,8 +212,14 @@ def test_a_resumed_run_goes_on_as_one_process(tmp_path: Path) -> None:
     assert_same_run(resumed(3, {"num_microbatches": 2}), resumed(1))
 
 
-@pytest.mark.parametrize("nth", [2, 3, 5])
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulated", "nth"),
+    [
+        (1, 3),
+        (2, 5),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(1, 2), (1, 5), (2, 2), (2, 3)]),
+    ],
+)
 def test_a_worker_that_is_lost_in_any_call_is_replaced(nth: int, accumulated: int) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": accumulated}
     with Injector(Kill(At(Phase.TRAINING, nth=nth), who=2)) as injector:

@@ -53,7 +53,7 @@ def _contents(value: Any) -> Any:
 def _refill(value: Any, contents: Any) -> None:
     if isinstance(value, Tensor):
         with torch.no_grad():
-            if not torch.equal(value, contents):
+            if value.layout is not torch.strided or not torch.equal(value, contents):
                 value.copy_(contents)
         return
     if callable(contents):

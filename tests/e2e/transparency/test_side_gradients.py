@@ -366,6 +366,7 @@ def test_ways_to_call(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert "whole batch" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLED)
 def test_ways_to_call_of_a_step_that_runs_once(name: str) -> None:
     assert_exact(CALLED[name], {"microbatches": "stack", "driver_stage": True})
