@@ -18,7 +18,6 @@ from ..engine.errors import none_swallowed
 from ..model.backwards import Backwards
 from ..model.open_calls import OpenCalls
 from ..model.open_step import OpenStep
-from ..model.settings import PipelineSettings
 from ..model.spread import SpreadModel
 from .checks import check_several_calls
 
@@ -31,18 +30,19 @@ _SEVERAL_CALLS: Final = (
 )
 
 
-def allow_several_calls(most: int, settings: PipelineSettings) -> None:
-    """Say that steps call the blocks up to ``most`` times, and what that costs.
+def opened_steps(
+    spread: SpreadModel, module: LightningModule, device: torch.device, num_calls: int = 0, *, repeats: bool
+) -> OpenSteps:
+    """Return what runs such steps, open; see :class:`OpenSteps`.
+
+    With ``num_calls``, since they call the blocks so often, which is said.
 
     Raises:
-        SkipPipeError: With these settings they may not.
+        SkipPipeError: With the settings of ``spread`` they may not.
     """
-    check_several_calls(settings)
-    log.warning(_SEVERAL_CALLS, most)
-
-
-def opened_steps(spread: SpreadModel, module: LightningModule, device: torch.device, *, repeats: bool) -> OpenSteps:
-    """Return what runs such steps, open; see :class:`OpenSteps`."""
+    if num_calls:
+        check_several_calls(spread.settings)
+        log.warning(_SEVERAL_CALLS, num_calls)
     steps = OpenSteps(spread, module, device, repeats=repeats)
     steps.open()
     return steps

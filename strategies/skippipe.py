@@ -64,7 +64,7 @@ from .continuation import FROM_MEMORY, Continuation
 from .cut_step import CutStep, PreparedStep, asking_of
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import cut_or_whole, loader_hint
-from .open_steps import allow_several_calls, opened_steps
+from .open_steps import opened_steps
 from .optimizing import OptimizingStrategy
 from .outputs import with_loss, without_loss
 from .sections import shared_sections
@@ -173,7 +173,6 @@ class SkipPipeStrategy(OptimizingStrategy):
         self._cutter = Cutter()
         self._recovery: Recovery | None = None
         self._has_trained = False
-        """Whether a training step has run once, on the whole batch."""
         self._record_timeline = False
         self._timeline: Timeline | None = None
 
@@ -403,8 +402,7 @@ class SkipPipeStrategy(OptimizingStrategy):
                 self._timeline = self._spread.timeline or self._timeline
                 self._spread.bring_back(keep=self._continuation is not None)
         finally:
-            self._spread = self._asking = None
-            self._has_trained = False
+            self._spread, self._asking, self._has_trained = None, None, False
             if self._compiled is not None:
                 self._compiled.restore()
                 self._compiled = None
@@ -441,8 +439,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         self._spread.pipeline.collect_timeline = self._record_timeline
         self._asking = asking_of(module, self._spread, self.root_device)
         if is_manual:
-            repeats = self._recovery is not None
-            self._open = opened_steps(self._spread, module, self.root_device, repeats=repeats)
+            self._open_steps(module)
         if self.settings.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:
             rank_zero_info(said)
             self._said = said
@@ -499,33 +496,36 @@ class SkipPipeStrategy(OptimizingStrategy):
         with self.precision_plugin.train_step_context():
             cut = None if self._open is not None else self._cut_step("training_step", batch, rest, kwargs)
             if self._open is None and self._asking is not None and self._asking.most_calls > 1:
-                self._open_several(module, self._asking.most_calls)
-            if cut is None and self._open is None:
-                whole, first = WholeStep(module, "training_step", args, kwargs, self.root_device), not self._has_trained
-                undo, self._has_trained = whole.note_state() if first else None, True
+                self._open_steps(module, self._asking.most_calls)
+            if self._open is None:
+                whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
+                was_tried = self._has_trained or (cut is not None and cut[1].answer is not None)
+                undo, self._has_trained = None if was_tried else whole.note_state(), True
                 try:
-                    with whole.logging():
-                        values, loss = running.train(self._whole_task(whole), module.trainer.global_step)
-                    return with_loss(without_loss(values[0]), loss)
+                    return self._train_closed(module, whole, cut)
                 except CalledTwice:
                     if undo is None:
                         raise
                     undo()
-                    self._open_several(module, 2)
-            if self._open is not None:
-                step = functools.partial(module.training_step, *args, **kwargs)
-                return self._open.run(step, batch, self._seed(), module.trainer.global_step)
-            assert cut is not None
-            cut_step, merging = cut
-            task = cut_step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
-            with cut_step.logging(), shared_sections(module):
-                values, loss = running.train(task, module.trainer.global_step)
-            return cut_step.finish(merging, values, loss)
+                    self._open_steps(module, 2)
+            assert self._open is not None
+            step = functools.partial(module.training_step, *args, **kwargs)
+            return self._open.run(step, batch, self._seed(), module.trainer.global_step)
 
-    def _open_several(self, module: LightningModule, most: int) -> None:
-        """Let steps run as in one process from now on, since they call the blocks so often."""
-        allow_several_calls(most, self.settings)
-        self._open = opened_steps(self._running(), module, self.root_device, repeats=self._recovery is not None)
+    def _train_closed(self, module: LightningModule, whole: WholeStep, cut: PreparedStep | None) -> Any:
+        if cut is None:
+            with whole.logging():
+                values, loss = self._running().train(self._whole_task(whole), module.trainer.global_step)
+            return with_loss(without_loss(values[0]), loss)
+        step, merging = cut
+        task = step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
+        with step.logging(), shared_sections(module):
+            values, loss = self._running().train(task, module.trainer.global_step)
+        return step.finish(merging, values, loss)
+
+    def _open_steps(self, module: LightningModule, num_calls: int = 0) -> None:
+        repeats = self._recovery is not None
+        self._open = opened_steps(self._running(), module, self.root_device, num_calls, repeats=repeats)
 
     def _cut_step(self, name: str, batch: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PreparedStep | None:
         """Cut a step, and find out how its results merge; None when it runs once, on the whole batch."""

@@ -241,6 +241,13 @@ def test_a_second_call_that_only_a_later_batch_makes_is_refused() -> None:
         fit(Later, 3, {"num_microbatches": 4})
 
 
+def test_batches_of_one_sample() -> None:
+    def run(devices: int, strategy: dict[str, Any] | None = None) -> Run:
+        return train(Recurrent, loader(DATA[:6], 1), devices, strategy, max_steps=6)
+
+    assert_same_run(run(3, {"num_microbatches": 4}), run(1))
+
+
 class Changing(Contrastive):
     """Changes its batch, which is tried before."""
 
