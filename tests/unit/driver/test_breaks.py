@@ -148,16 +148,22 @@ def test_a_source_that_fails_stops_neither_heartbeat_nor_door(
     assert sum("could not be ended: OSError" in each for each in said) == 2
 
 
-def test_everybody_at_once_is_not_everybody_dead(
-    pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The driver's own link is away; after a while longer it is everybody after all."""
-    monkeypatch.setattr(heartbeat_module, "ALL_SILENT_S", 1.0)
+def board_of_two(pool: WorkerPool, join: Callable[[bool], Channel]) -> Links:
+    """Links to two workers that answer nothing."""
     board = Links()
     for _ in range(2):
         join(False)
     for rank, link in enumerate(pool.resting()):
         board.add(rank, [rank + 1], link)
+    return board
+
+
+def test_everybody_at_once_is_not_everybody_dead(
+    pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's own link is away; after a while longer it is everybody after all."""
+    monkeypatch.setattr(heartbeat_module, "ALL_SILENT_S", 1.0)
+    board = board_of_two(pool, join)
     heartbeat, begun_s = Heartbeat(board, 0.5), time.monotonic()
     while not board.lost and time.monotonic() - begun_s < 10:
         time.sleep(0.05)
@@ -169,11 +175,7 @@ def test_who_is_heard_first_when_the_link_is_back_condemns_nobody(
     pool: WorkerPool, join: Callable[[bool], Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heartbeat_module, "ALL_SILENT_S", 30.0)
-    board = Links()
-    for _ in range(2):
-        join(False)
-    for rank, link in enumerate(pool.resting()):
-        board.add(rank, [rank + 1], link)
+    board = board_of_two(pool, join)
     heartbeat, begun_s = Heartbeat(board, 0.5), time.monotonic()
     while time.monotonic() - begun_s < 3:
         if time.monotonic() - begun_s > 1.5:
