@@ -22,7 +22,8 @@ def check_fit(module: LightningModule, trainer: Trainer, settings: PipelineSetti
     if trainer.state.fn != TrainerFn.FITTING:
         return
     if not module.automatic_optimization:
-        _check_manual(type(module).__name__, settings)
+        manual = f"{type(module).__name__} sets automatic_optimization=False"
+        _check_open(manual, "use automatic optimization", settings)
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise SkipPipeError("training_step(dataloader_iter) cannot be microbatched; take a batch instead")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -32,17 +33,6 @@ def check_fit(module: LightningModule, trainer: Trainer, settings: PipelineSetti
                 "they are on the workers, which keep the structure they were handed; prune the model "
                 "before fit (torch.nn.utils.prune), whose masks the workers apply, or after it"
             )
-
-
-def _check_manual(name: str, settings: PipelineSettings) -> None:
-    """Raise when steps that go back themselves are to run in a way that only others can."""
-    manual = f"{name} sets automatic_optimization=False"
-    _check_open(manual, "use automatic optimization", settings)
-    if supervised():
-        raise SkipPipeError(
-            f"{manual}, and steps its optimizers in the middle of a step, which a driver that starts again under "
-            "skippipe run would repeat; start the script without it, or use automatic optimization"
-        )
 
 
 def check_several_calls(settings: PipelineSettings) -> None:
@@ -60,6 +50,11 @@ def _check_open(what: str, instead: str, settings: PipelineSettings) -> None:
         raise SkipPipeError(
             f'{what}, so that it must run once, on the whole batch, and cannot be cut by microbatches="batch"; leave '
             f"that out, and only what enters the blocks is cut; or {instead}"
+        )
+    if supervised():
+        raise SkipPipeError(
+            f"{what}, so that its backward is no part of what a driver that starts again under skippipe run repeats; "
+            f"start the script without it, or {instead}"
         )
 
 

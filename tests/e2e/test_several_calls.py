@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.errors import SkipPipeError
-from skippipe_plugin.strategies import SkipPipeStrategy
+from skippipe_plugin.strategies import SkipPipeStrategy, checks
 from skippipe_plugin.strategies.checks import check_several_calls
 from skippipe_plugin.testing import At, Injector, Kill, Phase
 from tests.e2e.modules import loader
@@ -308,6 +308,12 @@ def test_a_gradient_hook_that_would_see_half_is_refused() -> None:
 def test_steps_that_shall_be_cut_are_refused() -> None:
     with pytest.raises(SkipPipeError, match=r"microbatches=.stack."):
         fit(Contrastive, 3, {"num_microbatches": 2, "microbatches": "batch"})
+
+
+def test_a_driver_that_may_start_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "supervised", lambda: True)
+    with pytest.raises(SkipPipeError, match="skippipe run"):
+        check_several_calls(SkipPipeStrategy().settings)
 
 
 def test_several_drivers_are_refused() -> None:
