@@ -63,6 +63,8 @@ from .whole_step import WholeRun, WholeTask
 
 TRAINING: Final = "training"
 EVALUATION: Final = "evaluation"
+REHEARSAL: Final = "rehearsal"
+"""The forwards of a training step, which runs again when its gradients are there; used by who asks for it first."""
 _WATCHED: Final = (
     "the step has registered a forward hook on a module of the blocks, which is to see the whole batch, but the batch "
     "is cut already, since no step did so before. Register it before the step (in on_train_batch_start, ...), or let "
@@ -418,23 +420,25 @@ class Pipeline:
             self.gradients.window.close()
             self.routers.board.close()
 
-    def evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None] = _keep) -> list[Any]:
+    def evaluate(
+        self, task: StepTask | WholeTask, choose: Callable[[], None] = _keep, name: str = EVALUATION
+    ) -> list[Any]:
         """Run functions that may call the blocks any number of times, without gradients; return their results.
 
-        ``choose`` is called as by :meth:`train`.
+        ``choose`` is called as by :meth:`train`; the schedule is that of ``name``.
         """
         self.mirror.settle()
         with Noted(task.sizes):
-            return self.surviving(lambda: self._evaluate(task, choose), rewind=task.rewinder())
+            return self.surviving(lambda: self._evaluate(task, choose, name), rewind=task.rewinder())
 
-    def _evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None]) -> list[Any]:
+    def _evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None], name: str) -> list[Any]:
         self.heal()
         run = self._step_run(task, self._ambient())
         with run.explained():
-            self._answer(run, choose)
+            self._answer(run, choose, name)
         return run.values()
 
-    def _answer(self, run: StepRun | WholeRun, choose: Callable[[], None]) -> None:
+    def _answer(self, run: StepRun | WholeRun, choose: Callable[[], None], name: str) -> None:
         self.in_step = True
         try:
             run.start_all()
@@ -442,7 +446,7 @@ class Pipeline:
             while self._anybody(live := run.waiting()):
                 self._check_unwatched(live)
                 self.mirror.settle()
-                self._execute(EVALUATION, run, live)
+                self._execute(name, run, live)
         except BaseException as error:
             self._give_up(error)
             raise

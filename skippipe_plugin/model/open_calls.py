@@ -49,6 +49,7 @@ class OpenCalls:
         self._repeats = repeats
         self._counts: Sequence[int] = ()
         self._seed = self._num_steps = self._number = 0
+        self._batch = object()
         self._followed: set[int] = set()
         """The numbers of calls in a step that others with gradients have followed before their backward."""
 
@@ -61,6 +62,7 @@ class OpenCalls:
             num_steps: The optimizer steps so far.
         """
         self._counts, self._seed, self._num_steps, self._number = counts, seed, num_steps, 0
+        self._batch = object()
 
     def __call__(self, call: StackCall) -> Tensor:
         """Run the blocks, and return what they return."""
@@ -76,10 +78,11 @@ class OpenCalls:
         if call.hooks:
             raise SkipPipeError(_HOOKS.format(block=self._spread.pipeline.proxies.names[min(call.hooks)]))
         entrance = Entrance()
-        run = functools.partial(self._run, _entered(call, entrance), entrance, seed)
+        run = functools.partial(self._run, _entered(call, entrance), entrance, seed, self._batch)
         if self._number in self._followed and not counts:
             with torch.no_grad():
-                output = self._evaluated(_without_gradients(call), seed)
+                task = self._task(_without_gradients(call), seed, training=False)
+                [output] = self._spread.rehearse(task, self._num_steps, self._batch)
             return self._step.hand_out_later(entrance, run, output)
         result: Tensor = self._step.hand_out(
             entrance,
@@ -95,10 +98,10 @@ class OpenCalls:
         result: Tensor = self._spread.evaluate(self._task(call, seed, training=False))[0]
         return result
 
-    def _run(self, call: StackCall, entrance: Entrance, seed: int, outside: Callable[..., None]) -> None:
+    def _run(self, call: StackCall, entrance: Entrance, seed: int, batch: object, outside: Callable[..., None]) -> None:
         undo = entrance.undone_with(_nothing)
         task = self._task(call, seed, training=True, note_state=lambda: undo, outside=outside)
-        self._spread.train(task, self._num_steps)
+        self._spread.train(task, self._num_steps, batch)
 
     def _task(self, call: StackCall, seed: int, *, training: bool, **options: Any) -> WholeTask:
         return WholeTask(

@@ -21,7 +21,7 @@ from ..driver.keeper import settle_in
 from ..driver.layout import Layout
 from ..driver.links import Links
 from ..driver.moving import MoveEvent, Mover
-from ..driver.pipeline import EVALUATION, TRAINING, Pipeline
+from ..driver.pipeline import EVALUATION, REHEARSAL, TRAINING, Pipeline
 from ..driver.recovery.heartbeat import Heartbeat
 from ..driver.recovery.policy import RecoveryPolicy
 from ..driver.recovery.report import RecoveryEvent
@@ -94,6 +94,8 @@ class SpreadModel:
         self._evaluation_planner: PathPlanner | None = None
         self._block_names: tuple[str, ...] = ()
         self._advised = False
+        self._chosen_for: object = None
+        """The batch whose calls of the blocks have their paths."""
         self._usual: tuple[Schedule, Schedule] | None = None
         """While losses come last: the schedule for that, and the one in whose place it is."""
         self._mover: ExpertMover | None = None
@@ -268,16 +270,18 @@ class SpreadModel:
         """Whether the user's step runs once, on the whole batch, so that only the stack's input is cut."""
         return self.settings.microbatches == "stack" or len(self.pipeline.microbatches) == 1
 
-    def train(self, task: StepTask | WholeTask, step: int) -> tuple[list[Any], Tensor | None]:
+    def train(self, task: StepTask | WholeTask, step: int, batch: object = None) -> tuple[list[Any], Tensor | None]:
         """Run a training step; see :meth:`Pipeline.train`.
 
         Args:
             task: What to do.
             step: The number of optimizer steps so far.
+            batch: Stands for the batch whose call of the blocks it is, where there may be several: they take the same
+                paths, also when they run once more.
         """
 
         def choose() -> None:
-            self._choose_paths(step)
+            self._choose_paths(step, batch)
             self._order_losses(last=task.losses_come_last)
 
         phases.reach(phases.Phase.TRAINING, step)
@@ -287,6 +291,19 @@ class SpreadModel:
         """Run functions without gradients; see :meth:`Pipeline.evaluate`."""
         phases.reach(phases.Phase.VALIDATING)
         return self.pipeline.evaluate(task, self._choose_evaluation_paths)
+
+    def rehearse(self, task: StepTask | WholeTask, step: int, batch: object) -> list[Any]:
+        """Run functions without gradients on the paths on which they will be trained; see :meth:`train`."""
+
+        def choose() -> None:
+            self._choose_paths(step, batch)
+            schedules = self.pipeline.whole_schedules
+            paths, known = schedules[TRAINING].paths, schedules.get(REHEARSAL)
+            if known is None or known.paths != paths:
+                self.pipeline.use_schedule(REHEARSAL, forward_only(schedules[TRAINING]))
+
+        phases.reach(phases.Phase.TRAINING, step)
+        return self.pipeline.evaluate(task, choose, REHEARSAL)
 
     @property
     def timeline(self) -> Timeline | None:
@@ -314,17 +331,18 @@ class SpreadModel:
     def _plan_paths(self, exact: Schedule) -> None:
         settings = self.settings
         if not isinstance(settings.schedule, Schedule):
-            self.planner = PathPlanner(settings.skip_ratio, settings.paths, exact)
+            self.planner, self._chosen_for = PathPlanner(settings.skip_ratio, settings.paths, exact), None
         if settings.paths.eval_skip_ratio:
             uniform = dataclasses.replace(settings.paths, costs="uniform")
             self._evaluation_planner = PathPlanner(settings.paths.eval_skip_ratio, uniform, exact)
 
-    def _choose_paths(self, step: int) -> None:
+    def _choose_paths(self, step: int, batch: object) -> None:
         """At the start of a training step: take up what became known, and the paths that the skip ratio asks for."""
         planner, pipeline = self.planner, self.pipeline
         phases.reach(phases.Phase.PLANNING)
-        if planner is None:
+        if planner is None or (batch is not None and batch is self._chosen_for):
             return
+        self._chosen_for = batch
         if planner.has_measured and not pipeline.measure_next:
             planner.cost = self.measure_costs()
         if planner.measures:

@@ -1,0 +1,84 @@
+"""The zoo: models as people have them, each with its data and how it is given to the strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch.utils.data import DataLoader
+
+from tests.e2e.modules import loader
+
+from . import modules, networks, pretrained
+from .modules import Batch
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model, and how it is trained."""
+
+    make: Callable[[], LightningModule]
+    data: Callable[[int], Batch]
+    blocks: str | None = None
+    """As the strategy takes it; None where it finds the stack itself."""
+    callbacks: Callable[[], list[Callback]] = list
+    collate: Callable[[Sequence[Batch]], Batch] | None = None
+    refused: str = ""
+    """What the error says, where the model cannot be cut yet; empty: it is exact."""
+
+    def loader(self, samples: int, batch_size: int) -> DataLoader[Any]:
+        """Load batches of the first so many samples."""
+        return loader(self.data(samples), batch_size, collate_fn=self.collate)
+
+
+def _ema() -> list[Callback]:
+    return [EMAWeightAveraging(decay=0.9)]
+
+
+_SECOND = "a second output of"
+_BETWEEN = "needs the output of"
+
+ZOO: Final[Mapping[str, Entry]] = {
+    "t5": Entry(lambda: modules.Task(pretrained.t5()), modules.translations, refused=_SECOND),
+    "t5 encoder": Entry(
+        lambda: modules.Task(pretrained.t5()), modules.translations, "model.encoder.block", refused=_SECOND
+    ),
+    "bart": Entry(lambda: modules.Task(pretrained.bart()), modules.translations),
+    "bart encoder": Entry(lambda: modules.Task(pretrained.bart()), modules.translations, "model.model.encoder.layers"),
+    "whisper": Entry(lambda: modules.Task(pretrained.whisper()), modules.speech),
+    "whisper encoder": Entry(lambda: modules.Task(pretrained.whisper()), modules.speech, "model.model.encoder.layers"),
+    "nn.Transformer": Entry(lambda: modules.Translation(networks.EncoderDecoder()), modules.pairs),
+    "nn.Transformer encoder": Entry(
+        lambda: modules.Translation(networks.EncoderDecoder()), modules.pairs, "model.transformer.encoder.layers"
+    ),
+    "clip": Entry(lambda: modules.Contrastive(pretrained.clip()), modules.captions),
+    "clip text": Entry(
+        lambda: modules.Contrastive(pretrained.clip()), modules.captions, "model.text_model.encoder.layers"
+    ),
+    "llava": Entry(lambda: modules.Task(pretrained.llava()), modules.conversations),
+    "qwen2-vl": Entry(
+        lambda: modules.Task(pretrained.qwen2_vl()),
+        modules.grids,
+        collate=modules.in_one_row,
+        refused="must share their first dimension",
+    ),
+    "dit": Entry(lambda: modules.Diffusion(networks.DiT()), modules.patches, callbacks=_ema),
+    "u-net": Entry(lambda: modules.Reconstruction(networks.UNet()), modules.images),
+    "u-vit": Entry(lambda: modules.Reconstruction(networks.UViT()), modules.rows, refused=_BETWEEN),
+    "albert": Entry(lambda: modules.Task(pretrained.albert()), modules.masked, refused="no stack of blocks"),
+    "two streams": Entry(lambda: modules.NextToken(networks.TwoStreams()), modules.text, refused=_SECOND),
+    "detr": Entry(lambda: modules.Detection(networks.DeepHeads()), modules.objects, refused=_BETWEEN),
+    "dpo": Entry(lambda: modules.Preference(pretrained.llama()), modules.answers, "model.model.layers"),
+    "distillation": Entry(
+        lambda: modules.Distillation(pretrained.llama(), pretrained.llama()), modules.prompts, "model.model.layers"
+    ),
+    "gan": Entry(modules.Gan, modules.points),
+    "lora over bart": Entry(lambda: modules.Task(pretrained.with_lora(pretrained.bart())), modules.translations),
+    "lora over llava": Entry(lambda: modules.Task(pretrained.with_lora(pretrained.llava())), modules.conversations),
+    "dpo with adapters": Entry(
+        lambda: modules.AdapterPreference(pretrained.with_lora(pretrained.llama())), modules.answers
+    ),
+}
