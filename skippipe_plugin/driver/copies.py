@@ -20,6 +20,7 @@ from torch import Tensor
 from ..engine.control.values import Written
 from ..engine.errors import SkipPipeError
 from ..engine.handover import tensor_blob
+from ..engine.memory_order import order_of
 from ..engine.wire import tensor_key, tensor_name
 from .capture.gone import gone
 from .capture.remote import Slot
@@ -65,7 +66,7 @@ class _Copy:
         return self.value is not None and _uses(self.value) > self.uses
 
 
-Fingerprint = tuple[Any, ...]  # Any: shape, type and a sum over the bytes
+Fingerprint = tuple[Any, ...]  # Any: shape, type, order in memory and a sum over the bytes
 
 
 def _uses(tensor: Tensor) -> int:
@@ -76,7 +77,7 @@ def fingerprint(tensor: Tensor | None) -> Fingerprint | None:
     """Tell tensors of other values apart, whoever has written them."""
     if tensor is None:
         return None
-    return tuple(tensor.shape), tensor.dtype, zlib.crc32(tensor_blob(tensor.detach()))
+    return tuple(tensor.shape), tensor.dtype, order_of(tensor), zlib.crc32(tensor_blob(tensor.detach()))
 
 
 class WeightCopies:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
+from ..engine.transport import TensorSpec
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -54,10 +56,10 @@ class Layout:
         """Return the blocks that ``rank`` holds, in order."""
         return [block for stage in self.stages_of(rank) for block in self.blocks(stage)]
 
-    def shaping_stages(self, forms: Sequence[object]) -> tuple[int, ...]:
-        """Return the stages that change the form of the hidden states, by the forms around its blocks."""
+    def shaping_stages(self, forms: Sequence[TensorSpec]) -> tuple[int, ...]:
+        """Return the stages that change the shape or type of the hidden states, by the forms around its blocks."""
         stages = enumerate(self.stage_blocks, start=1)
-        return tuple(stage for stage, blocks in stages if forms[blocks.start] != forms[blocks.stop])
+        return tuple(stage for stage, blocks in stages if not forms[blocks.start].is_like(forms[blocks.stop]))
 
     @property
     def replica_groups(self) -> list[tuple[int, tuple[int, ...]]]:

@@ -20,6 +20,7 @@ from ..engine.call import Ambient, Call, block_seed
 from ..engine.control.values import Opening
 from ..engine.device import random_states, set_random_states
 from ..engine.errors import SkipPipeError
+from ..engine.memory_order import order_of
 from ..engine.stage import back_propagate, back_propagate_all, inner
 from ..schedule import Path
 from .capture import own_gradients
@@ -288,7 +289,8 @@ class WholeRun:
         roots = self._roots_of_sides()
         if self._call.hidden.requires_grad and present:
             filled = {i: present.get(i, torch.zeros_like(part.hidden)) for i, part in enumerate(self._parts)}
-            whole = filled[0] if self._cut is None else self._cut.hidden.join([filled[i] for i in sorted(filled)])
+            pieces = [filled[i] for i in sorted(filled)]
+            whole = filled[0] if self._cut is None else self._cut.hidden.join(pieces, self._call.specs[0].order)
             roots.insert(0, (self._call.hidden, whole))
         if roots:
             with self._drawing():
@@ -315,7 +317,8 @@ class WholeRun:
                 gradient = functools.reduce(torch.add, [found[index] for index in sorted(found)])
             else:
                 pieces = [part.side_inputs[slot] for part in self._parts]
-                gradient = axis.join([found.get(i, torch.zeros_like(piece)) for i, piece in enumerate(pieces)])
+                pieces = [found.get(i, torch.zeros_like(piece)) for i, piece in enumerate(pieces)]
+                gradient = axis.join(pieces, order_of(self._call.side_inputs[slot]))
             roots.append((self._call.side_inputs[slot], gradient))
         return roots
 
@@ -368,8 +371,6 @@ class WholeRun:
         if not isinstance(self._outcome, Suspended):  # it began again, and went another way
             return
         call = self._call = self._outcome.request
-        if not call.hidden.is_contiguous():
-            self._book.note_order()
         self._cut, self._sizes, self._parts = None, [1], [call]
         if found is not None:
             num_samples, self._cut = found
@@ -479,7 +480,9 @@ class WholeRun:
 
     def _joined(self, results: Mapping[int, Tensor]) -> Tensor:
         pieces = [results[index] for index in range(len(self._parts))]
-        return pieces[0] if self._cut is None else self._cut.result.join(pieces)
+        if self._cut is None or self._call is None:
+            return pieces[0]
+        return self._cut.result.join(pieces, self._call.specs[-1].order)
 
     def _split(self, gradient: Tensor) -> Sequence[Tensor]:
         return [gradient] if self._cut is None else self._cut.result.split(gradient, self._sizes)

@@ -191,8 +191,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def array_of(tensor: Tensor) -> Any:  # Any: numpy's array
-    """Return a numpy array of its own."""
-    return tensor.detach().cpu().numpy().copy()
+    """Return a numpy array of its own, in the same order in memory."""
+    return tensor.detach().cpu().numpy().copy(order="K")
 
 
 # What blocks do to their arguments ----------------------------------------------------------------

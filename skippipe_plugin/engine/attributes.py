@@ -27,6 +27,7 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 
+from .memory_order import laid, order_of
 from .transport import as_bytes
 
 Key = tuple[int, str]
@@ -269,7 +270,7 @@ def have_equal_bits(one: Tensor, other: Tensor) -> bool:
         return True
     if one.shape != other.shape or one.dtype != other.dtype or one.is_meta or other.is_meta:
         return False
-    return torch.equal(as_bytes(one), as_bytes(other))
+    return torch.equal(as_bytes(one), as_bytes(laid(other, order_of(one))))
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -22,6 +22,7 @@ from .call import Call
 from .device import synchronize
 from .device_errors import is_of_device
 from .errors import GenerationAborted, SkipPipeError
+from .memory_order import from_memory, in_memory
 from .program import Instruction
 from .stage import Stage
 from .transport import PendingTensor, TensorSpec, Transport
@@ -162,7 +163,7 @@ class Executor:
             return
         forward = instruction.action.op in (Op.F, Op.L)
         spec: TensorSpec = call.spec.hops[hop].spec
-        pending = self._transport.receive(spec, link.rank, link.tag, self._device)
+        pending = self._transport.receive(spec.in_memory, link.rank, link.tag, self._device)
         self._posted[instruction.microbatch, forward, hop] = pending
 
     def _post_up_to(self, instruction: Instruction, feed: CallFeed) -> None:
@@ -191,7 +192,8 @@ class Executor:
             came = pending.wait() if action.op in (Op.F, Op.L) else pending.wait_unless(is_absent)
             if action.op is Op.L:
                 self._transport.confirm()  # user code looks at it
-            return came
+            order = self._calls[action.microbatch].spec.hops[hop].spec.order
+            return from_memory(came, order) if order and came is not None else came
         except GenerationAborted:
             raise
         except Exception as error:
@@ -206,9 +208,12 @@ class Executor:
         if instruction.sends is None:
             self._local[action.microbatch, action.op is Op.F, hop] = value
         elif _gives_message(instruction, hop, self._calls[action.microbatch]):
+            spec = self._calls[action.microbatch].spec.hops[hop].spec
             if value is None:
                 assert action.op is not Op.F, f"{instruction.text} has nothing to send"
-                value = absent(self._calls[action.microbatch].spec.hops[hop].spec, self._device)
+                value = absent(spec, self._device)
+            elif spec.order:
+                value = in_memory(value, spec.order)
             self._transport.send(value, instruction.sends.rank, instruction.sends.tag)
 
     def _execute(self, instruction: Instruction, taken: Tensor | None) -> None:

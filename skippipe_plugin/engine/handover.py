@@ -24,6 +24,7 @@ from .channel import Buffer
 from .control.values import PackedBlocks, TensorEntry
 from .device import HOST
 from .errors import SkipPipeError
+from .memory_order import order_of
 from .transport import TensorSpec, as_bytes, from_bytes
 
 
@@ -33,31 +34,33 @@ def import_paths() -> list[str]:
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[list[TensorEntry], list[Buffer]]:
-    """Return entries (name, shape, dtype) and one blob for each tensor."""
+    """Return entries (name, shape, dtype, order in memory) and one blob for each tensor."""
     return [_entry(name, tensor) for name, tensor in tensors.items()], [*map(tensor_blob, tensors.values())]
 
 
 def _entry(name: str, tensor: Tensor) -> TensorEntry:
-    return name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    return name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."), list(order_of(tensor))
 
 
 def unpack_tensors(entries: Sequence[TensorEntry], blobs: Sequence[Buffer]) -> dict[str, Tensor]:
     """Invert :func:`pack_tensors`; the tensors own their memory."""
-    return {
-        name: tensor_from_blob(TensorSpec(tuple(shape), getattr(torch, dtype)), blob)
-        for (name, shape, dtype), blob in zip(entries, blobs, strict=True)
-    }
+    return {name: tensor_from_blob(_spec(rest), blob) for (name, *rest), blob in zip(entries, blobs, strict=True)}
+
+
+def _spec(entry: Sequence[Any]) -> TensorSpec:  # Any: an entry but its name
+    shape, dtype, order = entry
+    return TensorSpec(tuple(shape), getattr(torch, dtype), tuple(order))
 
 
 def tensor_blob(tensor: Tensor) -> Buffer:
-    """Return the bytes of ``tensor`` without copying when it is contiguous in host memory."""
+    """Return the bytes of ``tensor`` as they lie, without copying when it is dense in host memory."""
     return as_bytes(tensor).numpy().data
 
 
 def tensor_from_blob(spec: TensorSpec, blob: Buffer) -> Tensor:
     """Read a tensor; what :mod:`skippipe_plugin.engine.sealed` has received is used in place."""
     if spec.num_bytes == 0:
-        return torch.empty(spec.shape, dtype=spec.dtype)
+        return spec.empty(HOST)
     data = blob if isinstance(blob, (bytearray, mmap.mmap)) else bytearray(blob)
     return from_bytes(torch.frombuffer(data, dtype=torch.uint8), spec)
 
@@ -108,8 +111,7 @@ def unpack_blocks(
     """
     entries, meta = packed
     tensors = unpack_tensors(entries, blobs[1:])
-    for name, shape, dtype in meta:
-        tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    tensors |= {name: _spec(rest).empty(torch.device("meta")) for name, *rest in meta}
     kind = _OwnUnpickler if by_own_classes else _Unpickler
     blocks: dict[int, nn.Module] = kind(io.BytesIO(blobs[0]), tensors, device).load()
     return blocks

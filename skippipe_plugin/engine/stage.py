@@ -24,6 +24,7 @@ from .half import computed_in_half
 from .independence import Parts, difference, uncompiled
 from .kept_state import Buffers
 from .kvcache import CacheShelf
+from .memory_order import from_memory, in_memory, laid, order_of
 from .process_switches import ProcessSwitches
 from .taps import Recorder, Returns, Tapped
 from .transport import TensorSpec
@@ -495,10 +496,15 @@ def inner(leaf: Tensor) -> Tensor:
     """
     if not leaf.requires_grad:
         return leaf
-    if torch.is_grad_enabled():
-        return _SAME_MEMORY(leaf, leaf.shape)
-    with torch.enable_grad():
-        return _SAME_MEMORY(leaf, leaf.shape)
+    if not torch.is_grad_enabled():
+        with torch.enable_grad():
+            return inner(leaf)
+    same = _SAME_MEMORY(leaf, leaf.shape)
+    if same.stride() == leaf.stride():
+        return same
+    order = order_of(leaf)  # of which dimensions of one entry are a part
+    lying = in_memory(leaf, order)
+    return from_memory(_SAME_MEMORY(lying, lying.shape), order)
 
 
 def back_propagate(output: Tensor, gradient: Tensor, *, keep_graph: bool = False) -> None:
@@ -542,5 +548,5 @@ def _check_output(stage: int, output: Tensor, leaves: Hop) -> None:
 
 def _random(spec: TensorSpec, device: torch.device) -> Tensor:
     if spec.dtype.is_floating_point or spec.dtype.is_complex:
-        return torch.randn(spec.shape, dtype=torch.float32, device=device).to(spec.dtype)
-    return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+        return laid(torch.randn(spec.shape, dtype=torch.float32, device=device).to(spec.dtype), spec.order)
+    return spec.empty(device).zero_()

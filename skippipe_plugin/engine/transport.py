@@ -23,6 +23,7 @@ from .c10d import Gloo, ProcessGroupGloo, Store, Work
 from .device import HOST
 from .errors import GenerationAborted
 from .gloo_door import open_device
+from .memory_order import Order, from_memory, in_memory, order_of
 from .own_files import OpenFile
 from .rendezvous import AbortableStore
 from .silence import silence_ends_after
@@ -54,33 +55,50 @@ Former = Callable[[Store, int, int], Gloo]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and dtype of a tensor, known to both ends of a message before it is sent."""
+    """The form of a tensor, known to both ends of a message before it is sent."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    order: Order = ()
+    """Of its dimensions in memory."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
         """Describe ``tensor``."""
-        return cls(tuple(tensor.shape), tensor.dtype)
+        return cls(tuple(tensor.shape), tensor.dtype, order_of(tensor))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the contiguous tensor."""
+        """Bytes of the dense tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def in_memory(self) -> TensorSpec:
+        """That of what travels: the same bytes, with the dimensions as they lie in memory."""
+        return TensorSpec(tuple(self.shape[dim] for dim in self.order), self.dtype) if self.order else self
+
+    def is_like(self, other: TensorSpec) -> bool:
+        """Whether tensors of both forms have the same values, wherever they lie."""
+        return self.shape == other.shape and self.dtype == other.dtype
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Return a tensor of this form, without values."""
+        form = self.in_memory
+        return from_memory(torch.empty(form.shape, dtype=form.dtype, device=device), self.order)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """View ``tensor`` as a flat uint8 tensor in host memory, copying only when it must."""
-    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    """View ``tensor`` as a flat uint8 tensor in host memory, copying only when it must; its order is kept."""
+    data = in_memory(tensor.detach().to("cpu"), order_of(tensor))
+    return data.contiguous().reshape(-1).view(torch.uint8)
 
 
 def from_bytes(data: Tensor, spec: TensorSpec) -> Tensor:
     """Invert :func:`as_bytes`."""
-    return data.view(spec.dtype).reshape(spec.shape)
+    return from_memory(data.view(spec.dtype).reshape(spec.in_memory.shape), spec.order)
 
 
 class PendingTensor:

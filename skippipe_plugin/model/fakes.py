@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..driver.capture.proxies import StackCall
+from ..engine.memory_order import laid
 from .entering import Entered, Entrance
 from .flips import COMPARISONS, LOOKUPS, REDUCTIONS, Compared, Comparisons, Flip
 from .kinks import Kink, Kinks, is_compared, mark
@@ -169,6 +170,7 @@ class Fakes:
         number, size = len(self.made[index]), self._sizes[index] if index >= 0 else sum(self._sizes)
         zeros = self._axes.zeros(number, call, made, self._noise[max(index, 0)][number][2], size)
         made = made if zeros is None else made + zeros.to(spec.dtype)
+        made = laid(made, spec.order) if spec.order else made
         if call.ambient.grad and made.is_floating_point() and not made.requires_grad:
             made.requires_grad_()
         mark(made)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..driver.capture.microbatch import rebuild_mapping, rebuild_sequence
+from ..engine.memory_order import joined
 from .counting import Samples, View, Weighting
 
 
@@ -101,7 +102,7 @@ class Joined:
         if len(forms) > 1:
             return MISSING
         if isinstance(parts[0], Tensor):
-            return torch.cat(list(parts), self.dim)
+            return joined(parts, self.dim)
         return np.concatenate(list(parts), self.dim)
 
 

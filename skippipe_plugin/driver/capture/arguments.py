@@ -202,7 +202,7 @@ class ArgumentTaker:
             if (copy.dtype, copy.shape, copy.tobytes()) == (value.dtype, value.shape, value.tobytes()):
                 return ArrayInput(known[0])
         try:
-            tensor = torch.from_numpy(np.array(value, copy=True, order="C"))
+            tensor = torch.from_numpy(np.array(value, copy=True, order="K"))
         except TypeError:  # strings, objects
             return self._object(value)
         slot = self._side_inputs.slot(tensor, self._name)

@@ -11,8 +11,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-
 from ...engine.call import Ambient
 from ...engine.device_errors import is_of_device
 from ...engine.errors import SkipPipeError
@@ -25,12 +23,6 @@ log = logging.getLogger(__name__)
 
 _MOST_COUNTS: Final = 3
 """Of how many ways to count a batch's samples the user's code is asked."""
-_OTHER_ORDER: Final = (
-    "the hidden states enter the blocks in another order in memory than that of their dimensions (a transposed "
-    "tensor), and come back in that of their dimensions: what draws random numbers like them (randn_like, dropout) "
-    "draws the same numbers for other places than in one process. Call .contiguous() before the blocks, and both are "
-    "alike"
-)
 _NOT_CUT: Final = (
     "the blocks get whole batches, so one stage works at a time: %s. Results are those of one process; docs/limits.md "
     "says how a batch can be cut"
@@ -114,12 +106,6 @@ class CutBook:
             self._told.add(reason)
             log.warning(_NOT_CUT, reason)
 
-    def note_order(self) -> None:
-        """Say once that what comes back from the blocks stands in another order in memory than in one process."""
-        if _OTHER_ORDER not in self._told:
-            self._told.add(_OTHER_ORDER)
-            log.info(_OTHER_ORDER)
-
 
 def ask(
     form: CallForm,
@@ -173,7 +159,7 @@ def _form_with(question: Question, num_before: int, thread: StepThread, ambient:
         for _ in range(num_before):
             if isinstance(outcome, Suspended):
                 spec = outcome.request.specs[-1]
-                outcome = thread.resume(torch.zeros(spec.shape, dtype=spec.dtype, device=outcome.request.hidden.device))
+                outcome = thread.resume(spec.empty(outcome.request.hidden.device).zero_())
     except SkipPipeError:
         raise
     except Exception as error:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ...engine.arguments import SideInput
 from ...engine.call import Call, CallSpec
 from ...engine.independence import Parts
+from ...engine.memory_order import Order, joined
 from ...engine.transport import TensorSpec
 from .arguments import SideInputs
 from .entered import EnteredStack
@@ -49,9 +50,9 @@ class Axis:
         """Cut a tensor into pieces with so many samples each."""
         return list(torch.split(tensor, [size * self.rows for size in sizes], self.dim))
 
-    def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Put the pieces of a tensor together."""
-        return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), self.dim)
+    def join(self, pieces: Sequence[Tensor], order: Order) -> Tensor:
+        """Put the pieces of a tensor together, which lies in that order in memory."""
+        return pieces[0] if len(pieces) == 1 else joined(pieces, self.dim, order)
 
 
 @dataclass(frozen=True, slots=True)

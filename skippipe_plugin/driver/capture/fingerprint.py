@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...engine.device import HOST
+from ...engine.memory_order import in_memory, order_of
 
 _COLUMNS: Final = 1 << 10
 _ROWS: Final = 1 << 10
@@ -44,7 +45,8 @@ class Fingerprints:
         """Return the sums of a tensor: [_NUM_SUMS]."""
         columns, rows = self._of_device(tensor.device)
         total = torch.zeros(_NUM_SUMS, dtype=torch.int64, device=tensor.device)
-        for chunk in torch.split(tensor.contiguous().reshape(-1).view(torch.uint8), _CHUNK_BYTES):
+        dense = in_memory(tensor, order_of(tensor)).contiguous()
+        for chunk in torch.split(dense.reshape(-1).view(torch.uint8), _CHUNK_BYTES):
             words = chunk.new_zeros(-(-len(chunk) // (_WORD * _COLUMNS)), _WORD * _COLUMNS)
             words.view(-1)[: len(chunk)] = chunk
             wide = words.view(torch.int32).to(torch.int64)
@@ -63,5 +65,5 @@ class Fingerprints:
 
 
 def _name(tensor: Tensor, sums: Sequence[int]) -> str:
-    form = f"{tensor.dtype}{list(tensor.shape)}{sums}"
+    form = f"{tensor.dtype}{list(tensor.shape)}{order_of(tensor)}{sums}"
     return hashlib.blake2b(form.encode(), digest_size=16).hexdigest()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...engine.errors import SkipPipeError
+from ...engine.memory_order import joined
 
 
 class BatchError(SkipPipeError, ValueError):
@@ -74,7 +75,7 @@ def _lists_samples(outputs: Sequence[list[Any]], sizes: Sequence[int]) -> bool:
 def _merge_tensors(outputs: Sequence[Tensor], sizes: Sequence[int]) -> Any:
     if all(tensor.ndim and tensor.shape[0] == size for tensor, size in zip(outputs, sizes, strict=True)):
         if len({tensor.shape[1:] for tensor in outputs}) == 1:
-            return torch.cat(list(outputs))
+            return joined(outputs, 0)
         return [row for tensor in outputs for row in tensor]
     if len({tensor.shape for tensor in outputs}) == 1 and outputs[0].is_floating_point():
         weights = torch.tensor(sizes, dtype=outputs[0].dtype, device=outputs[0].device) / sum(sizes)

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import nn
 
+from ...engine.memory_order import order_of
 from ...engine.stage import Probe
 from ...engine.taps import own_hooks
 from ...engine.transport import TensorSpec
@@ -32,20 +33,24 @@ class ShapeBook:
 
     Blocks of the same classes with the same settings and parameters of the same shapes behave alike in the same mode.
     A kind of block that once kept its input's form is taken to keep every form of that dtype; the worker checks that at
-    every call.
+    every call. Where dimensions lie in memory in another order than their own, which convolutions choose by their
+    sizes, each form is asked about.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         kinds: dict[_Signature, int] = {}
         self._kinds = [kinds.setdefault(_signature(block), len(kinds)) for block in blocks]
         self._keeping: dict[tuple[int, Mode, torch.dtype], Probe] = {}
+        self._turning = {k for k, b in zip(self._kinds, blocks, strict=True) if any(map(order_of, b.parameters()))}
+        """The kinds of blocks that have got, made or hold something in another order in memory."""
         self._known: dict[tuple[int, Mode, TensorSpec], Probe] = {}
         self._last: list[tuple[Mode, TensorSpec, Probe] | None] = [None] * len(self._kinds)
         """By block: a question that has a lasting answer, and that answer: mostly the next question is the same."""
 
     def is_settled(self, training: Sequence[bool]) -> bool:
         """Whether every block is known to keep its input's form in a training step, so that nothing need be asked."""
-        settled = {(kind, mode.training) for kind, mode, _ in self._keeping if mode.grad}
+        kept = [(kind, mode) for kind, mode, _ in self._keeping if mode.grad and kind not in self._turning]
+        settled = {(kind, mode.training) for kind, mode in kept}
         return all(each in settled for each in zip(self._kinds, training, strict=True))
 
     @property
@@ -72,15 +77,19 @@ class ShapeBook:
         if not ask and (found := self._likely(kind, mode, enters)) is not None:
             return found
         found = self._known[kind, mode, enters] = probe()
-        if found.output == enters:
+        if found.output.is_like(enters):
             self._keeping[kind, mode, enters.dtype] = found
+        if enters.order or found.output.order:
+            self._turning.add(kind)
         return found
 
     def _lasting(self, kind: int, mode: Mode, enters: TensorSpec) -> Probe | None:
         """Return what is known of a kind of block in a mode."""
         found = self._known.get((kind, mode, enters))
+        if found is not None or enters.order or kind in self._turning:
+            return found
         keeping = self._keeping.get((kind, mode, enters.dtype))
-        return found if found is not None or keeping is None else dataclasses.replace(keeping, output=enters)
+        return None if keeping is None else dataclasses.replace(keeping, output=enters)
 
     def _likely(self, kind: int, mode: Mode, enters: TensorSpec) -> Probe | None:
         """Return what is known of a kind of block in another mode, as near as any; at last, that it keeps a dtype."""

@@ -19,6 +19,7 @@ from ...engine.channel import Buffer
 from ...engine.control.values import CallNews
 from ...engine.device import HOST
 from ...engine.errors import SkipPipeError
+from ...engine.memory_order import order_of
 from ...engine.transport import as_bytes
 from ...engine.wire import NumberedCall, encode_calls
 from .fingerprint import Fingerprints
@@ -84,7 +85,8 @@ class Digests:
         data = as_bytes(tensor)
         if data.numel() > _HASHED_BYTES:
             return f"#{next(self._unique)}"
-        digest = hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode(), digest_size=16)
+        form = f"{tensor.dtype}{list(tensor.shape)}{order_of(tensor)}"
+        digest = hashlib.blake2b(form.encode(), digest_size=16)
         digest.update(data.numpy().data)
         return digest.hexdigest()
 

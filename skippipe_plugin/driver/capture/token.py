@@ -50,6 +50,7 @@ class HiddenToken(Tensor):
 
     _names: tuple[str, ...]
     _block: int
+    _spec: TensorSpec
     _needs_gradient: Callable[[], bool]
 
     @classmethod
@@ -62,8 +63,11 @@ class HiddenToken(Tensor):
         needs_gradient: Callable[[], bool],
     ) -> HiddenToken:
         """Make the token for what the block ``names[block]`` returns; ``needs_gradient`` is asked when it matters."""
-        token: HiddenToken = torch.Tensor._make_wrapper_subclass(cls, spec.shape, dtype=spec.dtype, device=device)
-        token.__dict__.update(_names=names, _block=block, _needs_gradient=needs_gradient)
+        strides = spec.empty(torch.device("meta")).stride() if spec.order else None
+        token: HiddenToken = torch.Tensor._make_wrapper_subclass(
+            cls, spec.shape, strides=strides, dtype=spec.dtype, device=device
+        )
+        token.__dict__.update(_names=names, _block=block, _spec=spec, _needs_gradient=needs_gradient)
         return token
 
     @property
@@ -77,7 +81,7 @@ class HiddenToken(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
-            return f"<the output of {self._names[self._block]}, {TensorSpec.of(self)}, which is on a worker>"
+            return f"<the output of {self._names[self._block]}, {self._spec}, which is on a worker>"
 
     def __format__(self, format_spec: str) -> str:
         return repr(self) if not format_spec else self._refuse(f"format(..., {format_spec!r})")
@@ -96,8 +100,10 @@ class HiddenToken(Tensor):
                 same = each.dtype == self.dtype and each.device == self.device
             elif isinstance(each, torch.dtype):
                 same = each == self.dtype
+            elif isinstance(each, bool):
+                same = True
             else:
-                same = isinstance(each, (bool, torch.memory_format)) or self._is_here(each)
+                same = self._lies(each) if isinstance(each, torch.memory_format) else self._is_here(each)
             if not same:
                 self._refuse("to()")
         return self._refuse("to(copy=True)") if kwargs.get("copy") or args[2:3] == (True,) else self
@@ -107,8 +113,8 @@ class HiddenToken(Tensor):
         self._refuse("set_")
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
-        """Return itself: what comes from a worker is contiguous."""
-        return self if memory_format in (torch.contiguous_format, torch.preserve_format) else self._refuse("contiguous")
+        """Return itself when it is contiguous."""
+        return self if self._lies(memory_format) else self._refuse("contiguous")
 
     def type_as(self, other: Tensor) -> Any:
         """Return itself when ``other`` is of its type."""
@@ -153,7 +159,9 @@ class HiddenToken(Tensor):
         if name in _KEEPING and args and isinstance(args[0], HiddenToken):
             return getattr(args[0], name)(*args[1:], **(kwargs or {}))
         if name in _LIKE and args and isinstance(args[0], HiddenToken):
-            like = torch.empty(1, dtype=args[0].dtype, device=args[0].device).expand(args[0].shape)
+            spec: TensorSpec = args[0]._spec
+            like = torch.empty(1, dtype=spec.dtype, device=args[0].device).expand(spec.shape)
+            like = spec.empty(args[0].device) if spec.order else like
             return func(like, *args[1:], **(kwargs or {}))
         return _first(args, kwargs)._refuse(name)
 
@@ -166,6 +174,9 @@ class HiddenToken(Tensor):
     def origin(self) -> str:
         """Return the name of the block whose output this is."""
         return self._names[self._block]
+
+    def _lies(self, memory_format: torch.memory_format) -> bool:
+        return memory_format == torch.preserve_format or self.is_contiguous(memory_format=memory_format)
 
     def _is_here(self, device: Any) -> bool:
         wanted, own = torch.device(device), self.device

@@ -91,11 +91,11 @@ class CallWriter:
         forms, form = call.specs, call.specs[0]
         for visit in path.visits:
             blocks = self._layout.blocks(visit.stage)
-            if form != forms[blocks.start]:
+            if not form.is_like(forms[blocks.start]):
                 break
             form = forms[blocks.stop]
         else:
-            if form == forms[-1]:
+            if form.is_like(forms[-1]):
                 return
         shaping = self._layout.shaping_stages(forms)
         changes = ", ".join(

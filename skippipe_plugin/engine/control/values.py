@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-TensorEntry = tuple[str, Sequence[int], str]
-"""Name, shape and dtype of a tensor, whose bytes are a blob."""
+TensorEntry = tuple[str, Sequence[int], str, Sequence[int]]
+"""Name, shape, dtype and order in memory of a tensor, whose bytes are a blob."""
 PackedBlocks = tuple[Sequence[TensorEntry], Sequence[TensorEntry]]
 """The tensors of blocks that travel, and those that are on the meta device; the structure is the first blob."""
 ExpertShare = tuple[int, str, Sequence[int], Sequence[str], int]

@@ -110,35 +110,6 @@ def test_one_microbatch_is_a_whole_step(make: Any) -> None:
     assert visits.counts == [1, 1, 1]
 
 
-class Transposed(models.Whole):
-    """What enters the blocks is a transpose, and noise like their result comes after them."""
-
-    contiguous = False
-
-    def training_step(self, batch: Any) -> Tensor:
-        hidden = self.model(batch["tokens"]).transpose(1, 2).contiguous().transpose(1, 2)
-        hidden = self.run(hidden.contiguous() if self.contiguous else hidden)
-        noise = 0.1 * torch.randn_like(hidden)
-        return functional.cross_entropy(self.head((hidden + noise).mean(1)), batch["y"])
-
-
-class Contiguous(Transposed):
-    contiguous = True
-
-
-@pytest.mark.parametrize("num_microbatches", [1, 4])
-def test_draws_like_transposed_hidden_states(num_microbatches: int, caplog: pytest.LogCaptureFixture) -> None:
-    """The same numbers for other places; it is said, and the way out is as said."""
-    caplog.set_level("INFO")
-    strategy = {"num_microbatches": num_microbatches}
-    piped, plain, _ = both(Transposed, strategy=strategy)
-    assert piped.losses[0] != pytest.approx(plain.losses[0], rel=1e-5), "both are alike: this needs no line any more"
-    assert sum("in another order in memory" in record.getMessage() for record in caplog.records) == 1
-    caplog.clear()
-    assert_same_run(*both(Contiguous, strategy=strategy)[:2])
-    assert not any("in another order in memory" in record.getMessage() for record in caplog.records)
-
-
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 def test_random_numbers_go_on_as_in_one_process(num_microbatches: int) -> None:
     ends = []

@@ -172,7 +172,7 @@ def test_what_is_no_message_is_a_loss_that_says_so(meet: Callable[[WorkerBehavio
     """A field that is not what it should be never reaches who waits for it."""
 
     def nonsense(line: Line, _: Received) -> None:
-        line.channel.send("State", {"values": [[], [], [], [["weight", "large", "float32"]]]}, [b""])
+        line.channel.send("State", {"values": [[], [], [], [["weight", "large", "float32", []]]]}, [b""])
 
     board, link = Links(), meet(nonsense)
     board.add(0, (), link)

@@ -13,7 +13,7 @@ from skippipe_plugin.engine.control.values import Record, StepOrder
 from skippipe_plugin.engine.parcel import Parcel, pack_records, unpack_records
 
 ORDER = StepOrder(None, 0.5, "drop", True, False, [(1, 1.1)])
-ENTRY = ("0\tw", [2], "float32")
+ENTRY = ("0\tw", [2], "float32", [])
 RECORD = Record("base", 1, 2, False, [ENTRY], ORDER)
 PARCEL = Parcel(
     structure=(([ENTRY], []), [b"structure", b"s"]),

@@ -88,7 +88,7 @@ def test_the_pieces_are_those_of_the_whole() -> None:
     hidden, mask, shared = torch.randn(5, 16, 3, requires_grad=True), torch.randn(16, 5), torch.randn(16, 16)
     cut = Cut((Axis(1, 2),) * 3, (Axis(0, 2), None))
     parts = cut_call(call(hidden, mask, shared), cut, [3, 3, 2])
-    assert torch.equal(cut.hidden.join([part.hidden for part in parts]), hidden)
+    assert torch.equal(cut.hidden.join([part.hidden for part in parts], ()), hidden)
     assert torch.equal(torch.cat([part.side_inputs[0] for part in parts]), mask)
     assert [part.hidden.shape[1] for part in parts] == [6, 6, 4]
     assert all(part.side_inputs[1] is shared for part in parts)

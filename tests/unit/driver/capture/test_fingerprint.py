@@ -1,4 +1,4 @@
-"""Tensors have one name if, and only if, they are equal bit for bit."""
+"""Tensors have one name if, and only if, they are equal bit for bit, and lie in one order in memory."""
 
 import pytest
 import torch
@@ -20,8 +20,11 @@ def _some(dtype: torch.dtype, length: int = 5000) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64])
 def test_equal_tensors_have_one_name(dtype: torch.dtype) -> None:
     tensor = _some(dtype).view(50, 100)
-    assert _name(tensor) == _name(tensor.clone()) == _name(tensor.T.contiguous().T)
-    assert len(set(map(_name, (tensor, tensor.T, tensor.flatten(), tensor.view(torch.int8))))) == 4
+    assert _name(tensor) == _name(tensor.clone()) == _name(tensor.expand(2, 50, 100)[1])
+    lying_otherwise = tensor.T.contiguous().T
+    assert _name(lying_otherwise) == _name(lying_otherwise.clone())
+    others = tensor, lying_otherwise, tensor.T, tensor.flatten(), tensor.view(torch.int8)
+    assert len(set(map(_name, others))) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])

@@ -66,3 +66,24 @@ def test_it_is_settled_where_all_keep_their_form() -> None:
     shapes.output(0, FULL, TRAINING, Asked(FULL), ask=True)
     assert shapes.is_settled([True, True])
     assert not shapes.is_settled([True, False])
+
+
+def test_each_form_is_asked_about_where_orders_in_memory_are_others() -> None:
+    """Convolutions choose by sizes which order their results have, where weights or input are channels last."""
+    shapes, last = book(), dataclasses.replace(FULL, order=(1, 0))
+    one = TensorSpec((1, 4), torch.float32)
+    asked = Asked(FULL, last, FULL, one)
+    assert shapes.output(0, FULL, TRAINING, asked, ask=True).output == FULL
+    assert shapes.output(0, one, TRAINING, asked, ask=True).output == one
+    assert shapes.output(0, last, TRAINING, asked, ask=True).output == last
+    assert not shapes.is_settled([True, True])
+    assert shapes.output(0, dataclasses.replace(last, shape=(3, 4)), TRAINING, asked, ask=True).output == FULL
+    assert shapes.output(1, one, TRAINING, asked, ask=True).output == one
+    assert asked.count == 4
+
+
+def test_weights_in_another_order_are_asked_about() -> None:
+    blocks = [nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)]  # type: ignore[call-overload]
+    shapes = ShapeBook(blocks)
+    shapes.output(0, FULL, TRAINING, Asked(FULL), ask=True)
+    assert not shapes.is_settled([True])

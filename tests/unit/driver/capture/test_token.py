@@ -45,6 +45,19 @@ def test_it_answers_what_its_form_tells(token: HiddenToken, ask: Callable[[Tenso
     assert ask(token) == ask(REAL)
 
 
+def test_it_lies_as_what_it_stands_for() -> None:
+    real = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    token = HiddenToken.of(NAMES, 1, TensorSpec.of(real), torch.device("cpu"), lambda: True)
+    assert not token.is_contiguous()
+    assert token.is_contiguous(memory_format=torch.channels_last)
+    assert torch.zeros_like(token).stride() == real.stride()
+    for same in (token.contiguous(memory_format=torch.channels_last), token.to(memory_format=torch.channels_last)):
+        assert same is token
+    for other in (token.contiguous, lambda: token.to(memory_format=torch.contiguous_format)):
+        with pytest.raises(SkipPipeError, match=r"needs the output of net\.1"):
+            other()
+
+
 SAME: dict[str, Callable[[Tensor], Any]] = {
     "contiguous": lambda h: h.contiguous(),
     "to dtype": lambda h: h.to(torch.float32),
