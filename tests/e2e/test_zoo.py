@@ -1,36 +1,17 @@
 """Models as people have them, unmodified: each gives what one process gives, or says why it cannot be cut."""
 
-from typing import Any
-
 import pytest
 
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.partition import PartitionError
-from skippipe_plugin.strategies import PathConfig
-from tests.zoo.entries import ZOO, Entry
-from tests.zoo.following import Following
+from tests.zoo.entries import ZOO
+from tests.zoo.running import run, run_skipping
 
-from .emulation import Watch
-from .support import Run, assert_same_run, train
+from .support import assert_same_run
 
-BATCH = 10  # microbatches of 3, 3, 2, 2
-SAMPLES = 26  # and a last batch that is smaller
 EXACT = [name for name, entry in ZOO.items() if not entry.refused]
 REFUSED = [name for name, entry in ZOO.items() if entry.refused]
 LAYOUTS = [(workers, schedule) for workers in (1, 2, 4) for schedule in ("gpipe", "1f1b")]
-
-
-def run(entry: Entry, workers: int, *callbacks: Any, **strategy: Any) -> Run:
-    usual = {"num_microbatches": 4, "blocks": entry.blocks}
-    return train(
-        entry.make,
-        entry.loader(SAMPLES, BATCH),
-        1 + workers,
-        {**usual, **strategy} if workers else None,
-        max_steps=-1,
-        max_epochs=1,
-        callbacks=[*entry.callbacks(), *callbacks],
-    )
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -51,22 +32,15 @@ def test_each_is_exact_in_any_layout(name: str, workers: int, schedule: str) -> 
     assert_same_run(run(ZOO[name], workers, schedule=schedule), run(ZOO[name], 0))
 
 
-def check_paths(entry: Entry, workers: int, costs: str = "uniform", **strategy: Any) -> None:
-    watch = Watch()
-    skipping = run(entry, workers, watch, skip_ratio=1 / 3, paths=PathConfig(costs=costs), **strategy)
-    assert all(len(path.visits) < workers for path in watch.schedules[-1].paths)
-    assert_same_run(skipping, run(entry, 0, Following(watch.schedules, entry.blocks)))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "schedule"), [layout for layout in LAYOUTS if layout[0] > 1])
 @pytest.mark.parametrize("name", EXACT)
 def test_paths_are_those_of_one_process_that_follows_them(name: str, workers: int, schedule: str) -> None:
-    check_paths(ZOO[name], workers, schedule=schedule)
+    assert_same_run(*run_skipping(ZOO[name], workers, schedule=schedule))
 
 
 @pytest.mark.parametrize("costs", ["uniform", "measure"])
 @pytest.mark.parametrize("name", ["whisper", "dpo"])
 def test_each_step_follows_the_paths_that_it_has_planned(name: str, costs: str) -> None:
     """Also the one between whose calls of the blocks costs become known."""
-    check_paths(ZOO[name], 3, costs)
+    assert_same_run(*run_skipping(ZOO[name], 3, costs))
