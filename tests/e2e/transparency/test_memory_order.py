@@ -36,7 +36,8 @@ class Noisy(models.Whole):
     def training_step(self, batch: Any) -> Tensor:
         hidden = self.run(self.lying(self.model(batch["tokens"])))
         noise = 0.1 * torch.randn_like(hidden)
-        signs = torch.tensor([1.0, -1.0]).repeat(hidden.numel() // 2).as_strided(hidden.shape, hidden.stride())
+        turns = torch.tensor([1.0, -1.0], device=hidden.device).repeat(hidden.numel() // 2)
+        signs = turns.as_strided(hidden.shape, hidden.stride())
         return functional.cross_entropy(self.head((hidden + noise + 0.1 * signs).mean(1)), batch["y"])
 
 
