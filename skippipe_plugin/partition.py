@@ -2,13 +2,12 @@
 
 Everything here reads an `nn.Module` and returns values: nothing is moved, replaced or run, and no
 process, no Lightning and no particular model library is known. `find_blocks` chooses the stack,
-`check_no_shared_parameters` says whether its blocks may live on different machines,
 `estimate_costs` weighs them, and `cut` turns the weights into one contiguous range per stage.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, groupby
@@ -21,7 +20,6 @@ from .sharing import PartitionError, has_forward, original
 __all__ = [
     "BlockStack",
     "PartitionError",
-    "check_no_shared_parameters",
     "cut",
     "driver_share",
     "estimate_costs",
@@ -119,29 +117,6 @@ def other_stacks(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[str, ..
         if inside.isdisjoint(map(id, stack.blocks)) and not all(map(_is_plain_layer, stack.blocks)):
             names.append(_join(stack.container_name, part) if part else stack.container_name)
     return tuple(names)
-
-
-def check_no_shared_parameters(model: nn.Module, stack: BlockStack) -> None:
-    """Check that no parameter of a block is also used by another block or by the rest of the model.
-
-    Sharing inside one block, or inside the rest of the model (tied embeddings), is fine.
-
-    Args:
-        model: The root module that `stack` was found in.
-        stack: The result of `find_blocks`.
-
-    Raises:
-        PartitionError: If a parameter has two owners; the message gives both of its names.
-    """
-    seen: dict[int, tuple[int | None, str]] = {}
-    for owner, name, parameter in _owned_parameters(model, stack):
-        first_owner, first_name = seen.setdefault(id(parameter), (owner, name))
-        if first_owner != owner:
-            raise PartitionError(
-                f"{first_name!r} and {name!r} are one parameter, but a pipeline would put "
-                f"{_owner(first_owner)} and {_owner(owner)} on different machines. Give each its own copy, or choose "
-                'a range of blocks without it, as in blocks="model.layers.2:10".'
-            )
 
 
 def estimate_costs(blocks: Sequence[nn.Module]) -> tuple[float, ...]:
@@ -370,38 +345,6 @@ def _count(blocks: Sequence[nn.Module], skip: tuple[type[nn.Module], ...] = ()) 
     modules = [module for block in blocks for module in block.modules() if not isinstance(module, skip)]
     parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}
     return sum(1 if is_lazy(p) else p.numel() for p in parameters.values())
-
-
-def _owned_parameters(model: nn.Module, stack: BlockStack) -> Iterator[tuple[int | None, str, nn.Parameter]]:
-    """Yield each use of a parameter as (index of its block or None, name, parameter).
-
-    Blocks are recognised by the container object: a second name for the container is no sharing.
-    """
-    keys = {name.rpartition(".")[2]: index for index, name in enumerate(stack.names)}
-    return _parameters_below(model, "", None, (model.get_submodule(stack.container_name), keys), ())
-
-
-def _parameters_below(
-    module: nn.Module,
-    name: str,
-    owner: int | None,
-    blocks: tuple[nn.Module, Mapping[str, int]],
-    parents: tuple[nn.Module, ...],
-) -> Iterator[tuple[int | None, str, nn.Parameter]]:
-    """Do so below a module; ``blocks`` are their container and their numbers in it."""
-    if any(module is parent for parent in parents):  # a child may refer back to its parent
-        return
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            yield owner, _join(name, key), parameter
-    container, keys = blocks
-    for key, child in _children(module):
-        owned_by = keys.get(key) if module is container else owner
-        yield from _parameters_below(child, _join(name, key), owned_by, blocks, (*parents, module))
-
-
-def _owner(index: int | None) -> str:
-    return "the rest of the model" if index is None else f"block {index}"
 
 
 # The optimal cut ----------------------------------------------------------------------------------

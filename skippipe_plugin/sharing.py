@@ -2,6 +2,7 @@
 
 A block travels with all it refers to. What another block or the rest of the model also uses would become a copy there,
 which is trained on its own; so it is found before anything travels. Constants may be shared: copies of them are alike.
+So may registered parts: of those it is known which are one (:mod:`skippipe_plugin.driver.shared`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import io
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cloudpickle
@@ -20,8 +21,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("hooks") or name.startswith("_state_dict"))
 _WAY_OUT = (
-    "Give each its own copy as a registered submodule or parameter, or choose a range of blocks without it, as in "
-    'blocks="model.layers.2:10".'
+    "Register it in the block as well (self.name = module or parameter), which may then have it in common with others, "
+    'give each its own, or choose a range of blocks without it, as in blocks="model.layers.2:10".'
 )
 
 
@@ -71,6 +72,23 @@ def _made_by_hooks(block: nn.Module) -> set[int]:
     """Return what torch's old spectral norm makes of a parameter anew before each forward."""
     hooks = ((part, hook) for part in block.modules() for hook in part._forward_pre_hooks.values())
     return {id(getattr(part, hook.name, None)) for part, hook in hooks if isinstance(hook, SpectralNorm)}
+
+
+def outside(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules of a model that are reached without entering a block, each once."""
+    seen, left = {id(block) for block in blocks}, [model]
+    while left:
+        module = left.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            left += [child for child in module._modules.values() if child is not None]
+
+
+def parameters_outside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of a model's modules outside of the blocks, which may have them, too."""
+    own = {id(each) for part in outside(model, blocks) for each in part._parameters.values()}
+    return [parameter for parameter in model.parameters() if id(parameter) in own]
 
 
 def has_forward(module: nn.Module) -> bool:

@@ -53,7 +53,7 @@ from ..moe import MoEConfig, RouterStatistics
 from ..moe.families import find_routers
 from ..moe.migration import Move
 from ..moe.precision import kept_biases, widen_biases
-from ..partition import check_no_shared_parameters, find_blocks
+from ..partition import find_blocks
 from ..schedule import CostModel, Schedule, Timeline
 from ..sources import workers_of
 from ..supervisor import supervised
@@ -410,7 +410,6 @@ class SkipPipeStrategy(OptimizingStrategy):
     def _spread_blocks(self, module: LightningModule) -> None:
         assert self._job is not None
         stack = find_blocks(module, self.settings.blocks)
-        check_no_shared_parameters(module, stack)
         blocks, described = originals(stack.blocks), str(stack)
         self._compiled = CompiledParts(module, blocks, uncompile(module))
         is_manual = not module.automatic_optimization and module.trainer.state.fn == TrainerFn.FITTING

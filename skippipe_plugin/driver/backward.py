@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import gradients, phases
-from ..engine.control.answers import NormPowers, Unscaled
+from ..engine.control.answers import Done, NormPowers, Unscaled
 from ..engine.control.codec import Control
 from ..engine.control.commands import AskNorm, Clip, Merge, Pass, StepOptimizer, Unscale
 from ..engine.control.values import Opening, StepOrder, Zero
@@ -28,6 +28,7 @@ from .layout import Layout
 from .links import Links
 from .loads import LoadWindow
 from .resizing import carried_over
+from .shared import SharedTensors
 
 GradientScale = Literal["batch", "visit"]
 """What the gradient of a stage is the mean over: all microbatches of the batch, or those that visited the stage.
@@ -52,7 +53,9 @@ _BENDS: Final = (
 class GradientControl:
     """The gradients of a pipeline, seen from one driver; the first driver commands the workers'."""
 
-    def __init__(self, links: Links, formed: HasLayout, copies: GradientCopies, *, leads: bool) -> None:
+    def __init__(
+        self, links: Links, formed: HasLayout, copies: GradientCopies, shared: SharedTensors, *, leads: bool
+    ) -> None:
         self.scale: GradientScale = "batch"
         self.window = GradientWindow([])
         """The gradients of the parameters that live on this driver."""
@@ -68,6 +71,7 @@ class GradientControl:
         self._formed = formed
         self._leads = leads
         self._hosted: Mapping[int, Stage] = {}
+        self._shared = shared
         self._stage_scales: dict[int, float] = {}
         self.num_merged = 0
         """How often gradients were added."""
@@ -118,9 +122,16 @@ class GradientControl:
         self.lr_factors = carried_over(by_number, single, self._layout.stage_blocks)
 
     def own(self, parameters: Sequence[nn.Parameter], hosted: Mapping[int, Stage]) -> None:
-        """Take charge of this driver's parameters, those of hosted stages among them."""
+        """Take charge of this driver's parameters, those of hosted stages and what blocks share among them."""
         self.window = GradientWindow(parameters)
         self._hosted = hosted
+
+    def add_shared(self, done: Mapping[int, Done]) -> None:
+        """Add what a step's copies of shared parameters have gathered, in the order of the ranks."""
+        if self._leads and any(each.shared for each in done.values()):
+            self.window.open()
+            in_half = self._shared.add_gradients(each for _, each in sorted(done.items()))
+            self.window.in_half.update(map(id, in_half))
 
     def count_visits(self, schedule: Schedule, weights: Sequence[float]) -> None:
         """Note who visited what; further drivers are taken to have microbatches like this one's.
@@ -231,8 +242,10 @@ class GradientControl:
         self._flush()
         if self._is_stepped:
             self._settle_stepped()
+        common = {id(tensor) for tensor in self._shared.tensors()}  # they are of several stages, or of the driver, too
         for stage, held in self._hosted.items():
-            gradients.scale_gradients(self.window.new_of(held.parameters()), self._stage_scales.get(stage, 1.0))
+            own = [parameter for parameter in held.parameters() if id(parameter) not in common]
+            gradients.scale_gradients(self.window.new_of(own), self._stage_scales.get(stage, 1.0))
             self.window.in_half |= held.in_half
         self.window.merge(scale)
         zero = self.take_zero()

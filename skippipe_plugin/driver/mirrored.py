@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from ..engine import phases
 from ..engine.control.answers import State
-from ..engine.control.commands import Get, Overwrite
+from ..engine.control.commands import Get, Overwrite, Share
 from ..engine.control.values import Written, Zero
 from ..engine.device import free_bytes
 from ..engine.errors import SkipPipeError
 from ..engine.handover import find_again, let_go, pack_tensors, unpack_tensors
-from ..engine.wire import block_tensors, tensor_key
+from ..engine.wire import block_tensors, tensor_key, tensor_name
 from .accumulation import Accumulation
 from .capture.remote import Slot, detach, reattach
 from .copies import GradientCopies, WeightCopies
 from .layout import Layout
 from .links import Links
 from .shards import ExpertShards
-from .shared_buffers import SharedBuffers
+from .shared import SharedTensors, Values
 
 _T = TypeVar("_T")
 
@@ -53,6 +53,14 @@ class Host(Protocol):
     @property
     def layout(self) -> Layout:
         """Which worker holds which block."""
+
+    @property
+    def generation(self) -> int:
+        """The number of the last generation that was begun."""
+
+    @property
+    def is_formed(self) -> bool:
+        """Whether it stands."""
 
     @property
     def leads(self) -> bool:
@@ -92,7 +100,7 @@ class Mirror:
         self._structure: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = []  # Any: tensors, modules, None
         self.weights = WeightCopies(self, self._slots)
         self.gradients = GradientCopies(self)
-        self.shared = SharedBuffers(self)
+        self.shared = SharedTensors(self)
         self._blocks: tuple[nn.Module, ...] = ()
         """The blocks whose values are elsewhere."""
 
@@ -103,10 +111,10 @@ class Mirror:
 
     # ------------------------------------------------------------ hand-over
 
-    def own(self, model: nn.Module, blocks: Mapping[int, nn.Module], names: Sequence[str]) -> None:
-        """Take the values of blocks away from the driver's model; the workers have them."""
+    def own(self, blocks: Mapping[int, nn.Module], names: Sequence[str]) -> None:
+        """Take the values of blocks away from the driver's model; the workers have them. What is shared stays."""
         self._blocks = (*self._blocks, *blocks.values())
-        staying = self.shared.own(model, blocks, names)
+        staying = self.shared.copies
         for name, tensor in block_tensors(blocks).items():
             if name in staying:
                 continue
@@ -200,6 +208,25 @@ class Mirror:
                 "on_train_batch_end (in a loop of your own: outside of the model's forward), or use num_microbatches=1"
             )
 
+    @property
+    def formed(self) -> int:
+        """The generation that is formed; negative when there is none."""
+        return self._host.generation if self._host.is_formed else -1
+
+    def share(self, values: Values) -> None:
+        """Overwrite copies of what is shared."""
+        host = self._host
+        for link in host.links if host.leads else ():
+            blocks = set(host.layout.hosted(link.rank))
+            here = {
+                str(number): [name for name in names if tensor_key(name)[0] in blocks]
+                for number, (names, _) in values.items()
+            }
+            copies = {number: names for number, names in here.items() if names}
+            if copies:
+                command = Share(copies, *pack_tensors({number: values[int(number)][1] for number in copies}))
+                (link.tell if host.links.recovering else link.send)(command)
+
     def _take_replaced(self) -> None:
         """Take up buffers that were replaced by others; nothing else can be."""
         for number, (label, own, known) in enumerate(self._structure):
@@ -287,10 +314,12 @@ class Mirror:
                 (link.tell if host.links.recovering else link.send)(command)
 
 
-def check_hooks(blocks: Mapping[int, nn.Module], names: Sequence[str]) -> None:
-    """Raise when a hook waits for the gradient of a parameter that is about to leave."""
+def check_hooks(blocks: Mapping[int, nn.Module], names: Sequence[str], staying: Collection[str]) -> None:
+    """Raise when a hook waits for the gradient of a parameter that is about to leave; those of ``staying`` are not."""
     for block, module in blocks.items():
         for name, parameter in module.named_parameters():
+            if tensor_name(block, name) in staying:
+                continue
             if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
                 raise SkipPipeError(
                     f"a hook is registered for the gradient of {names[block]}.{name}, which a pipeline's worker "

@@ -143,7 +143,9 @@ class Pipeline:
         self.mirror = Mirror(self)
         """What user code sees of the blocks on workers."""
         self.remote = RemoteWeights(links, self._forming, rank, self.shards, self.mirror)
-        self.gradients = GradientControl(links, self._forming, self.mirror.gradients, leads=rank == 0)
+        self.gradients = GradientControl(
+            links, self._forming, self.mirror.gradients, self.mirror.shared, leads=rank == 0
+        )
         self.in_step = self.is_announced = False
         """Whether a step is under way, and whether the workers have begun with it."""
         self.routers = RouterControl(links, leads=rank == 0)
@@ -168,6 +170,11 @@ class Pipeline:
     def generation(self) -> int:
         """The number of the last generation that was begun."""
         return self._forming.formation.generation
+
+    @property
+    def is_formed(self) -> bool:
+        """Whether that generation stands."""
+        return self._forming.transport is not None
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
@@ -261,7 +268,11 @@ class Pipeline:
         proxies = proxies_of(probe=partial(probe, self), forward=self._forward)
         keep = self.keeper is not None
         self.shards.learn(proxies.blocks)
-        check_hooks(self.remote.remote_of(proxies.blocks), proxies.names)
+        remote = self.remote.remote_of(proxies.blocks)
+        shared = self.mirror.shared
+        shared.find(model, proxies.blocks, remote, proxies.names, self.device)
+        self.shards.check_apart(shared.copies)
+        check_hooks(remote, proxies.names, shared.copies)
         self._sender = StageSender(
             self._forming,
             proxies.blocks,
@@ -280,7 +291,7 @@ class Pipeline:
             for stage in self.layout.stages_of(self.rank)
         }
         compilation.compile({block: real[block] for block in self.layout.hosted(self.rank)})
-        self.remote.own(model, proxies.blocks, proxies.names)
+        self.remote.own(proxies.blocks, proxies.names)
         local = [parameter for parameter in model.parameters() if not is_remote(parameter)]
         self.gradients.own(local, self._hosted)
         self.model = model
@@ -512,6 +523,7 @@ class Pipeline:
         for writes in (*(s.take_writes() for s in self._hosted.values()), *(each.writes for each in done.values())):
             proxies.note_all_writes(writes)
         if name == TRAINING:
+            self.gradients.add_shared(done)
             here = self.routers.tallies.close()
             self.gradients.opened([here, *(each.loads for each in done.values())])
         self.is_announced = False

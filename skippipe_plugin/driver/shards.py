@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,6 +59,16 @@ class ExpertShards:
                     self.sites[block, site.path] = site
                     self.placements[block, site.path] = even_placement(site.num_experts, size)
                     self._site_of |= dict.fromkeys(((block, name) for name in site.tensors), (block, site.path))
+
+    def check_apart(self, shared: Collection[str]) -> None:
+        """Raise when an expert that is spread is among the ``shared`` tensors of blocks, by their names on the wire."""
+        for name in shared:
+            if tensor_key(name) in self._site_of:
+                block, local = tensor_key(name)
+                raise ValueError(
+                    f"{local} of block {block} is in other blocks or in the rest of the model, too, and experts that "
+                    "blocks share cannot be spread over replicas: set expert_parallel=1, or give each block its own"
+                )
 
     def described(self, stage: int, rank: int) -> list[ExpertShare]:
         """Tell a worker which experts of a stage it holds."""

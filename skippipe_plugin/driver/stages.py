@@ -14,6 +14,7 @@ from ..engine.control.commands import Load
 from ..engine.control.values import PackedBlocks
 from ..engine.device import HOST
 from ..engine.handover import pack_blocks, unpack_blocks
+from .capture.twins import apart
 from .formation import HasLayout
 from .layout import Layout
 from .links import Link, Links
@@ -69,7 +70,7 @@ class StageSender:
             remote = [rank for rank in ranks if rank in links]
             if not stage or not remote:
                 continue
-            blocks = {block: self._blocks[block] for block in self._layout.blocks(stage)}
+            blocks = apart({block: self._blocks[block] for block in self._layout.blocks(stage)})
             if self._keep:
                 self._structures[tuple(blocks)] = pack_blocks(blocks, values=False)
                 self._classes[tuple(blocks)] = fingerprints(blocks.values())

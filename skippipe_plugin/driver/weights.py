@@ -47,10 +47,10 @@ class RemoteWeights:
         """Return those of all blocks that workers hold."""
         return {index: block for index, block in enumerate(blocks) if index not in self._hosted}
 
-    def own(self, model: nn.Module, blocks: Sequence[nn.Module], names: Sequence[str]) -> None:
-        """Take charge of a block stack of ``model``, whose remote tensors lose their values here."""
+    def own(self, blocks: Sequence[nn.Module], names: Sequence[str]) -> None:
+        """Take charge of a block stack, whose remote tensors lose their values here."""
         self._sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
-        self._mirror.own(model, self.remote_of(blocks), names)
+        self._mirror.own(self.remote_of(blocks), names)
 
     def parameters(self, *, needing_gradients: bool = False) -> dict[int, tuple[int, str]]:
         """Map the ``id`` of each remote parameter (that needs a gradient) to its (block, name)."""

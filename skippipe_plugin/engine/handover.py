@@ -12,7 +12,7 @@ import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import cloudpickle
 import torch
@@ -27,10 +27,18 @@ from .errors import SkipPipeError
 from .memory_order import order_of
 from .transport import TensorSpec, as_bytes, from_bytes
 
+_INDICES: Final = " indices"
+_VALUES: Final = " values"
+
 
 def import_paths() -> list[str]:
     """Return where this process imports from, so that a worker finds the same modules."""
     return [path or os.getcwd() for path in sys.path]  # noqa: PTH109 - sys.path holds strings
+
+
+def also_import_from(paths: Iterable[str]) -> None:
+    """Let this process import from another one's places, too."""
+    sys.path += [path for path in paths if path not in sys.path]
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[list[TensorEntry], list[Buffer]]:
@@ -50,6 +58,32 @@ def unpack_tensors(entries: Sequence[TensorEntry], blobs: Sequence[Buffer]) -> d
 def _spec(entry: Sequence[Any]) -> TensorSpec:  # Any: an entry but its name
     shape, dtype, order = entry
     return TensorSpec(tuple(shape), getattr(torch, dtype), tuple(order))
+
+
+def pack_gradients(gradients: Mapping[str, Tensor]) -> tuple[list[TensorEntry], list[Buffer]]:
+    """Do what :func:`pack_tensors` does for gradients, which may be sparse, as those of embeddings."""
+    parts: dict[str, Tensor] = {}
+    for name, gradient in gradients.items():
+        if gradient.layout is torch.strided:
+            parts[name] = gradient
+        else:
+            whole = gradient.coalesce()
+            shape = torch.tensor(gradient.shape)
+            parts |= {name: shape, f"{name}{_INDICES}": whole.indices(), f"{name}{_VALUES}": whole.values()}
+    return pack_tensors(parts)
+
+
+def unpack_gradients(entries: Sequence[TensorEntry], blobs: Sequence[Buffer]) -> dict[str, Tensor]:
+    """Invert :func:`pack_gradients`."""
+    parts = unpack_tensors(entries, blobs)
+    found: dict[str, Tensor] = {}
+    for name in (name for name in parts if not name.endswith((_INDICES, _VALUES))):
+        indices, tensor = parts.get(f"{name}{_INDICES}"), parts[name]
+        if indices is None:
+            found[name] = tensor
+        else:
+            found[name] = torch.sparse_coo_tensor(indices, parts[f"{name}{_VALUES}"], tensor.tolist())
+    return found
 
 
 def tensor_blob(tensor: Tensor) -> Buffer:

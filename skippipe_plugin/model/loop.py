@@ -25,7 +25,7 @@ from ..engine.device import free_bytes, own_place
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob, driver_job
 from ..job.launcher import Launcher
-from ..partition import check_no_shared_parameters, find_blocks
+from ..partition import find_blocks
 from .backwards import Backwards
 from .calls import ModelCalls
 from .compiled import CompiledParts, originals
@@ -98,7 +98,6 @@ class LoopModel:
         model, config, policy = self.model, self._config, self._config.recovery
         root = getattr(model, "_orig_mod", model)
         stack = find_blocks(root, config.blocks)
-        check_no_shared_parameters(root, stack)
         blocks, described = originals(stack.blocks), str(stack)
         self._compiled = CompiledParts(model, blocks)
         recovery = None if policy is None else (config.fit_recovery(policy), self._note)

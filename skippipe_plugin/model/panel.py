@@ -77,7 +77,7 @@ class StartPanel:
 
     def _row(self, rank: int, seat: Seat, stage: int) -> tuple[str, ...]:
         held = self.layout.blocks(stage)
-        count = sum(num_parameters(self.blocks[block]) for block in held)
+        count = num_parameters(nn.ModuleList(self.blocks[block] for block in held))
         span = str(held.start) if len(held) == 1 else f"{held.start} to {held.stop - 1}"
         return str(rank), seat.where, seat.device, str(stage), span, shorten(count)
 
@@ -96,7 +96,7 @@ def start_panel(spread: SpreadModel, model: nn.Module, blocks: Sequence[nn.Modul
         stack=stack,
         blocks=blocks,
         schedule=f"{name}, {schedule.num_microbatches} microbatches{where}{_skipping(settings.skip_ratio)}",
-        rest_parameters=num_parameters(model) - sum(map(num_parameters, blocks)),
+        rest_parameters=num_parameters(model) - num_parameters(nn.ModuleList(blocks)),
         seats=[_seat(spread, rank) for rank in range(pipeline.layout.size)],
         prediction=_prediction(settings, schedule, spread.planner.cost if spread.planner is not None else None),
     )

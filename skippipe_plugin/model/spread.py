@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -437,8 +438,18 @@ def _start_alike(model: nn.Module) -> None:
 
 
 def _names_in(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Name blocks in the model; a module that is several of them has the names of its places, as far as they go."""
     names = {id(part): name for name, part in model.named_modules()}
-    return tuple(names[id(block)] for block in blocks)
+    places: dict[int, list[str]] = {}
+    for name, part in model.named_modules():
+        for key, child in part._modules.items():
+            places.setdefault(id(child), []).append(f"{name}.{key}" if name else key)
+    counts, seen = Counter(map(id, blocks)), Counter[int]()
+    found = []
+    for each in map(id, blocks):
+        found.append(names[each] if counts[each] == 1 else places[each][min(seen[each], len(places[each]) - 1)])
+        seen[each] += 1
+    return tuple(found)
 
 
 def _warn_lost(blocks: Sequence[str]) -> None:

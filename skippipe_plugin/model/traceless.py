@@ -17,6 +17,7 @@ from torch import nn
 from ..driver.capture.held import Held
 from ..driver.capture.randomness import RandomStates
 from ..driver.capture.rewind import rewinder
+from ..sharing import parameters_outside
 
 _UNEVEN: Final = 0.1
 _LOOKED_AT: Final = 64
@@ -69,10 +70,9 @@ def uneven(module: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
 
     A head that starts as zeros says of every label the same, so that any mean of the losses is like any other.
     """
-    elsewhere = {id(parameter) for block in blocks for parameter in block.parameters()}
     noise, even = torch.Generator().manual_seed(0), []
-    for parameter in module.parameters():
-        if id(parameter) not in elsewhere and _is_even(parameter):
+    for parameter in parameters_outside(module, [*blocks]):
+        if _is_even(parameter):
             even.append((parameter, parameter.detach().reshape(-1)[0].item()))
             drawn = torch.rand(parameter.shape, generator=noise, dtype=torch.float32) * _UNEVEN
             parameter.data.add_(drawn.to(parameter))

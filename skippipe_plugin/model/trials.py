@@ -18,6 +18,7 @@ from ..driver.capture.rewind import metric_states, set_metric_states
 from ..driver.capture.suspend import Suspended, new_step_thread
 from ..engine.call import Ambient, device_types
 from ..engine.errors import SkipPipeError
+from ..sharing import parameters_outside
 from .counting import View
 from .fakes import Fakes, Neutral
 from .flips import Flip
@@ -106,9 +107,7 @@ class Trials:
     @property
     def _own(self) -> list[nn.Parameter]:
         """The parameters around the blocks."""
-        blocks = self._spread.pipeline.proxies.blocks
-        elsewhere = {id(parameter) for block in blocks for parameter in block.parameters()}
-        return [parameter for parameter in self._module.parameters() if id(parameter) not in elsewhere]
+        return parameters_outside(self._module, self._spread.pipeline.proxies.blocks)
 
     def crossing(
         self,

@@ -16,6 +16,7 @@ from ..engine.parcel import Parcel
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, decode_optimizer_state
 from .buffers import BlockBuffers
+from .copies import SharedCopies
 
 if TYPE_CHECKING:
     from .holdings import Holdings
@@ -48,6 +49,7 @@ def arrange(holdings: Holdings, order: Arrange, parcel: Parcel, device: torch.de
         holdings.stages[stage] = Stage(stage, own, device)
     Compilation.unpack(order.compile).compile(arrived)
     holdings.window = GradientWindow([p for stage in holdings.stages.values() for p in stage.parameters()])
+    holdings.copies = SharedCopies()  # the driver sends them in each generation
     holdings.buffers = BlockBuffers(modules[block] for _, blocks, _ in order.stages for block in blocks)
     if not kept:
         holdings.forget_step()  # one of an earlier run, whose gradients are not those that come

@@ -14,7 +14,7 @@ from ..engine.channel import Buffer
 from ..engine.classes import check_fingerprints
 from ..engine.compilation import Compilation
 from ..engine.control.answers import State
-from ..engine.control.commands import Clip, Load, Merge, Overwrite
+from ..engine.control.commands import Clip, Load, Merge, Overwrite, Share
 from ..engine.control.values import ExpertCost, StepOrder, What
 from ..engine.gradients import GradientWindow
 from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
@@ -22,6 +22,7 @@ from ..engine.optimizer import ParameterKey, Settings, StageOptimizer
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, encode_optimizer_state, tensor_key
 from .buffers import BlockBuffers
+from .copies import Gathered, SharedCopies
 from .experts import SpreadExperts
 
 
@@ -33,6 +34,7 @@ class Holdings:
         self.experts = SpreadExperts()
         self.window = GradientWindow([])
         self.buffers = BlockBuffers()
+        self.copies = SharedCopies()
         self.norms: dict[int, float] = {}
         """By stage: the L2 norm of its gradient in the last optimizer step, before the clipping of all together."""
         self.estimates: set[int] = set()
@@ -58,6 +60,7 @@ class Holdings:
             self.stages, self.norms, self.step, self._optimizer = {}, {}, -1, None
             self.estimates = set()
             self._stepped = False
+            self.copies = SharedCopies()
         self.stages[sent.stage] = Stage(sent.stage, blocks, device)
         if sent.last:
             self.window = GradientWindow([p for stage in self.stages.values() for p in stage.parameters()])
@@ -87,6 +90,19 @@ class Holdings:
             self._stepped = False
             self.window.zero()
         self.window.open()
+
+    def end_step(self, skip: Collection[int], *, repeats: bool) -> Gathered:
+        """End a training step, whose gradients are complete; return what the copies of the driver's have gathered.
+
+        Args:
+            skip: See :meth:`SharedCopies.gather`.
+            repeats: Whether its samples are counted in buffers already.
+        """
+        gathered = self.copies.gather(self.stages, self._tensors() if self.copies else {}, skip)
+        self.window.close()
+        if repeats:
+            self.buffers.restore()
+        return gathered
 
     def clip(self, how: Clip | StepOrder) -> None:
         """Clip what is accumulated."""
@@ -187,9 +203,12 @@ class Holdings:
             return {}
         return self._tensors() if what == "weights" else self._gradients(used=what == "last_gradients")
 
-    def overwrite(self, sent: Overwrite) -> None:
+    def overwrite(self, sent: Overwrite | Share) -> None:
         """Overwrite weights or gradients."""
         own = self._tensors()
+        if isinstance(sent, Share):
+            self.copies.overwrite(sent, own)
+            return
         self.zero(sent.zero)
         for name in sent.absent:
             own[name].grad = None

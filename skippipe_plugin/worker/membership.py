@@ -71,6 +71,11 @@ class Membership:
             over_replicas = functools.partial(self.transport.all_reduce, name=_group(stage))
             experts.sum_gradients(stages[stage], over_replicas, self.transport)
 
+    @property
+    def followed(self) -> set[int]:
+        """The stages here that a replica with a lower rank holds, too: what all have, that one tells."""
+        return {stage for stage, ranks in self._groups() if min(ranks) != self.rank}
+
     def measure_links(self, num_bytes: int) -> LinkCosts:
         """Measure this worker's links while the others measure theirs."""
         costs = measure_links(self.transport, num_bytes)

@@ -11,10 +11,9 @@ import logging
 import os
 import pickle
 import queue
-import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -32,7 +31,7 @@ from ..engine.control.values import Opening
 from ..engine.device import make_current
 from ..engine.errors import GenerationAborted, SkipPipeError, pack_exception
 from ..engine.executor import Executor
-from ..engine.handover import pack_tensors, unpack_blocks, unpack_tensors
+from ..engine.handover import also_import_from, pack_tensors, unpack_blocks, unpack_tensors
 from ..engine.pairs import prepare
 from ..engine.taps import Tapped
 from ..engine.transport import Transport
@@ -40,6 +39,7 @@ from ..engine.versions import own_versions
 from ..engine.waiting import Waiting
 from ..engine.wire import CallDecoder, decode_optimizer_state
 from ..moe.board import RouterBoard
+from .copies import Gathered
 from .feed import Feed
 from .holdings import Holdings
 from .keep import Keep
@@ -103,7 +103,7 @@ class Worker:
         self._step = -1
         self._steps: dict[int, commands.Step] = {}
         self._order = DriversOrder(lambda: self._steps)
-        self._later: list[commands.Overwrite] = []
+        self._later: list[commands.Overwrite | commands.Share] = []
         """What the first driver has written and the others, which have written the same, may not have yet."""
         self._over_for: set[int] = set()
         """The drivers for which the run is over."""
@@ -138,6 +138,7 @@ class Worker:
         handlers.on(commands.SwitchOptimizer, self._switch_optimizer)
         handlers.on(commands.Get, self._get)
         handlers.on(commands.Overwrite, self._overwrite)
+        handlers.on(commands.Share, self._overwrite)
         handlers.on(commands.Clip, self._clip)
         handlers.on(commands.AskClock, lambda _: answers.ClockReads(time.perf_counter()))
         handlers.on(commands.Probe, lambda c: probe(self._holdings, c, self._device))
@@ -332,7 +333,7 @@ class Worker:
 
     def _configure(self, command: commands.Configure) -> None:
         self._generation = command.generation
-        _extend_path(command.sys_path)
+        also_import_from(command.sys_path)
         self._may_leave = command.may_leave
         torch.set_num_threads(command.num_threads)
         self._device = torch.device(command.device)
@@ -368,7 +369,7 @@ class Worker:
 
     def _warm(self, command: commands.Warm) -> answers.Warmed:
         """Import what a stage will need: the blocks' classes, and what torch loads with the first optimizer."""
-        _extend_path(command.sys_path)
+        also_import_from(command.sys_path)
         unpack_blocks(command.blocks, command.blobs)
         torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
         return answers.Warmed()
@@ -433,6 +434,7 @@ class Worker:
             self._holdings.begin_step(may_repeat=self._may_leave)
             self._routers.open(first.scale / max(1, len(live)))
             self._open_tallies(first, live)
+        gathered = Gathered()
         self._holdings.experts.begin_step()
         self._pulled.clear()
         for stage in self._holdings.stages.values():
@@ -443,14 +445,14 @@ class Worker:
         if first.training:
             self._holdings.experts.end_step(events)
             membership.sum_over_replicas(self._holdings.experts, self._holdings.stages)
-            self._holdings.window.close()
-            if first.repeats:
-                self._holdings.buffers.restore()  # its samples are counted
+            gathered = self._holdings.end_step(membership.followed, repeats=first.repeats)
             self._routers.close()
         loads = self._tallies.close()
         timeline = [(str(event.action), event.start_s, event.end_s) for event in events] if first.timeline else []
         writes = [each for stage in self._holdings.stages.values() for each in stage.take_writes()]
-        self._answer(answers.Done(self._step, timeline, writes, loads))
+        done = answers.Done(self._step, timeline, writes, loads)
+        for source in range(len(self._lines)):
+            self._reply(source, done if source else gathered.added_to(done))
 
     def _open_tallies(self, opening: Opening, live: set[int]) -> None:
         if self._routers.balances:
@@ -523,7 +525,7 @@ class Worker:
     def _get(self, question: commands.Get) -> answers.State:
         return self._holdings.state(question.what, question.blocks)
 
-    def _overwrite(self, command: commands.Overwrite) -> None:
+    def _overwrite(self, command: commands.Overwrite | commands.Share) -> None:
         self._later.append(command)
         if len(self._lines) == 1:
             self._put_later()
@@ -594,7 +596,3 @@ class Worker:
         # Another driver may be a step ahead of the first one's step; aborted steps are never asked for.
         self._calls.setdefault(command.news.step, []).extend(pairs)
         self._sources.update((microbatch, source) for microbatch, _ in pairs)
-
-
-def _extend_path(paths: Iterable[str]) -> None:
-    sys.path += [path for path in paths if path not in sys.path]

@@ -2,6 +2,7 @@
 
 ``hosts``: each driver holds a stage. ``reads``: the step reads gradients. ``conditioned``: every block gets a tensor
 that carries a gradient.
+``shared``: the blocks have one layer in common, with the model and with each other.
 ``half``: in float16, with a loss scale that is too large at first.
 ``moves=+@1,-2@3 folder=PATH`` makes it elastic, see ``mortal.py``. Prints one JSON line per process.
 """
@@ -44,6 +45,10 @@ class Model(LightningModule):
         self.blocks = nn.ModuleList(Block(16) for _ in range(6))
         self.head = nn.Linear(16, 4)
         self.condition = nn.Linear(8, 16) if "conditioned" in sys.argv else None
+        if "shared" in sys.argv:
+            for block in self.blocks:
+                block.linear = self.blocks[0].linear
+            self.blocks[1].norm = self.blocks[4].norm = self.norm = nn.LayerNorm(16)
         self.losses: list[float] = []
         self.delay_s = delay_s
 
@@ -67,6 +72,7 @@ class Model(LightningModule):
         given = () if self.condition is None else (torch.tanh(self.condition(batch[0])),)
         for block in self.blocks:
             hidden = block(hidden, *given)
+        hidden = self.norm(hidden) if "shared" in sys.argv else hidden
         return nn.functional.cross_entropy(self.head(hidden), batch[1])
 
     def on_train_batch_end(self, outputs: dict[str, Tensor], batch: object, batch_idx: int) -> None:

@@ -87,6 +87,15 @@ def test_gradients_of_side_inputs_go_to_the_driver_that_they_come_from(hosts: li
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launch", [(3, 2, "shared", "hosts"), (6, 2, "shared", "balanced")], ids=str)
+def test_drivers_have_what_blocks_share_in_common(launch: tuple[object, ...]) -> None:
+    expected, results = run(plain(0, 2, "shared")), run(plain(*launch))
+    for rank in (0, 1):
+        assert losses(results, rank) == pytest.approx(losses(expected, rank), rel=1e-5)
+    assert results[0]["validated"] == [pytest.approx(expected[0]["validated"][0], rel=1e-5)]
+
+
+@pytest.mark.slow
 def test_two_drivers_change_their_paths_together(data_parallel: list[dict]) -> None:
     results = run(plain(6, 2, "balanced"))
     for rank in (0, 1):

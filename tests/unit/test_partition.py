@@ -17,7 +17,6 @@ from torch import nn
 from skippipe_plugin.partition import (
     BlockStack,
     PartitionError,
-    check_no_shared_parameters,
     cut,
     driver_share,
     estimate_costs,
@@ -150,7 +149,6 @@ def test_the_layer_stack_of_known_models(build, container) -> None:
     assert stack.container_name == container
     assert stack.names == tuple(f"{container}.{index}" for index in range(3))
     assert all(model.get_submodule(name) is block for name, block in zip(stack.names, stack.blocks, strict=True))
-    check_no_shared_parameters(model, stack)
 
 
 def test_a_lightning_module_with_metrics() -> None:
@@ -285,41 +283,6 @@ def test_an_empty_selection_is_an_error() -> None:
 def test_no_stack_says_what_was_looked_at_and_how_to_name_it(build) -> None:
     with pytest.raises(PartitionError, match=r'(?s)(albert_layers|no nn.ModuleList).*blocks="model.layers"'):
         find_blocks(build())
-
-
-# check_no_shared_parameters -----------------------------------------------------------------------
-
-
-def test_one_block_called_several_times_is_shared() -> None:
-    model = nn.ModuleDict({"layers": nn.ModuleList([Residual()] * 3)})
-    stack = find_blocks(model)
-    assert len(stack) == 3
-    with pytest.raises(PartitionError, match=r"'layers.0.mlp.0.weight' and 'layers.1.mlp.0.weight'.*block 0.*block 1"):
-        check_no_shared_parameters(model, stack)
-
-
-def test_a_weight_tied_across_blocks_is_shared() -> None:
-    model = DictGPT()
-    layers = model.transformer["h"]
-    layers[2].mlp[2].weight = layers[0].mlp[2].weight
-    with pytest.raises(PartitionError, match=r"transformer.h.0.mlp.2.weight.*transformer.h.2.mlp.2.weight"):
-        check_no_shared_parameters(model, find_blocks(model))
-
-
-def test_a_weight_tied_to_the_rest_of_the_model_is_shared() -> None:
-    model = nn.ModuleDict({"layers": nn.ModuleList(Residual() for _ in range(3)), "head": nn.Linear(8, 32)})
-    model["head"].weight = model["layers"][1].mlp[0].weight
-    with pytest.raises(PartitionError, match=r"'head.weight' are one parameter.*block 1 and the rest of the model"):
-        check_no_shared_parameters(model, find_blocks(model))
-    check_no_shared_parameters(model, find_blocks(model, "layers.0:1"))
-
-
-def test_second_names_tied_ends_and_back_references_are_fine() -> None:
-    model = DictGPT()
-    model.body = model.transformer
-    for block in model.transformer["h"]:
-        block.root = model
-    check_no_shared_parameters(model, find_blocks(model))
 
 
 # estimate_costs -----------------------------------------------------------------------------------

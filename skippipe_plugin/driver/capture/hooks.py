@@ -124,7 +124,7 @@ class BlockHooks:
         kept = [(getattr(module, name), dict(getattr(module, name))) for module in self._modules for name in _WATCHED]
         for index, pre, number in self._here:
             module = self._modules[index]
-            del (module._forward_pre_hooks if pre else module._forward_hooks)[number]
+            (module._forward_pre_hooks if pre else module._forward_hooks).pop(number, None)  # in several blocks, maybe
         try:
             yield
         finally:

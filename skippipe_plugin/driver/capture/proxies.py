@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from .shapes import Mode, ShapeBook
 from .suspend import current_thread
 from .switches import check_modes
 from .token import HiddenToken
+from .twins import in_common, twin
 
 _BARE: Final = Template((None,), {}, 0)
 """A block's hidden states and nothing else."""
@@ -47,6 +47,12 @@ _BARE: Final = Template((None,), {}, 0)
 _PAST_HOOKS: Final = (
     "block.forward(...) is called on a block that has forward hooks, which would not run in one process, but do on a "
     "pipeline's workers: remove the hooks, or call block(...)"
+)
+
+_WRITES: Final = (
+    "the forward of a block writes the attribute {name} of a module that other blocks have, too: each of them has the "
+    "module in a copy, which would not see that. Give each block a module of its own (it may have the parameters in "
+    "common), or let forward keep nothing on the module"
 )
 
 log = logging.getLogger(__name__)
@@ -155,6 +161,7 @@ class BlockProxies:
         self._probe = probe
         self._forward = forward
         self._attributes = [BlockAttributes(name, block) for name, block in zip(names, blocks, strict=True)]
+        self._in_common = in_common(blocks)
         self._hooks = StackHooks(names, blocks)
         self._classes = ClassWatch(blocks)
         self._switches: ProcessSwitches | None = None
@@ -178,9 +185,14 @@ class BlockProxies:
 
     def install(self) -> dict[int, nn.Module]:
         """Turn the blocks into proxies; return modules that still compute and share their parameters."""
-        real = {index: _twin(block, {}) for index, block in enumerate(self.blocks)}
+        real = {index: twin(block) for index, block in enumerate(self.blocks)}
+        places: dict[int, list[int]] = {}
         for index, block in enumerate(self.blocks):
-            block.__dict__["_skippipe_call"] = functools.partial(self._called, index)
+            places.setdefault(id(block), []).append(index)
+        for first, *others in places.values():
+            block = self.blocks[first]
+            again = functools.partial(self._called_again, (first, *others))
+            block.__dict__["_skippipe_call"] = again if others else functools.partial(self._called, first)
             block.__class__ = _proxy_class(type(block))
         return real
 
@@ -241,10 +253,12 @@ class BlockProxies:
         """Close attributes to the driver's code that the block's forward writes where it runs.
 
         Raises:
-            SkipPipeError: User code sets one of them, too.
+            SkipPipeError: User code sets one of them, too, or the module that has it is part of several blocks.
         """
         attributes = self._attributes[block]
         for key in attributes.leave_to_worker(keys):
+            if id(attributes.module(key)) in self._in_common:
+                raise SkipPipeError(_WRITES.format(name=attributes.full_name(key)))
             self._closed.append(attributes.full_name(key))
             self._poison.close(attributes.module(key), key[1], written_elsewhere(attributes.full_name(key)))
 
@@ -301,6 +315,12 @@ class BlockProxies:
     def forget_open_calls(self) -> None:
         """Drop the calls of a step that was given up."""
         self._open.clear()
+
+    def _called_again(self, places: Sequence[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take a call of a module that is several blocks: it is the one that is due."""
+        call = self._open.get(current_thread() or self._outside)
+        due = 0 if call is None else len(call.block_template)
+        return self._called(due if due in places else places[0], args, kwargs)
 
     def _called(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         owner = current_thread() or self._outside
@@ -466,23 +486,6 @@ class BlockProxies:
             call.hooks[block] = hooks.running
             call.modes[block] = dataclasses.replace(call.modes[block], hooks=hooks.lists)
         return probe
-
-
-def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    """Return a module with the same parameters, buffers and hooks, but with attributes of its own at every level.
-
-    A block that its driver hosts finds what user code had set when it was called, as on a worker, not what it sets now.
-    """
-    if id(module) not in known:
-        twin = known[id(module)] = type(module).__new__(type(module))
-        twin.__dict__.update(vars(module))
-        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-            for each in (hooks, f"{hooks}_with_kwargs"):
-                twin.__dict__[each] = OrderedDict(vars(module)[each])
-        twin.__dict__["_modules"] = {
-            name: None if child is None else _twin(child, known) for name, child in module._modules.items()
-        }
-    return known[id(module)]
 
 
 class _Outside:

@@ -71,6 +71,11 @@ class Done(Control):
     """Action, start and end, of a step that is recorded."""
     writes: Sequence[Write]
     loads: Loads
+    shared: Sequence[TensorEntry] = ()
+    """What the copies here of the driver's tensors have gathered, for the first driver; a name is a number."""
+    in_half: Sequence[int] = ()
+    """The numbers of those whose gradients are computed in float16."""
+    blobs: Sequence[Buffer] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,16 @@ class Overwrite(Control):
 
 
 @dataclass(frozen=True, slots=True)
+class Share(Control):
+    """Overwrite the copies of tensors that the driver has, before the next command; an entry's name is a number."""
+
+    copies: Mapping[str, Sequence[str]]
+    """By that number: the names of the copies that are here."""
+    tensors: Sequence[TensorEntry]
+    blobs: Sequence[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
 class Probe(Control):
     """Say what a block makes of its input, without a trace."""
 

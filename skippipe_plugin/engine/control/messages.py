@@ -43,6 +43,7 @@ from .commands import (
     Probe,
     Pulled,
     PutOptimizerState,
+    Share,
     Step,
     StepOptimizer,
     SwitchOptimizer,
@@ -86,7 +87,7 @@ TO_WORKER: Final = Vocabulary(
     "worker",
     [
         *(Configure, UseSchedule, MeasureLinks, Abort, AskClock),
-        *(Load, Warm, Arrange, Get, Overwrite, Probe, CompareParts),
+        *(Load, Warm, Arrange, Get, Overwrite, Share, Probe, CompareParts),
         *(Step, Calls, Pulled, Merge, AskNorm, Clip, Unscale, Pass),
         *(BuildOptimizer, PutOptimizerState, StepOptimizer, SwitchOptimizer, AskRouters, MoveExperts),
         *(Prepare, Store, Settle, AskRecords, LetGo, NoteEstimates, Drop, EndRun),

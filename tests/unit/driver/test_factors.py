@@ -1,20 +1,22 @@
 """Learning-rate factors of rebuilt stages belong to their blocks: a run may go on with other stages."""
 
-from typing import cast
+from typing import Any
 
 import pytest
 
 from skippipe_plugin.driver.backward import GradientControl
-from skippipe_plugin.driver.copies import GradientCopies, Workers
+from skippipe_plugin.driver.copies import GradientCopies
 from skippipe_plugin.driver.formation import Formation
 from skippipe_plugin.driver.layout import Layout
 from skippipe_plugin.driver.links import Links
+from skippipe_plugin.driver.shared import SharedTensors
 
 
 def control(*stages: range) -> GradientControl:
     placement = tuple((rank,) for rank in range(len(stages) + 1))
     formation = Formation(Layout(1, stages, placement), {})
-    return GradientControl(Links(), formation, GradientCopies(cast("Workers", None)), leads=True)
+    nobody: Any = None
+    return GradientControl(Links(), formation, GradientCopies(nobody), SharedTensors(nobody), leads=True)
 
 
 @pytest.mark.parametrize(
