@@ -26,6 +26,7 @@ from .kept_state import Buffers
 from .kvcache import CacheShelf
 from .memory_order import from_memory, in_memory, laid, order_of
 from .process_switches import ProcessSwitches
+from .reuse import uses_again
 from .taps import Recorder, Returns, Tapped
 from .transport import TensorSpec
 from .unavailable import Unavailable
@@ -160,6 +161,10 @@ class Stage:
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._halves: dict[int, Tensor | list[dict[str, Any]] | tuple[()] | None] = {}  # Any: torch's parameter groups
         self._notes: _Notes | None = None
+        self._split_in: _Notes | None = None
+        """For which calls it is known whether their backward can be split."""
+        self._is_whole = False
+        """Whether it cannot."""
         self._modes: dict[int, BlockMode] = {}
         self._settled: CallSpec | None = None
         """The spec whose modes all blocks have."""
@@ -236,9 +241,9 @@ class Stage:
         """Compute the gradient of the input only (I); :meth:`backward_weight` does the rest.
 
         The split is torch's own; hooks on gradients do not fire and reentrant checkpointing fails under it. It knows
-        one way into a stage and one out of it: with several, this is the whole backward.
+        one way into a stage and one out of it, and no weight that is used again: then this is the whole backward.
         """
-        if microbatch in self._tapped or microbatch in self._sides:
+        if microbatch in self._tapped or microbatch in self._sides or self._uses_again(microbatch):
             whole = self.backward(microbatch, gradient)
             self._halves[microbatch] = ()
             return whole
@@ -253,6 +258,13 @@ class Stage:
         gradients, groups = stage_backward_input([output], [gradient], [inputs], iter(weights))
         self._halves[microbatch] = groups
         return gradients[0]
+
+    def _uses_again(self, microbatch: int) -> bool:
+        """Whether a weight is used several times in a stage; looked at once for calls of one spec."""
+        saved = self._saved.get(microbatch)
+        if self._split_in is not self._notes and saved is not None and all(each.requires_grad for each in saved):
+            self._split_in, self._is_whole = self._notes, uses_again(saved[1], saved[0])
+        return self._is_whole
 
     def backward_weight(self, microbatch: int) -> None:
         """Compute the gradients of the parameters (W) that :meth:`backward_input` left out."""

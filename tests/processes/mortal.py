@@ -247,6 +247,7 @@ def fit(
     data: Data = "plain",
     network: dict[str, Any] | None = None,
     loss_scale: float | None = None,
+    shared: bool = False,
     **options: Any,
 ) -> None:
     """Train; with one device by the plain Trainer."""
@@ -262,6 +263,9 @@ def fit(
         scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale, growth_interval=4)
         options["plugins"] = MixedPrecision("16-mixed", "cpu", scaler)
     model = Model(folder, dropout)
+    if shared:  # one layer at every depth, with a part of the model's
+        model.blocks = nn.ModuleList([model.blocks[0]] * 4)
+        model.blocks[0].linear.bias = model.embedding.bias
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,

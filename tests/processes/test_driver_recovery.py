@@ -159,6 +159,18 @@ def test_workers_are_replaced_before_and_after_the_driver_was(undisturbed: Path,
     assert_like(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_blocks_share_goes_on_as_it_was(tmp_path: Path) -> None:
+    """It is the driver's own, so nothing of it is lost with a worker, and nothing is rebuilt."""
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    mortal.fit(undisturbed, shared=True)
+    moments = ["on_before_optimizer_step:4", "StepOptimizer:3", "on_train_batch_start:3:02", "Share:2"]
+    run(tmp_path, *moments, timeout_s=500, shared=True, recovery={"lr_factor": 1.0})
+    assert_like(tmp_path, undisturbed)
+
+
 class Lost(Callback):
     """What the loss of a block means in one process: the average of those around it, with a fresh optimizer."""
 
