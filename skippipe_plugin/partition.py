@@ -7,7 +7,7 @@ process, no Lightning and no particular model library is known. `find_blocks` ch
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, groupby
@@ -27,7 +27,11 @@ __all__ = [
     "other_stacks",
 ]
 
-_NAME_IT = 'name the stack yourself, as in blocks="model.layers" or, for a part of it, blocks="model.layers.2:10"'
+_NAME_IT = (
+    'name the stack yourself, as in blocks="model.layers" or, for a part of it, blocks="model.layers.2:10"; one layer '
+    'that is called 6 times is blocks="model.layer*6"'
+)
+_TIMES = re.compile(r"(.+?) *\* *([1-9]\d*)")
 _SLICE = re.compile(r"(-?\d*):(-?\d*)")
 _NUMBERED = re.compile(r"\D*\d+")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -67,10 +71,15 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> BlockStack:
     count. A model without any such run may still have an `nn.Sequential`: all of its children are
     the blocks then, because its forward is a plain chain.
 
+    A module may be called at several depths. The list has it several times, or its owner's settings say
+    how often it is called (ALBERT), or `blocks` does.
+
     Args:
         model: The root module, for instance a LightningModule. It is only read.
         blocks: The dotted name of the container, with an optional slice as its last part
-            (`"model.layers.2:10"`), for a model where the choice above is not the right one.
+            (`"model.layers.2:10"`), for a model where the choice above is not the right one. With a
+            number of times (`"model.layers*3"`, or `"model.layer*6"` for a single module) the modules are
+            called so often, one after the other and then again.
 
     Returns:
         The stack, with names relative to `model`.
@@ -84,9 +93,10 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> BlockStack:
         ('body.0', 'body.1', 'body.2', 'body.3')
     """
     containers = list(_containers(model))
+    orders = _orders(model, containers)
     if blocks is not None:
-        return _named_stack(containers, blocks)
-    candidates = _candidates(containers)
+        return _named_stack(model, containers, orders, blocks)
+    candidates = _candidates(containers, orders)
     uncalled = _uncalled_run(containers)
     if uncalled is not None and not _is_better(candidates, uncalled):
         raise _uncalled(uncalled, containers)
@@ -110,7 +120,7 @@ def other_stacks(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[str, ..
     inside = {id(part) for block in blocks for part in block.modules()}
     containers = dict(_containers(model))
     names = []
-    for stack in _candidates(list(containers.items())):
+    for stack in _candidates(list(containers.items()), {}):
         children = _children(containers[stack.container_name])
         first = next(index for index, (_, child) in enumerate(children) if child is stack.blocks[0])
         part = "" if len(children) == len(stack) else f"{first}:{first + len(stack)}"
@@ -208,13 +218,27 @@ def _containers(module: nn.Module, name: str = "", seen: set[int] | None = None)
         yield from _containers(child, _join(name, key), seen)
 
 
-def _candidates(containers: Sequence[tuple[str, nn.Module]]) -> list[BlockStack]:
+def _orders(model: nn.Module, containers: Sequence[tuple[str, nn.Module]]) -> dict[str, tuple[int, ...]]:
+    """Return by container in which order its modules are called, where the settings of its owner say that.
+
+    Those of ALBERT have a number of layers, and a number of groups of layers that are one.
+    """
+    orders = {}
+    for name, container in containers:
+        config = getattr(model.get_submodule(name.rpartition(".")[0]), "config", None)
+        layers, groups = (getattr(config, f"num_hidden_{what}", None) for what in ("layers", "groups"))
+        if type(layers) is int and type(groups) is int and len(_children(container)) == groups < layers:
+            orders[name] = tuple(int(layer / (layers / groups)) for layer in range(layers))
+    return orders
+
+
+def _candidates(containers: Sequence[tuple[str, nn.Module]], orders: Mapping[str, Sequence[int]]) -> list[BlockStack]:
     """Return the possible stacks, best first."""
     ranked = []
     for name, container in containers:
         if isinstance(container, nn.ModuleDict) and not all(map(_NUMBERED.fullmatch, container)):
             continue  # different parts under their names
-        runs = [run for run in _runs(name, container) if _is_called(run.blocks[0])]
+        runs = [run for run in _runs(name, container, orders.get(name)) if _is_called(run.blocks[0])]
         if not runs and type(container).forward is nn.Sequential.forward and len(_children(container)) >= 2:
             runs = [_stack(name, _children(container))]
         ranked += [(_rank(run, container), -_count(run.blocks), run) for run in runs]
@@ -222,8 +246,10 @@ def _candidates(containers: Sequence[tuple[str, nn.Module]]) -> list[BlockStack]
     return [run for _, size, run in sorted(ranked, key=lambda entry: entry[:2]) if size]
 
 
-def _runs(name: str, container: nn.Module) -> Iterator[BlockStack]:
-    for kind, same in groupby(_children(container), key=lambda item: _kind(item[1])):
+def _runs(name: str, container: nn.Module, order: Sequence[int] | None = None) -> Iterator[BlockStack]:
+    children = _children(container)
+    called = children if order is None else [children[index] for index in order]
+    for kind, same in groupby(called, key=lambda item: _kind(item[1])):
         run = list(same)
         if len(run) >= 2 and not issubclass(kind, _LOOKUPS):
             yield _stack(name, run)
@@ -278,8 +304,12 @@ def _stack(name: str, children: Sequence[tuple[str, nn.Module]]) -> BlockStack:
 # Stacks named by the user -------------------------------------------------------------------------
 
 
-def _named_stack(containers: Sequence[tuple[str, nn.Module]], blocks: str) -> BlockStack:
-    wanted, part = _split_slice(blocks)
+def _named_stack(
+    model: nn.Module, containers: Sequence[tuple[str, nn.Module]], orders: Mapping[str, Sequence[int]], blocks: str
+) -> BlockStack:
+    repeated = _TIMES.fullmatch(blocks)
+    times = int(repeated[2]) if repeated is not None else 1
+    wanted, part = _split_slice(blocks if repeated is None else repeated[1])
     for name, container in containers:
         if _without_wrappers(name) == _without_wrappers(wanted):
             children = _children(container)[part]
@@ -287,7 +317,14 @@ def _named_stack(containers: Sequence[tuple[str, nn.Module]], blocks: str) -> Bl
                 raise PartitionError(f"blocks={blocks!r} selects none of the {len(_children(container))} modules.")
             if not all(_is_called(child) for _, child in children):
                 raise _uncalled(_stack(name, children), containers)
-            return _stack(name, children)
+            if repeated is None and part == slice(None) and name in orders:
+                children = [children[index] for index in orders[name]]
+            return _stack(name, children * times)
+    if repeated is not None:
+        for name, module in model.named_modules():
+            if _without_wrappers(name) == _without_wrappers(wanted) and name and _is_called(module):
+                container_name, _, key = name.rpartition(".")
+                return _stack(container_name, [(key, module)] * times)
     raise PartitionError(
         f"blocks={blocks!r} names no list, dict or nn.Sequential of modules. {_looked_at(containers)}."
     )
@@ -308,7 +345,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _looked_at(containers: Sequence[tuple[str, nn.Module]]) -> str:
-    if candidates := _candidates(containers):
+    if candidates := _candidates(containers, {}):
         return "Candidates:\n  " + "\n  ".join(map(str, candidates))
     if not containers:
         return "The model has no nn.ModuleList and no nn.Sequential"

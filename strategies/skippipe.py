@@ -97,7 +97,7 @@ class SkipPipeStrategy(OptimizingStrategy):
             or ``"sum"`` (losses add up). By default that is found out by trying the step before the first batch.
         replicas: How many workers hold each stage.
         drivers: How many processes run the Trainer, each on its own share of the data.
-        blocks: The name of the block stack in the LightningModule, such as ``"model.layers"``; found when None.
+        blocks: The name of the block stack, such as ``"model.layers"``, or ``"model.layer*6"``; found when None.
         driver_stage: Whether the driver holds the first stage itself, so that N processes make N stages.
         gradient_scale: Whether the gradient of a stage is the mean over all microbatches of the batch (``"batch"``)
             or over those that visited the stage (``"visit"``); the same when nothing is skipped.

@@ -208,3 +208,29 @@ class Writing(Block):
 def test_what_copies_would_not_see_is_refused(make: Callable[[], Model], message: str) -> None:
     with pytest.raises(SkipPipeError, match=message):
         run(make, 3, SMALL)
+
+
+class Universal(Model):
+    """Calls one layer in a loop, and has no list of it."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.layer, self.num_times = Block(), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for _ in range(self.num_times):
+            h = self.layer(h)
+        return self.head(self.norm(h))
+
+
+@pytest.mark.parametrize(("driver_stage", "devices"), [(False, 3), (True, 2)])
+def test_one_layer_that_is_called_in_a_loop(driver_stage: bool, devices: int) -> None:
+    settings = {**SMALL, "blocks": "layer*4", "driver_stage": driver_stage}
+    assert_same_run(run(Universal, devices, settings), run(Universal, 1))
+
+
+@pytest.mark.parametrize("said", [3, 5])
+def test_a_number_of_times_that_is_wrong_is_refused(said: int) -> None:
+    with pytest.raises(SkipPipeError, match=f"how often layer is called .{said} times were expected"):
+        run(Universal, 3, {**SMALL, "blocks": f"layer*{said}"})

@@ -116,10 +116,6 @@ def lora() -> nn.Module:
     return peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
 
 
-def albert() -> nn.Module:
-    return transformers.AlbertModel(transformers.AlbertConfig(**TEXT, embedding_size=8))
-
-
 def torch_encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), num_layers=3, enable_nested_tensor=False)
 
@@ -279,10 +275,54 @@ def test_an_empty_selection_is_an_error() -> None:
         find_blocks(t5(), "decoder.block.7:9")
 
 
-@pytest.mark.parametrize("build", [albert, lambda: nn.Linear(4, 4)], ids=["albert", "linear"])
+def one_layer() -> nn.Module:
+    return nn.ModuleDict({"inner": nn.ModuleDict({"layer": Residual()})})
+
+
+def one_head() -> nn.Module:
+    return nn.ModuleDict({"heads": nn.ModuleList([nn.Linear(8, 8)])})
+
+
+@pytest.mark.parametrize("build", [one_head, lambda: nn.Linear(4, 4)], ids=["head", "linear"])
 def test_no_stack_says_what_was_looked_at_and_how_to_name_it(build) -> None:
-    with pytest.raises(PartitionError, match=r'(?s)(albert_layers|no nn.ModuleList).*blocks="model.layers"'):
+    with pytest.raises(PartitionError, match=r'(?s)(heads|no nn.ModuleList).*blocks="model.layers".*layer\*6"'):
         find_blocks(build())
+
+
+# Modules at several depths ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("groups", "blocks", "order"),
+    [
+        (1, None, "000"),
+        (2, None, "001"),
+        (3, None, "012"),
+        (1, "encoder.albert_layer_groups", "000"),
+        (2, "encoder.albert_layer_groups*2", "0101"),
+        (2, "encoder.albert_layer_groups.1:2*3", "111"),
+        (2, "encoder.albert_layer_groups.0", None),
+        (2, "encoder.albert_layer_groups.0 * 2", "00"),
+        (1, "encoder.albert_layer_groups*0", None),
+    ],
+)
+def test_albert_and_what_is_said_of_it(groups: int, blocks: str | None, order: str | None) -> None:
+    config = transformers.AlbertConfig(**TEXT, embedding_size=8, num_hidden_groups=groups)
+    model = transformers.AlbertModel(config)
+    if order is None:
+        with pytest.raises(PartitionError, match="names no list"):
+            find_blocks(model, blocks)
+        return
+    stack = find_blocks(model, blocks)
+    assert stack.names == tuple(f"encoder.albert_layer_groups.{index}" for index in order)
+    assert stack.blocks == tuple(map(model.get_submodule, stack.names))
+
+
+def test_one_layer_that_code_calls_again_and_again() -> None:
+    stack = find_blocks(one_layer(), "inner.layer*6")
+    assert stack.names == ("inner.layer",) * 6
+    assert len(set(stack.blocks)) == 1
+    assert str(stack).startswith("inner: 6 x Residual")
 
 
 # estimate_costs -----------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ ZOO: Final[Mapping[str, Entry]] = {
     "dit": Entry(lambda: modules.Diffusion(networks.DiT()), modules.patches, callbacks=_ema),
     "u-net": Entry(lambda: modules.Reconstruction(networks.UNet()), modules.images),
     "u-vit": Entry(lambda: modules.Reconstruction(networks.UViT()), modules.rows, refused=_BETWEEN),
-    "albert": Entry(lambda: modules.Task(pretrained.albert()), modules.masked, refused="no stack of blocks"),
+    "albert": Entry(lambda: modules.Task(pretrained.albert()), modules.masked),
     "two streams": Entry(lambda: modules.NextToken(networks.TwoStreams()), modules.text, refused=_SECOND),
     "detr": Entry(lambda: modules.Detection(networks.DeepHeads()), modules.objects, refused=_BETWEEN),
     "dpo": Entry(lambda: modules.Preference(pretrained.llama()), modules.answers, "model.model.layers"),

@@ -188,6 +188,8 @@ class HiddenToken(Tensor):
         name, following = self._names[self._block], self._names[self._block + 1]
         parts = named_parts(self._names, self._block, self._block)
         instead = f", or pipeline a part of the stack that ends with it or begins after it ({parts})" if parts else ""
+        if name == following:
+            instead = f', or say in blocks="...*N" how often {name} is called ({len(self._names)} times were expected)'
         raise SkipPipeError(
             f"code between the blocks of a pipeline needs the output of {name} ({operation}), but that stays on "
             f"a worker: here stands a placeholder that can only be passed on to {following}, and nothing may leave it "
@@ -212,6 +214,8 @@ def named_parts(names: Sequence[str], first: int, last: int) -> str:
     >>> named_parts(["net.0", "net.1", "net.2", "net.3"], 1, 1)
     'blocks="net.0:2" or blocks="net.2:4"'
     """
+    if len(set(names)) < len(names):
+        return ""  # of one module there is no part
     container, _, key = names[0].rpartition(".")
     start, prefix = int(key) if key.isdigit() else 0, f"{container}." if container else ""
     ranges = [(0, first + 1), (last + 1, len(names))]
