@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from ..engine.call import Ambient, Call, block_seed
@@ -154,6 +155,9 @@ class StepRun:
         self._calls: dict[int, Call] = {}
         self._hidden: dict[int, Tensor] = {}
         self._sides: dict[int, Sequence[Tensor]] = {}
+        self._roots: dict[int, GradientEdge | None] = {}
+        """By microbatch: where the gradient of its hidden states goes."""
+        self._roots_of_sides: dict[int, Sequence[GradientEdge | None]] = {}
         """By microbatch: its side inputs, where some of them carry a gradient."""
         self._leaves: dict[int, Tensor] = {}
         self._held_back: list[PreparedCall] = []
@@ -279,9 +283,9 @@ class StepRun:
         prepared = self._writer.prepare(microbatch, self._paths[microbatch], stack_call, self._proxies, seed)
         self._calls[index] = prepared.call
         if self._task.training:
-            self._hidden[index] = stack_call.hidden
+            self._hidden[index], self._roots[index] = stack_call.hidden, stack_call.entered.root
             if prepared.call.spec.carried:
-                self._sides[index] = stack_call.side_inputs
+                self._sides[index], self._roots_of_sides[index] = stack_call.side_inputs, stack_call.beside.roots
         elif prepared.call.spec.hops[-1].requires_grad:
             raise SkipPipeError(WITH_GRADIENTS)
         self._held_back.append(prepared)
@@ -369,11 +373,13 @@ class StepRun:
         return {microbatch: gradient_of(leaf) for microbatch, leaf in leaves.items()}
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:
-        hidden = self._hidden.pop(microbatch - self._first)
-        if self._sides and microbatch - self._first in self._sides:
-            self._back_propagate_all(microbatch, hidden, gradient)
-        elif gradient is not None and hidden.requires_grad:
-            self._around.back(lambda: back_propagate(hidden, gradient))
+        index = microbatch - self._first
+        del self._hidden[index]
+        root = self._roots.pop(index)
+        if self._sides and index in self._sides:
+            self._back_propagate_all(microbatch, root, gradient)
+        elif gradient is not None and root is not None:
+            self._around.back(lambda: back_propagate(root, gradient))
 
     # -------------------------------------------------------------- pieces
 
@@ -389,15 +395,16 @@ class StepRun:
         """Return what a microbatch's blocks were given that may carry a gradient."""
         return (self._hidden[index], *(side for side in self._sides.get(index, ()) if side.requires_grad))
 
-    def _back_propagate_all(self, microbatch: int, hidden: Tensor, gradient: Tensor | None) -> None:
+    def _back_propagate_all(self, microbatch: int, root: GradientEdge | None, gradient: Tensor | None) -> None:
         """Back-propagate into hidden states and side inputs together: one graph may have made them."""
         assert self._taps is not None, "no step is under way"
         index = microbatch - self._first
         sides, spec = self._sides.pop(index), self._calls[index].spec
         found = self._taps.gradients_of_sides(microbatch, self._paths[microbatch], spec, sides)
-        roots = [(sides[slot], each) for slot, each in found.items()]
-        if gradient is not None and hidden.requires_grad:
-            roots.insert(0, (hidden, gradient))
+        beside = self._roots_of_sides.pop(index)
+        roots = [(beside[slot], each) for slot, each in found.items()]
+        if gradient is not None and root is not None:
+            roots.insert(0, (root, gradient))
         if roots:
             self._around.back(lambda: back_propagate_all(*zip(*roots, strict=True)))
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from ..engine.call import Ambient, Call, block_seed
 from ..engine.control.values import Opening
@@ -287,11 +288,11 @@ class WholeRun:
         assert self._call is not None
         present = {index: piece for index, piece in self._gradients.items() if piece is not None}
         roots = self._roots_of_sides()
-        if self._call.hidden.requires_grad and present:
+        if self._call.entered.root is not None and present:
             filled = {i: present.get(i, torch.zeros_like(part.hidden)) for i, part in enumerate(self._parts)}
             pieces = [filled[i] for i in sorted(filled)]
             whole = filled[0] if self._cut is None else self._cut.hidden.join(pieces, self._call.specs[0].order)
-            roots.insert(0, (self._call.hidden, whole))
+            roots.insert(0, (self._call.entered.root, whole))
         if roots:
             with self._drawing():
                 back_propagate_all(*zip(*roots, strict=True))
@@ -307,10 +308,10 @@ class WholeRun:
         for slot, gradient in found.items():
             self._of_sides.setdefault(slot, {})[index] = gradient
 
-    def _roots_of_sides(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the side inputs of the whole batch that got a gradient, each with it."""
+    def _roots_of_sides(self) -> list[tuple[GradientEdge | None, Tensor]]:
+        """Return where the gradients of the whole batch's side inputs go, each with what goes there."""
         assert self._call is not None
-        roots: list[tuple[Tensor, Tensor]] = []
+        roots: list[tuple[GradientEdge | None, Tensor]] = []
         for slot, found in sorted(self._of_sides.items()):
             axis = None if self._cut is None else self._cut.side_inputs[slot]
             if axis is None:
@@ -319,7 +320,7 @@ class WholeRun:
                 pieces = [part.side_inputs[slot] for part in self._parts]
                 pieces = [found.get(i, torch.zeros_like(piece)) for i, piece in enumerate(pieces)]
                 gradient = axis.join(pieces, order_of(self._call.side_inputs[slot]))
-            roots.append((self._call.side_inputs[slot], gradient))
+            roots.append((self._call.beside.roots[slot], gradient))
         return roots
 
     def _start(self) -> None:

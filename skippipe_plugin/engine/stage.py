@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from .arguments import ArgumentGuard, ArrayInput, CacheRef, HiddenAgain, Packed, SideInput, array_of
@@ -519,13 +520,13 @@ def inner(leaf: Tensor) -> Tensor:
     return from_memory(_SAME_MEMORY(lying, lying.shape), order)
 
 
-def back_propagate(output: Tensor, gradient: Tensor, *, keep_graph: bool = False) -> None:
+def back_propagate(output: Tensor | GradientEdge, gradient: Tensor, *, keep_graph: bool = False) -> None:
     """Do what ``torch.autograd.backward`` does, without its checks: they take as long as a small block's backward."""
     engine = torch.autograd.Variable._execution_engine
     engine.run_backward((output,), (gradient,), keep_graph, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def back_propagate_all(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+def back_propagate_all(outputs: tuple[Tensor | GradientEdge, ...], gradients: tuple[Tensor, ...]) -> None:
     """Do the same from several tensors of one graph."""
     engine = torch.autograd.Variable._execution_engine
     engine.run_backward(outputs, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)

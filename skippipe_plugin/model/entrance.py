@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..driver.capture.graphs import AroundTheBlocks, reaches
 from ..driver.capture.remote import is_remote
@@ -33,13 +34,26 @@ _FREED: Final = (
 )
 
 
-class Entrance:
-    """The tensors with a gradient among the arguments of a call."""
+_CHANGED: Final = (
+    "a tensor that has entered the model (shape {shape}) was changed in place before the backward of what the model "
+    "has made of it; autograd may have saved it. Make a new tensor instead (x = x + 1 in place of x += 1)"
+)
 
-    def __init__(self) -> None:
+
+class Entrance:
+    """The tensors with a gradient among the arguments of a call.
+
+    Args:
+        of_model: Whether code here computes with them, and not only blocks elsewhere, which have their own.
+    """
+
+    def __init__(self, *, of_model: bool = True) -> None:
+        self._of_model = of_model
         self.tensors: list[Tensor] = []
         """As the loop has them."""
         self._leaves: list[Tensor] = []
+        self._roots: list[GradientEdge] = []
+        self._versions: list[int] = []
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments for the call itself."""
@@ -57,8 +71,16 @@ class Entrance:
             leaf = tensor.detach().requires_grad_()
             self.tensors.append(tensor)
             self._leaves.append(leaf)
+            self._roots.append(get_gradient_edge(tensor))
+            self._versions.append(tensor._version)
             inside[id(tensor)] = inner(leaf)
         return inside[id(tensor)]
+
+    def check(self) -> None:
+        """Raise, where autograd would in one process, when one of them was changed in place since."""
+        for tensor, before in zip(self.tensors, self._versions, strict=True) if self._of_model else ():
+            if tensor._version != before:
+                raise SkipPipeError(_CHANGED.format(shape=tuple(tensor.shape)))
 
     def undone_with(self, undo: Callable[[], None]) -> Callable[[], None]:
         """Return what undoes a call, its gradients here included."""
@@ -81,13 +103,13 @@ class Entrance:
     def go_back(self, *, keep_graph: bool) -> None:
         """Back-propagate further into what the loop has computed before the call."""
         gradients = self.take()
-        members, self.tensors, self._leaves = self.tensors, [], []
-        pairs = [(each, gradient) for each, gradient in zip(members, gradients, strict=True) if gradient is not None]
+        roots, self.tensors, self._leaves, self._roots, self._versions = self._roots, [], [], [], []
+        pairs = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if gradient is not None]
         if not pairs:
             return
-        tensors, reached = zip(*pairs, strict=True)
+        starts, reached = zip(*pairs, strict=True)
         try:
-            torch.autograd.backward(tensors, reached, retain_graph=keep_graph)
+            torch.autograd.backward(starts, reached, retain_graph=keep_graph)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise

@@ -19,6 +19,7 @@ from ..driver.capture.entered import EnteredStack
 from ..driver.capture.proxies import StackCall
 from ..driver.capture.suspend import suspend_here
 from ..driver.whole_step import WholeTask
+from ..engine.arguments import versions
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
 from .entrance import Entrance
@@ -30,6 +31,11 @@ _HOOKS: Final = (
     "several times: what it sees could be part of a loss, and of which call that is cannot be told. Remove the hook "
     "before the step (and register it for validation), return what it collects from the block, or let the step call "
     "the blocks once, under automatic optimization"
+)
+_CHANGED: Final = (
+    "a tensor that the blocks got (shape {shape}) was changed in place after they were called. In a step that goes "
+    "back itself or calls the blocks several times they may run once more when their gradients are there, and would "
+    "get the changed values; make a new tensor instead (x = x + 1 in place of x += 1)"
 )
 _COUNTS: Final = "another call of blocks that keep something in buffers (BatchNorm), so that none is repeated"
 
@@ -77,8 +83,9 @@ class OpenCalls:
             self._followed.add(self._number - 1)
         if call.hooks:
             raise SkipPipeError(_HOOKS.format(block=self._spread.pipeline.proxies.names[min(call.hooks)]))
-        entrance = Entrance()
-        run = functools.partial(self._run, _entered(call, entrance), entrance, seed, self._batch)
+        entrance = Entrance(of_model=False)
+        given = [call.hidden, *call.side_inputs]
+        run = functools.partial(self._run, _entered(call, entrance), entrance, seed, self._batch, _unchanged(given))
         if self._number in self._followed and not counts:
             with torch.no_grad():
                 task = self._task(_without_gradients(call), seed, training=False)
@@ -98,7 +105,16 @@ class OpenCalls:
         result: Tensor = self._spread.evaluate(self._task(call, seed, training=False))[0]
         return result
 
-    def _run(self, call: StackCall, entrance: Entrance, seed: int, batch: object, outside: Callable[..., None]) -> None:
+    def _run(
+        self,
+        call: StackCall,
+        entrance: Entrance,
+        seed: int,
+        batch: object,
+        check: Callable[[], None],
+        outside: Callable[..., None],
+    ) -> None:
+        check()
         undo = entrance.undone_with(_nothing)
         task = self._task(call, seed, training=True, note_state=lambda: undo, outside=outside)
         self._spread.train(task, self._num_steps, batch)
@@ -127,6 +143,18 @@ def _without_gradients(call: StackCall) -> StackCall:
     sides = SideInputs([side.detach() for side in call.side_inputs])
     ambient = dataclasses.replace(call.ambient, grad=False)
     return dataclasses.replace(call, entered=EnteredStack(call.hidden.detach()), beside=sides, ambient=ambient)
+
+
+def _unchanged(given: Sequence[Tensor]) -> Callable[[], None]:
+    """Return what raises when one of these was changed in place since."""
+    noted = versions(given)
+
+    def check() -> None:
+        for tensor, before, now in zip(given, noted, versions(given), strict=True):
+            if now != before:
+                raise SkipPipeError(_CHANGED.format(shape=tuple(tensor.shape)))
+
+    return check
 
 
 def _nothing() -> None:

@@ -191,6 +191,7 @@ class OpenStep:
                 self._make_room("the backward of an earlier one")
         for call in reversed(calls):  # the gradient of what entered one may go on through an earlier one
             if call.gradients is not None:
+                call.entrance.check()
                 self._finish(call)
                 call.entrance.go_back(keep_graph=keep_graph or call is not calls[0])
 

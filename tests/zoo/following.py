@@ -7,7 +7,7 @@ around the blocks, and how often a step calls them, stays the model's own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,44 +31,70 @@ class Following(Callback):
     def __init__(self, schedules: Sequence[Schedule], blocks: str | None = None) -> None:
         self._schedules, self._name = schedules, blocks
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
-        _follow(find_blocks(module, self._name).blocks, self._schedules[index])
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        step: Any = module.training_step
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        for block in find_blocks(module, self._name).blocks:
-            del block.forward
+        @functools.wraps(step)
+        def following(batch: Any, index: int) -> Any:
+            places = self._let_follow(module, self._schedules[index])
+            try:
+                return step(batch, index)
+            finally:
+                for container, key, block in places:
+                    container._modules[key] = block
+
+        module.training_step = following  # type: ignore[method-assign]
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        del module.training_step
+
+    def _let_follow(self, module: nn.Module, schedule: Schedule) -> list[Place]:
+        """Put stand-ins in the place of the blocks."""
+        blocks = find_blocks(module, self._name).blocks
+        stages, calls = cut(estimate_costs(blocks), schedule.num_stages), list[Noted]()
+        run_all = functools.partial(_run_all, calls, stages, schedule.paths)
+        places = list(_places(module, blocks))
+        for container, key, block in places:
+            container._modules[key] = StandIn(block, calls, run_all if block is blocks[-1] else _unchanged)
+        return places
 
 
 Noted = Callable[[Tensor, slice], Any]
 """A block with its other arguments, which wait for hidden states and for the samples that these are of."""
 
 
-def _follow(blocks: Sequence[nn.Module], schedule: Schedule) -> None:
-    """Let all blocks but the last only note how they are called, and the last one run them all."""
-    stages = cut(estimate_costs(blocks), schedule.num_stages)
-    calls: list[Noted] = []
-    run_all = functools.partial(_run_all, calls, stages, schedule.paths)
-    for block in blocks:
-        then = run_all if block is blocks[-1] else _unchanged
-        block.forward = functools.partial(_note, calls, block.forward, then)
+Place = tuple[nn.Module, str, nn.Module]
 
 
-def _note(calls: list[Noted], forward: Callable[..., Any], then: Callable[[Tensor], Any], *args: Any, **kw: Any) -> Any:
-    """Note a call, whose first argument is the hidden states."""
-    hidden = args[0]
-    calls.append(functools.partial(_on_part, forward, len(hidden), args[1:], kw))
-    return then(hidden)
+def _places(module: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[Place]:
+    """Yield where the blocks are."""
+    known = set(map(id, blocks))
+    for container in list(module.modules()):
+        for key, child in list(container._modules.items()):
+            if child is not None and id(child) in known:
+                yield container, key, child
 
 
-def _trains(noted: Any) -> bool:
-    return any(parameter.requires_grad for parameter in noted.args[0].__self__.parameters())
+class StandIn(nn.Module):
+    """Notes how a block is called, and goes on with the hidden states as they are, but for the last one's."""
+
+    def __init__(self, block: nn.Module, calls: list[Noted], then: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.block, self._calls, self._then = block, calls, then
+
+    def __getattr__(self, name: str) -> Any:
+        return self._modules["block"] if name == "block" else getattr(self.block, name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kw: Any) -> Any:
+        self._calls.append(functools.partial(_on_part, self.block, len(hidden), args, kw))
+        return self._then(hidden)
 
 
 def _unchanged(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _on_part(forward: Callable[..., Any], size: int, args: Any, kw: Any, hidden: Tensor, part: slice) -> Any:
+def _on_part(block: nn.Module, size: int, args: Any, kw: Any, hidden: Tensor, part: slice) -> Any:
     """Run a block on a part of the samples; what has them all in its first dimension is cut alike.
 
     Caches are left out: what is kept for later calls is in nobody's loss.
@@ -80,7 +106,7 @@ def _on_part(forward: Callable[..., Any], size: int, args: Any, kw: Any, hidden:
         return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
     args, kw = pytree.tree_map(of_part, (args, kw))
-    return forward(hidden, *args, **kw)
+    return block(hidden, *args, **kw)
 
 
 def _run_all(calls: list[Noted], stages: Sequence[range], paths: Sequence[Path], hidden: Tensor) -> Tensor:
@@ -96,3 +122,7 @@ def _run_all(calls: list[Noted], stages: Sequence[range], paths: Sequence[Path],
         outputs.append(piece)
         start = part.stop
     return torch.cat(outputs)
+
+
+def _trains(noted: Any) -> bool:
+    return any(parameter.requires_grad for parameter in noted.args[0].parameters())

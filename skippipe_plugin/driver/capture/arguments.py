@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from ...engine.arguments import (
@@ -32,6 +33,7 @@ from ...engine.arguments import (
 from ...engine.errors import SkipPipeError
 from ...engine.unavailable import Unavailable
 from .caches import CacheLedger, is_cache
+from .graphs import root_of
 from .remote import is_remote
 from .token import HiddenToken, named_parts
 
@@ -53,12 +55,15 @@ class SideInputs:
     """By id of an object: itself, a picture of what it held, and how it travels."""
     carrying: list[int] = field(init=False)
     """The slots of those that require a gradient."""
+    roots: list[GradientEdge | None] = field(init=False)
+    """Where the gradients of all go."""
     _versions: list[int] = field(init=False)
     _blocks: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         """Watch what is given from the start."""
         self.carrying = [slot for slot, tensor in enumerate(self.tensors) if tensor.requires_grad]
+        self.roots = list(map(root_of, self.tensors))
         self._versions = list(versions(self.tensors))
         self._blocks = ["the blocks"] * len(self.tensors)
 
@@ -73,6 +78,7 @@ class SideInputs:
         if tensor.requires_grad:
             self.carrying.append(len(self.tensors))
         self.tensors.append(tensor)
+        self.roots.append(root_of(tensor))
         self._versions.append(version)
         self._blocks.append(block)
         return len(self.tensors) - 1

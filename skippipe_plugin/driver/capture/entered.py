@@ -15,6 +15,7 @@ from torch import Tensor
 from ...engine.arguments import versions
 from ...engine.errors import SkipPipeError
 from ...engine.stage import Probe, inner
+from .graphs import root_of
 from .token import FORM_QUESTIONS, function_name
 
 
@@ -24,6 +25,8 @@ class EnteredStack:
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
         """What the blocks get, attached to the driver's graph."""
+        self.root = root_of(hidden)
+        """Where its gradient goes."""
         self._version = versions([hidden])
         self._passed_on = True
         """Whether the blocks so far have handed it on, itself or a view of it."""
@@ -53,6 +56,7 @@ class EnteredStack:
         if self.changed_by:
             self._seen = self.hidden
             self.hidden = inner(self.hidden) if self.hidden.requires_grad else self.hidden.detach()
+            self.root = root_of(self.hidden)
 
     def hide(self) -> None:
         """The blocks have run: make unreadable what they have changed elsewhere."""

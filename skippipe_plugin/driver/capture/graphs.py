@@ -6,12 +6,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ...engine.errors import SkipPipeError
 from ...engine.half import computed_in_half
 
 _Node = Any
 """A node of autograd's graph: torch's own stubs do not agree on its type."""
+
+
+def root_of(tensor: Tensor) -> GradientEdge | None:
+    """Return where a gradient of ``tensor`` goes, whatever is done to it in place from now on; None: nowhere."""
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
 def goes_past(outputs: Iterable[Tensor], *hidden: Tensor) -> bool:

@@ -84,6 +84,21 @@ def test_what_is_trained_in_front_of_the_model(loss_of: Any, settings: dict[str,
         torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", OTHERS, ids=str)
+def test_what_has_entered_must_stay_until_the_backward(settings: dict[str, Any]) -> None:
+    """It is an error of torch in one process, whose autograd has saved it."""
+
+    def loss_of(both: Any, inputs: Tensor, labels: Tensor) -> Tensor:
+        code = both.encoder(inputs) * 1
+        made = both.model(code)
+        return functional.cross_entropy(made, labels) + code.mul_(2.0).square().mean()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        trained(loss_of, False)
+    with pytest.raises(SkipPipeError, match="was changed in place before the backward"):
+        trained(loss_of, True, **settings)
+
+
 def test_two_pipelines_one_behind_the_other() -> None:
     class Wide(Classifier):
         def __init__(self) -> None:
