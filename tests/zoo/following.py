@@ -52,10 +52,13 @@ class Following(Callback):
         """Put stand-ins in the place of the blocks."""
         blocks = find_blocks(module, self._name).blocks
         stages, calls = cut(estimate_costs(blocks), schedule.num_stages), list[Noted]()
-        run_all = functools.partial(_run_all, calls, stages, schedule.paths)
+
+        def answer(hidden: Tensor) -> Tensor:
+            return hidden if len(calls) < len(blocks) else _run_all(calls, stages, schedule.paths, hidden)
+
         places = list(_places(module, blocks))
         for container, key, block in places:
-            container._modules[key] = StandIn(block, calls, run_all if block is blocks[-1] else _unchanged)
+            container._modules[key] = StandIn(block, calls, answer)
         return places
 
 
@@ -78,20 +81,16 @@ def _places(module: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[Place]:
 class StandIn(nn.Module):
     """Notes how a block is called, and goes on with the hidden states as they are, but for the last one's."""
 
-    def __init__(self, block: nn.Module, calls: list[Noted], then: Callable[[Tensor], Any]) -> None:
+    def __init__(self, block: nn.Module, calls: list[Noted], answer: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.block, self._calls, self._then = block, calls, then
+        self.block, self._calls, self._answer = block, calls, answer
 
     def __getattr__(self, name: str) -> Any:
         return self._modules["block"] if name == "block" else getattr(self.block, name)
 
     def forward(self, hidden: Tensor, *args: Any, **kw: Any) -> Any:
         self._calls.append(functools.partial(_on_part, self.block, len(hidden), args, kw))
-        return self._then(hidden)
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden
+        return self._answer(hidden)
 
 
 def _on_part(block: nn.Module, size: int, args: Any, kw: Any, hidden: Tensor, part: slice) -> Any:
