@@ -48,6 +48,7 @@ from ..model.settings import CutWhere, PipelineSettings, ScheduleName
 from ..model.skipping import PathPlanner, SkipRatio
 from ..model.spread import Recovery, SpreadModel
 from ..model.verify import Agreement
+from ..model.wanted import with_outputs
 from ..model.weight import MicrobatchWeight
 from ..moe import MoEConfig, RouterStatistics
 from ..moe.families import find_routers
@@ -172,7 +173,8 @@ class SkipPipeStrategy(OptimizingStrategy):
         self._restore_late = False
         self._cutter = Cutter()
         self._recovery: Recovery | None = None
-        self._has_trained = False
+        self._ran: set[str] = set()
+        """The steps that have run once."""
         self._record_timeline = False
         self._timeline: Timeline | None = None
 
@@ -402,7 +404,8 @@ class SkipPipeStrategy(OptimizingStrategy):
                 self._timeline = self._spread.timeline or self._timeline
                 self._spread.bring_back(keep=self._continuation is not None)
         finally:
-            self._spread, self._asking, self._has_trained = None, None, False
+            self._spread, self._asking = None, None
+            self._ran.clear()
             if self._compiled is not None:
                 self._compiled.restore()
                 self._compiled = None
@@ -498,10 +501,10 @@ class SkipPipeStrategy(OptimizingStrategy):
                 self._open_steps(module, self._asking.most_calls)
             if self._open is None:
                 whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
-                was_tried = self._has_trained or (cut is not None and cut[1].answer is not None)
-                undo, self._has_trained = None if was_tried else whole.note_state(), True
+                was_tried = cut is not None and cut[1].answer is not None
+                undo = None if was_tried else self._undo_of_first("training_step", whole)
                 try:
-                    return self._train_closed(module, whole, cut)
+                    return with_outputs(running.pipeline.proxies, lambda: self._train_closed(module, whole, cut), undo)
                 except CalledTwice:
                     if undo is None:
                         raise
@@ -510,6 +513,12 @@ class SkipPipeStrategy(OptimizingStrategy):
             assert self._open is not None
             step = functools.partial(module.training_step, *args, **kwargs)
             return self._open.run(step, batch, self._seed(), module.trainer.global_step)
+
+    def _undo_of_first(self, name: str, whole: WholeStep) -> Callable[[], None] | None:
+        """Return what takes back what a step changes, if it is the first of its kind and so may have to begin again."""
+        is_first = name not in self._ran
+        self._ran.add(name)
+        return whole.note_state() if is_first else None
 
     def _train_closed(self, module: LightningModule, whole: WholeStep, cut: PreparedStep | None) -> Any:
         if cut is None:
@@ -536,7 +545,8 @@ class SkipPipeStrategy(OptimizingStrategy):
         hint, count = loader_hint(self.lightning_module.trainer, name), len(self._running().pipeline.microbatches)
         cut = cut_or_whole(self._cutter, batch, count, hint, source, may_stay=name != "training_step")
         step = CutStep(self.lightning_module, name, batch, cut, rest, kwargs, self.settings.microbatch_weight)
-        return step.prepared(self._asking, self.settings.microbatches, self.gather_objects)
+        asked = functools.partial(step.prepared, self._asking, self.settings.microbatches, self.gather_objects)
+        return with_outputs(self._running().pipeline.proxies, asked)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -559,8 +569,9 @@ class SkipPipeStrategy(OptimizingStrategy):
         module, batch, rest = self._step_arguments(args)
         if (cut := self._cut_step(name, batch, rest, kwargs)) is None:
             whole = WholeStep(module, name, args, kwargs, self.root_device)
+            undo, proxies = self._undo_of_first(name, whole), self._running().pipeline.proxies
             with whole.logging():
-                return self._running().evaluate(self._whole_task(whole))[0]
+                return with_outputs(proxies, lambda: self._running().evaluate(self._whole_task(whole))[0], undo)
         step, merging = cut
         task = step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
         with step.logging(), shared_sections(module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine import independence
-from ..engine.arguments import Template
+from ..engine.arguments import Earlier, SideInput, Template
 from ..engine.call import Call, CallSpec
 from ..engine.control.answers import PartsCompared
 from ..engine.control.commands import CompareParts
@@ -20,8 +20,8 @@ from ..engine.stage import Stage
 from ..engine.transport import TensorSpec
 from .capture.cutting import Cut, parts_of
 from .capture.microbatch import split_sizes
-from .capture.proxies import StackCall
 from .capture.side_inputs import dump_probe
+from .capture.stack_call import StackCall, passed_to
 from .probing import holder_of
 
 if TYPE_CHECKING:
@@ -84,14 +84,26 @@ def difference_of_arguments(
     for block, (template, _) in enumerate(others):
         kinds.setdefault((proxies.book.alike(block)[0], call.block_template[block], id(template)), block)
     for block in kinds.values():
-        question = dataclasses.replace(proxies.question_about(call, block), carried=())  # of other slots, maybe
+        alone = call.alone(block)
+        question = dataclasses.replace(proxies.question_about(alone, block), carried=())  # of other slots, maybe
         spec, enters = _precise(call, question, call.specs[block])
         template, sides = others[block]
+        template, sides = _alone(template, sides, alone)
         other = Call(dataclasses.replace(spec, templates=(template,)), _own(sides), 0)
         parts = Parts((other,), (enters.shape[0],), 0, 0, known_aside=True)
-        if _answer(pipeline, Call(spec, _own(call.side_inputs), 0), enters, parts, block):
+        if _answer(pipeline, Call(spec, _own(alone.side_inputs), 0), enters, parts, block):
             return block
     return None
+
+
+def _alone(template: Template, sides: Sequence[Tensor], alone: StackCall) -> tuple[Template, Sequence[Tensor]]:
+    """Return other arguments of a block with what it gets of others among its side inputs, too."""
+    passed = passed_to(template)
+    if not passed:
+        return template, sides
+    slots = {each: SideInput(len(sides) + index) for index, each in enumerate(passed)}
+    opened = template.with_leaves(lambda leaf: slots[leaf] if isinstance(leaf, Earlier) else leaf)
+    return opened, [*sides, *alone.side_inputs[len(alone.side_inputs) - len(passed) :]]
 
 
 def _own(sides: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -109,8 +121,10 @@ def bending_block(pipeline: Pipeline, call: StackCall) -> str:
     """Ask one block of each kind whether its backward is linear; name one whose is not, and nothing otherwise."""
     proxies = pipeline.proxies
     for block in proxies.one_of_each(call):
-        whole = Call(proxies.question_about(call, block), tuple(side.detach() for side in call.side_inputs), 0)
-        if _answer(pipeline, whole, call.specs[block], Parts((), (), 0, 0), block) == independence.BENDS:
+        alone = call.alone(block)
+        whole = Call(proxies.question_about(alone, block), tuple(side.detach() for side in alone.side_inputs), 0)
+        beside = tuple((made.number, None) for made in call.used() if made.block == block)
+        if _answer(pipeline, whole, call.specs[block], Parts((), (), 0, 0, beside), block) == independence.BENDS:
             return f"a block ({proxies.names[block]})"
     return ""
 
@@ -125,6 +139,7 @@ def _ask(
     *,
     turned: bool = False,
 ) -> str:
+    call, cut = call.alone(block), cut.alone(call, block)
     spec = pipeline.proxies.question_about(call, block)
     if known_aside:
         spec, _ = _precise(call, spec, call.specs[block])

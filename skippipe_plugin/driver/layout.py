@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 
+from ..engine.call import Form
 from ..engine.transport import TensorSpec
 
 
@@ -56,10 +57,21 @@ class Layout:
         """Return the blocks that ``rank`` holds, in order."""
         return [block for stage in self.stages_of(rank) for block in self.blocks(stage)]
 
-    def shaping_stages(self, forms: Sequence[TensorSpec]) -> tuple[int, ...]:
-        """Return the stages that change the shape or type of the hidden states, by the forms around its blocks."""
+    def shaping_stages(
+        self, forms: Sequence[TensorSpec] | Sequence[Form], exporting: Collection[int] = ()
+    ) -> tuple[int, ...]:
+        """Return the stages that every path must visit.
+
+        Args:
+            forms: Around the blocks: of what crosses there, whose shapes or types a stage may change.
+            exporting: The blocks of which code after the stack uses what they return.
+        """
         stages = enumerate(self.stage_blocks, start=1)
-        return tuple(stage for stage, blocks in stages if not forms[blocks.start].is_like(forms[blocks.stop]))
+        return tuple(
+            stage
+            for stage, blocks in stages
+            if not forms[blocks.start].is_like(forms[blocks.stop]) or any(block in exporting for block in blocks)
+        )
 
     @property
     def replica_groups(self) -> list[tuple[int, tuple[int, ...]]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.c10d import Store
-from ..engine.call import Ambient, device_types
+from ..engine.call import Ambient, Form, device_types
 from ..engine.compilation import Compilation
 from ..engine.control.answers import Done, Ready
 from ..engine.control.commands import MeasureLinks
@@ -35,8 +35,9 @@ from .backward import GradientControl, mergeable
 from .capture.asking import CutBook
 from .capture.graphs import AroundTheBlocks
 from .capture.notes import Noted
-from .capture.proxies import BlockProxies, StackCall
+from .capture.proxies import BlockProxies
 from .capture.remote import is_remote
+from .capture.stack_call import StackCall
 from .capture.suspend import StepThreads, current_thread, suspend_here
 from .capture.writer import CallWriter
 from .clocks import WorkerClocks
@@ -346,8 +347,8 @@ class Pipeline:
             raise
 
     @property
-    def forms(self) -> Sequence[TensorSpec]:
-        """What a microbatch's hidden states look like before each block and after the last; empty until it is known."""
+    def forms(self) -> Sequence[TensorSpec] | Sequence[Form]:
+        """What of a microbatch crosses before each block and after the last; empty until it is known."""
         return self.proxies.forms
 
     def heal(self) -> None:

@@ -25,8 +25,9 @@ from ..schedule import Path
 from .capture import own_gradients
 from .capture.graphs import AroundTheBlocks, check_hooks
 from .capture.notes import Noted
-from .capture.proxies import BlockProxies, StackCall
+from .capture.proxies import BlockProxies
 from .capture.side_inputs import PreparedCall
+from .capture.stack_call import StackCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter
 from .tapped import TapExchange
@@ -384,12 +385,14 @@ class StepRun:
     # -------------------------------------------------------------- pieces
 
     def _show_hooks(self, index: int, microbatch: int) -> None:
-        """Give the suspended call what its hooks are to see when it goes on."""
+        """Give the suspended call what its hooks are to see, and what else it is to get, when it goes on."""
         outcome = self._outcomes[index]
-        if self._taps is not None and isinstance(outcome, Suspended) and outcome.request.hooks:
-            call: StackCall = outcome.request
-            shown = self._taps.collect(microbatch, self._paths[microbatch], call.modes, grad=call.ambient.grad)
-            call.events, call.seen = shown.events, shown.tensors
+        if self._taps is None or not isinstance(outcome, Suspended):
+            return
+        call: StackCall = outcome.request
+        if call.hooks or call.exported:
+            shown = self._taps.collect(microbatch, self._paths[microbatch], call)
+            call.events, call.seen, call.values = shown.events, shown.tensors, shown.exported
 
     def _sources(self, index: int) -> tuple[Tensor, ...]:
         """Return what a microbatch's blocks were given that may carry a gradient."""

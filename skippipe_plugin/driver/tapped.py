@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..engine.call import BlockMode, CallSpec
+from ..engine.call import CallSpec, Made
 from ..engine.control import answers
 from ..engine.control.commands import Pulled
 from ..engine.handover import pack_tensors, unpack_tensors
@@ -16,6 +16,7 @@ from ..engine.stage import Stage
 from ..engine.taps import TapEvent, Tapped, gradients_of, unpack_events
 from ..schedule import Path
 from .capture.hooks import seen
+from .capture.stack_call import StackCall
 from .layout import Layout
 from .links import Links
 
@@ -26,6 +27,8 @@ class Shown:
 
     events: list[TapEvent] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
+    exported: list[Tensor] = field(default_factory=list)
+    """What the code after the blocks gets of what they return, in their order."""
     leaves: dict[int, list[Tensor]] = field(default_factory=dict)
     """By stage that gradients go back to: what collects them."""
 
@@ -71,18 +74,25 @@ class TapExchange:
 
     # --------------------------------------------------------- for the driver
 
-    def collect(self, microbatch: int, path: Path, modes: Sequence[BlockMode], *, grad: bool) -> Shown:
-        """Wait for everything that hooks of a microbatch are to see."""
-        shown = self._shown[microbatch] = Shown()
+    def collect(self, microbatch: int, path: Path, call: StackCall) -> Shown:
+        """Wait for everything that hooks of a microbatch are to see, and that the code after its blocks is to get."""
+        shown, grad = Shown(), call.ambient.grad
+        self._shown[microbatch] = shown
+        exported: dict[Made, Tensor] = {}
         for visit in path.visits:
-            if not any(modes[block].hooks for block in self._layout.blocks(visit.stage)):
+            blocks = self._layout.blocks(visit.stage)
+            made = [each for each in call.exported if each.block in blocks]
+            if not made and not any(call.modes[block].hooks for block in blocks):
                 continue
             tapped = self._fetch(visit.rank, visit.stage, microbatch)
             pairs = [seen(t, grad and flag) for t, flag in zip(tapped.tensors, tapped.requires_grad, strict=True)]
-            shown.events += unpack_events(tapped.events, [pair[1] for pair in pairs])
-            shown.tensors += [pair[1] for pair in pairs]
+            own = [pair[1] for pair in pairs]
+            shown.events += unpack_events(tapped.events, own)
+            shown.tensors += own
+            exported.update(zip(made, own[len(own) - len(made) :], strict=True))
             if grad and any(tapped.requires_grad):
                 shown.leaves[visit.stage] = [pair[0] for pair in pairs]
+        shown.exported = [exported[each] for each in call.exported]
         return shown
 
     def send_back(self, microbatch: int, path: Path) -> None:

@@ -29,8 +29,9 @@ from .capture.asking import CutBook, Question, ask
 from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of, likely_cuts
 from .capture.graphs import check_hooks, goes_past
 from .capture.microbatch import split_sizes
-from .capture.proxies import BlockProxies, StackCall
+from .capture.proxies import BlockProxies
 from .capture.side_inputs import PreparedCall
+from .capture.stack_call import StackCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter
 from .steps import CALLED_TWICE, WITH_GRADIENTS, CalledTwice, gradient_of, not_called
@@ -361,9 +362,9 @@ class WholeRun:
     def _show_hooks(self) -> None:
         """Give the suspended call what its hooks are to see when it goes on; a call with hooks is not cut."""
         call = self._call
-        if self._taps is not None and call is not None and call.hooks:
-            shown = self._taps.collect(self._first, self._paths[self._first], call.modes, grad=call.ambient.grad)
-            call.events, call.seen = shown.events, shown.tensors
+        if self._taps is not None and call is not None and (call.hooks or call.exported):
+            shown = self._taps.collect(self._first, self._paths[self._first], call)
+            call.events, call.seen, call.values = shown.events, shown.tensors, shown.exported
 
     def _cut_call(self) -> None:
         if self._parts:
@@ -387,7 +388,7 @@ class WholeRun:
             if alike is part:
                 self._proxies.learn_forms(part)
             else:
-                part.specs = alike.specs
+                part.specs, part.structures = alike.specs, alike.structures
 
     def _find_cut(self) -> tuple[int, Cut] | None:
         """Return the number of samples and the cut of the call that waits; None when it goes as it is."""
@@ -396,6 +397,9 @@ class WholeRun:
             return None
         if call.hooks:
             self._book.tell("forward hooks watch modules of the blocks, and are to see the whole batch")
+            return None
+        if call.exported:
+            self._book.tell("code after the blocks uses what single blocks return")
             return None
         counts = list(task.counts or dict.fromkeys(question.num_samples for question in task.questions))
         kind = task.name, kind_of(call, counts)

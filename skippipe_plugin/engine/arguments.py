@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import cloudpickle
@@ -47,15 +47,35 @@ class HiddenAgain:
 
 
 @dataclass(frozen=True, slots=True)
+class Earlier:
+    """Stands for a tensor that a block before has returned, and that was passed on to this one."""
+
+    distance: int
+    """How many blocks before: 1 is the last one."""
+    number: int
+    """Which of the tensors that it has returned; 0 are its hidden states."""
+
+
+@dataclass(frozen=True, slots=True)
 class Packed:
-    """An object: its pickled structure, and the slots of the side inputs that are its tensors and arrays."""
+    """An object: its pickled structure, and what stands for the tensors and arrays in it."""
 
     data: bytes
-    slots: tuple[int, ...]
+    parts: tuple[SideInput | ArrayInput | HiddenAgain | Earlier, ...]
 
-    def load(self, side_inputs: Sequence[Tensor]) -> Any:  # Any: what the user's model passes
-        """Return a new object of the same content."""
-        return _Unpickler(io.BytesIO(self.data), [side_inputs[slot] for slot in self.slots]).load()
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The slots of the side inputs in it."""
+        return tuple(part.slot for part in self.parts if isinstance(part, (SideInput, ArrayInput)))
+
+    @property
+    def is_passed_on(self) -> bool:
+        """Whether tensors are in it that blocks before have returned."""
+        return any(isinstance(part, (HiddenAgain, Earlier)) for part in self.parts)
+
+    def load(self, leaf: Callable[[Any], Any]) -> Any:  # Any: what the user's model passes
+        """Return a new object of the same content; ``leaf`` makes each of its parts."""
+        return _Unpickler(io.BytesIO(self.data), list(map(leaf, self.parts))).load()
 
 
 ATOMS: Final = frozenset(
@@ -65,7 +85,7 @@ ATOMS: Final = frozenset(
     }
 )
 """Constants that travel as they are: nothing can be in them, and nobody can change them."""
-_OURS: Final = frozenset({SideInput, ArrayInput, CacheRef, HiddenAgain, Packed})
+_OURS: Final = frozenset({SideInput, ArrayInput, CacheRef, HiddenAgain, Earlier, Packed})
 _CHANGEABLE: Final = frozenset({list, dict, Packed, ArrayInput})
 _LEAVES: Final = ATOMS | _OURS
 """What most arguments are: no containers, so that looking into them can be left out."""
@@ -80,12 +100,13 @@ class Template:
 
     args: tuple[Any, ...]  # Any: whatever the user's model passes
     kwargs: dict[str, Any]
-    hidden: int | str
-    """Where the hidden states go: the index of a positional argument, or a keyword."""
+    hidden: int | str | None
+    """Where the hidden states go: the index of a positional argument, or a keyword; None where they stand inside of
+    another argument, or nowhere."""
     mutable: tuple[int | str, ...] = field(init=False, repr=False)
     """The arguments that a block could change (a dict, a list, an object), tensors and caches aside."""
     repeats: bool = field(init=False, repr=False)
-    """Whether the hidden states stand in it once more."""
+    """Whether the hidden states stand in it once more, or what blocks before have returned: it differs by block."""
     is_bare: bool = field(init=False, repr=False)
     """Whether there is nothing but the hidden states."""
     _key: Any = field(init=False, repr=False)
@@ -96,7 +117,7 @@ class Template:
         for position, value in (*enumerate(self.args), *self.kwargs.items()):
             traits: set[type] = set()
             parts.append((position, _key(value, traits)))
-            repeats |= HiddenAgain in traits
+            repeats |= HiddenAgain in traits or Earlier in traits
             if traits & _CHANGEABLE and CacheRef not in traits:
                 mutable.append(position)
         object.__setattr__(self, "_key", (self.hidden, parts))
@@ -122,6 +143,15 @@ class Template:
 
         return [fill(value) for value in self.args], {name: fill(value) for name, value in self.kwargs.items()}
 
+    def with_leaves(self, change: Callable[[Any], Any]) -> Template:
+        """Return a template with ``change`` applied to every leaf."""
+
+        def changed(leaf: Any) -> Any:  # Any: a leaf of the user's arguments
+            return replace(leaf, parts=tuple(map(change, leaf.parts))) if isinstance(leaf, Packed) else change(leaf)
+
+        args, kwargs = self.fill(changed)
+        return Template(tuple(args), kwargs, self.hidden)
+
     def slots(self) -> frozenset[int]:
         """Return the slots of all side inputs in it, those inside of objects included."""
         found: set[int] = set()
@@ -136,8 +166,24 @@ class Template:
         self.fill(note)
         return frozenset(found)
 
-    def name_of(self, position: int | str, forward: Callable[..., Any] | None) -> str:
+    def earlier(self) -> frozenset[Earlier]:
+        """Return what stands in it for tensors that blocks before have returned."""
+        if not self.repeats:
+            return frozenset()
+        found: set[Earlier] = set()
+
+        def note(leaf: Any) -> Any:  # Any: a leaf of the user's arguments
+            parts = leaf.parts if isinstance(leaf, Packed) else (leaf,)
+            found.update(part for part in parts if isinstance(part, Earlier))
+            return leaf
+
+        self.fill(note)
+        return frozenset(found)
+
+    def name_of(self, position: int | str | None, forward: Callable[..., Any] | None) -> str:
         """Name an argument for a message, by the parameter of ``forward`` where that is known."""
+        if position is None:
+            return "with the hidden states"
         if isinstance(position, str):
             return repr(position)
         code = getattr(forward, "__code__", None)
@@ -153,6 +199,8 @@ def _key(value: Any, traits: set[type]) -> Any:  # Any: a leaf of a template, or
     kind = type(value)
     if kind in _OURS:
         traits.add(kind)
+        if kind is Packed:
+            traits.update(map(type, value.parts))
         return value
     if kind is float or kind is complex:
         return kind, repr(value)
@@ -180,14 +228,26 @@ class Packer(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
         self.persistent_id = aside
 
 
+def settled(data: bytes, parts: tuple[SideInput | ArrayInput | HiddenAgain | Earlier, ...]) -> Packed:
+    """Return a packed object such that equal ones are equal: classes of a script travel by value.
+
+    How pickle writes those depends on which of their equal names are one object.
+    """
+    packed = Packed(data, parts)
+    if b"_make_skeleton_class" not in data:
+        return packed
+    again, numbers = io.BytesIO(), {id(part): number for number, part in enumerate(parts)}
+    Packer(again, lambda part: numbers.get(id(part))).dump(packed.load(lambda part: part))
+    return Packed(again.getvalue(), parts)
+
+
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, parts: Sequence[Any]) -> None:
         super().__init__(file)
-        self._tensors = tensors
+        self._parts = parts
 
     def persistent_load(self, pid: Any) -> Any:  # Any: what Packer's aside returned
-        index, is_array = pid
-        return array_of(self._tensors[index]) if is_array else self._tensors[index]
+        return self._parts[pid]
 
 
 def array_of(tensor: Tensor) -> Any:  # Any: numpy's array

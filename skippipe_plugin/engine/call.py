@@ -7,26 +7,79 @@ distinct one once, and a spec refers to them by slot.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import Template
+from .arguments import Earlier, Template
 from .process_switches import ProcessSwitches
 from .taps import HookList
 from .transport import TensorSpec
 
 
+class Made(NamedTuple):
+    """A tensor that a block has returned."""
+
+    block: int
+    number: int
+    """Which one; 0 are the hidden states."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A tensor that crosses a boundary beside the hidden states: a block before it made it for one behind it."""
+
+    source: Earlier
+    """Where it comes from, as the first block behind the boundary would name it."""
+    spec: TensorSpec
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What crosses a boundary, where it is more than hidden states."""
+
+    spec: TensorSpec
+    beside: tuple[tuple[Earlier, TensorSpec], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of it."""
+        return self.spec.num_bytes + sum(spec.num_bytes for _, spec in self.beside)
+
+    def is_like(self, other: object) -> bool:
+        """Whether the same may cross with both forms, wherever it lies in memory."""
+        if not isinstance(other, Form) or [each for each, _ in self.beside] != [each for each, _ in other.beside]:
+            return False
+        pairs = zip((self.spec, *(s for _, s in self.beside)), (other.spec, *(s for _, s in other.beside)), strict=True)
+        return all(mine.is_like(theirs) for mine, theirs in pairs)
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, (self.spec, *(spec for _, spec in self.beside))))
+
+
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """The tensor that enters a visit (or, last, that returns to the driver)."""
+    """What enters a visit (or, last, returns to the driver): hidden states, and what else blocks pass on."""
 
     spec: TensorSpec
     requires_grad: bool
+    beside: tuple[Beside, ...] = ()
+
+    @property
+    def carries_gradient(self) -> bool:
+        """Whether any gradient comes back."""
+        return self.requires_grad or any(each.requires_grad for each in self.beside)
+
+    def specs(self, *, forward: bool) -> list[TensorSpec | None]:
+        """By tensor, the hidden states first: what travels for it in a direction; None where nothing does."""
+        found = [self.spec if forward or self.requires_grad else None]
+        found += [each.spec if forward or each.requires_grad else None for each in self.beside]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +192,20 @@ class CallSpec:
     tables of numbers. They stay there, as in one process."""
     carried: tuple[tuple[int, ...], ...] = ()
     """By block of the whole stack: the slots of its side inputs whose gradients go back to the driver; empty: none."""
+    exported: tuple[Made, ...] = ()
+    """What else of what blocks return goes to the driver, in order of blocks."""
+
+    def exported_by(self, blocks: Collection[int]) -> tuple[Made, ...]:
+        """Return what goes to the driver of what ``blocks`` return, beside what leaves the last one."""
+        return tuple(made for made in self.exported if made.block in blocks) if self.exported else ()
+
+    def kept_by(self, blocks: Sequence[int], leaves: Hop) -> frozenset[Made]:
+        """Return what is needed again of what consecutive ``blocks`` return, and of what enters beside their input."""
+        needed = {*self.exported_by(blocks)}
+        for block in blocks:
+            template = self.templates[self.block_template[block]]
+            needed |= {Made(block - each.distance, each.number) for each in template.earlier()}
+        return frozenset(needed | {made_before(blocks[-1] + 1, each) for each in leaves.beside})
 
     def carried_by(self, blocks: Iterable[int]) -> tuple[int, ...]:
         """Return the slots of side inputs of ``blocks`` whose gradients go back to the driver."""
@@ -164,6 +231,11 @@ class Call:
         stay = () if device.type == "cpu" else self.spec.on_host
         placed = [each if slot in stay else each.to(device) for slot, each in enumerate(self.side_inputs)]
         return replace(self, side_inputs=tuple(placed))
+
+
+def made_before(block: int, beside: Beside) -> Made:
+    """Name what enters ``block`` beside its hidden states."""
+    return Made(block - beside.source.distance, beside.source.number)
 
 
 def block_seed(seed: int, block: int) -> int:

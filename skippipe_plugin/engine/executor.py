@@ -19,6 +19,7 @@ from ..schedule import DRIVER_STAGE, Event, Op
 from . import phases
 from .absent import absent, is_absent
 from .call import Call
+from .crossing import Gradients
 from .device import synchronize
 from .device_errors import is_of_device
 from .errors import GenerationAborted, SkipPipeError
@@ -86,8 +87,9 @@ class Executor:
         self._device = device
         self._driver = driver
         self._calls: dict[int, Call] = {}
-        self._posted: dict[tuple[int, bool, int], PendingTensor] = {}
-        self._local: dict[tuple[int, bool, int], Tensor | None] = {}
+        self._posted: dict[tuple[int, bool, int], list[PendingTensor | None]] = {}
+        """By microbatch, direction and hop: the receives of its tensors; None for what does not travel."""
+        self._local: dict[tuple[int, bool, int], Gradients] = {}
         self._by_microbatch: dict[int, list[Instruction]] = {}
         self._incoming: dict[int, deque[Instruction]] = {}
         """By source, where receives are not posted ahead: what is still to come, in the order in which it is sent."""
@@ -162,9 +164,10 @@ class Executor:
         if hop is None or link is None or not _travels(instruction, hop, call):
             return
         forward = instruction.action.op in (Op.F, Op.L)
-        spec: TensorSpec = call.spec.hops[hop].spec
-        pending = self._transport.receive(spec.in_memory, link.rank, link.tag, self._device)
-        self._posted[instruction.microbatch, forward, hop] = pending
+        self._posted[instruction.microbatch, forward, hop] = [
+            None if spec is None else self._transport.receive(spec.in_memory, link.rank, link.tag, self._device)
+            for spec in call.spec.hops[hop].specs(forward=forward)
+        ]
 
     def _post_up_to(self, instruction: Instruction, feed: CallFeed) -> None:
         """Post what its link brings before it, and its own receive, unless a later message was asked for already."""
@@ -175,25 +178,27 @@ class Executor:
             self._learn(first.microbatch, feed)
             self._post(first)
 
-    def _take(self, instruction: Instruction, feed: CallFeed) -> Tensor | None:
+    def _take(self, instruction: Instruction, feed: CallFeed) -> Gradients:
         hop, action = instruction.takes, instruction.action
         if hop is None:
-            return None
+            return ()
         key = (action.microbatch, action.op in (Op.F, Op.L), hop)
         if instruction.receives is None:
             return self._local.pop(key)
         self._post_up_to(instruction, feed)
         if key not in self._posted:
-            return None
+            return ()
         if self._driver is not None:
             self._driver.announce()
         try:
-            pending = self._posted.pop(key)
-            came = pending.wait() if action.op in (Op.F, Op.L) else pending.wait_unless(is_absent)
+            posted, forward = self._posted.pop(key), action.op in (Op.F, Op.L)
+            came = [
+                None if each is None else each.wait() if forward else each.wait_unless(is_absent) for each in posted
+            ]
             if action.op is Op.L:
                 self._transport.confirm()  # user code looks at it
-            order = self._calls[action.microbatch].spec.hops[hop].spec.order
-            return from_memory(came, order) if order and came is not None else came
+            specs = self._calls[action.microbatch].spec.hops[hop].specs(forward=forward)
+            return tuple([_as_it_lies(each, spec) for each, spec in zip(came, specs, strict=True)])
         except GenerationAborted:
             raise
         except Exception as error:
@@ -201,28 +206,32 @@ class Executor:
                 raise
             raise SkipPipeError(f"receiving for {instruction.text} failed") from error
 
-    def _give(self, instruction: Instruction, value: Tensor | None) -> None:
+    def _give(self, instruction: Instruction, values: Gradients) -> None:
         hop, action = instruction.gives, instruction.action
         if hop is None:
             return
         if instruction.sends is None:
-            self._local[action.microbatch, action.op is Op.F, hop] = value
-        elif _gives_message(instruction, hop, self._calls[action.microbatch]):
-            spec = self._calls[action.microbatch].spec.hops[hop].spec
+            self._local[action.microbatch, action.op is Op.F, hop] = values
+            return
+        forward = action.op is Op.F
+        specs = self._calls[action.microbatch].spec.hops[hop].specs(forward=forward)
+        for spec, value in zip(specs, values or (None,) * len(specs), strict=True):
+            if spec is None:
+                continue
             if value is None:
-                assert action.op is not Op.F, f"{instruction.text} has nothing to send"
+                assert not forward, f"{instruction.text} has nothing to send"
                 value = absent(spec, self._device)
             elif spec.order:
                 value = in_memory(value, spec.order)
             self._transport.send(value, instruction.sends.rank, instruction.sends.tag)
 
-    def _execute(self, instruction: Instruction, taken: Tensor | None) -> None:
+    def _execute(self, instruction: Instruction, taken: Gradients) -> None:
         if instruction.action.stage == DRIVER_STAGE:
             self._execute_driver(instruction, taken)
         else:
             self._execute_stage(instruction, taken)
 
-    def _execute_driver(self, instruction: Instruction, taken: Tensor | None) -> None:
+    def _execute_driver(self, instruction: Instruction, taken: Gradients) -> None:
         if phases.watchers:
             phases.act(instruction.action)
         assert self._driver is not None, f"{instruction.text} is not an action of a worker"
@@ -230,16 +239,17 @@ class Executor:
         if op is Op.F:
             call, hidden = self._driver.embed(microbatch)
             self._admit(microbatch, call)
-            self._give(instruction, hidden)
+            self._give(instruction, (hidden,))
         elif op is Op.L:
-            assert taken is not None
-            gradient = self._driver.loss(microbatch, taken)
+            (came,) = taken
+            assert came is not None
+            gradient = self._driver.loss(microbatch, came)
             if self._driver.loss_is_outside:
                 self._owing.append(instruction)
             else:
-                self._give(instruction, gradient)
+                self._give(instruction, (gradient,))
         else:
-            self._driver.backward(microbatch, taken)
+            self._driver.backward(microbatch, taken[0] if taken else None)
 
     def _attend(self, instruction: Instruction) -> None:
         """Take part in what the coupled ranks do in this action's place, for which this rank has no microbatch."""
@@ -252,9 +262,9 @@ class Executor:
         owing, self._owing = self._owing, []
         gradients = self._driver.gradients_from_outside()
         for instruction in owing:
-            self._give(instruction, gradients[instruction.microbatch])
+            self._give(instruction, (gradients[instruction.microbatch],))
 
-    def _execute_stage(self, instruction: Instruction, taken: Tensor | None) -> None:
+    def _execute_stage(self, instruction: Instruction, taken: Gradients) -> None:
         company = self._stages[instruction.action.stage].company
         if company is None or not instruction.together:
             self._compute(instruction, taken)
@@ -263,14 +273,14 @@ class Executor:
         self._compute(instruction, taken)
         company.leave()
 
-    def _compute(self, instruction: Instruction, taken: Tensor | None) -> None:
+    def _compute(self, instruction: Instruction, taken: Gradients) -> None:
         action = instruction.action
         stage, call = self._stages[action.stage], self._calls[action.microbatch]
         if action.op is Op.F:
             assert instruction.takes is not None
-            assert taken is not None
+            entering = tuple([each for each in taken if each is not None])
             enters, leaves = call.spec.hops[instruction.takes : instruction.takes + 2]
-            self._give(instruction, stage.forward(action.microbatch, call, taken, enters, leaves))
+            self._give(instruction, stage.forward(action.microbatch, call, entering, enters, leaves))
         elif action.op is Op.W:
             stage.backward_weight(action.microbatch)
         else:
@@ -302,10 +312,11 @@ def _place(instruction: Instruction) -> int:
     return instruction.receives.place
 
 
+def _as_it_lies(tensor: Tensor | None, spec: TensorSpec | None) -> Tensor | None:
+    """Return what came with its dimensions in their own order."""
+    return tensor if tensor is None or spec is None or not spec.order else from_memory(tensor, spec.order)
+
+
 def _travels(instruction: Instruction, hop: int, call: Call) -> bool:
     """Whether a message comes for what the instruction takes: gradients only where something needs them."""
-    return instruction.action.op in (Op.F, Op.L) or call.spec.hops[hop].requires_grad
-
-
-def _gives_message(instruction: Instruction, hop: int, call: Call) -> bool:
-    return instruction.action.op is Op.F or call.spec.hops[hop].requires_grad
+    return instruction.action.op in (Op.F, Op.L) or call.spec.hops[hop].carries_gradient

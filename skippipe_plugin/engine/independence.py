@@ -50,12 +50,15 @@ class Parts:
     enters: int
     leaves: int
     """The dimension of the block's result in which the parts' results are put together."""
+    beside: tuple[tuple[int, int | None], ...] = ()
+    """What else of what it returns is used: which tensor, and the same of that; None where all parts share it."""
     known_aside: bool = False
     """Whether BatchNorm, which is known to look at its batch, is left out."""
 
 
-Run = Callable[[Call, Tensor], Tensor]
-_Outcome = tuple[Tensor, Values]
+Run = Callable[[Call, Tensor], Sequence[Tensor]]
+"""Calls the block, and returns its result and what else of what it returns is used."""
+_Outcome = tuple[Sequence[Tensor], Values]
 """What the block gave, and what it has left."""
 
 
@@ -100,13 +103,15 @@ def _bend(module: nn.Module, run: Run, call: Call, hidden: Tensor) -> str:
     try:
         with torch.enable_grad(), attributes_kept(module):
             torch.manual_seed(0)
-            result = run(call, leaf)
-        is_half = call.spec.ambient.is_half or result.dtype == torch.float16
+            results = [each for each in run(call, leaf) if each.requires_grad]
+        is_half = call.spec.ambient.is_half or any(each.dtype == torch.float16 for each in results)
         factors, size = (HALF_FACTORS, _HALF_SIZE) if is_half else (FACTORS, 1.0)
-        backward = torch.arange(result.numel()).mul(0.7).cos().mul(size).reshape(result.shape).to(result)
+        backwards = [_made_up_gradient(each) * size for each in results]
         sources = [each for each in (leaf, *weights, *sides) if each.requires_grad]
         one, *others = [
-            torch.autograd.grad(result, sources, backward * factor, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                results, sources, [each * factor for each in backwards], retain_graph=True, allow_unused=True
+            )
             for factor in (1.0, *factors)
         ]
     except Exception:  # nothing goes back, or not in this way
@@ -172,7 +177,7 @@ class _Comparison:
             with self._from_the_start(0):
                 results = [self._run(call, piece) for call, piece in zip(parts.calls, pieces, strict=True)]
                 left = self._state.read()
-            together = torch.cat(results, parts.leaves)
+            pairs = list(_pairs(whole[0], results, parts))
         except Exception as error:  # the block refuses a part, whatever it says of it
             if is_of_device(error):
                 raise
@@ -180,9 +185,9 @@ class _Comparison:
         changed = others(whole[1], left)
         if changed:
             return changed[0]
-        if parts.known_aside and whole[0].dtype in (torch.bfloat16, torch.float16):
+        if parts.known_aside and any(each.dtype in (torch.bfloat16, torch.float16) for each in whole[0]):
             return ""  # too coarse to tell
-        return "" if _are_close(whole[0], together) else MIXES
+        return "" if all(_are_close(*pair) for pair in pairs) else MIXES
 
     def have_same_gradients(self, call: Call, hidden: Tensor, parts: Parts) -> bool:
         """Whether gradients of the parts add up to those of the whole; true where there are none to be compared."""
@@ -204,10 +209,10 @@ class _Comparison:
         leaves = [piece.detach().clone().requires_grad_() for piece in pieces]
         with torch.enable_grad(), self._from_the_start(0):
             results = [self._run(call, leaf) for call, leaf in zip(opened, leaves, strict=True)]
-            together = torch.cat(results, parts.leaves)
-            backward = torch.arange(together.numel()).mul(0.7).cos().reshape(together.shape).to(together)
+            together = [each for each in _together(results, parts) if each.requires_grad]
             sources = [*leaves, *weights, *(side for each in sides for side in each)]
-            found = iter(torch.autograd.grad(together, sources, backward, allow_unused=True))
+            backwards = list(map(_made_up_gradient, together))
+            found = iter(torch.autograd.grad(together, sources, backwards, allow_unused=True))
         entering = [_filled(next(found), leaf) for leaf in leaves]
         of_weights = [g.to_dense() for g in itertools.islice(found, len(weights)) if g is not None]
         of_sides = [[_filled(next(found), side) for side in each] for each in sides]
@@ -248,8 +253,32 @@ def _joined(pieces: Sequence[Tensor], form: torch.Size) -> Tensor:
     return torch.stack(list(pieces)).sum(0)
 
 
+def _pairs(
+    whole: Sequence[Tensor], results: Sequence[Sequence[Tensor]], parts: Parts
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each tensor of the whole's, with what the parts' come to; with each of theirs where they share it."""
+    for number, (of_whole, dim) in enumerate(zip(whole, _dims(parts), strict=True)):
+        pieces = [each[number] for each in results]
+        yield from ((of_whole, piece) for piece in (pieces if dim is None else [torch.cat(pieces, dim)]))
+
+
+def _together(results: Sequence[Sequence[Tensor]], parts: Parts) -> list[Tensor]:
+    """Return what the parts' results come to; of what they share, the mean."""
+    columns = zip(zip(*results, strict=True), _dims(parts), strict=True)
+    return [torch.stack(list(each)).mean(0) if dim is None else torch.cat(list(each), dim) for each, dim in columns]
+
+
+def _dims(parts: Parts) -> list[int | None]:
+    return [parts.leaves, *(dim for _, dim in parts.beside)]
+
+
+def _made_up_gradient(of: Tensor) -> Tensor:
+    return torch.arange(of.numel()).mul(0.7).cos().reshape(of.shape).to(of)
+
+
 def _is_same(one: _Outcome, other: _Outcome) -> bool:
-    return torch.equal(one[0], other[0]) and not others(one[1], other[1])
+    same = all(map(torch.equal, one[0], other[0])) and len(one[0]) == len(other[0])
+    return same and not others(one[1], other[1])
 
 
 def _largest(tensor: Tensor) -> float:

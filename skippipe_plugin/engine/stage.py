@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from .arguments import ArgumentGuard, ArrayInput, CacheRef, HiddenAgain, Packed, SideInput, array_of
+from .arguments import ArgumentGuard, ArrayInput, CacheRef, Earlier, HiddenAgain, Packed, SideInput, array_of
 from .attributes import BlockWatch, Key, apply_changes, attributes_kept, changed_buffers
-from .call import Ambient, BlockMode, Call, CallSpec, Hop, block_seed
+from .call import Ambient, BlockMode, Call, CallSpec, Hop, Made, block_seed, made_before
+from .crossing import Gradients, Kept, Tensors, check_outputs, leaves_of
 from .device import kept_random_states, random_states, seed_everything, set_random_states
 from .errors import SkipPipeError
 from .half import computed_in_half
@@ -27,10 +29,10 @@ from .kept_state import Buffers
 from .kvcache import CacheShelf
 from .memory_order import from_memory, in_memory, laid, order_of
 from .process_switches import ProcessSwitches
+from .returned import ReturnStructure, hidden_of, tensors_of
 from .reuse import uses_again
 from .taps import Recorder, Returns, Tapped
 from .transport import TensorSpec
-from .unavailable import Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,9 @@ class Probe:
     """What one block does to its input: the output's spec and the structure of its return value."""
 
     output: TensorSpec
+    """Of the hidden states."""
     structure: ReturnStructure
+    """Of all that the block returns."""
     writes: tuple[Key, ...] = ()
     """The plain attributes that the block's forward writes."""
     idle: tuple[tuple[int, bool, int], ...] = ()
@@ -49,21 +53,6 @@ class Probe:
     """Whether its output shares memory with its input."""
     buffers: tuple[str, ...] = ()
     """The buffers that the block's forward writes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReturnStructure:
-    """How a block returns its hidden states: alone, or first in a tuple or list of ``length`` items."""
-
-    length: int | None
-    constants: tuple[Any, ...] = ()  # Any: what stands beside the hidden states, tensors replaced by Unavailable
-
-    def wrap(self, hidden: Tensor, block: str) -> Any:  # Any: what the user's model expects of its block
-        """Return ``hidden`` as the block of this name itself would."""
-        if self.length is None:
-            return hidden
-        beside = enumerate(self.constants, start=1)
-        return hidden, *(each.of(block, at) if isinstance(each, Unavailable) else each for at, each in beside)
 
 
 class Company(Protocol):
@@ -110,8 +99,6 @@ class _Notes:
     """What all microbatches of one spec have in common for a stage, found once."""
 
     spec: CallSpec
-    tapping: bool
-    """Whether hooks on the driver see what goes on in one of the blocks."""
     plain: bool
     """Whether the first block neither writes into its input nor hands it on, nor shows it to a hook."""
     bare: frozenset[int]
@@ -120,18 +107,29 @@ class _Notes:
     """Whether a block that has been set to its mode stays as the mode says."""
     carried: tuple[int, ...]
     """The slots of the side inputs whose gradients go back to the driver."""
+    exported: tuple[Made, ...]
+    """What the driver gets of what the blocks return, beside what leaves the last one."""
+    kept: frozenset[Made]
+    """What is needed again of what they return, or of what enters beside the hidden states."""
+    shows: bool
+    """Whether the driver gets anything of what goes on in them."""
+    stop: int
+    """The number after that of the last block."""
 
     @classmethod
-    def of(cls, spec: CallSpec, blocks: Sequence[int]) -> _Notes:
+    def of(cls, spec: CallSpec, blocks: Sequence[int], leaves: Hop) -> _Notes:
         """Look at what concerns ``blocks``."""
         modes, first = [spec.modes[block] for block in blocks], blocks[0]
         return cls(
             spec,
-            any(mode.hooks for mode in modes),
             bool(spec.careful) and not spec.careful[first] and not modes[0].hooks,
             frozenset(block for block in blocks if spec.templates[spec.block_template[block]].is_bare),
             not any(mode.tensors for mode in modes),
             spec.carried_by(blocks),
+            spec.exported_by(blocks),
+            spec.kept_by(blocks, leaves),
+            bool(spec.exported_by(blocks)) or any(mode.hooks for mode in modes),
+            blocks[-1] + 1,
         )
 
 
@@ -159,8 +157,11 @@ class Stage:
         self.witness: Witness | None = None
         """What counts along, in a training step."""
         self._guest = guest
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self._halves: dict[int, Tensor | list[dict[str, Any]] | tuple[()] | None] = {}  # Any: torch's parameter groups
+        self._saved: dict[int, tuple[Tensors, Tensors]] = {}
+        """By microbatch: what has entered, and what has left, the hidden states first."""
+        self._halves: dict[int, Gradients | list[dict[str, Any]]] = {}  # Any: torch's parameter groups
+        self._over: set[int] = set()
+        """The microbatches whose first half was the whole backward."""
         self._notes: _Notes | None = None
         self._split_in: _Notes | None = None
         """For which calls it is known whether their backward can be split."""
@@ -190,88 +191,108 @@ class Stage:
         """List the parameters of all blocks, shared ones once."""
         return list(dict.fromkeys(parameter for _, _, parameter in self.named_parameters()))
 
-    def forward(self, microbatch: int, call: Call, hidden: Tensor, enters: Hop, leaves: Hop) -> Tensor:
-        """Run the blocks; keep what the backward needs. Return the hidden states, detached."""
+    def forward(self, microbatch: int, call: Call, entering: Tensors, enters: Hop, leaves: Hop) -> Tensors:
+        """Run the blocks; keep what the backward needs.
+
+        Args:
+            microbatch: Its number.
+            call: How the blocks are called.
+            entering: The hidden states, and what enters beside them.
+            enters: Says what that is.
+            leaves: Says what is to leave the stage.
+
+        Returns:
+            What leaves, in the same order, detached.
+        """
         ambient = call.spec.ambient
         self._take_over(ambient.switches)
         # What goes back is a training step's, which keeps the user's random state as a whole: this here takes long.
         fork = self._guest and not (enters.requires_grad or leaves.requires_grad)
         notes = self._notes
         if notes is None or notes.spec is not call.spec:
-            notes = self._notes = _Notes.of(call.spec, list(self.blocks))
+            notes = self._notes = _Notes.of(call.spec, list(self.blocks), leaves)
         if self.witness is not None:
             self.witness.begin(microbatch)
         with ambient.entered(), kept_random_states(self.device) if fork else nullcontext():
-            inputs = hidden.detach().requires_grad_(enters.requires_grad) if ambient.grad else hidden
+            inputs = leaves_of(entering, enters) if ambient.grad else entering
             if notes.carried:
                 self._sides[microbatch], call = _with_leaves(call, notes.carried)
-            with self._shown(microbatch, grad=ambient.grad) if notes.tapping else nullcontext():
-                output = self._run_blocks(call, notes, inputs)
-        _check_output(self.index, output, leaves)
+            kept = Kept(notes.kept)
+            for each, tensor in zip(enters.beside, inputs[1:], strict=True):
+                made = made_before(next(iter(self.blocks)), each)
+                kept.note_entering(made, inner(tensor))
+            with self._shown(microbatch, notes, kept, grad=ambient.grad) if notes.shows else nullcontext():
+                output = self._run_blocks(call, notes, inputs[0], kept)
+            outputs = (output, *(kept[made_before(notes.stop, each)] for each in leaves.beside))
+        check_outputs(self.index, outputs, leaves)
         if ambient.autocast and self._looked_at is not call.spec and output.requires_grad:
             self._looked_at = call.spec
-            self.in_half |= computed_in_half([output]) if ambient.is_half else set()
+            self.in_half |= computed_in_half(outputs) if ambient.is_half else set()
         if self.witness is not None:
             self.witness.end(microbatch)
-        if inputs.requires_grad or output.requires_grad or microbatch in self._tapped:
-            self._saved[microbatch] = (inputs, output)
-        return output.detach()
+        if any(each.requires_grad for each in (*inputs, *outputs)) or microbatch in self._tapped:
+            self._saved[microbatch] = (inputs, outputs)
+        return tuple([each.detach() for each in outputs])
 
-    def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
-        """Back-propagate into the parameters; return the gradient of the input when it needs one."""
+    def backward(self, microbatch: int, gradients: Gradients) -> Gradients:
+        """Back-propagate into the parameters, from the gradients of what has left; return those of what has entered.
+
+        Nothing of either has a gradient where the tuples are empty.
+        """
         if self.witness is not None:
             self.witness.turn(microbatch)
         if microbatch not in self._saved:  # a forward without gradients has no way back
-            return None
-        inputs, output = self._saved.pop(microbatch)
-        if gradient is None and self.company is not None and output.requires_grad:
-            gradient = torch.zeros_like(output)  # the others wait for this rank's part in what goes back
-        if microbatch not in self._tapped:
-            if gradient is not None and output.requires_grad:
-                back_propagate(output, gradient)
-            return inputs.grad
-        roots = [(output, gradient)] if gradient is not None and output.requires_grad else []
-        assert self.driver_side is not None, "somebody was shown what hooks see"
-        tapped, gradients = self._tapped.pop(microbatch), self.driver_side.gradients(self.index, microbatch)
-        roots += [(tapped[index], each.to(self.device)) for index, each in gradients.items()]
+            return ()
+        inputs, outputs = self._saved.pop(microbatch)
+        pairs = zip(outputs, gradients, strict=True) if gradients else ()
+        roots = [(output, each) for output, each in pairs if each is not None and output.requires_grad]
+        if not roots and self.company is not None and outputs[0].requires_grad:
+            roots = [(outputs[0], torch.zeros_like(outputs[0]))]  # others wait for this rank's part in what goes back
+        if microbatch in self._tapped:
+            assert self.driver_side is not None, "somebody was shown what hooks see"
+            tapped, found = self._tapped.pop(microbatch), self.driver_side.gradients(self.index, microbatch)
+            roots += [(tapped[index], each.to(self.device)) for index, each in found.items()]
         if roots:
             back_propagate_all(*zip(*roots, strict=True))
-        return inputs.grad
+        return tuple([leaf.grad for leaf in inputs])
 
-    def backward_input(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
+    def backward_input(self, microbatch: int, gradients: Gradients) -> Gradients:
         """Compute the gradient of the input only (I); :meth:`backward_weight` does the rest.
 
         The split is torch's own; hooks on gradients do not fire and reentrant checkpointing fails under it. It knows
         one way into a stage and one out of it, and no weight that is used again: then this is the whole backward.
         """
-        if microbatch in self._tapped or microbatch in self._sides or self._uses_again(microbatch):
-            whole = self.backward(microbatch, gradient)
-            self._halves[microbatch] = ()
-            return whole
         saved = self._saved.get(microbatch)
+        several = saved is not None and len(saved[0]) + len(saved[1]) > 2
+        if several or microbatch in self._tapped or microbatch in self._sides or self._uses_again(microbatch):
+            whole = self.backward(microbatch, gradients)
+            self._over.add(microbatch)
+            return whole
         if self.witness is not None:
             self.witness.turn(microbatch)
-        if gradient is None or saved is None or not all(each.requires_grad for each in saved):
-            self._halves[microbatch] = gradient
-            return None
-        inputs, output = saved
+        (gradient,) = gradients or (None,)
+        if gradient is None or saved is None or not all(each.requires_grad for (each,) in saved):
+            self._halves[microbatch] = gradients
+            return ()
+        (inputs,), (output,) = saved
         weights = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        gradients, groups = stage_backward_input([output], [gradient], [inputs], iter(weights))
+        found, groups = stage_backward_input([output], [gradient], [inputs], iter(weights))
         self._halves[microbatch] = groups
-        return gradients[0]
+        return (found[0],)
 
     def _uses_again(self, microbatch: int) -> bool:
         """Whether a weight is used several times in a stage; looked at once for calls of one spec."""
         saved = self._saved.get(microbatch)
-        if self._split_in is not self._notes and saved is not None and all(each.requires_grad for each in saved):
-            self._split_in, self._is_whole = self._notes, uses_again(saved[1], saved[0])
+        if self._split_in is not self._notes and saved is not None and all(each.requires_grad for (each,) in saved):
+            self._split_in, self._is_whole = self._notes, uses_again(saved[1][0], saved[0][0])
         return self._is_whole
 
     def backward_weight(self, microbatch: int) -> None:
         """Compute the gradients of the parameters (W) that :meth:`backward_input` left out."""
+        if microbatch in self._over:
+            self._over.remove(microbatch)
+            return
         half = self._halves.pop(microbatch)
-        if isinstance(half, tuple):
-            return  # done already
         if isinstance(half, list):
             self._saved.pop(microbatch)
             if self.witness is not None:
@@ -296,6 +317,7 @@ class Stage:
         self._saved.clear()
         self._tapped.clear()
         self._halves.clear()
+        self._over.clear()
 
     def forget_caches(self, keys: Iterable[int]) -> None:
         """Free the stage's part of key-value caches that the driver let go."""
@@ -322,8 +344,9 @@ class Stage:
         if self.company is not None:
             return ""  # a matter of several ranks
 
-        def run(part: Call, hidden: Tensor) -> Tensor:
-            return _hidden_of(self._call_block(block, part, hidden.clone(), filled={}, shelf=CacheShelf()))
+        def run(part: Call, hidden: Tensor) -> list[Tensor]:
+            found = tensors_of(self._call_block(block, part, hidden.clone(), filled={}, shelf=CacheShelf()))
+            return [found[0], *(found[number] for number, _ in parts.beside)]
 
         module = self.blocks[block]
         self._set_mode(block, call)
@@ -353,14 +376,14 @@ class Stage:
         writes, self._unreported = self._unreported, []
         return writes
 
-    def _run_blocks(self, call: Call, notes: _Notes, hidden: Tensor) -> Tensor:
+    def _run_blocks(self, call: Call, notes: _Notes, hidden: Tensor, kept: Kept) -> Tensor:
         self._shelf.apply(call.caches.ops)
         if notes.plain and not self._careful:
             try:
-                return self._run_each(call, notes, hidden)
+                return self._run_each(call, notes, hidden, kept)
             except RuntimeError as error:
                 self._expect_changes(next(iter(self.blocks)), error)
-        return self._run_each(call, notes, inner(hidden))
+        return self._run_each(call, notes, inner(hidden), kept)
 
     def _expect_changes(self, block: int, error: RuntimeError) -> None:
         """Be careful from now on, and let the caller repeat what failed since ``block`` changes its input in place.
@@ -378,7 +401,7 @@ class Stage:
             ) from error
         self._careful = True
 
-    def _run_each(self, call: Call, notes: _Notes, hidden: Tensor) -> Tensor:
+    def _run_each(self, call: Call, notes: _Notes, hidden: Tensor, kept: Kept) -> Tensor:
         filled: _Filled = {}
         settled, self._settled = self._settled is call.spec, None
         for block, module in self.blocks.items():
@@ -390,15 +413,19 @@ class Stage:
             if block in notes.bare:
                 output = module(hidden)
             else:
-                output = self._call_block(block, call, hidden, filled, self._shelf)
-            hidden = output if type(output) is Tensor else _hidden_of(output)
+                output = self._call_block(block, call, hidden, filled, self._shelf, kept)
+            hidden = output if type(output) is Tensor else hidden_of(output)
+            if notes.kept:
+                kept.note(block, tensors_of(output))
+        if notes.kept:
+            kept.check()
         if notes.lasting:
             self._settled = call.spec
         return hidden
 
     @contextmanager
-    def _shown(self, microbatch: int, *, grad: bool) -> Iterator[None]:
-        """Send what tapped modules compute in a forward to the hooks on the driver."""
+    def _shown(self, microbatch: int, notes: _Notes, kept: Kept, *, grad: bool) -> Iterator[None]:
+        """Send the driver what its hooks are to see of tapped modules in a forward, and what is exported."""
         assert self.driver_side is not None, "nobody to show it to"
         self._recorder.begin()
         try:
@@ -406,6 +433,7 @@ class Stage:
             events, tensors = self._recorder.pack(f"stage {self.index}")
         finally:
             self._recorder.end()
+        tensors += [kept[made] for made in notes.exported]
         flags = tuple(grad and tensor.requires_grad for tensor in tensors)
         if any(flags):
             self._tapped[microbatch] = tensors
@@ -430,18 +458,26 @@ class Stage:
         self._watches[block] = BlockWatch(self.blocks[block], known)
 
     def _call_block(
-        self, block: int, call: Call, hidden: Tensor, filled: _Filled, shelf: CacheShelf
+        self,
+        block: int,
+        call: Call,
+        hidden: Tensor,
+        filled: _Filled,
+        shelf: CacheShelf,
+        kept: Mapping[Made, Tensor] = MappingProxyType({}),
     ) -> Any:  # Any: what the block returns
         index = call.spec.block_template[block]
         template = call.spec.templates[index]
         if index not in filled or template.repeats:
             tensors: list[Tensor] = []
-            args, kwargs = template.fill(self._leaf(call, hidden, shelf, tensors))
+            args, kwargs = template.fill(self._leaf(block, call, hidden, shelf, tensors, kept))
             guarded = tensors or template.mutable
             filled[index] = args, kwargs, ArgumentGuard(template, args, kwargs, tensors) if guarded else None
         args, kwargs, guard = filled[index]
         module = self.blocks[block]
-        if isinstance(template.hidden, str):
+        if template.hidden is None:
+            output = module(*args, **kwargs)
+        elif isinstance(template.hidden, str):
             output = module(*args, **{**kwargs, template.hidden: hidden})
         else:
             args[template.hidden] = hidden
@@ -450,7 +486,15 @@ class Stage:
             guard.check(block, module.forward)
         return output
 
-    def _leaf(self, call: Call, hidden: Tensor, shelf: CacheShelf, used: list[Tensor]) -> Callable[[Any], Any]:
+    def _leaf(
+        self,
+        block: int,
+        call: Call,
+        hidden: Tensor,
+        shelf: CacheShelf,
+        used: list[Tensor],
+        kept: Mapping[Made, Tensor],
+    ) -> Callable[[Any], Any]:
         """Return what makes an argument of a template's leaf, and notes the side inputs among them as ``used``."""
 
         def leaf(value: Any) -> Any:  # Any: a leaf of the user's arguments
@@ -462,11 +506,13 @@ class Stage:
                 return shelf.cache(call.caches.keys[value.slot])
             if kind is HiddenAgain:
                 return hidden
+            if kind is Earlier:
+                used.append(kept[Made(block - value.distance, value.number)])
+                return used[-1]
             if kind is ArrayInput:
                 return array_of(call.side_inputs[value.slot])
             if kind is Packed:
-                used.extend(call.side_inputs[slot] for slot in value.slots)
-                return value.load(call.side_inputs)
+                return value.load(leaf)
             return value
 
         return leaf
@@ -532,31 +578,11 @@ def back_propagate_all(outputs: tuple[Tensor | GradientEdge, ...], gradients: tu
     engine.run_backward(outputs, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _hidden_of(output: Any) -> Tensor:  # Any: what a block returns
-    hidden = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(hidden, Tensor):
-        raise SkipPipeError(f"a block returned {type(hidden).__name__}, not a tensor of hidden states")
-    return hidden
-
-
 def _describe(output: Any, inputs: Tensor, *, changed: bool) -> Probe:  # Any: what a block returns
-    hidden = _hidden_of(output)
-    passes = hidden.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr() and hidden.numel() > 0
-    structure = ReturnStructure(None)
-    if not isinstance(output, Tensor):
-        rest = tuple(Unavailable() if isinstance(item, Tensor) else item for item in output[1:])
-        if any(not isinstance(item, (type(None), bool, int, float, str, Unavailable)) for item in rest):
-            rest = tuple(Unavailable() for _ in rest)
-        structure = ReturnStructure(len(output), rest)
-    return Probe(TensorSpec.of(hidden), structure, changes_input=changed, passes_input=passes)
-
-
-def _check_output(stage: int, output: Tensor, leaves: Hop) -> None:
-    if output.shape != leaves.spec.shape or output.dtype != leaves.spec.dtype:
-        raise SkipPipeError(
-            f"stage {stage} was expected to return {leaves.spec} but returned {TensorSpec.of(output)}: its blocks "
-            "change the form of the hidden states in a way that depends on the data"
-        )
+    memory = inputs.untyped_storage().data_ptr()
+    passes = any(each.untyped_storage().data_ptr() == memory and each.numel() > 0 for each in tensors_of(output))
+    structure = ReturnStructure.of(output)
+    return Probe(structure.tensors[0], structure, changes_input=changed, passes_input=passes)
 
 
 def _random(spec: TensorSpec, device: torch.device) -> Tensor:

@@ -77,9 +77,9 @@ class TensorSpec:
         """That of what travels: the same bytes, with the dimensions as they lie in memory."""
         return TensorSpec(tuple(self.shape[dim] for dim in self.order), self.dtype) if self.order else self
 
-    def is_like(self, other: TensorSpec) -> bool:
+    def is_like(self, other: object) -> bool:
         """Whether tensors of both forms have the same values, wherever they lie."""
-        return self.shape == other.shape and self.dtype == other.dtype
+        return isinstance(other, TensorSpec) and self.shape == other.shape and self.dtype == other.dtype
 
     def empty(self, device: torch.device) -> Tensor:
         """Return a tensor of this form, without values."""

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..driver.capture.proxies import StackCall
-from ..engine.arguments import ATOMS, ArrayInput, CacheRef, HiddenAgain, Packed, SideInput, Template
+from ..driver.capture.stack_call import StackCall
+from ..engine.arguments import ATOMS, ArrayInput, CacheRef, Earlier, HiddenAgain, Packed, SideInput, Template
 
-_LEAVES: Final = ATOMS | {SideInput, ArrayInput, CacheRef, HiddenAgain, Packed}
+_LEAVES: Final = ATOMS | {SideInput, ArrayInput, CacheRef, HiddenAgain, Earlier, Packed}
 _TOLD: Final = ATOMS | {SideInput}
 """What is compared of attributes: objects may change in any way between two runs."""
 _COPIED_ELEMENTS: Final = 1 << 20
@@ -144,7 +144,8 @@ class Entrance:
         if any(type(part) is not type(whole) for part in parts):
             return False
         if isinstance(whole, Packed):
-            if any(part.data != whole.data or len(part.slots) != len(whole.slots) for part in parts):
+            kinds = [type(each) for each in whole.parts]
+            if any(part.data != whole.data or [type(each) for each in part.parts] != kinds for part in parts):
                 return False
             slots = zip(whole.slots, *(part.slots for part in parts), strict=True)
             return all(self._slots_follow(first, rest) for first, *rest in slots)

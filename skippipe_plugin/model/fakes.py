@@ -6,15 +6,18 @@ differs only by how the step reduces over samples.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..driver.capture.proxies import StackCall
+from ..driver.capture.stack_call import StackCall
 from ..engine.memory_order import laid
+from ..engine.stage import inner
+from ..engine.transport import TensorSpec
 from .entering import Entered, Entrance
 from .flips import COMPARISONS, LOOKUPS, REDUCTIONS, Compared, Comparisons, Flip
 from .kinks import Kink, Kinks, is_compared, mark
@@ -79,7 +82,9 @@ class Fakes:
         self._factor = factor
         self._first = first
         self._noise: list[list[tuple[Tensor, Tensor, int]]] = [[] for _ in sizes]
-        self._calls = 0
+        """By microbatch, and answer: what it is made of, the samples' sizes, and the samples' dimension."""
+        self._answers = 0
+        """How many the batch has got."""
         self._entered: list[list[Entered]] = [[] for _ in (*sizes, 0)]
         """By microbatch, and of the batch last: what its calls brought."""
         self.made: list[list[Tensor]] = [[] for _ in (*sizes, 0)]
@@ -98,7 +103,12 @@ class Fakes:
         self.are_watched |= bool(call.hooks)
         self._entered[index].append(Entered.of(call))
         self.calls.setdefault(index, call)
-        spec, size, number = call.specs[-1], self._sizes[index], len(self._noise[index])
+        answer = functools.partial(self._answer_piece, index, call)
+        call.fill(functools.partial(_handed_out, answer))
+        return answer(call.specs[-1])
+
+    def _answer_piece(self, index: int, call: StackCall, spec: TensorSpec) -> Tensor:
+        size, number = self._sizes[index], len(self._noise[index])
         dim = next((d for d, n in enumerate(spec.shape) if n == size), None)
         if dim is None:
             dim = next((d for d, n in enumerate(spec.shape) if n and n % size == 0), 0)
@@ -113,20 +123,25 @@ class Fakes:
         else:
             scales = torch.ones(())
         self._noise[index].append((noise, scales, dim))
-        return self._made(call, noise, scales, index)
+        return self._made(call, spec, noise, scales, index)
 
     def of_whole(self, call: StackCall) -> Tensor:
         """Answer the next call of the blocks by the batch."""
         self.whole_call = self.whole_call or call
-        number, shape = self._calls, call.specs[-1].shape
-        self._calls += 1
         self._entered[-1].append(Entered.of(call))
+        answer = functools.partial(self._answer_whole, call)
+        call.fill(functools.partial(_handed_out, answer))
+        return answer(call.specs[-1])
+
+    def _answer_whole(self, call: StackCall, spec: TensorSpec) -> Tensor:
+        number, shape = self._answers, spec.shape
+        self._answers += 1
         if any(len(noise) <= number for noise in self._noise):
             raise Incomparable("the batch calls the blocks more often than its microbatches do")
         noises, scales, dims = zip(*(noise[number] for noise in self._noise), strict=True)
         dim = dims[0]
         if all(noise.shape == shape for noise in noises):
-            return self._made(call, noises[0], scales[0], -1)
+            return self._made(call, spec, noises[0], scales[0], -1)
         try:
             joined = torch.cat(noises, dim)
         except RuntimeError:
@@ -134,7 +149,7 @@ class Fakes:
         if joined.shape != shape:
             forms = ", ".join(str(tuple(noise.shape)) for noise in noises)
             raise Incomparable(f"hidden states of shape {tuple(shape)} are {forms} in its microbatches")
-        return self._made(call, joined, torch.cat(scales, dim) if scales[0].ndim else scales[0], -1)
+        return self._made(call, spec, joined, torch.cat(scales, dim) if scales[0].ndim else scales[0], -1)
 
     def entrances(self, rounding: float) -> Iterator[Entrance]:
         """Yield what the batch's calls brought beside what those of its microbatches did."""
@@ -156,11 +171,11 @@ class Fakes:
 
     @property
     def dims(self) -> list[int]:
-        """By call: the dimension of the samples in what was answered."""
+        """By answer: the dimension of the samples in it."""
         return [dim for _, _, dim in self._noise[0]]
 
-    def _made(self, call: StackCall, noise: Tensor, scales: Tensor, index: int) -> Tensor:
-        spec, hidden = call.specs[-1], call.hidden if call.ambient.grad else call.hidden.detach()
+    def _made(self, call: StackCall, spec: TensorSpec, noise: Tensor, scales: Tensor, index: int) -> Tensor:
+        hidden = call.hidden if call.ambient.grad else call.hidden.detach()
         self.dtypes.add(spec.dtype)
         made = noise.to(hidden.device)
         if hidden.shape == spec.shape and hidden.is_floating_point():
@@ -168,7 +183,8 @@ class Fakes:
         made = made * scales.to(hidden.device)
         made = ((made.abs() + 0.05 if self._draw % 4 > 1 else made) * self._factor).to(spec.dtype)
         number, size = len(self.made[index]), self._sizes[index] if index >= 0 else sum(self._sizes)
-        zeros = self._axes.zeros(number, call, made, self._noise[max(index, 0)][number][2], size)
+        nth = len(self._entered[index]) - 1
+        zeros = self._axes.zeros(nth, call, made, self._noise[max(index, 0)][number][2], size)
         made = made if zeros is None else made + zeros.to(spec.dtype)
         made = laid(made, spec.order) if spec.order else made
         if call.ambient.grad and made.is_floating_point() and not made.requires_grad:
@@ -176,6 +192,14 @@ class Fakes:
         mark(made)
         self.made[index].append(made)
         return made
+
+
+def _handed_out(make: Callable[[TensorSpec], Tensor], spec: TensorSpec) -> Tensor:
+    """Return what a token of the driver's becomes, in whose place nobody may find it: an object of its own."""
+    made = make(spec)
+    handed = inner(made) if made.requires_grad else made.detach()
+    mark(handed)
+    return handed
 
 
 class Neutral(TorchFunctionMode):

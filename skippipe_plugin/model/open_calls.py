@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..driver.capture.arguments import SideInputs
 from ..driver.capture.entered import EnteredStack
-from ..driver.capture.proxies import StackCall
+from ..driver.capture.stack_call import StackCall
 from ..driver.capture.suspend import suspend_here
 from ..driver.whole_step import WholeTask
 from ..engine.arguments import versions

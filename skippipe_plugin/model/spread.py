@@ -381,7 +381,8 @@ class SpreadModel:
     def _learn_forms(self, planner: PathPlanner) -> None:
         if planner.required is None:
             pipeline = self.pipeline
-            shaping = pipeline.layout.shaping_stages(pipeline.forms) if pipeline.forms else None
+            forms, exporting = pipeline.forms, pipeline.proxies.exporting
+            shaping = pipeline.layout.shaping_stages(forms, exporting) if forms else None
             planner.required = self._broadcast(shaping)
 
     def rebalance_experts(self, loads: Mapping[str, Sequence[float]], steps: int) -> tuple[dict[str, Move], float]:

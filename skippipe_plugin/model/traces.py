@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..driver.capture.proxies import StackCall
+from ..driver.capture.stack_call import StackCall
 
 
 @dataclass(slots=True)

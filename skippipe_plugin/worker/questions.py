@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 
+import cloudpickle
 import torch
 
 from ..engine.call import Call
@@ -27,7 +28,7 @@ def probe(holdings: Holdings, question: Probe, device: torch.device) -> Probed:
             raise  # others wait in the middle of it
         packed, text = pack_exception(error)  # nothing has changed: an answer like another
         return Probed(text, packed)
-    return Probed(None, pickle.dumps(found))
+    return Probed(None, cloudpickle.dumps(found))  # classes of a script, too
 
 
 def compare_parts(holdings: Holdings, question: CompareParts, device: torch.device) -> PartsCompared:

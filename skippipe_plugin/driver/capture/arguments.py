@@ -22,26 +22,32 @@ from ...engine.arguments import (
     ATOMS,
     ArrayInput,
     CacheRef,
+    Earlier,
     HiddenAgain,
     Packed,
     Packer,
     SideInput,
     Template,
     array_of,
+    settled,
     versions,
 )
+from ...engine.call import Made
 from ...engine.errors import SkipPipeError
-from ...engine.unavailable import Unavailable
 from .caches import CacheLedger, is_cache
 from .graphs import root_of
 from .remote import is_remote
 from .token import HiddenToken, named_parts
+from .unavailable import Recording, Unavailable
 
 _IN_PLACE: Final = (
     "{what} was changed in place between the call of {block} and the end of the blocks. Blocks of a pipeline run after "
     "the code around them, so {block} would get the changed value; make a new tensor instead (x = x + 1 in place of "
     "x += 1)"
 )
+
+Part = SideInput | ArrayInput | HiddenAgain | Earlier
+"""What stands for a tensor or an array in an object."""
 
 
 @dataclass(slots=True)
@@ -105,6 +111,8 @@ class ArgumentTaker:
         side_inputs: Of this call of the stack; what is found is put here.
         grad: Whether gradients are on.
         cache_slot: Gives a key-value cache its slot.
+        recording: The call of the stack, to tell its tokens from others.
+        find: Is told what of what blocks have returned is passed on, where nothing had asked for its form.
         leave: Gets a cache that is not sent, since gradients are on.
     """
 
@@ -117,6 +125,8 @@ class ArgumentTaker:
         *,
         grad: bool,
         cache_slot: Callable[[Any], int],
+        recording: Recording | None = None,
+        find: Callable[[Made], None] = lambda _: None,
         leave: Callable[[Any], None] = lambda _: None,
     ) -> None:
         self._names = names
@@ -126,10 +136,14 @@ class ArgumentTaker:
         self._grad = grad
         self._cache_slot = cache_slot
         self._leave = leave
+        self._recording = recording
+        self._find = find
+        self.has_met_tokens = False
+        """Whether anything of what blocks before have returned was among the arguments."""
         self._argument = ""
 
-    def template(self, position: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
-        """Take the arguments; the hidden states stand at ``position``."""
+    def template(self, position: int | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
+        """Take the arguments; the hidden states stand at ``position``, or inside of one."""
         taken_args = [None if index == position else self._argument_of(index, each) for index, each in enumerate(args)]
         taken_kwargs = {name: self._argument_of(name, each) for name, each in kwargs.items() if name != position}
         return Template(tuple(taken_args), taken_kwargs, position)
@@ -155,23 +169,34 @@ class ArgumentTaker:
         if pytree._get_node_type(value) in pytree.SUPPORTED_NODES:
             return pytree.tree_map(self._take, value, is_leaf=is_cache)
         if isinstance(value, Unavailable):
-            raise SkipPipeError(
-                f"argument {self._argument} of {self._name} is {value!r}: blocks of a pipeline exchange their hidden "
-                "states only. Keys and values that a block is to find again in the next call can be kept in a "
-                "transformers.DynamicCache() that all blocks get and update(keys, values, layer), under "
-                "torch.no_grad(): each worker keeps its blocks' part of it"
-            )
+            return self._unavailable(value)
         return self._array(value) if isinstance(value, np.ndarray) else self._object(value)
 
     @property
     def _name(self) -> str:
         return self._names[self._block]
 
-    def _tensor(self, value: Tensor) -> SideInput | HiddenAgain:
+    def _tensor(self, value: Tensor) -> SideInput | HiddenAgain | Earlier:
         if value is self._hidden:
+            self.has_met_tokens = True
             return HiddenAgain()
+        if isinstance(value, HiddenToken) and (made := value.made_in(self._recording)) is not None:
+            self.has_met_tokens = True
+            return Earlier(self._block - made.block, made.number)
         self._check_tensor(value)
         return SideInput(self._side_inputs.slot(value, self._name))
+
+    def _unavailable(self, value: Unavailable) -> Earlier:
+        self.has_met_tokens = True
+        if (made := value.made_in(self._recording)) is not None:
+            self._find(made)
+            return Earlier(self._block - made.block, made.number)
+        raise SkipPipeError(
+            f"argument {self._argument} of {self._name} is {value!r}: blocks of a pipeline exchange tensors only, "
+            "within one call. Keys and values that a block is to find again in the next call can be kept in a "
+            "transformers.DynamicCache() that all blocks get and update(keys, values, layer), under "
+            "torch.no_grad(): each worker keeps its blocks' part of it"
+        )
 
     def _check_tensor(self, value: Tensor) -> None:
         if isinstance(value, HiddenToken):
@@ -223,10 +248,10 @@ class ArgumentTaker:
         if known is not None and known[0] is value and picture is not None and _alike(known[1], picture):
             self._side_inputs.check()
             return known[2]
-        slots: list[int] = []
+        parts: list[Part] = []
         buffer = io.BytesIO()
         try:
-            Packer(buffer, lambda part: self._aside(part, slots)).dump(value)
+            Packer(buffer, lambda part: self._aside(part, parts)).dump(value)
         except SkipPipeError:
             raise
         except Exception as error:
@@ -234,18 +259,20 @@ class ArgumentTaker:
                 f"argument {self._argument} of {self._name} ({type(value).__name__}) cannot be sent to a worker: "
                 f"{error}; pass tensors, numbers, strings, or objects and containers of them"
             ) from error
-        packed = Packed(buffer.getvalue(), tuple(slots))
-        self._side_inputs.objects[id(value)] = value, picture, packed
+        packed = settled(buffer.getvalue(), tuple(parts))
+        if not packed.is_passed_on:  # of blocks before it is named by how far they are
+            self._side_inputs.objects[id(value)] = value, picture, packed
         return packed
 
-    def _aside(self, part: Any, slots: list[int]) -> object | None:
+    def _aside(self, part: Any, parts: list[Part]) -> object | None:
         """Take what is no plain data out of an object, or refuse it."""
         if isinstance(part, Tensor):
-            self._check_tensor(part)
-            return _index(slots, self._side_inputs.slot(part, self._name)), False
+            return _index(parts, self._tensor(part))
+        if isinstance(part, Unavailable):
+            return _index(parts, self._unavailable(part))
         if isinstance(part, np.ndarray):
             taken = self._array(part) if part.dtype.kind in "biufc" else None
-            return (_index(slots, taken.slot), True) if isinstance(taken, ArrayInput) else None
+            return _index(parts, taken) if isinstance(taken, ArrayInput) else None
         if isinstance(part, nn.Module) and any(True for _ in part.parameters()):
             raise SkipPipeError(
                 f"argument {self._argument} of {self._name} is or holds a module with parameters "
@@ -272,10 +299,10 @@ class ArgumentTaker:
         )
 
 
-def _index(slots: list[int], slot: int) -> int:
-    if slot not in slots:
-        slots.append(slot)
-    return slots.index(slot)
+def _index(parts: list[Part], part: Part) -> int:
+    if part not in parts:
+        parts.append(part)
+    return parts.index(part)
 
 
 # Pictures -----------------------------------------------------------------------------------------

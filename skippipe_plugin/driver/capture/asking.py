@@ -11,12 +11,16 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
+from torch import Tensor
+
 from ...engine.call import Ambient
 from ...engine.device_errors import is_of_device
 from ...engine.errors import SkipPipeError
+from ...engine.transport import TensorSpec
 from .cutting import CallForm, Cut, NotCuttable, are_numbers, find_cut
 from .growing import sample_counts, with_more_samples
-from .proxies import StackCall
+from .stack_call import StackCall
 from .suspend import StepThread, Suspended
 
 log = logging.getLogger(__name__)
@@ -149,6 +153,10 @@ def ask(
     raise NotCuttable(next(iter([*(reasons[count] for count in reasons if count > 0), *reasons.values()])))
 
 
+def _zeros(device: torch.device, spec: TensorSpec) -> Tensor:
+    return spec.empty(device).zero_()
+
+
 class _Unanswered(Exception):
     """The user's code does not bear a batch of another size."""
 
@@ -158,8 +166,9 @@ def _form_with(question: Question, num_before: int, thread: StepThread, ambient:
         outcome = thread.start(question.function, ambient)
         for _ in range(num_before):
             if isinstance(outcome, Suspended):
-                spec = outcome.request.specs[-1]
-                outcome = thread.resume(spec.empty(outcome.request.hidden.device).zero_())
+                call: StackCall = outcome.request
+                call.fill(functools.partial(_zeros, call.hidden.device))
+                outcome = thread.resume(_zeros(call.hidden.device, call.specs[-1]))
     except SkipPipeError:
         raise
     except Exception as error:

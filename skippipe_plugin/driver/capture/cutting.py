@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ...engine.arguments import SideInput
-from ...engine.call import Call, CallSpec
+from ...engine.arguments import Earlier, SideInput
+from ...engine.call import Call, CallSpec, Made
 from ...engine.independence import Parts
 from ...engine.memory_order import Order, joined
 from ...engine.transport import TensorSpec
 from .arguments import SideInputs
 from .entered import EnteredStack
-from .proxies import StackCall
+from .stack_call import StackCall, passed_to
 
 _MOST_WAYS: Final = 16
 """Of how many ways to cut the arguments beside the hidden states one is looked for."""
@@ -63,6 +63,21 @@ class Cut:
     """Of what enters each block, and of what leaves the last one."""
     side_inputs: tuple[Axis | None, ...]
     """By slot; None for what all samples share."""
+    beside: tuple[tuple[Made, Axis | None], ...] = ()
+    """The same of what else blocks return that is used."""
+
+    def alone(self, call: StackCall, block: int) -> Cut:
+        """Return the cut of :meth:`StackCall.alone`."""
+        known: dict[Made, Axis | None] = {Made(each, 0): axis for each, axis in enumerate(self.forms[1:])}
+        known.update(self.beside)
+        passed = passed_to(call.templates[call.block_template[block]])
+        axes = [known[Made(block - each.distance, each.number)] for each in passed]
+        return dataclasses.replace(self, side_inputs=(*self.side_inputs, *axes))
+
+    def of_block(self, block: int) -> tuple[tuple[int, int | None], ...]:
+        """Return which tensors of those that ``block`` returns are used beside its result, and their dimensions."""
+        own = ((made.number, axis) for made, axis in self.beside if made.block == block)
+        return tuple((number, None if axis is None else axis.dim) for number, axis in own)
 
     @property
     def hidden(self) -> Axis:
@@ -87,6 +102,7 @@ class Cut:
             for axis, side in zip(self.side_inputs, call.side_inputs, strict=True)
             if axis is not None
         ]
+        tensors += [(axis, _spec_of(call, made).shape) for made, axis in self.beside if axis is not None]
         return all(axis.fits(shape, num_samples) for axis, shape in tensors)
 
 
@@ -101,13 +117,16 @@ class CallForm:
     """The blocks' other arguments."""
     attributes: tuple[Any, ...]
     """What the user's code has set on the blocks, packed."""
+    beside: tuple[tuple[Made, tuple[int, ...]], ...] = ()
+    """What else of what blocks return is used, and its form."""
 
     @classmethod
     def of(cls, call: StackCall) -> CallForm:
         """Describe ``call``."""
         sides = tuple(tuple(side.shape) for side in call.side_inputs)
         attributes = tuple((mode.attributes, mode.tensors) for mode in call.modes)
-        return cls(tuple(spec.shape for spec in call.specs), sides, tuple(_constants(call)), attributes)
+        beside = tuple((made, _spec_of(call, made).shape) for made in call.used())
+        return cls(tuple(spec.shape for spec in call.specs), sides, tuple(_constants(call)), attributes, beside)
 
 
 def find_cut(whole: CallForm, other: CallForm, num_samples: int, num_others: int) -> Cut:
@@ -136,13 +155,22 @@ def find_cut(whole: CallForm, other: CallForm, num_samples: int, num_others: int
         _axis(f"an argument of the blocks beside the hidden states {list(whole.forms[0])}", *each, *sizes)
         for each in zip(whole.side_inputs, other.side_inputs, strict=True)
     ]
-    for axis, form in zip((*found, *sides), (*whole.forms, *whole.side_inputs), strict=True):
+    if [made for made, _ in whole.beside] != [made for made, _ in other.beside]:
+        raise NotCuttable("what blocks pass on to others depends on the number of samples")
+    pairs = zip(whole.beside, other.beside, strict=True)
+    beside = [(made, _axis("what a block returns", mine, theirs, *sizes)) for (made, mine), (_, theirs) in pairs]
+    axes, shapes = [axis for _, axis in beside], [shape for _, shape in whole.beside]
+    for axis, form in zip((*found, *sides, *axes), (*whole.forms, *whole.side_inputs, *shapes), strict=True):
         if axis is not None and axis.rows != found[0].rows:
             raise NotCuttable(
                 f"each sample has {found[0].rows} rows in the hidden states {list(whole.forms[0])}, but {axis.rows} in "
                 f"another tensor of the blocks {list(form)}"
             )
-    return Cut(tuple(found), tuple(sides))
+    return Cut(tuple(found), tuple(sides), tuple(beside))
+
+
+def _spec_of(call: StackCall, made: Made) -> TensorSpec:
+    return call.spec_of(made.block + 1, Earlier(1, made.number))
 
 
 def _axis(name: str, mine: Sequence[int], theirs: Sequence[int], size: int, other: int) -> Axis | None:
@@ -174,7 +202,10 @@ def likely_cuts(whole: CallForm, counts: Sequence[int]) -> list[tuple[int, Cut]]
             if count > 1 and all(form[dim] == count for form in whole.forms):
                 axes = (Axis(dim, 1),) * len(whole.forms)
                 sides = [_likely_axes(side, dim, count) for side in whole.side_inputs]
-                found += [(count, Cut(axes, way)) for way in itertools.islice(_by_likelihood(sides), _MOST_WAYS)]
+                beside = tuple((made, _likely_axes(shape, dim, count)[0]) for made, shape in whole.beside)
+                found += [
+                    (count, Cut(axes, way, beside)) for way in itertools.islice(_by_likelihood(sides), _MOST_WAYS)
+                ]
     if not found:
         shape = list(whole.forms[0])
         raise NotCuttable(f"no dimension of the hidden states {shape} is that of the {counts[0]} samples")
@@ -223,6 +254,7 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
             unkept=call.unkept,
             asked_in=call.asked_in,
             specs=[TensorSpec.of(piece)],
+            exported=call.exported,
         )
         for index, piece in enumerate(hidden)
     ]
@@ -277,7 +309,8 @@ def parts_of(
         for axis, side in zip(cut.side_inputs, sides, strict=True)
     ]
     calls = tuple(Call(spec, tuple(each[index] for each in pieces), 0) for index in range(len(sizes)))
-    parts = Parts(calls, tuple(size * enters.rows for size in sizes), enters.dim, leaves.dim)
+    rows = tuple(size * enters.rows for size in sizes)
+    parts = Parts(calls, rows, enters.dim, leaves.dim, cut.of_block(block))
     return Call(spec, tuple(sides), 0), dataclasses.replace(call.specs[block], shape=tuple(shape)), parts
 
 

@@ -11,9 +11,8 @@ import dataclasses
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -21,25 +20,27 @@ from torch import Tensor, nn
 
 from ...engine.arguments import Template
 from ...engine.attributes import Key
-from ...engine.call import Ambient, BlockMode, CacheUse, Call, CallSpec, Hop
+from ...engine.call import Ambient, BlockMode, CacheUse, Call, CallSpec, Form, Hop, Made
 from ...engine.errors import SkipPipeError
 from ...engine.process_switches import ProcessSwitches
+from ...engine.returned import ReturnStructure, tensors_in
 from ...engine.stage import Probe
-from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
-from .arguments import ArgumentTaker, SideInputs, is_settled
+from .arguments import ArgumentTaker, is_settled
 from .attributes import BlockAttributes, written_elsewhere
 from .caches import WITH_GRADIENTS, CacheLedger, close
 from .classes import ClassWatch
 from .entered import EnteredStack
-from .hooks import Running, StackHooks
+from .hooks import StackHooks
 from .ordinary import copied, reduced
 from .poison import Poison
 from .shapes import Mode, ShapeBook
+from .stack_call import StackCall, passed_to
 from .suspend import current_thread
 from .switches import check_modes
 from .token import HiddenToken
 from .twins import in_common, twin
+from .unavailable import OutputWanted, Unavailable
 
 _BARE: Final = Template((None,), {}, 0)
 """A block's hidden states and nothing else."""
@@ -61,84 +62,6 @@ _FROM_BEFORE: Final = (
     "the blocks' forwards have written attributes, on workers (%s). They do not come back: in the model they are "
     "again what they were before the run"
 )
-
-
-@dataclass(slots=True)
-class StackCall:
-    """One call of the block stack, as the driver's code made it."""
-
-    entered: EnteredStack
-    ambient: Ambient
-    beside: SideInputs = field(default_factory=SideInputs)
-    templates: list[Template] = field(default_factory=list)
-    block_template: list[int] = field(default_factory=list)
-    modes: list[BlockMode] = field(default_factory=list)
-    """By block: its flags, attributes and hooks when it was called."""
-    careful: list[bool] = field(default_factory=list)
-    """By block: whether it may write into its input or hand it on."""
-    hooks: dict[int, Mapping[tuple[int, int], Running]] = field(default_factory=dict)
-    """By block: the hooks of the driver's that ran on it."""
-    events: list[TapEvent] = field(default_factory=list)
-    """What those are to see, once the blocks have run."""
-    seen: list[Tensor] = field(default_factory=list)
-    """The tensors in that."""
-    caches: dict[int, Any] = field(default_factory=dict)  # Any: transformers' Cache
-    unkept: list[Any] = field(default_factory=list)  # Any: the same
-    """Caches that stay empty, since gradients are on."""
-    asked_in: tuple[Mode, Mode] = (Mode(False, False), Mode(False, True))
-    """In what mode a block is asked about that is not in training, and one that is."""
-    placeholder: Tensor | None = None
-    """What the next block must be called with."""
-    is_bare: bool = False
-    """Whether the last block was called with its hidden states and nothing else, as the next one will be, then."""
-    specs: list[TensorSpec] = field(default_factory=list)
-    """By block: the spec of its input; last, of the stack's output."""
-    last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    """With what the last block was called, if a call with the very same objects means the same."""
-
-    @property
-    def hidden(self) -> Tensor:
-        """What entered the first block, still attached to the driver's graph."""
-        return self.entered.hidden
-
-    @property
-    def side_inputs(self) -> list[Tensor]:
-        """The tensors among the blocks' arguments, each once."""
-        return self.beside.tensors
-
-    @property
-    def carried(self) -> tuple[tuple[int, ...], ...]:
-        """By block: the slots of its side inputs that carry a gradient; empty where none does."""
-        if not self.beside.carrying or not self.ambient.grad:
-            return ()
-        slots = [template.slots().intersection(self.beside.carrying) for template in self.templates]
-        by_template = [tuple(sorted(each)) for each in slots]
-        return tuple(by_template[index] for index in self.block_template) if any(by_template) else ()
-
-    @property
-    def sources(self) -> tuple[Tensor, ...]:
-        """What gradients of the blocks go back to on the driver, if it carries one: hidden states and side inputs."""
-        return (self.hidden, *(self.side_inputs[slot] for slot in self.beside.carrying if self.ambient.grad))
-
-    @property
-    def goes_back(self) -> bool:
-        """Whether a gradient goes back through the blocks."""
-        if not self.ambient.grad:
-            return False
-        entering = any(each.requires_grad for each in (self.hidden, *self.side_inputs))
-        return entering or any(any(mode.requires_grad) for mode in self.modes)
-
-    @property
-    def on_host(self) -> tuple[int, ...]:
-        """The slots of those that are on the host though the hidden states are on a device."""
-        if self.hidden.device.type == "cpu":
-            return ()
-        return tuple(slot for slot, tensor in enumerate(self.side_inputs) if tensor.device.type == "cpu")
-
-    def check_unchanged(self) -> None:
-        """Raise when what the blocks are called with was changed in place since."""
-        self.entered.check()
-        self.beside.check()
 
 
 class BlockProxies:
@@ -175,11 +98,13 @@ class BlockProxies:
         """Other stacks of the model, as ``blocks=`` names them, for messages."""
         self._open: dict[object, StackCall] = {}
         """By the step thread that has begun with it (or what stands for code outside of steps)."""
-        self.forms: tuple[TensorSpec, ...] = ()
+        self.forms: tuple[TensorSpec, ...] | tuple[Form, ...] = ()
         """Of the last call: what entered each block, and what left the stack; empty before."""
         self._outside = _Outside()
         self.detached = False
         """True while the driver holds no weights of its remote blocks."""
+        self._exported: set[Made] = set()
+        """What else of what blocks return the driver's code has asked for."""
 
     # ------------------------------------------------------------- install
 
@@ -235,6 +160,20 @@ class BlockProxies:
         """Whether the forward of some block writes its buffers, as far as was asked."""
         return self.book.writes_buffers
 
+    @property
+    def exporting(self) -> frozenset[int]:
+        """The blocks of which the driver's code gets more than the stack's result."""
+        return frozenset(made.block for made in self._exported)
+
+    def learn(self, wanted: OutputWanted) -> bool:
+        """Let blocks return what was asked for, from the next call of the stack on; return whether that is new."""
+        if wanted.made in self._exported:
+            return False
+        if wanted.made.number and not self.book.is_exact:
+            self.book.be_exact()
+        self._exported.add(wanted.made)
+        return True
+
     @contextmanager
     def in_step(self) -> Iterator[None]:
         """While the workers run a step nothing can be asked of them."""
@@ -275,14 +214,17 @@ class BlockProxies:
             tuple(call.careful),
             call.on_host,
             call.carried,
+            call.exported,
         )
 
     def learn_forms(self, call: StackCall) -> None:
         """Find what ``call``, which was cut from another one, makes of its hidden states (``specs``)."""
-        call.specs[1:] = []
+        call.specs[1:], call.structures = [], []
         for block in range(len(self.blocks)):
-            call.specs.append(self._look_up(call, block).output)
-        self.forms = tuple(call.specs)
+            probe = self._look_up(call, block)
+            call.specs.append(probe.output)
+            call.structures.append(probe.structure)
+        self.forms = call.forms
 
     def one_of_each(self, call: StackCall) -> list[int]:
         """Return blocks of which every block of this call has one of its kind, that is called alike."""
@@ -342,17 +284,20 @@ class BlockProxies:
         if probe.changes_input and call.hooks:
             self._check_unseen(call, block)
         call.specs.append(probe.output)
+        call.structures.append(probe.structure)
         call.careful.append(probe.changes_input or probe.passes_input)
+        if probe.changes_input and block:
+            call.changed_by = call.changed_by or self.names[block]
         call.entered.passed(self.names[block], probe)
         if call.entered.changed_by:
             template = call.templates[call.block_template[block]]
             call.entered.check_apart(self.names[block], [call.side_inputs[slot] for slot in template.slots()])
         if block + 1 < len(self.blocks):
-            call.placeholder = token = self._token(call, block, probe.output)
-            structure = probe.structure
-            return token if structure.length is None else structure.wrap(token, self.names[block])
+            call.placeholder = token = self._token(call, Made(block, 0), probe.output)
+            return token if probe.structure.is_bare else self._wrapped(call, probe.structure, block, token)
         del self._open[owner]
-        self.forms = tuple(call.specs)
+        self.forms = call.forms
+        self._finish(call)
         call.entered.close()
         call.beside.check()
         result = self._forward(call)
@@ -362,7 +307,39 @@ class BlockProxies:
         if not call.ambient.grad:
             for cache in call.caches.values():
                 self.ledger.count(cache, call.hidden, len(self.blocks))
-        return probe.structure.wrap(result, self.names[block])
+        for made, token in call.tokens.items():
+            token.becomes(call.values[call.exported.index(made)])
+        return result if probe.structure.is_bare else self._wrapped(call, probe.structure, block, result)
+
+    def _finish(self, call: StackCall) -> None:
+        """All blocks were called: say what of theirs the code after them gets beside the result."""
+        call.recording.is_over = True
+        if self._exported:
+            last = Made(len(self.blocks) - 1, 0)
+            made = (Made(block, n) for block, each in enumerate(call.structures) for n in range(len(each.tensors)))
+            call.exported = tuple(each for each in made if each in self._exported and each != last)
+        if call.changed_by and (call.exported or call.passes_on):
+            raise SkipPipeError(
+                f"{call.changed_by} changes its input in place, on a worker, and what blocks before it have returned "
+                "is used by other blocks, or after them, who would not see that. Let the block make a new tensor (x = "
+                "x * y in place of x *= y)"
+            )
+
+    def _wrapped(self, call: StackCall, structure: ReturnStructure, block: int, hidden: Tensor) -> Any:
+        """Return what a block itself would, with its hidden states and what stands for its other tensors."""
+        name = self.names[block]
+
+        def tensor(number: int, place: int) -> Any:  # Any: a token, or what says that there is none
+            made = Made(block, number)
+            if not number:
+                return hidden
+            if call.recording.is_over and made in call.exported:
+                return call.values[call.exported.index(made)]
+            if not self.book.is_exact:
+                return Unavailable(name, place, made, call.recording)
+            return self._token(call, made, structure.tensors[number])
+
+        return structure.wrap(tensor, lambda place: Unavailable(name, place))
 
     def _check_unseen(self, call: StackCall, block: int) -> None:
         """Refuse a block that changes its input in place where a hook on the driver has kept that tensor, maybe."""
@@ -415,19 +392,39 @@ class BlockProxies:
             call.block_template.append(call.block_template[-1])
             return
         position = _position(call.placeholder, args, kwargs)
-        if position is None:
-            raise SkipPipeError(
-                f"{self.names[block]} was not called with what {self.names[block - 1]} returned: code between the "
-                "blocks changes the hidden states (or activation checkpointing wraps a block from outside). Move that "
-                "code into a block, or name a stack without such code with blocks=..."
-            )
-        call.is_bare = bare = len(args) == 1 and not kwargs
-        template = _BARE if bare else self._taker(call, block).template(position, args, kwargs)
+        call.is_bare = bare = len(args) == 1 and not kwargs and position is not None
+        template = _BARE if bare else self._taken(call, block, position, args, kwargs)
         if template not in call.templates:
             call.templates.append(template)
         call.block_template.append(call.templates.index(template))
         settled = bare or (not template.repeats and all(map(is_settled, (*args, *kwargs.values()))))
         call.last_call = (args, kwargs) if settled else None
+
+    def _taken(
+        self, call: StackCall, block: int, position: int | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Template:
+        """Take the arguments of a block; at ``position`` stand the hidden states, unless they are inside of one."""
+        taker = self._taker(call, block)
+        error: SkipPipeError | None = None
+        try:
+            template = taker.template(position, args, kwargs)
+        except SkipPipeError as refusal:
+            error = refusal
+        if position is None and not taker.has_met_tokens:
+            raise SkipPipeError(
+                f"{self.names[block]} was not called with what {self.names[block - 1]} returned: code between the "
+                "blocks changes the hidden states (or activation checkpointing wraps a block from outside). Move that "
+                "code into a block, or name a stack without such code with blocks=..."
+            ) from error
+        if error is not None:
+            raise error
+        return template
+
+    def _find(self, call: StackCall, made: Made) -> None:
+        """Learn the form of a tensor that a block of ``call`` has returned, now that another one gets it."""
+        if not self.book.is_exact:
+            self.book.be_exact()
+        call.structures[made.block] = self._look_up(call, made.block).structure
 
     def _taker(self, call: StackCall, block: int) -> ArgumentTaker:
         def cache_slot(cache: Any) -> int:
@@ -442,18 +439,23 @@ class BlockProxies:
             call.placeholder,
             call.beside,
             grad=call.ambient.grad,
+            recording=call.recording,
+            find=functools.partial(self._find, call),
             cache_slot=cache_slot,
             leave=call.unkept.append,
         )
 
-    def _token(self, call: StackCall, block: int, spec: TensorSpec) -> HiddenToken:
-        grad, modes = call.ambient.grad, call.modes
+    def _token(self, call: StackCall, made: Made, spec: TensorSpec) -> HiddenToken:
+        grad, modes, block = call.ambient.grad, call.modes, made.block
         needs = grad and (call.hidden.requires_grad or bool(call.beside.carrying))
 
         def needs_gradient() -> bool:
             return needs or (grad and any(any(mode.requires_grad) for mode in modes[: block + 1]))
 
-        return HiddenToken.of(self.names, block, spec, call.hidden.device, needs_gradient)
+        token = HiddenToken.of(self.names, made, spec, call.hidden.device, needs_gradient, call.recording)
+        if made in self._exported:
+            call.tokens[made] = token
+        return token
 
     def _mode(self, call: StackCall, block: int) -> BlockMode:
         """Return what user code has set on ``block`` until now."""
@@ -471,13 +473,20 @@ class BlockProxies:
     def _look_up(self, call: StackCall, block: int) -> Probe:
         """Return what ``block`` makes of what enters it in this call."""
         mode = call.asked_in[call.modes[block].training[0]]
-        return self.book.output(block, call.specs[-1], mode, lambda: self._ask(call, block), ask=not self._is_in_step)
+        beside = self._entering(call, block) if call.templates[call.block_template[block]].repeats else ()
+        ask = not self._is_in_step or bool(beside)
+        return self.book.output(block, call.specs[block], mode, lambda: self._ask(call, block), ask=ask, beside=beside)
+
+    def _entering(self, call: StackCall, block: int) -> tuple[TensorSpec, ...]:
+        """Return the forms of what ``block`` gets of others beside its hidden states."""
+        return tuple(call.spec_of(block, each) for each in passed_to(call.templates[call.block_template[block]]))
 
     def _ask(self, call: StackCall, block: int) -> Probe:
         """Ask the holder of ``block`` what it does with this input."""
         empty = self.ledger.emptied(list(call.caches))  # as in the first call of a generation
-        question = Call(self.question_about(call, block), tuple(call.side_inputs), 0, empty)
-        probe = self._probe(block, question, call.specs[-1])
+        alone = call.alone(block)
+        question = Call(self.question_about(alone, block), tuple(alone.side_inputs), 0, empty)
+        probe = self._probe(block, question, call.specs[block])
         for each in self.book.alike(block):
             self.note_writes(each, probe.writes)
         hooks = self._hooks.blocks[block]
@@ -532,7 +541,10 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
         return args[0]
     if isinstance(kwargs.get("hidden_states"), Tensor):
         return kwargs["hidden_states"]  # type: ignore[no-any-return]
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if found is None:  # in a tuple, a dict or a dataclass
+        found = next(iter(tensors_in((args, kwargs))), None)
+    return found
 
 
 def _position(placeholder: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
@@ -549,7 +561,7 @@ def _same_arguments(call: StackCall, args: tuple[Any, ...], kwargs: dict[str, An
     hidden = call.templates[call.block_template[-1]].hidden
     if len(args) != len(old_args) or kwargs.keys() != old_kwargs.keys():
         return False
-    if (args[hidden] if isinstance(hidden, int) else kwargs[hidden]) is not call.placeholder:
+    if hidden is None or (args[hidden] if isinstance(hidden, int) else kwargs[hidden]) is not call.placeholder:
         return False
     same_args = all(a is b for index, (a, b) in enumerate(zip(args, old_args, strict=True)) if index != hidden)
     return same_args and all(kwargs[name] is old_kwargs[name] for name in kwargs if name != hidden)

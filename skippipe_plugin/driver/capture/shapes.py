@@ -15,6 +15,7 @@ from ...engine.taps import own_hooks
 from ...engine.transport import TensorSpec
 
 _Signature = tuple[object, ...]
+_Beside = tuple[TensorSpec, ...]
 
 
 class Mode(NamedTuple):
@@ -43,8 +44,10 @@ class ShapeBook:
         self._keeping: dict[tuple[int, Mode, torch.dtype], Probe] = {}
         self._turning = {k for k, b in zip(self._kinds, blocks, strict=True) if any(map(order_of, b.parameters()))}
         """The kinds of blocks that have got, made or hold something in another order in memory."""
-        self._known: dict[tuple[int, Mode, TensorSpec], Probe] = {}
-        self._last: list[tuple[Mode, TensorSpec, Probe] | None] = [None] * len(self._kinds)
+        self._known: dict[tuple[int, Mode, TensorSpec, _Beside], Probe] = {}
+        self.is_exact = False
+        """Whether all tensors that blocks return count, not only their hidden states."""
+        self._last: list[tuple[Mode, TensorSpec, _Beside, Probe] | None] = [None] * len(self._kinds)
         """By block: a question that has a lasting answer, and that answer: mostly the next question is the same."""
 
     def is_settled(self, training: Sequence[bool]) -> bool:
@@ -52,6 +55,12 @@ class ShapeBook:
         kept = [(kind, mode) for kind, mode, _ in self._keeping if mode.grad and kind not in self._turning]
         settled = {(kind, mode.training) for kind, mode in kept}
         return all(each in settled for each in zip(self._kinds, training, strict=True))
+
+    def be_exact(self) -> None:
+        """Let all tensors that blocks return count: of those that return several every form must be asked."""
+        self.is_exact = True
+        self._keeping = {key: probe for key, probe in self._keeping.items() if len(probe.structure.tensors) == 1}
+        self._last = [None] * len(self._last)
 
     @property
     def writes_buffers(self) -> bool:
@@ -62,31 +71,41 @@ class ShapeBook:
         """Return the blocks of the same kind."""
         return [index for index, each in enumerate(self._kinds) if each == self._kinds[block]]
 
-    def output(self, block: int, enters: TensorSpec, mode: Mode, probe: Callable[[], Probe], *, ask: bool) -> Probe:
-        """Return what ``block`` makes of a tensor of spec ``enters``.
+    def output(
+        self,
+        block: int,
+        enters: TensorSpec,
+        mode: Mode,
+        probe: Callable[[], Probe],
+        *,
+        ask: bool,
+        beside: _Beside = (),
+    ) -> Probe:
+        """Return what ``block`` makes of a tensor of spec ``enters``, and of those it gets ``beside`` it.
 
         With ``ask`` each mode is asked about, without it only what is known in none.
         """
         last = self._last[block]
-        if last is not None and last[0] == mode and (last[1] is enters or last[1] == enters):
-            return last[2]
+        if last is not None and last[0] == mode and (last[1] is enters or last[1] == enters) and last[2] == beside:
+            return last[3]
         kind = self._kinds[block]
-        if (found := self._lasting(kind, mode, enters)) is not None:
-            self._last[block] = mode, enters, found
+        if (found := self._lasting(kind, mode, enters, beside)) is not None:
+            self._last[block] = mode, enters, beside, found
             return found
         if not ask and (found := self._likely(kind, mode, enters)) is not None:
             return found
-        found = self._known[kind, mode, enters] = probe()
-        if found.output.is_like(enters):
+        found = self._known[kind, mode, enters, beside] = probe()
+        several = self.is_exact and len(found.structure.tensors) > 1
+        if found.output.is_like(enters) and not beside and not several:
             self._keeping[kind, mode, enters.dtype] = found
         if enters.order or found.output.order:
             self._turning.add(kind)
         return found
 
-    def _lasting(self, kind: int, mode: Mode, enters: TensorSpec) -> Probe | None:
+    def _lasting(self, kind: int, mode: Mode, enters: TensorSpec, beside: _Beside = ()) -> Probe | None:
         """Return what is known of a kind of block in a mode."""
-        found = self._known.get((kind, mode, enters))
-        if found is not None or enters.order or kind in self._turning:
+        found = self._known.get((kind, mode, enters, beside))
+        if found is not None or enters.order or beside or kind in self._turning:
             return found
         keeping = self._keeping.get((kind, mode, enters.dtype))
         return None if keeping is None else dataclasses.replace(keeping, output=enters)
@@ -97,7 +116,7 @@ class ShapeBook:
         def difference(each: Mode) -> tuple[bool, bool, bool]:
             return each.dtypes != mode.dtypes, each.training != mode.training, each.grad != mode.grad
 
-        modes = sorted({each for of, each, _ in self._known if of == kind}, key=difference)
+        modes = sorted({each for of, each, _, _ in self._known if of == kind}, key=difference)
         found = (self._lasting(kind, each, enters) for each in modes)
         kept = (each for (of, *_), each in self._keeping.items() if of == kind)
         likely = next(filter(None, found), None)

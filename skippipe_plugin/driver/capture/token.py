@@ -14,9 +14,12 @@ from typing import Any, Final, NoReturn
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils import swap_tensors
 
+from ...engine.call import Made
 from ...engine.errors import SkipPipeError
 from ...engine.transport import TensorSpec
+from .unavailable import OutputWanted, Recording
 
 FORM_QUESTIONS: Final = frozenset(
     {
@@ -46,29 +49,50 @@ _LIKE: Final = frozenset(
 
 
 class HiddenToken(Tensor):
-    """The output of a block that is elsewhere; made by :meth:`of`."""
+    """The output of a block that is elsewhere, or another tensor that it returns; made by :meth:`of`."""
 
     _names: tuple[str, ...]
-    _block: int
+    _made: Made
     _spec: TensorSpec
     _needs_gradient: Callable[[], bool]
+    _recording: Recording
 
     @classmethod
     def of(
         cls,
         names: tuple[str, ...],
-        block: int,
+        made: Made,
         spec: TensorSpec,
         device: torch.device,
         needs_gradient: Callable[[], bool],
+        recording: Recording,
     ) -> HiddenToken:
-        """Make the token for what the block ``names[block]`` returns; ``needs_gradient`` is asked when it matters."""
+        """Make a token.
+
+        Args:
+            names: Of all blocks.
+            made: What it stands for.
+            spec: The form of that.
+            device: Where it would be.
+            needs_gradient: Whether it would need one, asked when it matters.
+            recording: The call that it belongs to.
+        """
         strides = spec.empty(torch.device("meta")).stride() if spec.order else None
         token: HiddenToken = torch.Tensor._make_wrapper_subclass(
             cls, spec.shape, strides=strides, dtype=spec.dtype, device=device
         )
-        token.__dict__.update(_names=names, _block=block, _spec=spec, _needs_gradient=needs_gradient)
+        token.__dict__.update(_names=names, _made=made, _spec=spec, _needs_gradient=needs_gradient)
+        token.__dict__["_recording"] = recording
         return token
+
+    def becomes(self, value: Tensor) -> None:
+        """Be ``value`` from now on, for all who have this object."""
+        object.__setattr__(self, "__class__", Tensor)  # this class lets nobody set anything
+        swap_tensors(self, value)  # type: ignore[no-untyped-call]
+
+    def made_in(self, recording: Recording | None) -> Made | None:
+        """Return what it stands for, if it belongs to that call."""
+        return self._made if self._recording is recording else None
 
     @property
     def requires_grad(self) -> bool:
@@ -81,7 +105,7 @@ class HiddenToken(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
-            return f"<the output of {self._names[self._block]}, {self._spec}, which is on a worker>"
+            return f"<the output of {self.origin()}, {self._spec}, which is on a worker>"
 
     def __format__(self, format_spec: str) -> str:
         return repr(self) if not format_spec else self._refuse(f"format(..., {format_spec!r})")
@@ -173,7 +197,7 @@ class HiddenToken(Tensor):
 
     def origin(self) -> str:
         """Return the name of the block whose output this is."""
-        return self._names[self._block]
+        return self._names[self._made.block]
 
     def _lies(self, memory_format: torch.memory_format) -> bool:
         return memory_format == torch.preserve_format or self.is_contiguous(memory_format=memory_format)
@@ -185,8 +209,15 @@ class HiddenToken(Tensor):
     def _refuse(self, operation: str) -> NoReturn:
         if _is_in_reentrant_checkpoint():
             raise SkipPipeError(_REENTRANT)
-        name, following = self._names[self._block], self._names[self._block + 1]
-        parts = named_parts(self._names, self._block, self._block)
+        name, block = self.origin(), self._made.block
+        if self._recording.is_over:
+            raise OutputWanted(
+                f"code after the blocks of a pipeline needs what {name} returned ({operation}), which stays on a "
+                "worker, since it was not needed when the step was tried. Use it in every batch from the first one on",
+                self._made,
+            )
+        following = self._names[block + 1]
+        parts = named_parts(self._names, block, block)
         instead = f", or pipeline a part of the stack that ends with it or begins after it ({parts})" if parts else ""
         if name == following:
             instead = f', or say in blocks="...*N" how often {name} is called ({len(self._names)} times were expected)'
@@ -194,7 +225,7 @@ class HiddenToken(Tensor):
             f"code between the blocks of a pipeline needs the output of {name} ({operation}), but that stays on "
             f"a worker: here stands a placeholder that can only be passed on to {following}, and nothing may leave it "
             f"out (layer drop, an early exit). Move that code into a block{instead}. What uses the outputs of many "
-            "layers (a loss on each, their mean) cannot be pipelined yet"
+            "layers (a loss on each, their mean) can keep them, and use them when the last block has been called"
         )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ...engine.call import BlockMode, Call, Hop
+from ...engine.call import Beside, Call, Form, Hop
 from ...engine.control.commands import Calls, Step
 from ...engine.control.values import Opening
 from ...engine.errors import SkipPipeError
@@ -15,16 +16,29 @@ from ...engine.transport import TensorSpec
 from ...schedule import Path
 from ..layout import Layout
 from ..links import Links
-from .proxies import BlockProxies, StackCall
+from .proxies import BlockProxies
 from .side_inputs import Digests, Outbox, PreparedCall, SpecNumbers
+from .stack_call import StackCall
 
 
 @dataclass(frozen=True, slots=True)
 class _KnownHops:
     """The hops that followed from a path, gradients, forms, modes and side inputs."""
 
-    asked: tuple[Path, bool, bool, tuple[TensorSpec, ...], tuple[BlockMode, ...], tuple[tuple[int, ...], ...]]
+    asked: tuple[object, ...]
     hops: tuple[Hop, ...]
+
+
+def _hop(form: TensorSpec | Form, requires_grad: bool) -> Hop:
+    """Return what crosses with a form; gradients come back for what may have one."""
+    if isinstance(form, TensorSpec):
+        return Hop(form, requires_grad)
+    beside = [Beside(each, spec, requires_grad and _is_real(spec.dtype)) for each, spec in form.beside]
+    return Hop(form.spec, requires_grad and _is_real(form.spec.dtype), tuple(beside))
+
+
+def _is_real(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 class CallWriter:
@@ -70,25 +84,32 @@ class CallWriter:
         """Return what crosses between the ranks on ``path``; mostly what it was in the step before."""
         requires_grad = call.ambient.grad and call.hidden.requires_grad
         before = self._hops_before.get(microbatch)
-        asked = path, requires_grad, call.ambient.grad, tuple(call.specs), tuple(call.modes), call.carried
+        asked = path, requires_grad, call.ambient.grad, call.forms, tuple(call.modes), call.carried, call.exported
         if before is None or before.asked != asked:
             self._check_forms(microbatch, path, call)
             before = self._hops_before[microbatch] = _KnownHops(asked, self._find_hops(path, call, requires_grad))
         return before.hops
 
     def _find_hops(self, path: Path, call: StackCall, requires_grad: bool) -> tuple[Hop, ...]:
-        hops, carried = [Hop(call.specs[0], requires_grad)], call.carried
+        forms, carried = call.forms, call.carried
+        hops = [_hop(forms[0], requires_grad)]
         for visit in path.visits:
             blocks = self._layout.blocks(visit.stage)
             trained = any(flag for block in blocks for flag in call.modes[block].requires_grad)
             trained = trained or (bool(carried) and any(carried[blocks.start : blocks.stop]))
             requires_grad = requires_grad or (call.ambient.grad and trained)
-            hops.append(Hop(call.specs[blocks.stop], requires_grad))
+            hops.append(_hop(forms[blocks.stop], requires_grad))
         return tuple(hops)
 
     def _check_forms(self, microbatch: int, path: Path, call: StackCall) -> None:
         """A path has to visit the stages that change the form of the hidden states, in their order."""
-        forms, form = call.specs, call.specs[0]
+        forms, form = call.forms, call.forms[0]
+        stages = [self._layout.stage_of_block(made.block) for made in call.exported]
+        if missing := sorted(set(stages) - set(path.stages)):
+            raise SkipPipeError(
+                f"the path of microbatch {microbatch} ({path}) does not visit the stages {missing}, though code after "
+                "the blocks uses what blocks of theirs return. Visit them, or use skip_ratio=..., which does"
+            )
         for visit in path.visits:
             blocks = self._layout.blocks(visit.stage)
             if not form.is_like(forms[blocks.start]):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from skippipe_plugin.driver.capture.unavailable import Unavailable
 from skippipe_plugin.engine.errors import SkipPipeError
-from skippipe_plugin.engine.unavailable import Unavailable
 from tests.e2e.modules import loader
 from tests.e2e.support import assert_same_run, train
 

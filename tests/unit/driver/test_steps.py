@@ -10,8 +10,8 @@ import torch
 
 from skippipe_plugin.driver.capture.entered import EnteredStack
 from skippipe_plugin.driver.capture.graphs import AroundTheBlocks
-from skippipe_plugin.driver.capture.proxies import StackCall
 from skippipe_plugin.driver.capture.side_inputs import PreparedCall
+from skippipe_plugin.driver.capture.stack_call import StackCall
 from skippipe_plugin.driver.capture.suspend import StepThreads, current_thread
 from skippipe_plugin.driver.steps import StepRun, StepTask
 from skippipe_plugin.engine.call import Ambient

@@ -166,7 +166,7 @@ def found(module: nn.Module, sizes: tuple[int, ...] = (5, 3), **options: Any) ->
     state = copy.deepcopy(module.state_dict())
     parts = Parts((CALL,) * len(sizes), sizes, 0, 0, **options)
     with torch.no_grad():
-        what = difference(module, lambda _, h: module(h.clone()), CALL, torch.randn(sum(sizes), 4), parts)
+        what = difference(module, lambda _, h: [module(h.clone())], CALL, torch.randn(sum(sizes), 4), parts)
     assert [each.training for each in module.modules()] == modes
     torch.testing.assert_close(module.state_dict(), state, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in module.parameters())
@@ -204,4 +204,4 @@ def test_a_dimension_that_moves() -> None:
     hidden = torch.randn(8, 4, 3)
     for leaves, expected in ((1, ""), (0, MIXES)):
         parts = Parts((CALL, CALL), (5, 3), 0, leaves)
-        assert difference(Moved(), lambda _, h: Moved()(h), CALL, hidden, parts) == expected
+        assert difference(Moved(), lambda _, h: [Moved()(h)], CALL, hidden, parts) == expected

@@ -75,11 +75,11 @@ def test_blocks_share_a_leaf_and_microbatches_do_not(halves: bool) -> None:
     shared = torch.randn(4, requires_grad=True)
     sides = [[shared, torch.randn(3, 4, requires_grad=True) * 2, torch.randn(3, 4)] for _ in range(2)]
     calls = [call_of(blocks, slots, each) for each in sides]
-    outputs = [stage.forward(index, calls[index], entered[index], ENTERS, ENTERS) for index in range(2)]
+    outputs = [stage.forward(index, calls[index], (entered[index],), ENTERS, ENTERS)[0] for index in range(2)]
     backward = stage.backward_input if halves else stage.backward
     gradients = {}
     for index in (1, 0):
-        gradients[index] = backward(index, -outputs[index].sin())
+        (gradients[index],) = backward(index, (-outputs[index].sin(),))
         stage.send_gradients(index)
         if halves:
             stage.backward_weight(index)
@@ -107,8 +107,8 @@ def test_a_backward_sends_one_message_even_of_nothing(gradient: Tensor | None) -
     block: nn.Module = Deaf() if gradient is not None else Block()
     stage, inbox = stage_of(block)
     call = call_of([block], [(0,)], [torch.randn(4, requires_grad=True)])
-    stage.forward(0, call, torch.randn(3, 4), ENTERS, ENTERS)
-    stage.backward(0, gradient)
+    stage.forward(0, call, (torch.randn(3, 4),), ENTERS, ENTERS)
+    stage.backward(0, (gradient,))
     stage.send_gradients(0)
     assert inbox.came == [(2, 0, {})]
 
@@ -119,8 +119,8 @@ def test_a_stage_whose_blocks_get_none_sends_none() -> None:
     call = call_of([block, Block()], [(0,), (1,)], [torch.randn(4), torch.randn(4, requires_grad=True)])
     assert call.spec.carried_by([0]) == ()
     assert call.spec.carried_by([0, 1]) == (1,)
-    stage.forward(0, call, torch.randn(3, 4), ENTERS, ENTERS)
-    stage.backward(0, torch.ones(3, 4))
+    stage.forward(0, call, (torch.randn(3, 4),), ENTERS, ENTERS)
+    stage.backward(0, (torch.ones(3, 4),))
     stage.send_gradients(0)
     assert inbox.came == []
 
@@ -129,7 +129,7 @@ def test_without_gradients_nothing_is_kept() -> None:
     block = Block()
     stage, inbox = stage_of(block)
     side = torch.randn(4, requires_grad=True)
-    output = stage.forward(0, call_of([block], [(0,)], [side], grad=False), torch.randn(3, 4), ENTERS, ENTERS)
+    (output,) = stage.forward(0, call_of([block], [(0,)], [side], grad=False), (torch.randn(3, 4),), ENTERS, ENTERS)
     assert not output.requires_grad
     stage.send_gradients(0)
     assert inbox.came == []
@@ -138,7 +138,9 @@ def test_without_gradients_nothing_is_kept() -> None:
 def test_a_step_that_is_given_up_leaves_nothing() -> None:
     block = Block()
     stage, inbox = stage_of(block)
-    stage.forward(0, call_of([block], [(0,)], [torch.randn(4, requires_grad=True)]), torch.randn(3, 4), ENTERS, ENTERS)
+    stage.forward(
+        0, call_of([block], [(0,)], [torch.randn(4, requires_grad=True)]), (torch.randn(3, 4),), ENTERS, ENTERS
+    )
     stage.forget()
     stage.send_gradients(0)
     assert inbox.came == []
@@ -155,9 +157,11 @@ def test_a_block_that_changes_one_is_refused() -> None:
     stage, _ = stage_of(block)
     call = call_of([block], [(0,)], [torch.randn(4, requires_grad=True)])
     with pytest.raises(SkipPipeError, match="block 0 changes its argument"):
-        stage.forward(0, call, torch.randn(3, 4), ENTERS, ENTERS)
+        stage.forward(0, call, (torch.randn(3, 4),), ENTERS, ENTERS)
 
 
 def test_a_template_knows_its_slots_wherever_they_are() -> None:
-    template = Template((None, SideInput(3), [HiddenAgain(), {"a": SideInput(1)}]), {"b": Packed(b"", (5, 1))}, 0)
+    template = Template(
+        (None, SideInput(3), [HiddenAgain(), {"a": SideInput(1)}]), {"b": Packed(b"", (SideInput(5), SideInput(1)))}, 0
+    )
     assert template.slots() == {1, 3, 5}

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from skippipe_plugin.driver.capture.arguments import ArgumentTaker, SideInputs
 from skippipe_plugin.driver.capture.token import HiddenToken
+from skippipe_plugin.driver.capture.unavailable import Recording, Unavailable
 from skippipe_plugin.engine.arguments import ArrayInput, HiddenAgain, Packed, SideInput, Template, array_of
+from skippipe_plugin.engine.call import Made
 from skippipe_plugin.engine.errors import SkipPipeError
-from skippipe_plugin.engine.stage import Unavailable
 from skippipe_plugin.engine.transport import TensorSpec
 
 NAMES = tuple(f"net.{index}" for index in range(4))
@@ -107,7 +108,7 @@ def filled(template: Template, beside: SideInputs) -> tuple[list[Any], dict[str,
             return beside.tensors[value.slot]
         if isinstance(value, ArrayInput):
             return array_of(beside.tensors[value.slot])
-        return value.load(beside.tensors) if isinstance(value, Packed) else value
+        return value.load(leaf) if isinstance(value, Packed) else value
 
     return travelled.fill(leaf)
 
@@ -146,7 +147,9 @@ def test_a_gradient_is_found_wherever_it_is(hold: Callable[[Any], Any]) -> None:
 
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
 def test_an_earlier_output_is_found_wherever_it_is(hold: Callable[[Any], Any]) -> None:
-    token = HiddenToken.of(NAMES, 0, TensorSpec((2,), torch.float32), torch.device("cpu"), lambda: False)
+    token = HiddenToken.of(
+        NAMES, Made(0, 0), TensorSpec((2,), torch.float32), torch.device("cpu"), lambda: False, Recording()
+    )
     hidden = torch.zeros(2)
     with pytest.raises(SkipPipeError, match=r"net\.2 takes the output of net\.0 .*\(argument 'skip'\)"):
         taker(hidden, SideInputs(), block=2).template(0, (hidden,), {"skip": hold(token)})
@@ -214,7 +217,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "module": (nn.Linear(2, 2), r"a module with parameters \(Linear\)"),
     "method of a module": (nn.Linear(2, 2).forward, "a module with parameters"),
     "module in a closure": (scaled(nn.Linear(2, 2)), "a module with parameters"),
-    "second output": (Unavailable(), "a second output of a block, which stays"),
+    "second output": (Unavailable("a block", 1), "a second output of a block, which stays"),
     "sparse": (torch.eye(2).to_sparse(), "layout torch.sparse_coo"),
     "file": (io.StringIO, ""),
 }

@@ -19,7 +19,7 @@ from skippipe_plugin.driver.capture.cutting import (
 )
 from skippipe_plugin.driver.capture.entered import EnteredStack
 from skippipe_plugin.driver.capture.growing import sample_counts, with_more_samples
-from skippipe_plugin.driver.capture.proxies import StackCall
+from skippipe_plugin.driver.capture.stack_call import StackCall
 from skippipe_plugin.engine.arguments import SideInput, Template
 from skippipe_plugin.engine.call import Ambient
 from skippipe_plugin.engine.transport import TensorSpec

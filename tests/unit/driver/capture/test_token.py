@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from skippipe_plugin.driver.capture.token import HiddenToken, named_parts
+from skippipe_plugin.driver.capture.unavailable import Recording
+from skippipe_plugin.engine.call import Made
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.transport import TensorSpec
 
@@ -21,7 +23,9 @@ REAL = torch.ones(2, 3)
 
 @pytest.fixture
 def token() -> HiddenToken:
-    return HiddenToken.of(NAMES, 1, TensorSpec((2, 3), torch.float32), torch.device("cpu"), lambda: True)
+    return HiddenToken.of(
+        NAMES, Made(1, 0), TensorSpec((2, 3), torch.float32), torch.device("cpu"), lambda: True, Recording()
+    )
 
 
 FORM: dict[str, Callable[[Tensor], Any]] = {
@@ -156,12 +160,14 @@ def test_everything_else_names_the_block_and_the_way_out(token: HiddenToken, use
 def test_whether_it_needs_a_gradient_is_asked_when_it_matters() -> None:
     answers = iter([True, False])
     spec = TensorSpec((1,), torch.float32)
-    token = HiddenToken.of(NAMES, 0, spec, torch.device("cpu"), lambda: next(answers))
+    token = HiddenToken.of(NAMES, Made(0, 0), spec, torch.device("cpu"), lambda: next(answers), Recording())
     assert [token.requires_grad, token.requires_grad] == [True, False]
 
 
 def test_its_description() -> None:
-    token = HiddenToken.of(NAMES, 0, TensorSpec((1,), torch.float32), torch.device("cpu"), lambda: False)
+    token = HiddenToken.of(
+        NAMES, Made(0, 0), TensorSpec((1,), torch.float32), torch.device("cpu"), lambda: False, Recording()
+    )
     assert str(token) == f"{token}" == "<the output of net.0, float32[1], which is on a worker>"
 
 

@@ -5,9 +5,27 @@ It may be unpacked, kept and dropped like any value; whatever asks for more is a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from .errors import SkipPipeError
+from ...engine.call import Made
+from ...engine.errors import SkipPipeError
+
+
+@dataclass(slots=True, eq=False)
+class Recording:
+    """What all that stands for tensors of one call of the stack knows: whether the call is still being made."""
+
+    is_over: bool = False
+    """Whether the last block has been called."""
+
+
+class OutputWanted(SkipPipeError):
+    """The driver's code has asked for a tensor that a block returned and that nothing had said would be needed."""
+
+    def __init__(self, message: str, made: Made) -> None:
+        super().__init__(message)
+        self.made = made
 
 
 class Unavailable:
@@ -16,20 +34,24 @@ class Unavailable:
     Args:
         block: The name of the block that returned it.
         position: Where it stood among what the block returned.
+        made: Which tensor it stands for; None for an object.
+        recording: The call that it belongs to.
     """
 
-    __slots__ = ("_block", "_position")
+    __slots__ = ("_block", "_made", "_position", "_recording")
 
-    def __init__(self, block: str = "a block", position: int = 1) -> None:
+    def __init__(self, block: str, position: int, made: Made | None = None, recording: Recording | None = None) -> None:
         self._block = block
         self._position = position
-
-    def of(self, block: str, position: int) -> Unavailable:
-        """Return one that knows where it comes from."""
-        return Unavailable(block, position)
+        self._made = made
+        self._recording = recording
 
     def __reduce__(self) -> tuple[type[Unavailable], tuple[str, int]]:
         return Unavailable, (self._block, self._position)
+
+    def made_in(self, recording: Recording | None) -> Made | None:
+        """Return which tensor it stands for, if it is one and of that call."""
+        return self._made if self._recording is recording else None
 
     def __repr__(self) -> str:
         return f"<a second output of {self._block}, which stays on its worker>"
@@ -46,11 +68,14 @@ class Unavailable:
         found._refuse(getattr(func, "__name__", "a torch function"))
 
     def _refuse(self, what: str) -> NoReturn:
-        raise SkipPipeError(
+        message = (
             f"{what} needs the second output of {self._block} (item {self._position} of what it returns), but that "
-            "stays on its worker: blocks of a pipeline exchange their hidden states only. Compute what you need from "
+            "stays on its worker: blocks of a pipeline exchange tensors only. Compute what you need from "
             "the stack's output, or train without the pipeline"
         )
+        if self._made is None or self._recording is None or not self._recording.is_over:
+            raise SkipPipeError(message)
+        raise OutputWanted(message, self._made)
 
 
 def _first(values: Any) -> Unavailable | None:

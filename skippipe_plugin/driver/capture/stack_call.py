@@ -1,0 +1,186 @@
+"""One call of the block stack, as the driver's code made it, and what of it crosses from block to block."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...engine.arguments import Earlier, SideInput, Template
+from ...engine.call import Ambient, BlockMode, Form, Made
+from ...engine.returned import ReturnStructure
+from ...engine.taps import TapEvent
+from ...engine.transport import TensorSpec
+from .arguments import SideInputs
+from .entered import EnteredStack
+from .hooks import Running
+from .shapes import Mode
+from .token import HiddenToken
+from .unavailable import Recording
+
+
+@dataclass(slots=True)
+class StackCall:
+    """One call of the block stack, as the driver's code made it."""
+
+    entered: EnteredStack
+    ambient: Ambient
+    beside: SideInputs = field(default_factory=SideInputs)
+    templates: list[Template] = field(default_factory=list)
+    block_template: list[int] = field(default_factory=list)
+    modes: list[BlockMode] = field(default_factory=list)
+    """By block: its flags, attributes and hooks when it was called."""
+    careful: list[bool] = field(default_factory=list)
+    """By block: whether it may write into its input or hand it on."""
+    hooks: dict[int, Mapping[tuple[int, int], Running]] = field(default_factory=dict)
+    """By block: the hooks of the driver's that ran on it."""
+    events: list[TapEvent] = field(default_factory=list)
+    """What those are to see, once the blocks have run."""
+    seen: list[Tensor] = field(default_factory=list)
+    """The tensors in that."""
+    caches: dict[int, Any] = field(default_factory=dict)  # Any: transformers' Cache
+    unkept: list[Any] = field(default_factory=list)  # Any: the same
+    """Caches that stay empty, since gradients are on."""
+    asked_in: tuple[Mode, Mode] = (Mode(False, False), Mode(False, True))
+    """In what mode a block is asked about that is not in training, and one that is."""
+    placeholder: Tensor | None = None
+    """What the next block must be called with."""
+    is_bare: bool = False
+    """Whether the last block was called with its hidden states and nothing else, as the next one will be, then."""
+    specs: list[TensorSpec] = field(default_factory=list)
+    """By block: the spec of its input; last, of the stack's output."""
+    last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """With what the last block was called, if a call with the very same objects means the same."""
+    structures: list[ReturnStructure] = field(default_factory=list)
+    """By block: what it returns."""
+    recording: Recording = field(default_factory=Recording)
+    """Tells tokens whether the last block has been called."""
+    exported: tuple[Made, ...] = ()
+    """What else of what the blocks return the driver's code is known to use after them, in order."""
+    tokens: dict[Made, HiddenToken] = field(default_factory=dict)
+    """What stands for that in the driver's code."""
+    changed_by: str = ""
+    """A block behind the first that changes its input in place."""
+    values: list[Tensor] = field(default_factory=list)
+    """The same in its values, once the blocks have run."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """What entered the first block, still attached to the driver's graph."""
+        return self.entered.hidden
+
+    @property
+    def side_inputs(self) -> list[Tensor]:
+        """The tensors among the blocks' arguments, each once."""
+        return self.beside.tensors
+
+    @property
+    def carried(self) -> tuple[tuple[int, ...], ...]:
+        """By block: the slots of its side inputs that carry a gradient; empty where none does."""
+        if not self.beside.carrying or not self.ambient.grad:
+            return ()
+        slots = [template.slots().intersection(self.beside.carrying) for template in self.templates]
+        by_template = [tuple(sorted(each)) for each in slots]
+        return tuple(by_template[index] for index in self.block_template) if any(by_template) else ()
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """What gradients of the blocks go back to on the driver, if it carries one: hidden states and side inputs."""
+        return (self.hidden, *(self.side_inputs[slot] for slot in self.beside.carrying if self.ambient.grad))
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether a gradient goes back through the blocks."""
+        if not self.ambient.grad:
+            return False
+        entering = any(each.requires_grad for each in (self.hidden, *self.side_inputs))
+        return entering or any(any(mode.requires_grad) for mode in self.modes)
+
+    @property
+    def on_host(self) -> tuple[int, ...]:
+        """The slots of those that are on the host though the hidden states are on a device."""
+        if self.hidden.device.type == "cpu":
+            return ()
+        return tuple(slot for slot, tensor in enumerate(self.side_inputs) if tensor.device.type == "cpu")
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether blocks get more of others than their hidden states."""
+        return any(template.repeats and template.earlier() for template in self.templates)
+
+    def used(self) -> list[Made]:
+        """Return the tensors beside the hidden states that blocks return and that others or the code after them use.
+
+        Of blocks that are alike all are named: what is asked of one of them holds for each.
+        """
+        numbers = {made.number for made in self.exported}
+        numbers |= {each.number for template in self.templates for each in template.earlier()}
+        found = (Made(block, number) for block in range(len(self.structures)) for number in sorted(numbers - {0}))
+        return [made for made in found if made.number < len(self.structures[made.block].tensors)]
+
+    @property
+    def forms(self) -> tuple[TensorSpec, ...] | tuple[Form, ...]:
+        """By block: what enters it; last, what leaves the stack."""
+        if not self.passes_on:
+            return tuple(self.specs)
+        return tuple(Form(spec, beside) for spec, beside in zip(self.specs, self._passed(), strict=True))
+
+    def _passed(self) -> list[tuple[tuple[Earlier, TensorSpec], ...]]:
+        """Return by block what must have come to it beside its hidden states: some for it, some for others behind."""
+        found: list[set[Earlier]] = [set() for _ in self.specs]
+        for block, index in enumerate(self.block_template):
+            for each in self.templates[index].earlier():
+                for boundary in range(block - each.distance + 1, block + 1):
+                    found[boundary].add(Earlier(boundary - block + each.distance, each.number))
+        order = [sorted(each - {Earlier(1, 0)}, key=lambda e: (e.distance, e.number)) for each in found]
+        return [tuple((e, self.spec_of(block, e)) for e in each) for block, each in enumerate(order)]
+
+    def spec_of(self, block: int, earlier: Earlier) -> TensorSpec:
+        """Return the spec of what ``block`` would name so."""
+        made = Made(block - earlier.distance, earlier.number)
+        return self.structures[made.block].tensors[made.number] if made.number else self.specs[made.block + 1]
+
+    def alone(self, block: int) -> StackCall:
+        """Return this call with all that ``block`` gets of others among the side inputs, with made-up values.
+
+        It is for questions about that one block; of several such tensors, the order is that of :func:`passed_to`.
+        """
+        template = self.templates[self.block_template[block]]
+        earlier = passed_to(template)
+        if not earlier:
+            return self
+        first = len(self.side_inputs)
+        slots = {each: SideInput(first + index) for index, each in enumerate(earlier)}
+        made = [_made_up(self.spec_of(block, each), self.hidden.device, self.ambient.grad) for each in earlier]
+        opened = template.with_leaves(lambda leaf: slots[leaf] if isinstance(leaf, Earlier) else leaf)
+        numbers = list(self.block_template)
+        numbers[block] = len(self.templates)
+        sides = SideInputs([*self.side_inputs, *made])
+        templates = [*self.templates, opened]
+        return dataclasses.replace(self, templates=templates, block_template=numbers, beside=sides)
+
+    def fill(self, make: Callable[[TensorSpec], Tensor]) -> None:
+        """Answer what the driver's code is to get beside the stack's result."""
+        self.values = [make(self.spec_of(made.block + 1, Earlier(1, made.number))) for made in self.exported]
+
+    def check_unchanged(self) -> None:
+        """Raise when what the blocks are called with was changed in place since."""
+        self.entered.check()
+        self.beside.check()
+
+
+def passed_to(template: Template) -> list[Earlier]:
+    """Return what a block that is called so gets of others beside its hidden states, in a fixed order."""
+    return sorted(template.earlier(), key=lambda each: (each.distance, each.number))
+
+
+def _made_up(spec: TensorSpec, device: torch.device, grad: bool) -> Tensor:
+    if not spec.dtype.is_floating_point and not spec.dtype.is_complex:
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+    generator = torch.Generator().manual_seed(len(spec.shape))
+    values = torch.randn(spec.shape, generator=generator).to(device, spec.dtype)
+    return values.requires_grad_(grad)
