@@ -6,20 +6,22 @@ that call the blocks several times before their loss is there.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from lightning.pytorch import LightningModule
 
 from ..driver.capture.growing import sample_counts
-from ..engine.errors import none_swallowed
+from ..engine.errors import SkipPipeError, none_swallowed
 from ..model.backwards import Backwards
 from ..model.open_calls import OpenCalls
 from ..model.open_step import OpenStep
 from ..model.spread import SpreadModel
+from ..model.wanted import FirstRuns, with_outputs
 from .checks import check_several_calls
+from .whole_step import WholeStep
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,10 @@ _SEVERAL_CALLS: Final = (
     "training_step calls the blocks %d times or more before it goes back. It runs once, on the whole batch, of which "
     "only what enters the blocks is cut; all forwards come before the loss, and those of all calls but the last run "
     "once more on the way back"
+)
+_GONE_BACK: Final = (
+    "training_step uses what single blocks return, for the first time after it has gone back once already: the step "
+    "cannot begin again then. Use it before the first backward, too (with a weight of 0)"
 )
 
 
@@ -63,6 +69,7 @@ class OpenSteps:
         self._ends_itself = not module.automatic_optimization
         self._step = OpenStep(spread, module, device)
         self._calls = OpenCalls(spread, self._step, repeats=repeats)
+        self._firsts = FirstRuns()
         self._backwards = Backwards(self._step.begin_backward, self._step.complete, self._step.fail)
 
     def open(self) -> None:
@@ -74,20 +81,32 @@ class OpenSteps:
         self._step.close()
         self._backwards.leave()
 
-    def run(self, step: Callable[[], Any], batch: Any, seed: int, num_steps: int) -> Any:
-        """Run a step, and return what it returns.
+    def run(self, whole: WholeStep, seed: int, num_steps: int) -> Any:
+        """Run a step, and return what it returns; the first one begins again where it asks for what blocks return.
 
         Args:
-            step: Does it.
-            batch: The user's.
+            whole: The step.
             seed: Of the randomness in the blocks.
             num_steps: The optimizer steps so far.
         """
+        pipeline = self._spread.pipeline
+        num_merged, undo = pipeline.gradients.num_merged, self._firsts.undo("step", whole.note_state)
+
+        def undo_forwards() -> None:
+            if pipeline.gradients.num_merged != num_merged:
+                raise SkipPipeError(_GONE_BACK)
+            assert undo is not None
+            undo()
+
+        run = functools.partial(self._run, whole, seed, num_steps)
+        return with_outputs(self._spread, run, None if undo is None else undo_forwards)
+
+    def _run(self, whole: WholeStep, seed: int, num_steps: int) -> Any:
         self._step.settle("the next training_step")
-        self._calls.begin(sample_counts(batch), seed, num_steps)
+        self._calls.begin(sample_counts(whole.batch), seed, num_steps)
         try:
             with none_swallowed(), self._spread.pipeline.open_to(self._calls):
-                result = step()
+                result = whole.call()
             if self._ends_itself:
                 self._step.settle("the end of training_step")
         except BaseException:

@@ -48,7 +48,7 @@ from ..model.settings import CutWhere, PipelineSettings, ScheduleName
 from ..model.skipping import PathPlanner, SkipRatio
 from ..model.spread import Recovery, SpreadModel
 from ..model.verify import Agreement
-from ..model.wanted import with_outputs
+from ..model.wanted import FirstRuns, with_outputs
 from ..model.weight import MicrobatchWeight
 from ..moe import MoEConfig, RouterStatistics
 from ..moe.families import find_routers
@@ -173,8 +173,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         self._restore_late = False
         self._cutter = Cutter()
         self._recovery: Recovery | None = None
-        self._ran: set[str] = set()
-        """The steps that have run once."""
+        self._firsts = FirstRuns()
         self._record_timeline = False
         self._timeline: Timeline | None = None
 
@@ -404,8 +403,7 @@ class SkipPipeStrategy(OptimizingStrategy):
                 self._timeline = self._spread.timeline or self._timeline
                 self._spread.bring_back(keep=self._continuation is not None)
         finally:
-            self._spread, self._asking = None, None
-            self._ran.clear()
+            self._spread, self._asking, self._firsts = None, None, FirstRuns()
             if self._compiled is not None:
                 self._compiled.restore()
                 self._compiled = None
@@ -499,26 +497,18 @@ class SkipPipeStrategy(OptimizingStrategy):
             cut = None if self._open is not None else self._cut_step("training_step", batch, rest, kwargs)
             if self._open is None and self._asking is not None and self._asking.most_calls > 1:
                 self._open_steps(module, self._asking.most_calls)
+            whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
             if self._open is None:
-                whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
-                was_tried = cut is not None and cut[1].answer is not None
-                undo = None if was_tried else self._undo_of_first("training_step", whole)
+                undo = None if cut and cut[1].answer else self._firsts.undo("training_step", whole.note_state)
                 try:
-                    return with_outputs(running.pipeline.proxies, lambda: self._train_closed(module, whole, cut), undo)
+                    return with_outputs(running, lambda: self._train_closed(module, whole, cut), undo)
                 except CalledTwice:
                     if undo is None:
                         raise
                     undo()
                     self._open_steps(module, 2)
             assert self._open is not None
-            step = functools.partial(module.training_step, *args, **kwargs)
-            return self._open.run(step, batch, self._seed(), module.trainer.global_step)
-
-    def _undo_of_first(self, name: str, whole: WholeStep) -> Callable[[], None] | None:
-        """Return what takes back what a step changes, if it is the first of its kind and so may have to begin again."""
-        is_first = name not in self._ran
-        self._ran.add(name)
-        return whole.note_state() if is_first else None
+            return self._open.run(whole, self._seed(), module.trainer.global_step)
 
     def _train_closed(self, module: LightningModule, whole: WholeStep, cut: PreparedStep | None) -> Any:
         if cut is None:
@@ -532,8 +522,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         return step.finish(merging, values, loss)
 
     def _open_steps(self, module: LightningModule, num_calls: int = 0) -> None:
-        repeats = self._recovery is not None
-        self._open = opened_steps(self._running(), module, self.root_device, num_calls, repeats=repeats)
+        self._open = opened_steps(self._running(), module, self.root_device, num_calls, repeats=bool(self._recovery))
 
     def _cut_step(self, name: str, batch: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PreparedStep | None:
         """Cut a step, and find out how its results merge; None when it runs once, on the whole batch."""
@@ -546,7 +535,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         cut = cut_or_whole(self._cutter, batch, count, hint, source, may_stay=name != "training_step")
         step = CutStep(self.lightning_module, name, batch, cut, rest, kwargs, self.settings.microbatch_weight)
         asked = functools.partial(step.prepared, self._asking, self.settings.microbatches, self.gather_objects)
-        return with_outputs(self._running().pipeline.proxies, asked)
+        return with_outputs(self._running(), asked)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -569,9 +558,9 @@ class SkipPipeStrategy(OptimizingStrategy):
         module, batch, rest = self._step_arguments(args)
         if (cut := self._cut_step(name, batch, rest, kwargs)) is None:
             whole = WholeStep(module, name, args, kwargs, self.root_device)
-            undo, proxies = self._undo_of_first(name, whole), self._running().pipeline.proxies
+            running, undo = self._running(), self._firsts.undo(name, whole.note_state)
             with whole.logging():
-                return with_outputs(proxies, lambda: self._running().evaluate(self._whole_task(whole))[0], undo)
+                return with_outputs(running, lambda: running.evaluate(self._whole_task(whole))[0], undo)
         step, merging = cut
         task = step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
         with step.logging(), shared_sections(module):

@@ -46,7 +46,7 @@ class WholeStep:
     ) -> None:
         self._module = module
         self._name = name
-        self._batch, self._rest, self._kwargs = args[0], args[1:], kwargs
+        self.batch, self._rest, self._kwargs = args[0], args[1:], kwargs
         self._device = device
         self._shared: list[Logged] = []
         """What is logged with other drivers."""
@@ -60,7 +60,7 @@ class WholeStep:
             seed=seed,
             training=training,
             name=self._name,
-            questions=questions(self._call, self._batch),
+            questions=questions(self._call, self.batch),
             note_state=self.note_state,
             repeats=repeats,
             share=1 / drivers,
@@ -68,6 +68,10 @@ class WholeStep:
             bends=functools.partial(asking.bend, self._name, self._results),
             framed=self._module.trainer.precision_plugin.train_step_context,
         )
+
+    def call(self) -> Any:
+        """Run the step as it is."""
+        return self._call(self.batch)
 
     @contextmanager
     def logging(self) -> Iterator[None]:
@@ -83,12 +87,12 @@ class WholeStep:
     def _results(self) -> Results:
         """Run the step, which is only asked what its loss is."""
         with noted():
-            loss = loss_of(self._call(self._batch))
+            loss = loss_of(self._call(self.batch))
         return {} if loss is None else {LOSS: loss}
 
     def _run(self) -> Any:
         self._shared = []
-        return self._call(self._batch)
+        return self._call(self.batch)
 
     def _call(self, batch: Any) -> Any:
         return getattr(self._module, self._name)(batch, *self._rest, **self._kwargs)
@@ -96,7 +100,7 @@ class WholeStep:
     def note_state(self) -> Callable[[], None]:
         """Return what takes back all that the step changes from now on."""
         trainer = self._module.trainer
-        undo, unlog = undo_all(self._module, self._device, self._batch, in_reach(trainer)), undo_logs(trainer)
+        undo, unlog = undo_all(self._module, self._device, self.batch, in_reach(trainer)), undo_logs(trainer)
 
         def undo_both() -> None:
             undo()

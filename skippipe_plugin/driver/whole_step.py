@@ -33,6 +33,7 @@ from .capture.proxies import BlockProxies
 from .capture.side_inputs import PreparedCall
 from .capture.stack_call import StackCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
+from .capture.token import check_available
 from .capture.writer import CallWriter
 from .steps import CALLED_TWICE, WITH_GRADIENTS, CalledTwice, gradient_of, not_called
 from .tapped import TapExchange
@@ -275,7 +276,8 @@ class WholeRun:
                 raise CalledTwice(CALLED_TWICE)
             self._back_propagate(self.values()[0])
         if self._taps is not None:
-            self._taps.send_back(self._first, self._paths[self._first])
+            for index in range(len(self._parts)):
+                self._taps.send_back(self._first + index, self._paths[self._first + index])
         gradient = gradient_of(leaf)
         pieces = [None] * len(self._parts) if gradient is None else self._split(gradient)
         return {self._first + index: piece for index, piece in enumerate(pieces)}
@@ -339,6 +341,7 @@ class WholeRun:
     def _take(self, outcome: Outcome) -> None:
         if isinstance(outcome, Returned):
             self._proxies.check_complete(self._thread)
+            check_available(outcome.value)
         self._outcome = outcome
         self._draws = random_states(self._device)
 
@@ -362,9 +365,15 @@ class WholeRun:
     def _show_hooks(self) -> None:
         """Give the suspended call what its hooks are to see when it goes on; a call with hooks is not cut."""
         call = self._call
-        if self._taps is not None and call is not None and (call.hooks or call.exported):
-            shown = self._taps.collect(self._first, self._paths[self._first], call)
-            call.events, call.seen, call.values = shown.events, shown.tensors, shown.exported
+        if self._taps is None or call is None or not (call.hooks or call.exported):
+            return
+        microbatches = range(self._first, self._first + len(self._parts))
+        pairs = zip(microbatches, self._parts, strict=True)
+        found = [self._taps.collect(microbatch, self._paths[microbatch], part) for microbatch, part in pairs]
+        call.events, call.seen, call.values = found[0].events, found[0].tensors, found[0].exported
+        if self._cut is not None:
+            with torch.set_grad_enabled(call.ambient.grad):
+                call.values = self._cut.join_exported(call, [shown.exported for shown in found])
 
     def _cut_call(self) -> None:
         if self._parts:
@@ -397,9 +406,6 @@ class WholeRun:
             return None
         if call.hooks:
             self._book.tell("forward hooks watch modules of the blocks, and are to see the whole batch")
-            return None
-        if call.exported:
-            self._book.tell("code after the blocks uses what single blocks return")
             return None
         counts = list(task.counts or dict.fromkeys(question.num_samples for question in task.questions))
         kind = task.name, kind_of(call, counts)

@@ -12,7 +12,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import cloudpickle
 import torch
@@ -183,7 +183,11 @@ def is_librarys(hook: Any) -> bool:  # Any: whatever was registered
     """Whether a hook is part of a module's computation by where it comes from."""
     hook = getattr(hook, "func", hook)  # of functools.partial
     source = str(getattr(hook, "__module__", None) or type(hook).__module__)
-    return source.partition(".")[0] in ("torch", "skippipe_plugin")
+    return source.partition(".")[0] in ("torch", "skippipe_plugin") or source == CAPTURING
+
+
+CAPTURING: Final = "transformers.utils.output_capturing"
+"""Whose hooks keep what layers return while someone asks for that: nobody on a worker."""
 
 
 class Returns:

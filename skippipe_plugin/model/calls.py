@@ -42,6 +42,7 @@ from .spread import SpreadModel
 from .suspended import Train
 from .trials import LOSS, Question, Results
 from .untrained import Untrained
+from .wanted import with_outputs
 from .weight import MicrobatchWeight, view_of
 
 _HAS_A_LOSS: Final = (
@@ -245,7 +246,8 @@ class ModelCalls:
         kind = code_of(self._function), len(args), frozenset(kwargs)
         self.num_calls += 1
         if kind not in self._seen and not self._outside.get(kind):  # a step that is given up would count in buffers
-            given = self._asking.look(functools.partial(self._results, self._function, (args, kwargs)), (args, kwargs))
+            asked = functools.partial(self._results, self._function, (args, kwargs))
+            given = with_outputs(self._spread, lambda: self._asking.look(asked, (args, kwargs)))
             self._outside[kind] = given is not None and LOSS not in given
         if not self._outside.setdefault(kind, False):
             undo = undo_all(self._model, self._device, (args, kwargs)) if kind not in self._seen else _nothing
@@ -312,8 +314,11 @@ class ModelCalls:
         cut = self._cut(args, kwargs, training=False)
         if cut is None:
             whole = self._whole_task(functools.partial(self._function, *args, **kwargs), args, kwargs)
+            kind = code_of(self._function), -1 - len(args), frozenset(kwargs)
+            undo = None if kind in self._seen else undo_all(self._model, self._device, (args, kwargs))
+            self._seen.add(kind)
             with torch.no_grad():
-                return self._spread.evaluate(whole)[0]
+                return with_outputs(self._spread, lambda: self._spread.evaluate(whole)[0], undo)
         batch, merging = cut
         functions = [functools.partial(self._function, *own, **named) for own, named in batch.calls]
         shares = [1 / len(functions)] * len(functions)
@@ -352,7 +357,8 @@ class ModelCalls:
             detail=(detail_of((args, kwargs)), form_of(batch.sizes)),
         )
         merging = Merging(self._asking, question, self._weight)
-        if merging.goes_whole(self._spread.settings.microbatches, f"a call of {type(self._model).__name__}"):
+        name = f"a call of {type(self._model).__name__}"
+        if with_outputs(self._spread, lambda: merging.goes_whole(self._spread.settings.microbatches, name)):
             return None
         return batch, merging
 

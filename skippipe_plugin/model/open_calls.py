@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..driver.capture.arguments import SideInputs
 from ..driver.capture.entered import EnteredStack
+from ..driver.capture.hooks import Seen
 from ..driver.capture.stack_call import StackCall
 from ..driver.capture.suspend import suspend_here
 from ..driver.whole_step import WholeTask
@@ -71,7 +72,12 @@ class OpenCalls:
         self._batch = object()
 
     def __call__(self, call: StackCall) -> Tensor:
-        """Run the blocks, and return what they return."""
+        """Run the blocks, and return what they return; what else of them is used is in the call then."""
+        result, *call.values = self._outputs(call)
+        return result
+
+    def _outputs(self, call: StackCall) -> Sequence[Tensor]:
+        """Run the blocks; return their result, and what else of what they return is used."""
         self._number += 1
         seed = block_seed(self._seed, self._number)
         if not call.goes_back:
@@ -89,9 +95,9 @@ class OpenCalls:
         if self._number in self._followed and not counts:
             with torch.no_grad():
                 task = self._task(_without_gradients(call), seed, training=False)
-                [output] = self._spread.rehearse(task, self._num_steps, self._batch)
-            return self._step.hand_out_later(entrance, run, output)
-        result: Tensor = self._step.hand_out(
+                [outputs] = self._spread.rehearse(task, self._num_steps, self._batch)
+            return _as_seen(self._step.hand_out_later(entrance, run, outputs))
+        result: Sequence[Tensor] = self._step.hand_out(
             entrance,
             run,
             lambda outputs: outputs[0],
@@ -99,10 +105,10 @@ class OpenCalls:
             draws_on=True,
             repeats=not counts,
         )
-        return result
+        return _as_seen(result)
 
-    def _evaluated(self, call: StackCall, seed: int) -> Tensor:
-        result: Tensor = self._spread.evaluate(self._task(call, seed, training=False))[0]
+    def _evaluated(self, call: StackCall, seed: int) -> Sequence[Tensor]:
+        result: Sequence[Tensor] = self._spread.evaluate(self._task(call, seed, training=False))[0]
         return result
 
     def _run(
@@ -121,7 +127,7 @@ class OpenCalls:
 
     def _task(self, call: StackCall, seed: int, *, training: bool, **options: Any) -> WholeTask:
         return WholeTask(
-            function=lambda: suspend_here(call),
+            function=lambda: (suspend_here(call), *call.values),
             loss_of=lambda _: None,
             seed=seed,
             training=training,
@@ -130,6 +136,12 @@ class OpenCalls:
             repeats=self._repeats,
             **options,
         )
+
+
+def _as_seen(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return outputs of which all but the result may not be asked for gradients: only a part of those comes here."""
+    result, *others = outputs
+    return [result, *(each.as_subclass(Seen) if each.requires_grad else each for each in others)]
 
 
 def _entered(call: StackCall, entrance: Entrance) -> StackCall:

@@ -21,7 +21,7 @@ from ..driver.capture.graphs import check_hooks, comes_from
 from ..driver.capture.suspend import StepThread, new_step_thread
 from ..engine.errors import SkipPipeError
 from .entrance import Entrance, LoopGraph
-from .outputs import differentiable, gated, map_tensors, watched
+from .outputs import differentiable, gated, is_real, map_tensors, watched
 from .spread import SpreadModel
 from .suspended import SuspendedStep, Train
 
@@ -49,6 +49,8 @@ class _Call:
     is_over: bool = False
     given_up: str = ""
     """What for, if so."""
+    of_all: bool = False
+    """Whether gradients come of all outputs that may carry one, since it was not known which would."""
 
     def add(self, gradients: list[Tensor | None]) -> None:
         """Note gradients of its outputs, which may come in parts."""
@@ -149,11 +151,12 @@ class OpenStep:
         opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
         return merge(opened)
 
-    def hand_out_later(self, entrance: Entrance, train: Train, output: Tensor) -> Tensor:
+    def hand_out_later(self, entrance: Entrance, train: Train, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Return what a call has given already, whose step runs when its gradients are there."""
-        call = self._last = _Call(entrance, train)
-        [opened] = gated([output], functools.partial(self._receive, call))
-        return opened
+        call = self._last = _Call(entrance, train, of_all=True)
+        real = [output for output in outputs if is_real(output)]
+        gates = iter(gated(real, functools.partial(self._receive, call)))
+        return [next(gates) if is_real(output) else output for output in outputs]
 
     def watched(self, entrance: Entrance, loss: Tensor) -> Tensor:
         """Let a loss, whose step is over, have its place in the graph of the code around it."""
@@ -206,7 +209,8 @@ class OpenStep:
         else:
             assert again is not None, "a step that neither waits nor may be repeated"
             self._thread = self._thread or new_step_thread()
-            SuspendedStep(self._thread, self._device, draws_on=True).repeat(again, gradients)
+            step = SuspendedStep(self._thread, self._device, draws_on=True, of_all=call.of_all)
+            step.repeat(again, gradients)
         self._gradients.merge(1.0)
 
     def settle(self, why: str) -> None:

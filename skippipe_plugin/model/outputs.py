@@ -57,6 +57,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
     return output
 
 
+def is_real(tensor: Tensor) -> bool:
+    """Whether a tensor may carry a gradient."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def differentiable(output: Any) -> list[Tensor]:
     """Return the tensors of ``output`` that carry a gradient, in a fixed order."""
     found: list[Tensor] = []

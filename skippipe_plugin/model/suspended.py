@@ -17,7 +17,8 @@ from ..driver.capture.suspend import Returned, StepThread, Suspended, current_th
 from ..driver.capture.switches import Snapshot, switch_on
 from ..engine.call import Ambient, device_types
 from ..engine.device import random_states, set_random_states
-from .outputs import differentiable
+from ..engine.returned import tensors_in
+from .outputs import differentiable, is_real
 
 Train = Callable[[Callable[..., None]], None]
 """Runs a step whose loss is outside, given what back-propagates into the outputs of its microbatches."""
@@ -30,12 +31,16 @@ class SuspendedStep:
         thread: Where it runs.
         device: The driver's device.
         draws_on: Whether the step's code draws from the loop's random state, as in one process, rather than its own.
+        of_all: Whether gradients come of all outputs that may carry one, rather than of those that do.
     """
 
-    def __init__(self, thread: StepThread, device: torch.device, *, draws_on: bool = False) -> None:
+    def __init__(
+        self, thread: StepThread, device: torch.device, *, draws_on: bool = False, of_all: bool = False
+    ) -> None:
         self._thread = thread
         self._device = device
         self._draws_on = draws_on
+        self._of_all = of_all
         self._gradients: Sequence[Tensor | None] | None = None
         self.sources: Sequence[Tensor] = ()
         """What the blocks were given, if its graph goes back after that of the outputs."""
@@ -100,8 +105,10 @@ class SuspendedStep:
             self._wait(outputs)
         assert self._gradients is not None
         carrying = [tensor for output in outputs for tensor in differentiable(output)]
+        if self._of_all:  # when they were handed out, nobody knew which of them would
+            carrying = [tensor for output in outputs for tensor in tensors_in(output) if is_real(tensor)]
         pairs = zip(carrying, self._gradients, strict=True)
-        used = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+        used = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None and tensor.requires_grad]
         tensors = [tensor for tensor, _ in used]
         again = goes_past(tensors, *sources)
         if again:

@@ -6,23 +6,37 @@ import logging
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from ..driver.capture.proxies import BlockProxies
 from ..driver.capture.unavailable import OutputWanted
+from .spread import SpreadModel
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Undo = Callable[[], None]
 _SAID: Final = (
     "code after the blocks uses what single blocks return (%s, for one): that goes from their workers to the driver "
     "with each microbatch, and gradients back"
 )
 
 
-def with_outputs(proxies: BlockProxies, run: Callable[[], T], undo: Callable[[], None] | None = lambda: None) -> T:
+class FirstRuns:
+    """Knows which steps may have to begin again: the first of each kind."""
+
+    def __init__(self) -> None:
+        self._seen: set[object] = set()
+
+    def undo(self, kind: object, note_state: Callable[[], Undo]) -> Undo | None:
+        """Return what takes back what a step of a kind changes; None where one has run before."""
+        is_first = kind not in self._seen
+        self._seen.add(kind)
+        return note_state() if is_first else None
+
+
+def with_outputs(spread: SpreadModel, run: Callable[[], T], undo: Undo | None = lambda: None) -> T:
     """Return what ``run`` returns, which begins again as long as it asks for more of what blocks return.
 
     Args:
-        proxies: The blocks, which learn what is asked for.
+        spread: The blocks, which learn what is asked for.
         run: Does something with them.
         undo: Takes back what it has changed until then; None where nothing can.
 
@@ -33,6 +47,7 @@ def with_outputs(proxies: BlockProxies, run: Callable[[], T], undo: Callable[[],
         try:
             return run()
         except OutputWanted as wanted:
+            proxies = spread.pipeline.proxies
             is_first = not proxies.exporting
             if undo is None or not proxies.learn(wanted):
                 raise

@@ -38,14 +38,9 @@ def _ema() -> list[Callback]:
     return [EMAWeightAveraging(decay=0.9)]
 
 
-_SECOND = "a second output of"
-_BETWEEN = "needs the output of"
-
 ZOO: Final[Mapping[str, Entry]] = {
-    "t5": Entry(lambda: modules.Task(pretrained.t5()), modules.translations, refused=_SECOND),
-    "t5 encoder": Entry(
-        lambda: modules.Task(pretrained.t5()), modules.translations, "model.encoder.block", refused=_SECOND
-    ),
+    "t5": Entry(lambda: modules.Task(pretrained.t5()), modules.translations),
+    "t5 encoder": Entry(lambda: modules.Task(pretrained.t5()), modules.translations, "model.encoder.block"),
     "bart": Entry(lambda: modules.Task(pretrained.bart()), modules.translations),
     "bart encoder": Entry(lambda: modules.Task(pretrained.bart()), modules.translations, "model.model.encoder.layers"),
     "whisper": Entry(lambda: modules.Task(pretrained.whisper()), modules.speech),
@@ -67,10 +62,10 @@ ZOO: Final[Mapping[str, Entry]] = {
     ),
     "dit": Entry(lambda: modules.Diffusion(networks.DiT()), modules.patches, callbacks=_ema),
     "u-net": Entry(lambda: modules.Reconstruction(networks.UNet()), modules.images),
-    "u-vit": Entry(lambda: modules.Reconstruction(networks.UViT()), modules.rows, refused=_BETWEEN),
+    "u-vit": Entry(lambda: modules.Reconstruction(networks.UViT()), modules.rows),
     "albert": Entry(lambda: modules.Task(pretrained.albert()), modules.masked),
-    "two streams": Entry(lambda: modules.NextToken(networks.TwoStreams()), modules.text, refused=_SECOND),
-    "detr": Entry(lambda: modules.Detection(networks.DeepHeads()), modules.objects, refused=_BETWEEN),
+    "two streams": Entry(lambda: modules.NextToken(networks.TwoStreams()), modules.text),
+    "detr": Entry(lambda: modules.Detection(networks.DeepHeads()), modules.objects),
     "dpo": Entry(lambda: modules.Preference(pretrained.llama()), modules.answers, "model.model.layers"),
     "distillation": Entry(
         lambda: modules.Distillation(pretrained.llama(), pretrained.llama()), modules.prompts, "model.model.layers"

@@ -79,6 +79,17 @@ class Cut:
         own = ((made.number, axis) for made, axis in self.beside if made.block == block)
         return tuple((number, None if axis is None else axis.dim) for number, axis in own)
 
+    def join_exported(self, call: StackCall, pieces: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return what the code after the blocks gets of what they return, from that of the microbatches."""
+        known: dict[Made, Axis | None] = {Made(each, 0): axis for each, axis in enumerate(self.forms[1:])}
+        known.update(self.beside)
+        joined: list[Tensor] = []
+        for made, *own in zip(call.exported, *pieces, strict=True):
+            axis = known[made]
+            whole = own[0] if axis is None else axis.join(own, _spec_of(call, made).order)
+            joined.append(whole.as_subclass(type(own[0])))
+        return joined
+
     @property
     def hidden(self) -> Axis:
         """Of what enters the stack."""

@@ -25,6 +25,7 @@ from ...engine.errors import SkipPipeError
 from ...engine.process_switches import ProcessSwitches
 from ...engine.returned import ReturnStructure, tensors_in
 from ...engine.stage import Probe
+from ...engine.taps import CAPTURING
 from ...engine.transport import TensorSpec
 from .arguments import ArgumentTaker, is_settled
 from .attributes import BlockAttributes, written_elsewhere
@@ -294,7 +295,8 @@ class BlockProxies:
             call.entered.check_apart(self.names[block], [call.side_inputs[slot] for slot in template.slots()])
         if block + 1 < len(self.blocks):
             call.placeholder = token = self._token(call, Made(block, 0), probe.output)
-            return token if probe.structure.is_bare else self._wrapped(call, probe.structure, block, token)
+            returned = token if probe.structure.is_bare else self._wrapped(call, probe.structure, block, token)
+            return _shown_to_capturing(self.blocks[block], args, returned)
         del self._open[owner]
         self.forms = call.forms
         self._finish(call)
@@ -309,7 +311,8 @@ class BlockProxies:
                 self.ledger.count(cache, call.hidden, len(self.blocks))
         for made, token in call.tokens.items():
             token.becomes(call.values[call.exported.index(made)])
-        return result if probe.structure.is_bare else self._wrapped(call, probe.structure, block, result)
+        returned = result if probe.structure.is_bare else self._wrapped(call, probe.structure, block, result)
+        return _shown_to_capturing(self.blocks[block], args, returned)
 
     def _finish(self, call: StackCall) -> None:
         """All blocks were called: say what of theirs the code after them gets beside the result."""
@@ -363,7 +366,7 @@ class BlockProxies:
         )
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackCall:
-        _refuse_captured_outputs(kwargs, self.names[0])
+        _refuse_captured_outputs(self.names[0])
         check_modes(self.names[0])
         hidden = _first_tensor(args, kwargs)
         if hidden is None:
@@ -521,19 +524,31 @@ def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), names | {"__deepcopy__": copied(cls), "__reduce_ex__": reduced(cls)})
 
 
-def _refuse_captured_outputs(kwargs: dict[str, Any], name: str) -> None:
-    """Per-layer outputs are computed on the workers and are not sent back."""
-    asked = [key for key in ("output_attentions", "output_hidden_states", "output_router_logits") if kwargs.get(key)]
-    module = sys.modules.get("transformers.utils.output_capturing")
+def _captured() -> list[str]:
+    """Name what transformers' models are asked to keep of their layers."""
+    module = sys.modules.get(CAPTURING)
     collector = module._active_collector.get() if module is not None else None
-    asked += [key for key in collector or () if not key.startswith("_")]
+    return [key for key in collector or () if not key.startswith("_")]
+
+
+def _refuse_captured_outputs(name: str) -> None:
+    """What modules inside of layers compute is on the workers, and is not sent back."""
+    asked = [key for key in _captured() if key != "hidden_states"]
     if asked:
         raise SkipPipeError(
             f"the model was asked for {', '.join(sorted(set(asked)))} of every layer, but the layers from {name} on "
-            "are on the workers and only the last hidden states come back; do not ask for them (where a head of "
-            "transformers does so by itself, as those of Wav2Vec2 do, call the model below it and give that a head of "
-            "your own), or train without the pipeline"
+            "are on the workers and only what they return comes back; do not ask for them, or train without the "
+            "pipeline"
         )
+
+
+def _shown_to_capturing(block: nn.Module, args: tuple[Any, ...], returned: Any) -> Any:
+    """Let transformers keep what a block returns, if its model was asked for the hidden states of every layer."""
+    if block._forward_hooks and _captured():
+        for hook in list(block._forward_hooks.values()):
+            if getattr(hook, "__module__", "") == CAPTURING:
+                hook(block, args, returned)
+    return returned
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch.utils import swap_tensors
 from ...engine.call import Made
 from ...engine.errors import SkipPipeError
 from ...engine.transport import TensorSpec
-from .unavailable import OutputWanted, Recording
+from .unavailable import OutputWanted, Recording, Unavailable
 
 FORM_QUESTIONS: Final = frozenset(
     {
@@ -227,6 +227,21 @@ class HiddenToken(Tensor):
             f"out (layer drop, an early exit). Move that code into a block{instead}. What uses the outputs of many "
             "layers (a loss on each, their mean) can keep them, and use them when the last block has been called"
         )
+
+
+def check_available(returned: Any) -> None:  # Any: what user code returned
+    """Raise where what a step returns holds what blocks have returned, and nobody has asked for before.
+
+    Raises:
+        OutputWanted: It does.
+    """
+    if isinstance(returned, Tensor) and not isinstance(returned, HiddenToken):
+        return
+    for leaf in pytree.tree_leaves(returned):
+        if isinstance(leaf, HiddenToken):
+            leaf._refuse("returned")
+        if isinstance(leaf, Unavailable):
+            leaf._refuse("return")
 
 
 def _is_in_reentrant_checkpoint() -> bool:
