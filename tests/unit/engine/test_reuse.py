@@ -52,8 +52,8 @@ def test_gradients_are_those_of_the_whole(make: Callable[[], list[nn.Module]], h
     stage, entered = Stage(1, dict(enumerate(blocks)), torch.device("cpu")), torch.randn(2, 3, 4)
     found = []
     for index, each in enumerate(entered):
-        output = stage.forward(index, Call(spec, (), 0), each, HOP, HOP)
-        found.append((stage.backward_input if halves else stage.backward)(index, output.cos()))
+        (output,) = stage.forward(index, Call(spec, (), 0), (each,), HOP, HOP)
+        found += (stage.backward_input if halves else stage.backward)(index, (output.cos(),))
         if halves:
             stage.backward_weight(index)
     gradients = [parameter.grad for parameter in stage.parameters()]

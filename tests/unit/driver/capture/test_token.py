@@ -51,7 +51,7 @@ def test_it_answers_what_its_form_tells(token: HiddenToken, ask: Callable[[Tenso
 
 def test_it_lies_as_what_it_stands_for() -> None:
     real = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    token = HiddenToken.of(NAMES, 1, TensorSpec.of(real), torch.device("cpu"), lambda: True, Recording())
+    token = HiddenToken.of(NAMES, Made(1, 0), TensorSpec.of(real), torch.device("cpu"), lambda: True, Recording())
     assert not token.is_contiguous()
     assert token.is_contiguous(memory_format=torch.channels_last)
     assert torch.zeros_like(token).stride() == real.stride()
