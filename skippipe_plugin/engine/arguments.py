@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .computed import Computed
 from .errors import SkipPipeError
 
 
@@ -61,7 +62,7 @@ class Packed:
     """An object: its pickled structure, and what stands for the tensors and arrays in it."""
 
     data: bytes
-    parts: tuple[SideInput | ArrayInput | HiddenAgain | Earlier, ...]
+    parts: tuple[SideInput | ArrayInput | HiddenAgain | Earlier | Computed, ...]
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -71,7 +72,7 @@ class Packed:
     @property
     def is_passed_on(self) -> bool:
         """Whether tensors are in it that blocks before have returned."""
-        return any(isinstance(part, (HiddenAgain, Earlier)) for part in self.parts)
+        return any(isinstance(part, (HiddenAgain, Earlier, Computed)) for part in self.parts)
 
     def load(self, leaf: Callable[[Any], Any]) -> Any:  # Any: what the user's model passes
         """Return a new object of the same content; ``leaf`` makes each of its parts."""
@@ -85,7 +86,7 @@ ATOMS: Final = frozenset(
     }
 )
 """Constants that travel as they are: nothing can be in them, and nobody can change them."""
-_OURS: Final = frozenset({SideInput, ArrayInput, CacheRef, HiddenAgain, Earlier, Packed})
+_OURS: Final = frozenset({SideInput, ArrayInput, CacheRef, HiddenAgain, Earlier, Packed, Computed})
 _CHANGEABLE: Final = frozenset({list, dict, Packed, ArrayInput})
 _LEAVES: Final = ATOMS | _OURS
 """What most arguments are: no containers, so that looking into them can be left out."""
@@ -107,22 +108,26 @@ class Template:
     """The arguments that a block could change (a dict, a list, an object), tensors and caches aside."""
     repeats: bool = field(init=False, repr=False)
     """Whether the hidden states stand in it once more, or what blocks before have returned: it differs by block."""
+    computes: bool = field(init=False, repr=False)
+    """Whether anything in it is computed of what blocks before have returned."""
     is_bare: bool = field(init=False, repr=False)
     """Whether there is nothing but the hidden states."""
     _key: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Derive what is asked often."""
-        parts, mutable, repeats = [], [], False
+        parts, mutable, repeats, computes = [], [], False, False
         for position, value in (*enumerate(self.args), *self.kwargs.items()):
             traits: set[type] = set()
             parts.append((position, _key(value, traits)))
             repeats |= HiddenAgain in traits or Earlier in traits
+            computes |= Computed in traits
             if traits & _CHANGEABLE and CacheRef not in traits:
                 mutable.append(position)
         object.__setattr__(self, "_key", (self.hidden, parts))
         object.__setattr__(self, "mutable", tuple(mutable))
         object.__setattr__(self, "repeats", repeats)
+        object.__setattr__(self, "computes", computes)
         object.__setattr__(self, "is_bare", self.hidden == 0 and len(self.args) == 1 and not self.kwargs)
 
     def __reduce__(self) -> tuple[type[Template], tuple[Any, ...]]:
@@ -147,6 +152,8 @@ class Template:
         """Return a template with ``change`` applied to every leaf."""
 
         def changed(leaf: Any) -> Any:  # Any: a leaf of the user's arguments
+            if isinstance(leaf, Computed):
+                return leaf.mapped(changed)
             return replace(leaf, parts=tuple(map(change, leaf.parts))) if isinstance(leaf, Packed) else change(leaf)
 
         args, kwargs = self.fill(changed)
@@ -157,10 +164,7 @@ class Template:
         found: set[int] = set()
 
         def note(leaf: Any) -> Any:  # Any: a leaf of the user's arguments
-            if isinstance(leaf, SideInput):
-                found.add(leaf.slot)
-            elif isinstance(leaf, Packed):
-                found.update(leaf.slots)
+            found.update(part.slot for part in _parts(leaf) if isinstance(part, (SideInput, ArrayInput)))
             return leaf
 
         self.fill(note)
@@ -173,8 +177,7 @@ class Template:
         found: set[Earlier] = set()
 
         def note(leaf: Any) -> Any:  # Any: a leaf of the user's arguments
-            parts = leaf.parts if isinstance(leaf, Packed) else (leaf,)
-            found.update(part for part in parts if isinstance(part, Earlier))
+            found.update(part for part in _parts(leaf) if isinstance(part, Earlier))
             return leaf
 
         self.fill(note)
@@ -191,6 +194,17 @@ class Template:
         return repr(names[position]) if position < len(names) else f"number {position}"
 
 
+def _parts(leaf: Any) -> Iterator[Any]:  # Any: a leaf of a template
+    """Yield what stands for a tensor in a leaf, or the leaf itself."""
+    if isinstance(leaf, Packed):
+        yield from leaf.parts
+    elif isinstance(leaf, Computed):
+        for each in leaf.leaves():
+            yield from _parts(each)
+    else:
+        yield leaf
+
+
 def _is_leaf(value: Any) -> bool:
     return type(value) in _LEAVES
 
@@ -199,8 +213,11 @@ def _key(value: Any, traits: set[type]) -> Any:  # Any: a leaf of a template, or
     kind = type(value)
     if kind in _OURS:
         traits.add(kind)
-        if kind is Packed:
-            traits.update(map(type, value.parts))
+        if kind is Packed or kind is Computed:
+            traits.update(map(type, _parts(value)))
+        if kind is Computed:
+            own = value.item, value.ambient, _key(value.args, set()), _key(value.kwargs, set())
+            return kind, value.function, *own
         return value
     if kind is float or kind is complex:
         return kind, repr(value)
@@ -228,7 +245,7 @@ class Packer(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
         self.persistent_id = aside
 
 
-def settled(data: bytes, parts: tuple[SideInput | ArrayInput | HiddenAgain | Earlier, ...]) -> Packed:
+def settled(data: bytes, parts: tuple[SideInput | ArrayInput | HiddenAgain | Earlier | Computed, ...]) -> Packed:
     """Return a packed object such that equal ones are equal: classes of a script travel by value.
 
     How pickle writes those depends on which of their equal names are one object.

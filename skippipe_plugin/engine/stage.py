@@ -20,6 +20,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from .arguments import ArgumentGuard, ArrayInput, CacheRef, Earlier, HiddenAgain, Packed, SideInput, array_of
 from .attributes import BlockWatch, Key, apply_changes, attributes_kept, changed_buffers
 from .call import Ambient, BlockMode, Call, CallSpec, Hop, Made, block_seed, made_before
+from .computed import Computed
 from .crossing import Gradients, Kept, Tensors, check_outputs, leaves_of
 from .device import kept_random_states, random_states, seed_everything, set_random_states
 from .errors import SkipPipeError
@@ -511,6 +512,8 @@ class Stage:
                 return used[-1]
             if kind is ArrayInput:
                 return array_of(call.side_inputs[value.slot])
+            if kind is Computed:
+                return value.value(leaf)
             if kind is Packed:
                 return value.load(leaf)
             return value

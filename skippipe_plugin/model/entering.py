@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from ..driver.capture.stack_call import StackCall
 from ..engine.arguments import ATOMS, ArrayInput, CacheRef, Earlier, HiddenAgain, Packed, SideInput, Template
+from ..engine.computed import Computed
 
-_LEAVES: Final = ATOMS | {SideInput, ArrayInput, CacheRef, HiddenAgain, Earlier, Packed}
+_LEAVES: Final = ATOMS | {SideInput, ArrayInput, CacheRef, HiddenAgain, Earlier, Packed, Computed}
 _TOLD: Final = ATOMS | {SideInput}
 """What is compared of attributes: objects may change in any way between two runs."""
 _COPIED_ELEMENTS: Final = 1 << 20
@@ -149,12 +150,33 @@ class Entrance:
                 return False
             slots = zip(whole.slots, *(part.slots for part in parts), strict=True)
             return all(self._slots_follow(first, rest) for first, *rest in slots)
+        if isinstance(whole, Computed):
+            return self._computed_follows(whole, parts)
         if isinstance(whole, float):
             return all(_are_close(torch.tensor(part), torch.tensor(whole), 2e-5) for part in parts)
         try:
             return all(part is whole or bool(part == whole) for part in parts)
         except Exception:  # a comparison of the user's that gives no truth value
             return True
+
+    def _computed_follows(self, whole: Computed, parts: Sequence[Computed]) -> bool:
+        """Whether code between the blocks computes the same of microbatches; numbers of samples may be their own."""
+        flat = [pytree.tree_flatten((each.args, each.kwargs), is_leaf=_is_leaf) for each in (whole, *parts)]
+        same = all(
+            (each.function, each.item, each.ambient) == (whole.function, whole.item, whole.ambient) for each in parts
+        )
+        if not same or any(form != flat[0][1] for _, form in flat):
+            return False
+        return all(
+            self._leaf_follows(first, rest) or self._counts_samples(first, rest)
+            for first, *rest in zip(*(leaves for leaves, _ in flat), strict=True)
+        )
+
+    def _counts_samples(self, whole: Any, parts: Sequence[Any]) -> bool:
+        total = sum(self.sizes)
+        if type(whole) is not int or whole % total or any(type(part) is not int for part in parts):
+            return False
+        return all(part == whole // total * size for part, size in zip(parts, self.sizes, strict=True))
 
     def _slots_follow(self, whole: int, parts: Sequence[int | None]) -> bool:
         sides = [None if slot is None else part.sides[slot] for slot, part in zip(parts, self.parts, strict=True)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..driver.capture.stack_call import StackCall
+from ..driver.capture.token import HiddenToken
 from ..engine.memory_order import laid
 from ..engine.stage import inner
 from ..engine.transport import TensorSpec
@@ -259,6 +260,8 @@ class Neutral(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if HiddenToken in types:
+            return func(*args, **kwargs)  # what comes out is looked at when it has values
         name = getattr(func, "__name__", "").strip("_") if not _in_place(func) else func.__name__
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]

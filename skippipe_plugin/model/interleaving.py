@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..driver.capture.suspend import Outcome, StepThreads, Suspended
+from ..driver.capture.unavailable import OutputWanted
 from ..engine.call import Ambient
 from ..engine.device_errors import is_of_device
 from ..engine.errors import SkipPipeError
@@ -56,6 +57,8 @@ def by_turns(
                         answer = replies[index](outcome.request)
                     outcomes[index] = threads[index].resume(answer)
         return [outcomes[index].value for index in range(len(functions))]  # type: ignore[union-attr]
+    except OutputWanted:
+        return LookupError("it uses what blocks have returned for another one")
     except SkipPipeError:
         raise
     except Exception as error:

@@ -31,7 +31,6 @@ from ..driver.shards import Site
 from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
 from ..engine import phases
-from ..engine.call import device_types
 from ..engine.compilation import Compilation
 from ..engine.control.keeping import EndRun
 from ..engine.device import for_gloo
@@ -178,7 +177,7 @@ class SpreadModel:
         self._undo = keep_padding_empty(model, blocks)
         pipeline.load(
             model,
-            functools.partial(BlockProxies, self._block_names, blocks, device_types(self._device), other_stacks=others),
+            functools.partial(BlockProxies, self._block_names, blocks, self._device, other_stacks=others),
             compilation,
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )

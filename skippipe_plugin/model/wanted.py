@@ -52,5 +52,5 @@ def with_outputs(spread: SpreadModel, run: Callable[[], T], undo: Undo | None = 
             if undo is None or not proxies.learn(wanted):
                 raise
             if is_first:
-                log.info(_SAID, proxies.names[wanted.made.block])
+                log.info(_SAID, proxies.names[min(wanted.made).block])
             undo()

@@ -33,6 +33,7 @@ from ...engine.arguments import (
     versions,
 )
 from ...engine.call import Made
+from ...engine.computed import Computed
 from ...engine.errors import SkipPipeError
 from .caches import CacheLedger, is_cache
 from .graphs import root_of
@@ -46,7 +47,7 @@ _IN_PLACE: Final = (
     "x += 1)"
 )
 
-Part = SideInput | ArrayInput | HiddenAgain | Earlier
+Part = SideInput | ArrayInput | HiddenAgain | Earlier | Computed
 """What stands for a tensor or an array in an object."""
 
 
@@ -176,13 +177,21 @@ class ArgumentTaker:
     def _name(self) -> str:
         return self._names[self._block]
 
-    def _tensor(self, value: Tensor) -> SideInput | HiddenAgain | Earlier:
+    def _computed(self, token: HiddenToken) -> Computed:
+        deferral = token.deferral
+        args, kwargs = self._take(deferral.args), self._take(deferral.kwargs)
+        item = None if deferral.is_single else token.number
+        return Computed(deferral.function, args, kwargs, item, deferral.ambient)
+
+    def _tensor(self, value: Tensor) -> SideInput | HiddenAgain | Earlier | Computed:
         if value is self._hidden:
             self.has_met_tokens = True
             return HiddenAgain()
         if isinstance(value, HiddenToken) and (made := value.made_in(self._recording)) is not None:
             self.has_met_tokens = True
             return Earlier(self._block - made.block, made.number)
+        if isinstance(value, HiddenToken) and value.is_of(self._recording):
+            return self._computed(value)
         self._check_tensor(value)
         return SideInput(self._side_inputs.slot(value, self._name))
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...engine.arguments import Template
 from ...engine.attributes import Key
-from ...engine.call import Ambient, BlockMode, CacheUse, Call, CallSpec, Form, Hop, Made
+from ...engine.call import Ambient, BlockMode, CacheUse, Call, CallSpec, Form, Hop, Made, device_types
 from ...engine.errors import SkipPipeError
 from ...engine.process_switches import ProcessSwitches
 from ...engine.returned import ReturnStructure, tensors_in
@@ -31,6 +31,7 @@ from .arguments import ArgumentTaker, is_settled
 from .attributes import BlockAttributes, written_elsewhere
 from .caches import WITH_GRADIENTS, CacheLedger, close
 from .classes import ClassWatch
+from .deferred import Forms, defer
 from .entered import EnteredStack
 from .hooks import StackHooks
 from .ordinary import copied, reduced
@@ -72,7 +73,7 @@ class BlockProxies:
         self,
         names: Sequence[str],
         blocks: Sequence[nn.Module],
-        device_types: Sequence[str],
+        device: torch.device,
         probe: Callable[[int, Call, TensorSpec], Probe],
         forward: Callable[[StackCall], Tensor],
         other_stacks: Sequence[str] = (),
@@ -80,8 +81,9 @@ class BlockProxies:
         self.names = tuple(names)
         self.blocks = tuple(blocks)
         self.book = ShapeBook(blocks)
+        self._forms = Forms(device)
         self.ledger = CacheLedger()
-        self._device_types = tuple(device_types)
+        self._device_types = device_types(device)
         self._probe = probe
         self._forward = forward
         self._attributes = [BlockAttributes(name, block) for name, block in zip(names, blocks, strict=True)]
@@ -168,12 +170,14 @@ class BlockProxies:
 
     def learn(self, wanted: OutputWanted) -> bool:
         """Let blocks return what was asked for, from the next call of the stack on; return whether that is new."""
-        if wanted.made in self._exported:
-            return False
-        if wanted.made.number and not self.book.is_exact:
+        new = wanted.made - self._exported
+        if any(made.number for made in new) and not self.book.is_exact:
             self.book.be_exact()
-        self._exported.add(wanted.made)
-        return True
+        for number in {made.number for made in new}:
+            if any(made.number == number for made in self._exported):  # one after the other: so for all of them
+                self._exported |= {Made(block, number) for block in range(len(self.blocks))}
+        self._exported |= new
+        return bool(new)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
@@ -311,12 +315,17 @@ class BlockProxies:
                 self.ledger.count(cache, call.hidden, len(self.blocks))
         for made, token in call.tokens.items():
             token.becomes(call.values[call.exported.index(made)])
+        for deferral in call.deferrals:
+            if deferral.bases.issubset(call.exported):
+                deferral.settle()
         returned = result if probe.structure.is_bare else self._wrapped(call, probe.structure, block, result)
         return _shown_to_capturing(self.blocks[block], args, returned)
 
     def _finish(self, call: StackCall) -> None:
         """All blocks were called: say what of theirs the code after them gets beside the result."""
-        call.recording.is_over = True
+        call.recording.is_over, call.recording.compute = True, None
+        for deferral in call.deferrals:
+            deferral.check_unchanged()
         if self._exported:
             last = Made(len(self.blocks) - 1, 0)
             made = (Made(block, n) for block, each in enumerate(call.structures) for n in range(len(each.tensors)))
@@ -388,7 +397,24 @@ class BlockProxies:
         asked_in = Mode(ambient.grad, False, dtypes), Mode(ambient.grad, True, dtypes)
         call = StackCall(EnteredStack(hidden), ambient, asked_in=asked_in, placeholder=hidden)
         call.specs.append(TensorSpec.of(hidden))
+        call.recording.compute = functools.partial(self._compute, call)
         return call
+
+    def _compute(
+        self,
+        call: StackCall,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tokens: Sequence[HiddenToken],
+    ) -> Any:  # Any: tokens, as the function returns tensors
+        """Note what code between the blocks computes of their outputs."""
+        ambient = Ambient.current(self._device_types)
+        deferral = defer(self._forms, function, args, kwargs, ambient, tokens)
+        if deferral is None:
+            tokens[0].refuse(function)
+        call.deferrals.append(deferral)
+        return deferral.results[0] if deferral.is_single else tuple(deferral.results)
 
     def _record(self, call: StackCall, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if call.last_call is not None and _same_arguments(call, args, kwargs):
@@ -476,13 +502,18 @@ class BlockProxies:
     def _look_up(self, call: StackCall, block: int) -> Probe:
         """Return what ``block`` makes of what enters it in this call."""
         mode = call.asked_in[call.modes[block].training[0]]
-        beside = self._entering(call, block) if call.templates[call.block_template[block]].repeats else ()
+        template = call.templates[call.block_template[block]]
+        beside = self._entering(call, block, template) if template.repeats else ()
         ask = not self._is_in_step or bool(beside)
         return self.book.output(block, call.specs[block], mode, lambda: self._ask(call, block), ask=ask, beside=beside)
 
-    def _entering(self, call: StackCall, block: int) -> tuple[TensorSpec, ...]:
-        """Return the forms of what ``block`` gets of others beside its hidden states."""
-        return tuple(call.spec_of(block, each) for each in passed_to(call.templates[call.block_template[block]]))
+    def _entering(self, call: StackCall, block: int, template: Template) -> tuple[Hashable, ...]:
+        """Return what its output's form depends on, of what ``block`` gets of others beside its hidden states."""
+        found: list[Hashable] = [call.spec_of(block, each) for each in passed_to(template)]
+        if template.computes:
+            found += [str((template.args, template.kwargs))]
+            found += [TensorSpec.of(call.side_inputs[slot]) for slot in sorted(template.slots())]
+        return tuple(found)
 
     def _ask(self, call: StackCall, block: int) -> Probe:
         """Ask the holder of ``block`` what it does with this input."""

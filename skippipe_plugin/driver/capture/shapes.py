@@ -15,7 +15,7 @@ from ...engine.taps import own_hooks
 from ...engine.transport import TensorSpec
 
 _Signature = tuple[object, ...]
-_Beside = tuple[TensorSpec, ...]
+_Beside = tuple[Hashable, ...]
 
 
 class Mode(NamedTuple):

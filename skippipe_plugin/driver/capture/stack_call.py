@@ -16,6 +16,7 @@ from ...engine.returned import ReturnStructure
 from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
 from .arguments import SideInputs
+from .deferred import Deferral
 from .entered import EnteredStack
 from .hooks import Running
 from .shapes import Mode
@@ -63,6 +64,8 @@ class StackCall:
     """What else of what the blocks return the driver's code is known to use after them, in order."""
     tokens: dict[Made, HiddenToken] = field(default_factory=dict)
     """What stands for that in the driver's code."""
+    deferrals: list[Deferral] = field(default_factory=list)
+    """What code between the blocks has computed of what they return, in its order."""
     changed_by: str = ""
     """A block behind the first that changes its input in place."""
     values: list[Tensor] = field(default_factory=list)

@@ -27,7 +27,17 @@ FORM_QUESTIONS: Final = frozenset(
         *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"),
         *("is_mps", "is_xpu", "is_xla", "is_hpu", "is_mtia", "is_ipu", "is_maia", "is_vulkan"),
         *("size", "dim", "ndimension", "numel", "nelement", "element_size", "get_device", "__len__", "__hash__"),
-        *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_same_size"),
+        *(
+            "is_inference",
+            "_version",
+            "is_floating_point",
+            "is_complex",
+            "is_signed",
+            "is_contiguous",
+            "is_conj",
+            "is_neg",
+            "is_same_size",
+        ),
     }
 )
 """What may be asked of a tensor without reading it."""
@@ -56,6 +66,9 @@ class HiddenToken(Tensor):
     _spec: TensorSpec
     _needs_gradient: Callable[[], bool]
     _recording: Recording
+    _deferral: Any  # Any: what knows tokens
+    _number: int
+    _bases: frozenset[Made]
 
     @classmethod
     def of(
@@ -82,8 +95,49 @@ class HiddenToken(Tensor):
             cls, spec.shape, strides=strides, dtype=spec.dtype, device=device
         )
         token.__dict__.update(_names=names, _made=made, _spec=spec, _needs_gradient=needs_gradient)
-        token.__dict__["_recording"] = recording
+        token.__dict__.update(_recording=recording, _deferral=None, _number=0, _bases=frozenset((made,)))
         return token
+
+    def computed(
+        self, deferral: Any, number: int, made: Made, spec: TensorSpec, device: torch.device, requires_grad: bool
+    ) -> HiddenToken:
+        """Return a token for what is computed of this one.
+
+        Args:
+            deferral: The call that computes it.
+            number: Which of its results.
+            made: The last of what it follows from.
+            spec: Its form.
+            device: Where it will be.
+            requires_grad: Whether it will need a gradient.
+        """
+        token = HiddenToken.of(self._names, made, spec, device, lambda: requires_grad, self._recording)
+        token.__dict__.update(_deferral=deferral, _number=number, _bases=deferral.bases)
+        return token
+
+    @property
+    def deferral(self) -> Any:  # Any: what knows tokens
+        """What code between the blocks has called to get it; None for what a block returns."""
+        return self._deferral
+
+    @property
+    def number(self) -> int:
+        """Which of the results of that it is."""
+        return self._number
+
+    @property
+    def bases(self) -> frozenset[Made]:
+        """The tensors of blocks that it follows from."""
+        return self._bases
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The form of what it stands for."""
+        return self._spec
+
+    def is_of(self, recording: Recording | None) -> bool:
+        """Whether it belongs to that call."""
+        return self._recording is recording
 
     def becomes(self, value: Tensor) -> None:
         """Be ``value`` from now on, for all who have this object."""
@@ -91,8 +145,8 @@ class HiddenToken(Tensor):
         swap_tensors(self, value)  # type: ignore[no-untyped-call]
 
     def made_in(self, recording: Recording | None) -> Made | None:
-        """Return what it stands for, if it belongs to that call."""
-        return self._made if self._recording is recording else None
+        """Return what it stands for, if that is what a block returns in that call."""
+        return self._made if self._recording is recording and self._deferral is None else None
 
     @property
     def requires_grad(self) -> bool:
@@ -129,8 +183,15 @@ class HiddenToken(Tensor):
             else:
                 same = self._lies(each) if isinstance(each, torch.memory_format) else self._is_here(each)
             if not same:
-                self._refuse("to()")
-        return self._refuse("to(copy=True)") if kwargs.get("copy") or args[2:3] == (True,) else self
+                return self._later("to", *args, **kwargs)
+        copies = kwargs.get("copy") or args[2:3] == (True,)
+        return self._later("to", *args, **kwargs) if copies else self
+
+    def _later(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method when there are values."""
+        if self._recording.compute is None:
+            self._refuse(name)
+        return self._recording.compute(getattr(Tensor, name), (self, *args), kwargs, [self])
 
     def set_(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse it: torch asks no subclass about this one of its methods."""
@@ -138,7 +199,7 @@ class HiddenToken(Tensor):
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
         """Return itself when it is contiguous."""
-        return self if self._lies(memory_format) else self._refuse("contiguous")
+        return self if self._lies(memory_format) else self._later("contiguous", memory_format=memory_format)
 
     def type_as(self, other: Tensor) -> Any:
         """Return itself when ``other`` is of its type."""
@@ -187,7 +248,16 @@ class HiddenToken(Tensor):
             like = torch.empty(1, dtype=spec.dtype, device=args[0].device).expand(spec.shape)
             like = spec.empty(args[0].device) if spec.order else like
             return func(like, *args[1:], **(kwargs or {}))
-        return _first(args, kwargs)._refuse(name)
+        tokens = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, HiddenToken)]
+        over = [token for token in tokens if token._recording.is_over]
+        if over:
+            over[0]._refuse(name, frozenset().union(*(token._bases for token in over)))
+        compute = tokens[0]._recording.compute
+        if any(token._recording is not tokens[0]._recording for token in tokens):
+            raise OutputWanted("two calls of the blocks are open, and code between them uses both", tokens[0]._bases)
+        if compute is None:
+            tokens[0]._refuse(name)
+        return compute(func, args, kwargs or {}, tokens)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -206,7 +276,11 @@ class HiddenToken(Tensor):
         wanted, own = torch.device(device), self.device
         return wanted.type == own.type and wanted.index in (None, own.index)
 
-    def _refuse(self, operation: str) -> NoReturn:
+    def refuse(self, function: Any) -> NoReturn:
+        """Say why ``function`` cannot be called with it."""
+        self._refuse(function_name(function))
+
+    def _refuse(self, operation: str, wanted: frozenset[Made] = frozenset()) -> NoReturn:
         if _is_in_reentrant_checkpoint():
             raise SkipPipeError(_REENTRANT)
         name, block = self.origin(), self._made.block
@@ -214,7 +288,7 @@ class HiddenToken(Tensor):
             raise OutputWanted(
                 f"code after the blocks of a pipeline needs what {name} returned ({operation}), which stays on a "
                 "worker, since it was not needed when the step was tried. Use it in every batch from the first one on",
-                self._made,
+                wanted or self._bases,
             )
         following = self._names[block + 1]
         parts = named_parts(self._names, block, block)

@@ -5,6 +5,7 @@ It may be unpacked, kept and dropped like any value; whatever asks for more is a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -18,12 +19,14 @@ class Recording:
 
     is_over: bool = False
     """Whether the last block has been called."""
+    compute: Callable[..., Any] | None = None
+    """Notes what code between the blocks computes of what stands for tensors."""
 
 
 class OutputWanted(SkipPipeError):
     """The driver's code has asked for a tensor that a block returned and that nothing had said would be needed."""
 
-    def __init__(self, message: str, made: Made) -> None:
+    def __init__(self, message: str, made: frozenset[Made]) -> None:
         super().__init__(message)
         self.made = made
 
@@ -73,9 +76,9 @@ class Unavailable:
             "stays on its worker: blocks of a pipeline exchange tensors only. Compute what you need from "
             "the stack's output, or train without the pipeline"
         )
-        if self._made is None or self._recording is None or not self._recording.is_over:
+        if self._made is None:
             raise SkipPipeError(message)
-        raise OutputWanted(message, self._made)
+        raise OutputWanted(message, frozenset((self._made,)))
 
 
 def _first(values: Any) -> Unavailable | None:
