@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
@@ -25,11 +24,11 @@ from ...engine.errors import SkipPipeError
 from ...engine.process_switches import ProcessSwitches
 from ...engine.returned import ReturnStructure, tensors_in
 from ...engine.stage import Probe
-from ...engine.taps import CAPTURING
 from ...engine.transport import TensorSpec
 from .arguments import ArgumentTaker, is_settled
 from .attributes import BlockAttributes, written_elsewhere
 from .caches import WITH_GRADIENTS, CacheLedger, close
+from .capturing import refuse_captured_parts, shown_to_capturing
 from .classes import ClassWatch
 from .deferred import Forms, defer
 from .entered import EnteredStack
@@ -300,7 +299,7 @@ class BlockProxies:
         if block + 1 < len(self.blocks):
             call.placeholder = token = self._token(call, Made(block, 0), probe.output)
             returned = token if probe.structure.is_bare else self._wrapped(call, probe.structure, block, token)
-            return _shown_to_capturing(self.blocks[block], args, returned)
+            return shown_to_capturing(self.blocks[block], args, returned)
         del self._open[owner]
         self.forms = call.forms
         self._finish(call)
@@ -319,7 +318,7 @@ class BlockProxies:
             if deferral.bases.issubset(call.exported):
                 deferral.settle()
         returned = result if probe.structure.is_bare else self._wrapped(call, probe.structure, block, result)
-        return _shown_to_capturing(self.blocks[block], args, returned)
+        return shown_to_capturing(self.blocks[block], args, returned)
 
     def _finish(self, call: StackCall) -> None:
         """All blocks were called: say what of theirs the code after them gets beside the result."""
@@ -375,7 +374,7 @@ class BlockProxies:
         )
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackCall:
-        _refuse_captured_outputs(self.names[0])
+        refuse_captured_parts(self.names[0])
         check_modes(self.names[0])
         hidden = _first_tensor(args, kwargs)
         if hidden is None:
@@ -553,33 +552,6 @@ def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:
         "__doc__": cls.__doc__,
     }
     return type(cls.__name__, (cls,), names | {"__deepcopy__": copied(cls), "__reduce_ex__": reduced(cls)})
-
-
-def _captured() -> list[str]:
-    """Name what transformers' models are asked to keep of their layers."""
-    module = sys.modules.get(CAPTURING)
-    collector = module._active_collector.get() if module is not None else None
-    return [key for key in collector or () if not key.startswith("_")]
-
-
-def _refuse_captured_outputs(name: str) -> None:
-    """What modules inside of layers compute is on the workers, and is not sent back."""
-    asked = [key for key in _captured() if key != "hidden_states"]
-    if asked:
-        raise SkipPipeError(
-            f"the model was asked for {', '.join(sorted(set(asked)))} of every layer, but the layers from {name} on "
-            "are on the workers and only what they return comes back; do not ask for them, or train without the "
-            "pipeline"
-        )
-
-
-def _shown_to_capturing(block: nn.Module, args: tuple[Any, ...], returned: Any) -> Any:
-    """Let transformers keep what a block returns, if its model was asked for the hidden states of every layer."""
-    if block._forward_hooks and _captured():
-        for hook in list(block._forward_hooks.values()):
-            if getattr(hook, "__module__", "") == CAPTURING:
-                hook(block, args, returned)
-    return returned
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
