@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..driver.capture.devices import move_around
 from ..driver.capture.proxies import BlockProxies
+from ..driver.capture.twins import in_common
 from ..driver.devices import Devices
 from ..driver.experts import ExpertMover
 from ..driver.keeper import settle_in
@@ -36,7 +37,7 @@ from ..engine.control.keeping import EndRun
 from ..engine.device import for_gloo
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob
-from ..moe import Attached, RouterStatistics, attach
+from ..moe import Attached, RouterStatistics, attach, find_routers
 from ..moe.migration import Move
 from ..moe.spent import BlockSize, block_size, spent_share
 from ..partition import cut, driver_share, estimate_costs, other_stacks
@@ -153,7 +154,9 @@ class SpreadModel:
         layout = self.settings.shape.layout(self._cut(model, blocks))
         others = other_stacks(model, blocks)
         hosted = set(layout.hosted(self._rank))
-        self.attached = attach(model, self.settings.moe) if self.settings.moe is not None else None
+        if self.settings.moe is not None:
+            _check_routers_apart(model, blocks)
+            self.attached = attach(model, self.settings.moe)
         self.remote_blocks = tuple(block for index, block in enumerate(blocks) if index not in hosted)
         if move is None:
             move_around(model, set(self.remote_blocks), self._device)
@@ -450,6 +453,17 @@ def _names_in(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[str, ...]:
         found.append(names[each] if counts[each] == 1 else places[each][min(seen[each], len(places[each]) - 1)])
         seen[each] += 1
     return tuple(found)
+
+
+def _check_routers_apart(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    shared = in_common(blocks)
+    for name, site in find_routers(model).items():
+        if id(site.router) in shared:
+            raise SkipPipeError(
+                f"the router {name} is part of several blocks, so what it does at each depth is counted apart, where "
+                "its biases and losses would need the sum; leave moe out, and the model trains as it is, or give each "
+                "block a router of its own"
+            )
 
 
 def _warn_lost(blocks: Sequence[str]) -> None:

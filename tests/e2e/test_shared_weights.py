@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.moe import MoEConfig, MoELayer
 
 from .support import Run, assert_same_run, train
 
@@ -234,3 +235,17 @@ def test_one_layer_that_is_called_in_a_loop(driver_stage: bool, devices: int) ->
 def test_a_number_of_times_that_is_wrong_is_refused(said: int) -> None:
     with pytest.raises(SkipPipeError, match=f"how often layer is called .{said} times were expected"):
         run(Universal, 3, {**SMALL, "blocks": f"layer*{said}"})
+
+
+class Mixture(Block):
+    def __init__(self) -> None:
+        super().__init__(MoELayer(DIM, 8, num_experts=4))
+
+
+def test_a_mixture_of_experts_at_every_depth_trains_without_balance() -> None:
+    def make() -> Model:
+        return Model([Mixture()] * 4, "sgd")
+
+    assert_same_run(run(make, 3, SMALL), run(make, 1))
+    with pytest.raises(SkipPipeError, match=r"the router blocks\.0\.feedforward.* is part of several blocks"):
+        run(make, 3, {**SMALL, "moe": MoEConfig()})
