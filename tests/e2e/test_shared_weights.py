@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin.engine.errors import SkipPipeError
@@ -106,6 +107,13 @@ def one_layer() -> Model:
     return Model([Block()] * 4)
 
 
+def one_pruned_layer() -> Model:
+    """Before each forward a hook of torch's makes its weight, an attribute, of a parameter and a mask."""
+    block = Block()
+    l1_unstructured(block.linear, "weight", amount=0.3)
+    return Model([block] * 4)
+
+
 def two_layers_in_turns() -> Model:
     return Model([Block(), Block()] * 2)
 
@@ -125,7 +133,16 @@ def run(make: Callable[[], Model], devices: int, strategy: Any = None, optimizer
     return train(made, data(), devices, strategy, max_steps=4, **options)
 
 
-MAKERS = [one_feedforward, one_table, first_and_last, with_the_embedding, with_the_head, one_layer, two_layers_in_turns]
+MAKERS = [
+    one_feedforward,
+    one_table,
+    first_and_last,
+    with_the_embedding,
+    with_the_head,
+    one_layer,
+    one_pruned_layer,
+    two_layers_in_turns,
+]
 SMALL = {"num_microbatches": 4, "verbose": False}
 
 

@@ -40,7 +40,7 @@ from .stack_call import StackCall, passed_to
 from .suspend import current_thread
 from .switches import check_modes
 from .token import HiddenToken
-from .twins import in_common, twin
+from .twins import in_common, made_by_hooks, twin
 from .unavailable import OutputWanted, Unavailable
 
 _BARE: Final = Template((None,), {}, 0)
@@ -200,7 +200,8 @@ class BlockProxies:
         """
         attributes = self._attributes[block]
         for key in attributes.leave_to_worker(keys):
-            if id(attributes.module(key)) in self._in_common:
+            module = attributes.module(key)
+            if id(module) in self._in_common and key[1] not in made_by_hooks(module):
                 raise SkipPipeError(_WRITES.format(name=attributes.full_name(key)))
             self._closed.append(attributes.full_name(key))
             self._poison.close(attributes.module(key), key[1], written_elsewhere(attributes.full_name(key)))

@@ -6,6 +6,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 
 def twin(module: nn.Module) -> nn.Module:
@@ -34,6 +37,13 @@ def in_common(blocks: Iterable[nn.Module]) -> frozenset[int]:
     """Return the ids of the modules that are in several blocks, or in one that stands in several places."""
     counts = Counter(part for block in blocks for part in {id(part) for part in block.modules()})
     return frozenset(part for part, count in counts.items() if count > 1)
+
+
+def made_by_hooks(module: nn.Module) -> set[str]:
+    """Name the attributes that hooks of torch's make of parameters before each forward: norms of weights, masks."""
+    hooks = module._forward_pre_hooks.values()
+    named = {hook.name for hook in hooks if isinstance(hook, (WeightNorm, SpectralNorm))}
+    return named | {hook._tensor_name for hook in hooks if isinstance(hook, BasePruningMethod)}
 
 
 def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
