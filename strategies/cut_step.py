@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class CutStep:
         kwargs: Mapping[str, Any],
         weight: MicrobatchWeight | None,
     ) -> None:
-        self._module = module
+        self.module = module
         self._name = name
         self._training = name == "training_step"
         self._step: Callable[..., Any] = getattr(module, name)
@@ -71,11 +72,12 @@ class CutStep:
             pieces=[functools.partial(self._results, piece) for piece in cut.pieces],
         )
 
-    def prepared(self, asking: Asking, where: CutWhere, agree: Agree) -> PreparedStep | None:
-        """Find out how the step's results merge; None when it must run once, on the whole batch."""
+    def prepared(self, asking: Asking, where: CutWhere, agree: Agree, *, may_be_cut: bool = True) -> PreparedStep:
+        """Find out how the step's results merge, and whether it must run once, on the whole batch."""
         self._clock = asking.clock
         merging = Merging(asking, self.question, self._weight)
-        return None if merging.goes_whole(where, self._name, agree) else (self, merging)
+        is_cut = may_be_cut and not merging.goes_whole(where, self._name, agree)
+        return PreparedStep(self, merging, is_cut)
 
     def task(self, merging: Merging, seed: int, rewind: Callable[[], None], agree: Agree) -> StepTask:
         """Return what the pipeline has to do."""
@@ -98,15 +100,15 @@ class CutStep:
             rewind=rewind,
             loss_is_sum=found.is_sum,
             share=found.share,
-            scale=scale_of_backward(self._module.trainer),
+            scale=scale_of_backward(self.module.trainer),
             bends=functools.partial(merging.asking.bend, self.question.kind, self.question.whole),
             framed=self._framed,
         )
 
     @contextmanager
     def _framed(self) -> Iterator[None]:
-        precision = self._module.trainer.precision_plugin
-        with precision.train_step_context(), self.logging(), shared_sections(self._module):
+        precision = self.module.trainer.precision_plugin
+        with precision.train_step_context(), self.logging(), shared_sections(self.module):
             yield
 
     def logging(self) -> AbstractContextManager[None]:
@@ -133,7 +135,61 @@ class CutStep:
         return _by_key(logged(), value, training=self._training)
 
 
-PreparedStep = tuple[CutStep, Merging]
+@dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """A step of which is known how its results merge."""
+
+    step: CutStep
+    merging: Merging
+    is_cut: bool
+    """Whether it runs once for each microbatch."""
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether it has run as it will be run, so that what it calls is known."""
+        return self.is_cut and self.merging.answer is not None
+
+    def run(
+        self,
+        pipeline: Callable[[StepTask], tuple[list[Any], Tensor | None]],
+        seed: int,
+        rewind: Callable[[], None],
+        agree: Agree,
+    ) -> Any:
+        """Let the pipeline run it, cut, and return what it would have returned for the batch."""
+        task = self.step.task(self.merging, seed, rewind, agree)
+        with self.step.logging(), shared_sections(self.step.module):
+            values, loss = pipeline(task)
+        return self.step.finish(self.merging, values, loss)
+
+
+def prepare(
+    make: Callable[[Cut], CutStep],
+    name: str,
+    spread: SpreadModel,
+    cut: Callable[..., Cut],
+    asking: Asking,
+    agree: Agree,
+) -> PreparedStep | None:
+    """Find out how a step merges; None where it runs once by the user's settings, and nobody else has a part in it.
+
+    Where several drivers train, what one's batch weighs among theirs has to be known all the same.
+
+    Args:
+        make: Makes the step of a cut batch.
+        name: Which one it is.
+        spread: The blocks.
+        cut: Cuts the batch into so many microbatches.
+        asking: Finds out.
+        agree: Gives every driver what each of them has.
+    """
+    settings, training = spread.settings, name == "training_step"
+    if not spread.runs_whole:
+        step = make(cut(len(spread.pipeline.microbatches), may_stay=not training))
+        return step.prepared(asking, settings.microbatches, agree)
+    if settings.drivers == 1 or not training:
+        return None
+    return make(cut(2, may_stay=True)).prepared(asking, settings.microbatches, agree, may_be_cut=False)
 
 
 def asking_of(module: LightningModule, spread: SpreadModel, device: torch.device) -> Asking:

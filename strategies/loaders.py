@@ -28,7 +28,7 @@ def loader_hint(trainer: Trainer, step: str) -> Hint:
     return Hint(frozenset(sizes), default, combined=step == "training_step" and not isinstance(held, DataLoader))
 
 
-def cut_or_whole(cutter: Cutter, batch: Any, count: int, hint: Hint, source: str, *, may_stay: bool) -> Cut:
+def cut_or_whole(cutter: Cutter, batch: Any, hint: Hint, source: str, count: int, *, may_stay: bool) -> Cut:
     """Cut a batch into microbatches; one that cannot be cut may stay whole where nothing is trained."""
     try:
         return cutter.cut(batch, count, hint, source)

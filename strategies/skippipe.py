@@ -45,6 +45,7 @@ from ..model.compiled import CompiledParts, originals
 from ..model.config import PathConfig
 from ..model.panel import start_panel
 from ..model.settings import CutWhere, PipelineSettings, ScheduleName
+from ..model.shares import whole_share
 from ..model.skipping import PathPlanner, SkipRatio
 from ..model.spread import Recovery, SpreadModel
 from ..model.verify import Agreement
@@ -63,12 +64,12 @@ from .checks import check_fit
 from .compiled import uncompile
 from .continuation import FROM_MEMORY, Continuation
 from .cut_step import CutStep, PreparedStep, asking_of
+from .cut_step import prepare as prepare_step
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import cut_or_whole, loader_hint
 from .open_steps import opened_steps
 from .optimizing import OptimizingStrategy
 from .outputs import with_loss, without_loss
-from .sections import shared_sections
 from .verify import Verify, check_step, verify_first
 from .whole_step import WholeStep
 
@@ -499,7 +500,7 @@ class SkipPipeStrategy(OptimizingStrategy):
                 self._open_steps(module, self._asking.most_calls)
             whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
             if self._open is None:
-                undo = None if cut and cut[1].answer else self._firsts.undo("training_step", whole.note_state)
+                undo = None if cut and cut.is_tried else self._firsts.undo("training_step", whole.note_state)
                 try:
                     return with_outputs(running, lambda: self._train_closed(module, whole, cut), undo)
                 except CalledTwice:
@@ -511,31 +512,27 @@ class SkipPipeStrategy(OptimizingStrategy):
             return self._open.run(whole, self._seed(), module.trainer.global_step)
 
     def _train_closed(self, module: LightningModule, whole: WholeStep, cut: PreparedStep | None) -> Any:
-        if cut is None:
+        if cut is None or not cut.is_cut:
+            share = 1 / self.drivers if cut is None else whole_share(cut.merging, self.gather_objects)
             with whole.logging():
-                values, loss = self._running().train(self._whole_task(whole), module.trainer.global_step)
+                values, loss = self._running().train(self._whole_task(whole, share), module.trainer.global_step)
             return with_loss(without_loss(values[0]), loss)
-        step, merging = cut
-        task = step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
-        with step.logging(), shared_sections(module):
-            values, loss = self._running().train(task, module.trainer.global_step)
-        return step.finish(merging, values, loss)
+        train = functools.partial(self._running().train, step=module.trainer.global_step)
+        return cut.run(train, self._seed(), self._rewinder(module), self.gather_objects)
 
     def _open_steps(self, module: LightningModule, num_calls: int = 0) -> None:
         self._open = opened_steps(self._running(), module, self.root_device, num_calls, repeats=bool(self._recovery))
 
     def _cut_step(self, name: str, batch: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PreparedStep | None:
-        """Cut a step, and find out how its results merge; None when it runs once, on the whole batch."""
-        if self._running().runs_whole:
-            return None
-        assert self.lightning_module is not None
-        assert self._asking is not None
+        """Cut a step, and find out how its results merge; see :func:`prepare`."""
+        module, asking, weight = self.lightning_module, self._asking, self.settings.microbatch_weight
+        assert module is not None
+        assert asking is not None
         source = f"{name} {rest[1:]} {kwargs.get('dataloader_idx')}"
-        hint, count = loader_hint(self.lightning_module.trainer, name), len(self._running().pipeline.microbatches)
-        cut = cut_or_whole(self._cutter, batch, count, hint, source, may_stay=name != "training_step")
-        step = CutStep(self.lightning_module, name, batch, cut, rest, kwargs, self.settings.microbatch_weight)
-        asked = functools.partial(step.prepared, self._asking, self.settings.microbatches, self.gather_objects)
-        return with_outputs(self._running(), asked)
+        cut = functools.partial(cut_or_whole, self._cutter, batch, loader_hint(module.trainer, name), source)
+        step = functools.partial(CutStep, module, name, batch, rest=rest, kwargs=kwargs, weight=weight)
+        running = self._running()
+        return with_outputs(running, lambda: prepare_step(step, name, running, cut, asking, self.gather_objects))
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -556,20 +553,18 @@ class SkipPipeStrategy(OptimizingStrategy):
         if self._open is not None:
             self._open.settle(name)
         module, batch, rest = self._step_arguments(args)
-        if (cut := self._cut_step(name, batch, rest, kwargs)) is None:
+        cut = self._cut_step(name, batch, rest, kwargs)
+        if cut is None or not cut.is_cut:
             whole = WholeStep(module, name, args, kwargs, self.root_device)
             running, undo = self._running(), self._firsts.undo(name, whole.note_state)
             with whole.logging():
                 return with_outputs(running, lambda: running.evaluate(self._whole_task(whole))[0], undo)
-        step, merging = cut
-        task = step.task(merging, self._seed(), self._rewinder(module), self.gather_objects)
-        with step.logging(), shared_sections(module):
-            values = self._running().evaluate(task)
-        return step.finish(merging, values)
+        evaluate = self._running().evaluate
+        return cut.run(lambda task: (evaluate(task), None), self._seed(), self._rewinder(module), self.gather_objects)
 
-    def _whole_task(self, whole: WholeStep) -> WholeTask:
+    def _whole_task(self, whole: WholeStep, share: float = 1.0) -> WholeTask:
         assert self._asking is not None
-        return whole.task(self._seed(), self._asking, drivers=self.drivers, repeats=self._recovery is not None)
+        return whole.task(self._seed(), self._asking, share=share, repeats=self._recovery is not None)
 
     def _rewinder(self, module: LightningModule) -> Callable[[], None]:
         return rewinder(module) if self._recovery is not None else lambda: None

@@ -51,7 +51,7 @@ class WholeStep:
         self._shared: list[Logged] = []
         """What is logged with other drivers."""
 
-    def task(self, seed: int, asking: Asking, *, drivers: int, repeats: bool) -> WholeTask:
+    def task(self, seed: int, asking: Asking, *, share: float, repeats: bool) -> WholeTask:
         """Return what the pipeline has to do."""
         training = self._name == "training_step"
         return WholeTask(
@@ -63,7 +63,7 @@ class WholeStep:
             questions=questions(self._call, self.batch),
             note_state=self.note_state,
             repeats=repeats,
-            share=1 / drivers,
+            share=share,
             scale=scale_of_backward(self._module.trainer),
             bends=functools.partial(asking.bend, self._name, self._results),
             framed=self._module.trainer.precision_plugin.train_step_context,

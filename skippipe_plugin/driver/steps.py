@@ -472,4 +472,6 @@ def merged_loss(run: StepRun, task: StepTask) -> Tensor | None:
     parts = torch.stack([loss.reshape(()) if loss.ndim else loss for loss in scalars])
     if len(set(shares.values())) == 1:  # nearly always, and one operation takes as long as one on them all
         return (parts * next(iter(shares.values()))).sum()
-    return torch.stack([part * share for part, share in zip(parts, shares.values(), strict=True)] or [*parts]).sum()
+    if not shares:  # a mean over nothing, of which only other drivers' batches have some
+        return parts.sum()
+    return torch.stack([part * share for part, share in zip(parts, shares.values(), strict=True)]).sum()

@@ -482,8 +482,8 @@ class WholeRun:
             task.outside([value], call.sources)
             return
         loss = task.loss_of(value)
-        if loss is not None:
-            self._loss = loss.detach()
+        self._loss = None if loss is None else loss.detach()
+        if loss is not None and task.share:  # what counts nothing may be NaN, a mean over no label
             again = goes_past([loss], *call.sources)
             if again:
                 check_hooks([loss], call.sources)

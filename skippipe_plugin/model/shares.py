@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..engine.errors import SkipPipeError
@@ -28,15 +29,39 @@ def loss_weights(merging: Merging, agree: Agree = alone) -> LossWeights:
         merging: What is known about the step.
         agree: Gives every driver what each of them has.
     """
-    rule: Mean | Sum = _rule(merging)
+    rules = agree(_rule(merging))
+    return _weights(merging, rules, _one_of(rules), agree)
+
+
+def whole_share(merging: Merging, agree: Agree = alone) -> float:
+    """Return what the loss of a step that runs once weighs among those of all drivers; see :func:`loss_weights`.
+
+    Without a rule that all have found they weigh alike.
+    """
+    try:
+        rule: Mean | Sum | None = _rule(merging)
+    except SkipPipeError:
+        rule = None
     rules = agree(rule)
+    try:
+        weights = _weights(merging, rules, _one_of(rules), agree) if None not in rules else None
+    except SkipPipeError:
+        weights = None
+    return 1 / len(rules) if weights is None or weights.is_sum else sum(weights.weights)
+
+
+def _one_of(rules: Sequence[Mean | Sum]) -> Mean | Sum:
+    """Return the rule of all drivers; of some the batch may not tell labels from samples."""
     special = [each for each in rules if each != Mean(Samples())]
-    rule = special[0] if special else rule
-    if any(each != rule for each in special):
+    if any(each != special[0] for each in special):
         raise SkipPipeError(
             "the drivers found different reductions of the loss in their batches "
             f"({', '.join(map(str, rules))}); say which it is with microbatch_weight=..."
         )
+    return special[0] if special else rules[0]
+
+
+def _weights(merging: Merging, rules: Sequence[Mean | Sum], rule: Mean | Sum, agree: Agree) -> LossWeights:
     view, share = merging.question.view, 1 / len(rules)
     if isinstance(rule, Sum):
         return LossWeights((1.0,) * len(view.sizes), share, is_sum=True)
@@ -45,6 +70,8 @@ def loss_weights(merging: Merging, agree: Agree = alone) -> LossWeights:
     total = sum(weights or ())
     if len(rules) > 1 and rule != Mean(Samples()):
         total = sum(agree(total))
+    if weights is None and total:  # only other drivers have what the loss is a mean over
+        return LossWeights((0.0,) * len(view.sizes), share)
     if weights is None or not total:
         samples = view.shares(Samples())
         assert samples is not None
