@@ -183,7 +183,12 @@ def is_librarys(hook: Any) -> bool:  # Any: whatever was registered
     """Whether a hook is part of a module's computation by where it comes from."""
     hook = getattr(hook, "func", hook)  # of functools.partial
     source = str(getattr(hook, "__module__", None) or type(hook).__module__)
-    return source.partition(".")[0] in ("torch", "skippipe_plugin") or source == CAPTURING
+    return source.partition(".")[0] in ("torch", "skippipe_plugin") or is_capturing(hook)
+
+
+def is_capturing(hook: Any) -> bool:  # Any: whatever was registered
+    """Whether a hook is one of those by which transformers keeps what layers return."""
+    return getattr(hook, "__module__", "") == CAPTURING
 
 
 CAPTURING: Final = "transformers.utils.output_capturing"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...engine.errors import SkipPipeError
-from ...engine.taps import CAPTURING
+from ...engine.taps import CAPTURING, is_capturing
 
 
 def _captured() -> list[str]:
@@ -33,6 +33,6 @@ def shown_to_capturing(block: nn.Module, args: tuple[Any, ...], returned: Any) -
     """Let transformers keep what a block returns, if its model was asked for the hidden states of every layer."""
     if block._forward_hooks and _captured():
         for hook in list(block._forward_hooks.values()):
-            if getattr(hook, "__module__", "") == CAPTURING:
+            if is_capturing(hook):
                 hook(block, args, returned)
     return returned

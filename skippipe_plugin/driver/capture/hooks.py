@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...engine.arguments import versions
 from ...engine.errors import SkipPipeError
-from ...engine.taps import HookList, TapEvent, is_librarys, own_hooks
+from ...engine.taps import HookList, TapEvent, is_capturing, is_librarys, own_hooks
 from .suspend import current_thread
 
 _GLOBAL: Final[tuple[dict[int, Any], ...]] = (
@@ -62,7 +62,9 @@ class BlockHooks:
         """Those at the hand-over that run on the driver."""
         # By module and whether before: torch's numbers of those that travel.
         self._travelled = {
-            (index, pre): [number for number in hooks if (index, pre, number) not in self._here]
+            (index, pre): [
+                n for n, hook in hooks.items() if (index, pre, n) not in self._here and not is_capturing(hook)
+            ]
             for index, module in enumerate(self._modules)
             for pre, hooks in ((True, module._forward_pre_hooks), (False, module._forward_hooks))
         }
@@ -80,7 +82,8 @@ class BlockHooks:
                 self._refuse_backward(module, index)
             for pre, hooks in ((True, module._forward_pre_hooks), (False, module._forward_hooks)):
                 travelled = self._travelled[index, pre]
-                if (index, pre) in self._touched or list(hooks) != travelled:
+                own = [number for number, hook in hooks.items() if number in travelled or not is_capturing(hook)]
+                if (index, pre) in self._touched or own != travelled:
                     self._touched.add((index, pre))
                     lists.append(HookList(index, pre, tuple(self._listed(index, pre, hooks))))
         self.lists = tuple(lists)
@@ -125,6 +128,9 @@ class BlockHooks:
         for index, pre, number in self._here:
             module = self._modules[index]
             (module._forward_pre_hooks if pre else module._forward_hooks).pop(number, None)  # in several blocks, maybe
+        for module in self._modules:
+            for number in [n for n, hook in module._forward_hooks.items() if is_capturing(hook)]:
+                del module._forward_hooks[number]
         try:
             yield
         finally:
@@ -144,6 +150,8 @@ class BlockHooks:
             if number_of_torch in travelled and (index, pre, number_of_torch) not in self._here:
                 yield False, travelled.index(number_of_torch)
                 continue
+            if is_capturing(hook):
+                continue  # of transformers' own, which find tokens
             if is_librarys(hook):
                 raise SkipPipeError(
                     f"the hook {_called(hook)} was registered on {self._full_name(index)} after the blocks went to "

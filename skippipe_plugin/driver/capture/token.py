@@ -290,13 +290,13 @@ class HiddenToken(Tensor):
                 "worker, since it was not needed when the step was tried. Use it in every batch from the first one on",
                 wanted or self._bases,
             )
-        following = self._names[block + 1]
+        following, which = self._names[block + 1], "a second" if self._made.number else "the"
         parts = named_parts(self._names, block, block)
         instead = f", or pipeline a part of the stack that ends with it or begins after it ({parts})" if parts else ""
         if name == following:
             instead = f', or say in blocks="...*N" how often {name} is called ({len(self._names)} times were expected)'
         raise SkipPipeError(
-            f"code between the blocks of a pipeline needs the output of {name} ({operation}), but that stays on "
+            f"code between the blocks of a pipeline needs {which} output of {name} ({operation}), but that stays on "
             f"a worker: here stands a placeholder that can only be passed on to {following}, and nothing may leave it "
             f"out (layer drop, an early exit). Move that code into a block{instead}. What uses the outputs of many "
             "layers (a loss on each, their mean) can keep them, and use them when the last block has been called"

@@ -370,3 +370,38 @@ class Changed(Heads):
 def test_what_a_block_behind_changes_in_place_is_refused() -> None:
     with pytest.raises(SkipPipeError, match="changes its input in place"):
         run(Changed, 2)
+
+
+class LayersOfTransformers(LightningModule):
+    """A loss on the hidden states of layers, as transformers returns them."""
+
+    family = "GPT2"
+
+    def __init__(self) -> None:
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        self.net = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_layer=4, n_head=2, n_embd=8, vocab_size=16, n_positions=8, **dropout)
+        )
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        out = self.net(input_ids=batch[0], labels=batch[0], output_hidden_states=True)
+        _, first, _, third, last = out.hidden_states
+        return out.loss + (first - third.detach()).square().mean() + 0.1 * last.square().mean()
+
+    def predict_step(self, batch: Any, index: int) -> Any:
+        return self.net(input_ids=batch[0], output_hidden_states=True).hidden_states
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_hidden_states_that_transformers_returns() -> None:
+    ids = torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))
+    batches = DataLoader(TensorDataset(ids), batch_size=8)
+    runs = [train(LayersOfTransformers, batches, n, {"num_microbatches": 4} if n > 1 else None) for n in (3, 1)]
+    assert_same_run(*runs)
+    found = [each.trainer.predict(each.module, batches) for each in runs]
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)

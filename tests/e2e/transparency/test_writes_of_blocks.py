@@ -1,6 +1,7 @@
 """What a block's forward leaves behind where it runs: closed to the driver's code, and harmless to who never asks."""
 
 import copy
+import functools
 import operator
 import pickle
 from collections.abc import Callable
@@ -205,24 +206,33 @@ USES: dict[str, Callable[[Any], object]] = {
     "times a tensor": lambda second: torch.ones(1) * second,
     "compared": lambda second: second > 0,
     "equal": lambda second: second == 1,
-    "true": lambda second: bool(second),
-    "a float": float,
     "method": lambda second: second.mean(),
     "shape": lambda second: second.shape,
     "stacked": lambda second: torch.stack([second]),
     "in a function": torch.relu,
-    "unpacked": lambda second: [*second],
-    "item": lambda second: second[0],
-    "matrix product": lambda second: torch.ones(2, 2) @ second,
     "negative": operator.neg,
     "in a set of sums": lambda second: sum([second, second]),
 }
 
 
 @pytest.mark.parametrize("use", USES)
-def test_any_use_of_a_second_output_says_where_it_is(use: str) -> None:
-    with pytest.raises(SkipPipeError, match=r"needs the second output of blocks\.0 \(item 1 of what it returns\)"):
-        fit(lambda: Twofold(USES[use]))
+def test_any_use_of_a_second_output_is_exact(use: str) -> None:
+    make = functools.partial(Twofold, USES[use])
+    assert_same_run(fit(make), fit(make, 1))
+
+
+VALUES: dict[str, Callable[[Any], object]] = {"true": bool, "a float": float, "a number": lambda second: second.item()}
+
+
+@pytest.mark.parametrize("use", VALUES)
+def test_a_use_of_the_value_of_a_second_output_says_where_it_is(use: str) -> None:
+    with pytest.raises(SkipPipeError, match=r"needs a second output of blocks\.0 \("):
+        fit(lambda: Twofold(VALUES[use]))
+
+
+def test_what_fails_in_one_process_fails_alike() -> None:
+    with pytest.raises(TypeError, match="iteration over a 0-d tensor"):
+        fit(lambda: Twofold(lambda second: [*second]))
 
 
 def test_a_second_output_that_nobody_uses_costs_nothing() -> None:
