@@ -200,6 +200,7 @@ class ArgumentTaker:
         if (made := value.made_in(self._recording)) is not None:
             self._find(made)
             return Earlier(self._block - made.block, made.number)
+        value.check_wanted(f"argument {self._argument} of {self._name}")
         raise SkipPipeError(
             f"argument {self._argument} of {self._name} is {value!r}: blocks of a pipeline exchange tensors only, "
             "within one call. Keys and values that a block is to find again in the next call can be kept in a "
@@ -209,6 +210,7 @@ class ArgumentTaker:
 
     def _check_tensor(self, value: Tensor) -> None:
         if isinstance(value, HiddenToken):
+            value.check_wanted(f"as argument {self._argument} of {self._name}")
             raise self._earlier_output(value)
         if value.is_meta or is_remote(value):
             raise SkipPipeError(
@@ -304,7 +306,7 @@ class ArgumentTaker:
         instead = f" Pipeline a part of the stack that no such connection enters or leaves: {parts}." if parts else ""
         return SkipPipeError(
             f"{self._name} takes the output of {earlier} beside its hidden states (argument {self._argument}), but "
-            f"that stays on a worker: the blocks of a pipeline exchange one tensor, each with the next.{instead}"
+            f"that stays on a worker, and belongs to another call of the blocks, which is not over.{instead}"
         )
 
 

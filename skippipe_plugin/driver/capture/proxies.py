@@ -387,6 +387,7 @@ class BlockProxies:
             self._switches = ProcessSwitches.current()
             self._fresh = True
         if isinstance(hidden, HiddenToken):
+            hidden.check_wanted(f"as the input of {self.names[0]}")
             raise SkipPipeError(
                 f"{self.names[0]} was called with the output of {hidden.origin()}, which stays on a worker: the blocks "
                 "of a pipeline are called once each, in order. Name another stack with blocks=..., or train without "

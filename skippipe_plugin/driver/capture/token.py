@@ -276,6 +276,11 @@ class HiddenToken(Tensor):
         wanted, own = torch.device(device), self.device
         return wanted.type == own.type and wanted.index in (None, own.index)
 
+    def check_wanted(self, what: str) -> None:
+        """Raise :class:`OutputWanted` if the call that it belongs to is over; ``what`` says where it is needed."""
+        if self._recording.is_over:
+            self._refuse(what)
+
     def refuse(self, function: Any) -> NoReturn:
         """Say why ``function`` cannot be called with it."""
         self._refuse(function_name(function))

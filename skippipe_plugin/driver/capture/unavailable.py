@@ -52,6 +52,11 @@ class Unavailable:
     def __reduce__(self) -> tuple[type[Unavailable], tuple[str, int]]:
         return Unavailable, (self._block, self._position)
 
+    def check_wanted(self, what: str) -> None:
+        """Raise :class:`OutputWanted` if it stands for a tensor of a call that is over; ``what`` needs it."""
+        if self._recording is not None and self._recording.is_over:
+            self._refuse(what)
+
     def made_in(self, recording: Recording | None) -> Made | None:
         """Return which tensor it stands for, if it is one and of that call."""
         return self._made if self._recording is recording else None
