@@ -1,6 +1,6 @@
 """Models as people have them (tests/zoo), each trained in one process and as a pipeline: what runs how, and how alike.
 
-    python benchmarks/zoo.py                      # two workers, and three that skip a third; about two minutes
+    python benchmarks/zoo.py                      # two workers, and four that skip a third; about two minutes
     python benchmarks/zoo.py --grid --out zoo.json  # 1, 2 and 4 workers, gpipe and 1f1b, with and without skipping
     python benchmarks/zoo.py --only whisper dpo
 
@@ -40,7 +40,7 @@ from tests.e2e.support import Run
 from tests.zoo.entries import ZOO, Entry
 from tests.zoo.running import BATCH, NUM_MICROBATCHES, run, run_skipping
 
-QUICK = [(2, "1f1b")]
+QUICK, SKIPPING = [(2, "1f1b")], [(4, "1f1b")]
 GRID = [(workers, schedule) for workers in (1, 2, 4) for schedule in ("gpipe", "1f1b")]
 STEPS = 3
 _WITH_TENSORS = ("Step", "Calls", "SideGradients")
@@ -61,7 +61,8 @@ class Row:
     beside_bytes: int = 0
     """Of a microbatch."""
     difference: float = 0.0
-    skipping: float = 0.0
+    skipping: float | None = 0.0
+    """None where no stage can be skipped."""
     refused: str = ""
 
     def cells(self) -> list[str]:
@@ -77,7 +78,7 @@ class Row:
             self.step,
             f"{size} ({self.beside_bytes:,} beside)" if self.beside_bytes else size,
             f"{self.difference:.0e}",
-            f"{self.skipping:.0e}",
+            "-" if self.skipping is None else f"{self.skipping:.0e}",
         ]
 
 
@@ -172,10 +173,11 @@ def examine(name: str, entry: Entry, layouts: list[tuple[int, str]]) -> Row:
         logger.removeHandler(said)
         alone = run(entry, 0)
         found = [difference(run(entry, workers, schedule=schedule), alone) for workers, schedule in layouts]
-        several = [(workers, schedule) for workers, schedule in layouts if workers > 1]
-        if layouts is QUICK:
-            several = [(3, "1f1b")]
-        skipped = [difference(*run_skipping(entry, workers, schedule=schedule)) for workers, schedule in several]
+        skipped = [
+            difference(*run_skipping(entry, workers, schedule=schedule))
+            for workers, schedule in (SKIPPING if layouts is QUICK else layouts)
+            if entry.can_skip(workers)
+        ]
     except (SkipPipeError, PartitionError) as error:
         return Row(name, entry.blocks or "", refused=str(error))
     microbatches = (STEPS - 1) * NUM_MICROBATCHES
@@ -190,7 +192,7 @@ def examine(name: str, entry: Entry, layouts: list[tuple[int, str]]) -> Row:
             // microbatches,  # the link between the workers is as busy as the others
             "beside_bytes": sent.beside // microbatches,
             "difference": max(found),
-            "skipping": max(skipped),
+            "skipping": max(skipped, default=None),
         }
     )
 

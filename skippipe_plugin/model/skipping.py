@@ -198,8 +198,9 @@ class PathPlanner:
         if visits < least:
             raise ValueError(
                 f"skip_ratio={ratio} makes paths of {visits} stages, but the stages {required} change the form of the "
-                f"hidden states, so every path visits them, and the other {num_stages - len(required)} stages would "
-                f"never be visited; lower the ratio to {math.floor(100 * (num_stages - least) / num_stages) / 100}"
+                "hidden states or make what is used elsewhere, so every path visits them, and the other "
+                f"{num_stages - len(required)} stages would never be visited; lower the ratio to "
+                f"{math.floor(100 * (num_stages - least) / num_stages) / 100}"
             )
 
 

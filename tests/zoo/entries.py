@@ -26,8 +26,17 @@ class Entry:
     """As the strategy takes it; None where it finds the stack itself."""
     callbacks: Callable[[], list[Callback]] = list
     collate: Callable[[Sequence[Batch]], Batch] | None = None
+    trees: bool = False
+    """Whether its blocks return more than a tensor."""
+    visits_all: bool = False
+    """Whether what each block makes is used elsewhere too, so that no stage can be skipped. Where the first block makes
+    what the others get, or the last one returns it as something else, their stages cannot."""
     refused: str = ""
     """What the error says, where the model cannot be cut yet; empty: it is exact."""
+
+    def can_skip(self, num_stages: int) -> bool:
+        """Whether a third of so many stages, rounded, may be skipped."""
+        return num_stages > (3 if self.trees else 1) and not self.visits_all
 
     def loader(self, samples: int, batch_size: int) -> DataLoader[Any]:
         """Load batches of the first so many samples."""
@@ -39,8 +48,8 @@ def _ema() -> list[Callback]:
 
 
 ZOO: Final[Mapping[str, Entry]] = {
-    "t5": Entry(lambda: modules.Task(pretrained.t5()), modules.translations),
-    "t5 encoder": Entry(lambda: modules.Task(pretrained.t5()), modules.translations, "model.encoder.block"),
+    "t5": Entry(lambda: modules.Task(pretrained.t5()), modules.translations, trees=True),
+    "t5 encoder": Entry(lambda: modules.Task(pretrained.t5()), modules.translations, "model.encoder.block", trees=True),
     "bart": Entry(lambda: modules.Task(pretrained.bart()), modules.translations),
     "bart encoder": Entry(lambda: modules.Task(pretrained.bart()), modules.translations, "model.model.encoder.layers"),
     "whisper": Entry(lambda: modules.Task(pretrained.whisper()), modules.speech),
@@ -62,10 +71,10 @@ ZOO: Final[Mapping[str, Entry]] = {
     ),
     "dit": Entry(lambda: modules.Diffusion(networks.DiT()), modules.patches, callbacks=_ema),
     "u-net": Entry(lambda: modules.Reconstruction(networks.UNet()), modules.images),
-    "u-vit": Entry(lambda: modules.Reconstruction(networks.UViT()), modules.rows),
+    "u-vit": Entry(lambda: modules.Reconstruction(networks.UViT()), modules.rows, visits_all=True),
     "albert": Entry(lambda: modules.Task(pretrained.albert()), modules.masked),
-    "two streams": Entry(lambda: modules.NextToken(networks.TwoStreams()), modules.text),
-    "detr": Entry(lambda: modules.Detection(networks.DeepHeads()), modules.objects),
+    "two streams": Entry(lambda: modules.NextToken(networks.TwoStreams()), modules.text, trees=True),
+    "detr": Entry(lambda: modules.Detection(networks.DeepHeads()), modules.objects, visits_all=True),
     "dpo": Entry(lambda: modules.Preference(pretrained.llama()), modules.answers, "model.model.layers"),
     "distillation": Entry(
         lambda: modules.Distillation(pretrained.llama(), pretrained.llama()), modules.prompts, "model.model.layers"

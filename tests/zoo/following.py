@@ -7,7 +7,8 @@ around the blocks, and how often a step calls them, stays the model's own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ class Following(Callback):
     Args:
         schedules: Whose paths, by the number of the batch.
         blocks: The name of the stack; None as the strategy finds it.
+        trees: Whether blocks return more than a tensor, and get all of that from the one before.
     """
 
-    def __init__(self, schedules: Sequence[Schedule], blocks: str | None = None) -> None:
-        self._schedules, self._name = schedules, blocks
+    def __init__(self, schedules: Sequence[Schedule], blocks: str | None = None, *, trees: bool = False) -> None:
+        self._schedules, self._name, self._trees = schedules, blocks, trees
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         step: Any = module.training_step
@@ -51,19 +53,11 @@ class Following(Callback):
     def _let_follow(self, module: nn.Module, schedule: Schedule) -> list[Place]:
         """Put stand-ins in the place of the blocks."""
         blocks = find_blocks(module, self._name).blocks
-        stages, calls = cut(estimate_costs(blocks), schedule.num_stages), list[Noted]()
-
-        def answer(hidden: Tensor) -> Tensor:
-            return hidden if len(calls) < len(blocks) else _run_all(calls, stages, schedule.paths, hidden)
-
+        call = StackCall(blocks, cut(estimate_costs(blocks), schedule.num_stages), schedule.paths, self._trees)
         places = list(_places(module, blocks))
         for container, key, block in places:
-            container._modules[key] = StandIn(block, calls, answer)
+            container._modules[key] = StandIn(block, call)
         return places
-
-
-Noted = Callable[[Tensor, slice], Any]
-"""A block with its other arguments, which wait for hidden states and for the samples that these are of."""
 
 
 Place = tuple[nn.Module, str, nn.Module]
@@ -79,49 +73,93 @@ def _places(module: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[Place]:
 
 
 class StandIn(nn.Module):
-    """Notes how a block is called, and goes on with the hidden states as they are, but for the last one's."""
+    """Stands where a block is, and answers as the call of the whole stack does."""
 
-    def __init__(self, block: nn.Module, calls: list[Noted], answer: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, block: nn.Module, call: StackCall) -> None:
         super().__init__()
-        self.block, self._calls, self._answer = block, calls, answer
+        self.block, self._call = block, call
 
     def __getattr__(self, name: str) -> Any:
         return self._modules["block"] if name == "block" else getattr(self.block, name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kw: Any) -> Any:
-        self._calls.append(functools.partial(_on_part, self.block, len(hidden), args, kw))
-        return self._answer(hidden)
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        return self._call.answer(self.block, args, kw)
 
 
-def _on_part(block: nn.Module, size: int, args: Any, kw: Any, hidden: Tensor, part: slice) -> Any:
-    """Run a block on a part of the samples; what has them all in its first dimension is cut alike.
+@dataclass(frozen=True)
+class Before:
+    """Stands for what the block before has returned: the how-many-eth tensor of it."""
+
+    index: int
+
+
+@dataclass
+class StackCall:
+    """Notes how the blocks are called, goes on with what they may get, and lets the last call run them all."""
+
+    blocks: Sequence[nn.Module]
+    stages: Sequence[range]
+    paths: Sequence[Path]
+    trees: bool
+    noted: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    """Each block with its arguments, of which some stand for what the one before returns."""
+    entered: list[Tensor] = field(default_factory=list)
+    returned: list[Any] = field(default_factory=list)
+    """What the code around the blocks has from the last one."""
+
+    def answer(self, block: nn.Module, args: Any, kw: Any) -> Any:
+        """Note a call of a block, and return what the code around it goes on with."""
+        if not self.noted:
+            self.entered = self.returned = [args[0]]
+        places = {id(each): Before(index) for index, each in enumerate(self.returned) if isinstance(each, Tensor)}
+        self.noted.append((block, pytree.tree_map(lambda each: places.get(id(each), each), (args, kw))))
+        if len(self.noted) < len(self.blocks):
+            made = block(*args, **kw) if self.trees else args[0]
+            self.returned = pytree.tree_leaves(made)
+            return made
+        try:
+            return self._run()
+        finally:
+            self.noted = []
+
+    def _run(self) -> Any:
+        """Let each microbatch follow its path, which leaves nothing out where no gradient goes back."""
+        hidden = self.entered[0]
+        weights = (parameter for block in self.blocks for parameter in block.parameters())
+        trains = torch.is_grad_enabled() and any(each.requires_grad for each in (hidden, *weights))
+        outputs, start = [], 0
+        for piece, path in zip(hidden.tensor_split(len(self.paths)), self.paths, strict=True):
+            visited = path.stages if trains else range(1, len(self.stages) + 1)
+            part = slice(start, start + len(piece))
+            outputs.append(self._follow([block for stage in visited for block in self.stages[stage - 1]], piece, part))
+            start = part.stop
+        leaves, form = zip(*map(pytree.tree_flatten, outputs), strict=True)
+        return pytree.tree_unflatten([_joined(each, len(hidden)) for each in zip(*leaves, strict=True)], form[0])
+
+    def _follow(self, visited: Sequence[int], piece: Tensor, part: slice) -> Any:
+        made: Any = piece
+        for index in visited:
+            block, given = self.noted[index]
+            state = pytree.tree_leaves(made)
+            args, kw = pytree.tree_map(functools.partial(_of_part, len(self.entered[0]), part, state), given)
+            made = block(*args, **kw)
+        return made
+
+
+def _of_part(size: int, part: slice, state: Sequence[Any], value: Any) -> Any:
+    """Return what a microbatch has of an argument: what has all samples in its first dimension is cut.
 
     Caches are left out: what is kept for later calls is in nobody's loss.
     """
-
-    def of_part(value: Any) -> Any:
-        if isinstance(value, Cache):
-            return None
-        return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-
-    args, kw = pytree.tree_map(of_part, (args, kw))
-    return block(hidden, *args, **kw)
+    if isinstance(value, Before):
+        return state[value.index]
+    if isinstance(value, Cache):
+        return None
+    return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
 
-def _run_all(calls: list[Noted], stages: Sequence[range], paths: Sequence[Path], hidden: Tensor) -> Tensor:
-    """Let each microbatch follow its path; none leaves anything out in a call through which no gradient goes back."""
-    noted, calls[:] = list(calls), []
-    trains = torch.is_grad_enabled() and (hidden.requires_grad or any(map(_trains, noted)))
-    outputs, start = [], 0
-    for piece, path in zip(hidden.tensor_split(len(paths)), paths, strict=True):
-        part = slice(start, start + len(piece))
-        visited = path.stages if trains else range(1, len(stages) + 1)
-        for block in (block for stage in visited for block in stages[stage - 1]):
-            piece = noted[block](piece, part)
-        outputs.append(piece)
-        start = part.stop
-    return torch.cat(outputs)
-
-
-def _trains(noted: Any) -> bool:
-    return any(parameter.requires_grad for parameter in noted.args[0].parameters())
+def _joined(parts: Sequence[Any], size: int) -> Any:
+    """Return what microbatches have made, together."""
+    if isinstance(parts[0], Tensor) and sum(map(len, parts)) == size:
+        return torch.cat(list(parts))
+    return parts[0]

@@ -34,4 +34,4 @@ def run_skipping(entry: Entry, workers: int, costs: str = "uniform", **strategy:
     watch = Watch()
     found = run(entry, workers, watch, skip_ratio=1 / 3, paths=PathConfig(costs=costs), **strategy)
     assert all(len(path.visits) < workers for path in watch.schedules[-1].paths)
-    return found, run(entry, 0, Following(watch.schedules, entry.blocks))
+    return found, run(entry, 0, Following(watch.schedules, entry.blocks, trees=entry.trees))
