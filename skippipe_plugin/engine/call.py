@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -69,17 +69,21 @@ class Hop:
     spec: TensorSpec
     requires_grad: bool
     beside: tuple[Beside, ...] = ()
+    there: tuple[TensorSpec, ...] = field(init=False, repr=False, compare=False)
+    """What travels forward, by tensor, the hidden states first."""
+    back: tuple[TensorSpec | None, ...] = field(init=False, repr=False, compare=False)
+    """The same of gradients; None where none comes."""
+
+    def __post_init__(self) -> None:
+        """Derive what is asked often."""
+        each: tuple[Hop | Beside, ...] = (self, *self.beside)
+        object.__setattr__(self, "there", tuple([one.spec for one in each]))
+        object.__setattr__(self, "back", tuple([one.spec if one.requires_grad else None for one in each]))
 
     @property
     def carries_gradient(self) -> bool:
         """Whether any gradient comes back."""
         return self.requires_grad or any(each.requires_grad for each in self.beside)
-
-    def specs(self, *, forward: bool) -> list[TensorSpec | None]:
-        """By tensor, the hidden states first: what travels for it in a direction; None where nothing does."""
-        found = [self.spec if forward or self.requires_grad else None]
-        found += [each.spec if forward or each.requires_grad else None for each in self.beside]
-        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..schedule import DRIVER_STAGE, Event, Op
 from . import phases
 from .absent import absent, is_absent
-from .call import Call
+from .call import Call, Hop
 from .crossing import Gradients
 from .device import synchronize
 from .device_errors import is_of_device
@@ -166,7 +166,7 @@ class Executor:
         forward = instruction.action.op in (Op.F, Op.L)
         self._posted[instruction.microbatch, forward, hop] = [
             None if spec is None else self._transport.receive(spec.in_memory, link.rank, link.tag, self._device)
-            for spec in call.spec.hops[hop].specs(forward=forward)
+            for spec in _travelling(call.spec.hops[hop], forward)
         ]
 
     def _post_up_to(self, instruction: Instruction, feed: CallFeed) -> None:
@@ -197,7 +197,7 @@ class Executor:
             ]
             if action.op is Op.L:
                 self._transport.confirm()  # user code looks at it
-            specs = self._calls[action.microbatch].spec.hops[hop].specs(forward=forward)
+            specs = _travelling(self._calls[action.microbatch].spec.hops[hop], forward)
             return tuple([_as_it_lies(each, spec) for each, spec in zip(came, specs, strict=True)])
         except GenerationAborted:
             raise
@@ -214,7 +214,7 @@ class Executor:
             self._local[action.microbatch, action.op is Op.F, hop] = values
             return
         forward = action.op is Op.F
-        specs = self._calls[action.microbatch].spec.hops[hop].specs(forward=forward)
+        specs = _travelling(self._calls[action.microbatch].spec.hops[hop], forward)
         for spec, value in zip(specs, values or (None,) * len(specs), strict=True):
             if spec is None:
                 continue
@@ -310,6 +310,10 @@ def _by_source(instructions: Iterable[Instruction]) -> dict[int, deque[Instructi
 def _place(instruction: Instruction) -> int:
     assert instruction.receives is not None
     return instruction.receives.place
+
+
+def _travelling(hop: Hop, forward: bool) -> Sequence[TensorSpec | None]:
+    return hop.there if forward else hop.back
 
 
 def _as_it_lies(tensor: Tensor | None, spec: TensorSpec | None) -> Tensor | None:

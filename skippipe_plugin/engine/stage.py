@@ -218,7 +218,7 @@ class Stage:
             inputs = leaves_of(entering, enters) if ambient.grad else entering
             if notes.carried:
                 self._sides[microbatch], call = _with_leaves(call, notes.carried)
-            kept = Kept(notes.kept)
+            kept = Kept(notes.kept) if notes.kept or enters.beside else _NOTHING_KEPT
             for each, tensor in zip(enters.beside, inputs[1:], strict=True):
                 made = made_before(next(iter(self.blocks)), each)
                 kept.note_entering(made, inner(tensor))
@@ -231,7 +231,8 @@ class Stage:
             self.in_half |= computed_in_half(outputs) if ambient.is_half else set()
         if self.witness is not None:
             self.witness.end(microbatch)
-        if any(each.requires_grad for each in (*inputs, *outputs)) or microbatch in self._tapped:
+        grad = inputs[0].requires_grad or output.requires_grad
+        if grad or any(each.requires_grad for each in (*inputs[1:], *outputs[1:])) or microbatch in self._tapped:
             self._saved[microbatch] = (inputs, outputs)
         return tuple([each.detach() for each in outputs])
 
@@ -541,6 +542,8 @@ class Stage:
             self._watches[block].look()
 
 
+_NOTHING_KEPT: Final = Kept(())
+"""Where nothing is needed again."""
 _SAME_MEMORY: Final[Callable[[Tensor, torch.Size], Tensor]] = torch.ops.aten._unsafe_view.default
 
 

@@ -31,7 +31,7 @@ def refuse_captured_parts(name: str) -> None:
 
 def shown_to_capturing(block: nn.Module, args: tuple[Any, ...], returned: Any) -> Any:
     """Let transformers keep what a block returns, if its model was asked for the hidden states of every layer."""
-    if block._forward_hooks and _captured():
+    if _captured():
         for hook in list(block._forward_hooks.values()):
             if is_capturing(hook):
                 hook(block, args, returned)

@@ -266,6 +266,7 @@ def cut_call(call: StackCall, cut: Cut, sizes: Sequence[int]) -> list[StackCall]
             asked_in=call.asked_in,
             specs=[TensorSpec.of(piece)],
             exported=call.exported,
+            passes_on=call.passes_on,
         )
         for index, piece in enumerate(hidden)
     ]

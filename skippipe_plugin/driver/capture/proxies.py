@@ -105,6 +105,7 @@ class BlockProxies:
         self._outside = _Outside()
         self.detached = False
         """True while the driver holds no weights of its remote blocks."""
+        self._mains = [Made(block, 0) for block in range(len(blocks))]
         self._exported: set[Made] = set()
         """What else of what blocks return the driver's code has asked for."""
 
@@ -298,9 +299,10 @@ class BlockProxies:
             template = call.templates[call.block_template[block]]
             call.entered.check_apart(self.names[block], [call.side_inputs[slot] for slot in template.slots()])
         if block + 1 < len(self.blocks):
-            call.placeholder = token = self._token(call, Made(block, 0), probe.output)
+            call.placeholder = token = self._token(call, self._mains[block], probe.output)
             returned = token if probe.structure.is_bare else self._wrapped(call, probe.structure, block, token)
-            return shown_to_capturing(self.blocks[block], args, returned)
+            hooks = self.blocks[block]._forward_hooks
+            return shown_to_capturing(self.blocks[block], args, returned) if hooks else returned
         del self._open[owner]
         self.forms = call.forms
         self._finish(call)
@@ -319,7 +321,8 @@ class BlockProxies:
             if deferral.bases.issubset(call.exported):
                 deferral.settle()
         returned = result if probe.structure.is_bare else self._wrapped(call, probe.structure, block, result)
-        return shown_to_capturing(self.blocks[block], args, returned)
+        hooks = self.blocks[block]._forward_hooks
+        return shown_to_capturing(self.blocks[block], args, returned) if hooks else returned
 
     def _finish(self, call: StackCall) -> None:
         """All blocks were called: say what of theirs the code after them gets beside the result."""
@@ -426,6 +429,7 @@ class BlockProxies:
         template = _BARE if bare else self._taken(call, block, position, args, kwargs)
         if template not in call.templates:
             call.templates.append(template)
+            call.passes_on = call.passes_on or (template.repeats and bool(template.earlier()))
         call.block_template.append(call.templates.index(template))
         settled = bare or (not template.repeats and all(map(is_settled, (*args, *kwargs.values()))))
         call.last_call = (args, kwargs) if settled else None

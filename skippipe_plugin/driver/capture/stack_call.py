@@ -56,6 +56,8 @@ class StackCall:
     """By block: the spec of its input; last, of the stack's output."""
     last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     """With what the last block was called, if a call with the very same objects means the same."""
+    passes_on: bool = False
+    """Whether blocks get more of others than their hidden states."""
     structures: list[ReturnStructure] = field(default_factory=list)
     """By block: what it returns."""
     recording: Recording = field(default_factory=Recording)
@@ -109,11 +111,6 @@ class StackCall:
         if self.hidden.device.type == "cpu":
             return ()
         return tuple(slot for slot, tensor in enumerate(self.side_inputs) if tensor.device.type == "cpu")
-
-    @property
-    def passes_on(self) -> bool:
-        """Whether blocks get more of others than their hidden states."""
-        return any(template.repeats and template.earlier() for template in self.templates)
 
     def used(self) -> list[Made]:
         """Return the tensors beside the hidden states that blocks return and that others or the code after them use.

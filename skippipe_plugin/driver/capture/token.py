@@ -68,7 +68,6 @@ class HiddenToken(Tensor):
     _recording: Recording
     _deferral: Any  # Any: what knows tokens
     _number: int
-    _bases: frozenset[Made]
 
     @classmethod
     def of(
@@ -94,8 +93,9 @@ class HiddenToken(Tensor):
         token: HiddenToken = torch.Tensor._make_wrapper_subclass(
             cls, spec.shape, strides=strides, dtype=spec.dtype, device=device
         )
-        token.__dict__.update(_names=names, _made=made, _spec=spec, _needs_gradient=needs_gradient)
-        token.__dict__.update(_recording=recording, _deferral=None, _number=0, _bases=frozenset((made,)))
+        token.__dict__.update(
+            _names=names, _made=made, _spec=spec, _needs_gradient=needs_gradient, _recording=recording, _deferral=None
+        )
         return token
 
     def computed(
@@ -112,7 +112,7 @@ class HiddenToken(Tensor):
             requires_grad: Whether it will need a gradient.
         """
         token = HiddenToken.of(self._names, made, spec, device, lambda: requires_grad, self._recording)
-        token.__dict__.update(_deferral=deferral, _number=number, _bases=deferral.bases)
+        token.__dict__.update(_deferral=deferral, _number=number)
         return token
 
     @property
@@ -128,7 +128,7 @@ class HiddenToken(Tensor):
     @property
     def bases(self) -> frozenset[Made]:
         """The tensors of blocks that it follows from."""
-        return self._bases
+        return frozenset((self._made,)) if self._deferral is None else self._deferral.bases
 
     @property
     def spec(self) -> TensorSpec:
@@ -251,10 +251,10 @@ class HiddenToken(Tensor):
         tokens = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, HiddenToken)]
         over = [token for token in tokens if token._recording.is_over]
         if over:
-            over[0]._refuse(name, frozenset().union(*(token._bases for token in over)))
+            over[0]._refuse(name, frozenset().union(*(token.bases for token in over)))
         compute = tokens[0]._recording.compute
         if any(token._recording is not tokens[0]._recording for token in tokens):
-            raise OutputWanted("two calls of the blocks are open, and code between them uses both", tokens[0]._bases)
+            raise OutputWanted("two calls of the blocks are open, and code between them uses both", tokens[0].bases)
         if compute is None:
             tokens[0]._refuse(name)
         return compute(func, args, kwargs or {}, tokens)
@@ -293,7 +293,7 @@ class HiddenToken(Tensor):
             raise OutputWanted(
                 f"code after the blocks of a pipeline needs what {name} returned ({operation}), which stays on a "
                 "worker, since it was not needed when the step was tried. Use it in every batch from the first one on",
-                wanted or self._bases,
+                wanted or self.bases,
             )
         following, which = self._names[block + 1], "a second" if self._made.number else "the"
         parts = named_parts(self._names, block, block)
