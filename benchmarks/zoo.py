@@ -28,11 +28,10 @@ from unittest.mock import patch
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from measure import table
-from torch import Tensor
 
+from skippipe_plugin.driver.capture.writer import CallWriter
 from skippipe_plugin.engine.channel import Channel, Message
 from skippipe_plugin.engine.errors import SkipPipeError
-from skippipe_plugin.engine.transport import Transport
 from skippipe_plugin.partition import PartitionError, find_blocks, other_stacks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,8 +42,8 @@ from tests.zoo.running import BATCH, NUM_MICROBATCHES, run, run_skipping
 QUICK, SKIPPING = [(2, "1f1b")], [(4, "1f1b")]
 GRID = [(workers, schedule) for workers in (1, 2, 4) for schedule in ("gpipe", "1f1b")]
 STEPS = 3
-_WITH_TENSORS = ("Step", "Calls", "SideGradients")
-"""Messages that carry what goes to blocks beside the hidden states, and its gradients."""
+_WITH_TENSORS = ("Step", "Calls", "SideGradients", "Tapped", "Pulled")
+"""Messages with what goes to blocks beside the hidden states, what single blocks return, and the gradients of both."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Row:
 
 
 class Bytes(Callback):
-    """Counts what the driver exchanges with workers in all training steps but the first, which tells them the form."""
+    """Counts what all training steps but the first, which also tells the form, send between driver and workers."""
 
     def __init__(self) -> None:
         self.hidden = self.beside = 0
@@ -94,16 +93,14 @@ class Bytes(Callback):
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Bytes]:
-        """Count, on this process's side."""
-        send, receive, put, get = Transport.send, Transport.receive, Channel.send, Channel.receive
+        """Count what the driver announces for all links, and what it sends and gets itself."""
+        prepare, put, get = CallWriter.prepare, Channel.send, Channel.receive
 
-        def counting_send(transport: Transport, tensor: Tensor, *args: Any) -> None:
-            self.hidden += tensor.nbytes
-            send(transport, tensor, *args)
-
-        def counting_receive(transport: Transport, spec: Any, *args: Any) -> Any:
-            self.hidden += spec.num_bytes
-            return receive(transport, spec, *args)
+        def counting_prepare(writer: CallWriter, *args: Any) -> Any:
+            prepared = prepare(writer, *args)
+            ways = [hop.specs(forward=forward) for hop in prepared.call.spec.hops for forward in (True, False)]
+            self.hidden += sum(spec.num_bytes for way in ways for spec in way if spec is not None)
+            return prepared
 
         def counting_put(channel: Channel, kind: str, fields: Any = None, blobs: Any = (), **options: Any) -> int:
             self._note(kind, blobs)
@@ -115,8 +112,7 @@ class Bytes(Callback):
             return message
 
         with (
-            patch.object(Transport, "send", counting_send),
-            patch.object(Transport, "receive", counting_receive),
+            patch.object(CallWriter, "prepare", counting_prepare),
             patch.object(Channel, "send", counting_put),
             patch.object(Channel, "receive", counting_get),
         ):
@@ -186,10 +182,7 @@ def examine(name: str, entry: Entry, layouts: list[tuple[int, str]]) -> Row:
             **asdict(row),
             "calls": calls.num / STEPS,
             "step": "cut" if module.automatic_optimization and "runs once" not in said.text else "once",
-            "hidden_bytes": sent.hidden
-            * 3
-            // 2
-            // microbatches,  # the link between the workers is as busy as the others
+            "hidden_bytes": sent.hidden // microbatches,
             "beside_bytes": sent.beside // microbatches,
             "difference": max(found),
             "skipping": max(skipped, default=None),
