@@ -86,7 +86,7 @@ def pipeline_over(
     }
     pipeline = _pipeline(workers, programs, cut(estimate_costs(blocks), num_stages))
     names = [f"blocks.{index}" for index in range(len(blocks))]
-    proxies_of = functools.partial(BlockProxies, names, list(blocks), ("cpu",))
+    proxies_of = functools.partial(BlockProxies, names, list(blocks), torch.device("cpu"))
     try:
         pipeline.form()
         pipeline.load(model, proxies_of, Compilation({}), 0)
