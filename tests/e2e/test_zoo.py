@@ -20,6 +20,11 @@ def test_each_is_exact(name: str) -> None:
     assert_same_run(run(ZOO[name], 2), run(ZOO[name], 0))
 
 
+def test_stages_of_one_block_pass_on_what_enters_them() -> None:
+    """Their input is that of a block further behind, too."""
+    assert_same_run(run(ZOO["u-vit"], 4), run(ZOO["u-vit"], 0))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_cut_is_refused(name: str) -> None:
     with pytest.raises((SkipPipeError, PartitionError), match=ZOO[name].refused):
