@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...engine.arguments import Earlier, SideInput, Template
 from ...engine.call import Ambient, BlockMode, Form, Made
+from ...engine.memory_order import laid
 from ...engine.returned import ReturnStructure
 from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
@@ -180,7 +181,7 @@ def passed_to(template: Template) -> list[Earlier]:
 
 def _made_up(spec: TensorSpec, device: torch.device, grad: bool) -> Tensor:
     if not spec.dtype.is_floating_point and not spec.dtype.is_complex:
-        return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+        return spec.empty(device).zero_()
     generator = torch.Generator().manual_seed(len(spec.shape))
-    values = torch.randn(spec.shape, generator=generator).to(device, spec.dtype)
+    values = laid(torch.randn(spec.shape, generator=generator).to(device, spec.dtype), spec.order)
     return values.requires_grad_(grad)
