@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from ..driver.capture.asking import questions
+from ..driver.capture.token import HiddenToken, check_available
 from ..driver.capture.undo import undo_all
 from ..driver.whole_step import WholeTask
 from ..model.asking import Asking
@@ -48,8 +49,8 @@ class WholeStep:
         self._name = name
         self.batch, self._rest, self._kwargs = args[0], args[1:], kwargs
         self._device = device
-        self._shared: list[Logged] = []
-        """What is logged with other drivers."""
+        self._late: list[Logged] = []
+        """What is logged when the step is over: with other drivers, and what follows from values that come later."""
 
     def task(self, seed: int, asking: Asking, *, share: float, repeats: bool) -> WholeTask:
         """Return what the pipeline has to do."""
@@ -76,12 +77,9 @@ class WholeStep:
     @contextmanager
     def logging(self) -> Iterator[None]:
         """Log what the step logs."""
-        if self._module.trainer.world_size == 1:
-            yield
-            return
         with noting(self._module, self._log):
             yield
-        for logged in self._shared:
+        for logged in self._late:
             logged.carry_out(logged.name, logged.value, **logged.options)
 
     def _results(self) -> Results:
@@ -91,8 +89,10 @@ class WholeStep:
         return {} if loss is None else {LOSS: loss}
 
     def _run(self) -> Any:
-        self._shared = []
-        return self._call(self.batch)
+        self._late = []
+        result = self._call(self.batch)
+        check_available([logged.value for logged in self._late])
+        return result
 
     def _call(self, batch: Any) -> Any:
         return getattr(self._module, self._name)(batch, *self._rest, **self._kwargs)
@@ -109,7 +109,8 @@ class WholeStep:
         return undo_both
 
     def _log(self, logged: Logged) -> None:
-        if logged.options.get("sync_dist"):
-            self._shared.append(logged)
+        is_shared = self._module.trainer.world_size > 1 and logged.options.get("sync_dist")
+        if is_shared or isinstance(logged.value, HiddenToken):
+            self._late.append(logged)
         else:
             logged.carry_out(logged.name, logged.value, **logged.options)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 
 from .arguments import versions
-from .call import Hop, Made
+from .call import Hop, Made, made_before
 from .errors import SkipPipeError
 from .transport import TensorSpec
 
@@ -32,10 +32,12 @@ class Kept(dict[Made, Tensor]):
                 self[made] = tensor
                 self._versions[made] = versions([tensor])[0]
 
-    def note_entering(self, made: Made, tensor: Tensor) -> None:
-        """Keep what enters the stage."""
-        self[made] = tensor
-        self._versions[made] = versions([tensor])[0]
+    def note_entering(self, block: int, enters: Hop, tensors: Sequence[Tensor]) -> None:
+        """Keep what enters the stage whose first block that is; the hidden states may be needed further behind, too."""
+        names = (Made(block - 1, 0), *(made_before(block, each) for each in enters.beside))
+        for made, tensor in zip(names, tensors, strict=True):
+            self[made] = tensor
+            self._versions[made] = versions([tensor])[0]
 
     def check(self) -> None:
         """Raise when one of them was changed in place since."""

@@ -219,11 +219,8 @@ class Stage:
             if notes.carried:
                 self._sides[microbatch], call = _with_leaves(call, notes.carried)
             kept = Kept(notes.kept) if notes.kept or enters.beside else _NOTHING_KEPT
-            first = next(iter(self.blocks))
-            for each, tensor in zip(enters.beside, inputs[1:], strict=True):
-                kept.note_entering(made_before(first, each), inner(tensor))
-            if (before := Made(first - 1, 0)) in notes.kept:  # what enters as hidden states, and is used behind, too
-                kept.note_entering(before, inner(inputs[0]))
+            if kept is not _NOTHING_KEPT:
+                kept.note_entering(next(iter(self.blocks)), enters, [inner(each) for each in inputs])
             with self._shown(microbatch, notes, kept, grad=ambient.grad) if notes.shows else nullcontext():
                 output = self._run_blocks(call, notes, inputs[0], kept)
             outputs = (output, *(kept[made_before(notes.stop, each)] for each in leaves.beside))

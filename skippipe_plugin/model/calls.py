@@ -19,6 +19,7 @@ from ..driver.capture.batches import BatchError, Cutter
 from ..driver.capture.caches import is_cache
 from ..driver.capture.rewind import rewinder
 from ..driver.capture.suspend import current_thread
+from ..driver.capture.token import check_available
 from ..driver.capture.undo import undo_all
 from ..driver.steps import StepTask
 from ..driver.whole_step import WholeTask
@@ -356,7 +357,7 @@ class ModelCalls:
             pieces=[functools.partial(self._results, self._function, call) for call in batch.calls],
             detail=(detail_of((args, kwargs)), form_of(batch.sizes)),
         )
-        merging = Merging(self._asking, question, self._weight)
+        merging = with_outputs(self._spread, lambda: Merging(self._asking, question, self._weight))
         name = f"a call of {type(self._model).__name__}"
         if with_outputs(self._spread, lambda: merging.goes_whole(self._spread.settings.microbatches, name)):
             return None
@@ -367,6 +368,7 @@ class ModelCalls:
         """Run a call that is only asked how its results merge."""
         args, kwargs = call
         output = without_caches(function(*args, **kwargs))
+        check_available(output)
         loss = find_loss(output)
         return {_OUTPUT: output} if loss is None else {LOSS: loss, _OUTPUT: _without_loss(output)}
 
