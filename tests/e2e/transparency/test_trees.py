@@ -96,7 +96,7 @@ class BiasBlock(Block):
 
     def forward(self, h: Tensor, bias: Tensor | None = None) -> Any:
         if bias is None:
-            bias = self.table(torch.arange(5)).mean(0, keepdim=True)
+            bias = self.table(torch.arange(5, device=h.device)).mean(0, keepdim=True)
         return h + torch.tanh(self.linear(self.norm(h) + bias)), None, bias
 
 
@@ -123,7 +123,8 @@ class Mappings(Model):
     block = MappingBlock
 
     def forward(self, x: Tensor) -> Tensor:
-        state = {"count": 3, "h": self.stem(x), "r": torch.ones(len(x), WIDTH), "odd": torch.arange(len(x))}
+        ones, odd = torch.ones(len(x), WIDTH, device=x.device), torch.arange(len(x), device=x.device)
+        state = {"count": 3, "h": self.stem(x), "r": ones, "odd": odd}
         for block in self.blocks:
             state = block(state)
         return self.head(state["h"] + state["r"]) * state["count"] + 0 * state["odd"][:, None]
