@@ -98,7 +98,7 @@ class Bytes(Callback):
 
         def counting_prepare(writer: CallWriter, *args: Any) -> Any:
             prepared = prepare(writer, *args)
-            ways = [hop.specs(forward=forward) for hop in prepared.call.spec.hops for forward in (True, False)]
+            ways = [way for hop in prepared.call.spec.hops for way in (hop.there, hop.back)]
             self.hidden += sum(spec.num_bytes for way in ways for spec in way if spec is not None)
             return prepared
 
