@@ -53,6 +53,22 @@ class ReturnStructure:
 
         return cls(mapped(output, stand_in), tuple(map(TensorSpec.of, tensors)), isinstance(output, Tensor))
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether there are numbers or texts in it, which may follow from values."""
+        return any(isinstance(leaf, (int, float, str)) for leaf in leaves_of(self.tree))
+
+    def agreeing(self, other: ReturnStructure) -> ReturnStructure:
+        """Return the same with an object in the place of each constant that is another one in ``other``."""
+        mine, theirs = leaves_of(self.tree), leaves_of(other.tree)
+        alike = iter([a == b or a != a for a, b in zip(mine, theirs, strict=False)])
+
+        def change(part: Any) -> Any:  # Any: a leaf of the tree
+            same = next(alike, False)
+            return part if same or isinstance(part, ReturnedTensor) else ReturnedObject()
+
+        return dataclasses.replace(self, tree=mapped(self.tree, change))
+
     def wrap(
         self, tensor: Callable[[int, int], Any], unknown: Callable[[int], Any]
     ) -> Any:  # Any: what the user's model expects of its block
@@ -96,6 +112,18 @@ def tensors_in(value: Any) -> list[Tensor]:  # Any: containers of the user's
 
     mapped(value, note)
     return list(found.values())
+
+
+def leaves_of(value: Any) -> list[Any]:  # Any: containers of the user's
+    """Return all leaves of a tree."""
+    found: list[Any] = []
+
+    def note(part: Any) -> Any:  # Any: a leaf of the tree
+        found.append(part)
+        return part
+
+    mapped(value, note)
+    return found
 
 
 def hidden_of(output: Any) -> Tensor:  # Any: what a block returns

@@ -260,9 +260,10 @@ class Neutral(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if HiddenToken in types:
-            return func(*args, **kwargs)  # what comes out is looked at when it has values
         name = getattr(func, "__name__", "").strip("_") if not _in_place(func) else func.__name__
+        if HiddenToken in types:  # what comes out is looked at when it has values
+            result = func(*args, **kwargs)
+            return result if isinstance(result, HiddenToken) else self._drawn_of(name, result)
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if name == "randperm":
@@ -278,6 +279,10 @@ class Neutral(TorchFunctionMode):
             given = (*args, *kwargs.values())
             result = self._comparisons.follow(name, given, result, of_values=is_compared(given[0]))
         result = self._kinks.follow(func, args, kwargs, result)
+        return self._drawn_of(name, result)
+
+    def _drawn_of(self, name: str, result: Any) -> Any:
+        """Return what a function gives, in the place of what it has drawn if it draws."""
         if name in _RANDOM or name in _RANDOM_IN_PLACE:
             return self._drawn(result, in_place=name in _RANDOM_IN_PLACE)
         return result

@@ -12,10 +12,13 @@ from .support import assert_same_run
 EXACT = [name for name, entry in ZOO.items() if not entry.refused]
 LAYOUTS = [(workers, schedule) for workers in (1, 2, 4) for schedule in ("gpipe", "1f1b")]
 SKIPPING = [(name, *layout) for name in EXACT for layout in LAYOUTS if ZOO[name].can_skip(layout[0])]
+QUICK = ("t5", "whisper", "clip", "llava", "dit", "u-net", "u-vit", "albert", "two streams", "detr", "dpo", "gan")
 REFUSED = [name for name, entry in ZOO.items() if entry.refused]
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EXACT]
+)
 def test_each_is_exact(name: str) -> None:
     assert_same_run(run(ZOO[name], 2), run(ZOO[name], 0))
 

@@ -152,14 +152,14 @@ def defer(
 
     Returns:
         It, with tokens for its results; None where it cannot wait: its result is no tensor, or changes one.
+
+    Raises:
+        Exception: What the function raises of made-up values of the same form, as it may of the real ones.
     """
     name = function_name(function)
     if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or kwargs.get("out") is not None:
         return None
-    try:
-        found = forms.of(function, args, kwargs, ambient)
-    except Exception:  # what it says of made-up values says nothing to anybody
-        return None
+    found = forms.of(function, args, kwargs, ambient)
     if found is None:
         return None
     results, is_single = found

@@ -414,7 +414,10 @@ class BlockProxies:
     ) -> Any:  # Any: tokens, as the function returns tensors
         """Note what code between the blocks computes of their outputs."""
         ambient = Ambient.current(self._device_types)
-        deferral = defer(self._forms, function, args, kwargs, ambient, tokens)
+        try:
+            deferral = defer(self._forms, function, args, kwargs, ambient, tokens)
+        except Exception as error:
+            tokens[0].refuse(function, error)
         if deferral is None:
             tokens[0].refuse(function)
         call.deferrals.append(deferral)

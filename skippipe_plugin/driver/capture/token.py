@@ -28,6 +28,7 @@ FORM_QUESTIONS: Final = frozenset(
         *("is_mps", "is_xpu", "is_xla", "is_hpu", "is_mtia", "is_ipu", "is_maia", "is_vulkan"),
         *("size", "dim", "ndimension", "numel", "nelement", "element_size", "get_device", "__len__", "__hash__"),
         *(
+            "stride",
             "is_inference",
             "_version",
             "is_floating_point",
@@ -51,7 +52,7 @@ _KEEPING: Final = frozenset(
 """What gives back the same tensor where nothing is to be converted, or only its description."""
 _LIKE: Final = frozenset(
     {
-        *("zeros_like", "ones_like", "full_like", "empty_like"),
+        *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"),
         *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
     }
 )
@@ -281,9 +282,12 @@ class HiddenToken(Tensor):
         if self._recording.is_over:
             self._refuse(what)
 
-    def refuse(self, function: Any) -> NoReturn:
-        """Say why ``function`` cannot be called with it."""
-        self._refuse(function_name(function))
+    def refuse(self, function: Any, error: Exception | None = None) -> NoReturn:
+        """Say why ``function`` cannot be called with it; ``error`` is what it says of made-up values."""
+        try:
+            self._refuse(function_name(function))
+        except SkipPipeError as refusal:
+            raise refusal from error
 
     def _refuse(self, operation: str, wanted: frozenset[Made] = frozenset()) -> NoReturn:
         if _is_in_reentrant_checkpoint():

@@ -132,6 +132,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "chosen": lambda self, h: torch.where(h > 0, h, 0.1 * h),
     "rows and columns": lambda self, h: h[:, [1, 0, *range(2, 8)]].unsqueeze(1).expand(-1, 2, -1).mean(1),
     "without gradients in part": weighed,
+    "asked for strides": lambda self, h: h.as_strided((h.shape[0], 8), h.stride()),
     "of all samples": lambda self, h: h - h.mean(0),
     "in another dtype": lambda self, h: h.double().tanh().float(),
     "logged": logged,
@@ -179,6 +180,11 @@ def balancing(self: Model, batch: Tensor, index: int) -> Tensor:
 @pytest.mark.parametrize("members", [{"stack": skipping}, {"training_step": balancing}], ids=["skips", "a sum"])
 def test_code_that_computes_with_several_outputs(members: dict[str, Any], options: dict[str, Any]) -> None:
     assert_exact(made(**members), options)
+
+
+@pytest.mark.parametrize("options", [{"microbatches": "stack"}, {"num_microbatches": 1}], ids=["stack", "one"])
+def test_noise_between_blocks_is_that_of_one_process(options: dict[str, Any]) -> None:
+    assert_exact(after_second(lambda self, h: h + 0.1 * torch.randn_like(h) * torch.rand_like(h[:, :1])), options)
 
 
 def branching(self: Model, hidden: Tensor) -> Tensor:

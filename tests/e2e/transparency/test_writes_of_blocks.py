@@ -230,6 +230,33 @@ def test_a_use_of_the_value_of_a_second_output_says_where_it_is(use: str) -> Non
         fit(lambda: Twofold(VALUES[use]))
 
 
+class Numbered(Block):
+    def forward(self, hidden: Tensor) -> Any:
+        out = super().forward(hidden)
+        return out, {"depth": 3, "name": "block"}, out.detach().mean().item()
+
+
+class OfNumbers(Twofold):
+    def __init__(self, use: Callable[[Any, Any], Any]) -> None:
+        super().__init__(lambda _: None)
+        self.blocks = nn.ModuleList([Numbered() for _ in range(4)])
+        self.use = use
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        hidden, factor = self.embed(batch), 1.0
+        for block in self.blocks:
+            hidden, settings, mean = block(hidden)
+            factor = factor * self.use(settings, mean)
+        return F.mse_loss(self.head(hidden) * factor, batch.sum(1, keepdim=True))
+
+
+def test_numbers_that_a_block_returns_are_known_unless_they_follow_from_values() -> None:
+    make = functools.partial(OfNumbers, lambda settings, mean: settings["depth"] / len(settings["name"]))
+    assert_same_run(fit(make), fit(make, 1))
+    with pytest.raises(SkipPipeError, match=r"needs the second output of blocks\.0 \(item 3 of what it returns\)"):
+        fit(lambda: OfNumbers(lambda settings, mean: 1 + mean))
+
+
 def test_what_fails_in_one_process_fails_alike() -> None:
     with pytest.raises(TypeError, match="iteration over a 0-d tensor"):
         fit(lambda: Twofold(lambda second: [*second]))
