@@ -15,7 +15,9 @@ from ..driver.capture.token import HiddenToken, check_available
 from ..driver.capture.undo import undo_all
 from ..driver.whole_step import WholeTask
 from ..model.asking import Asking
+from ..model.spread import SpreadModel
 from ..model.trials import LOSS, Results
+from ..model.wanted import FirstRuns, Undo, with_outputs
 from .averaged_log import noted
 from .in_reach import in_reach
 from .logged import Logged, noting, undo_logs
@@ -66,9 +68,20 @@ class WholeStep:
             repeats=repeats,
             share=share,
             scale=scale_of_backward(self._module.trainer),
-            bends=functools.partial(asking.bend, self._name, self._results),
+            bends=functools.partial(asking.bend, self._name, self.results),
             framed=self._module.trainer.precision_plugin.train_step_context,
         )
+
+    def begun(self, firsts: FirstRuns, spread: SpreadModel, asking: Asking | None) -> Undo | None:
+        """Return what takes back what the step changes, if it is the first of its kind and may have to begin again.
+
+        Blocks that keep something in buffers could not take that back: then the step is asked before what it uses.
+        """
+        undo = firsts.undo(self._name, self.note_state)
+        keeps = any(True for block in spread.pipeline.proxies.blocks for _ in block.buffers())
+        if undo is not None and asking is not None and keeps:
+            with_outputs(spread, lambda: asking.look(self.results, self.batch))
+        return undo
 
     def call(self) -> Any:
         """Run the step as it is."""
@@ -82,10 +95,12 @@ class WholeStep:
         for logged in self._late:
             logged.carry_out(logged.name, logged.value, **logged.options)
 
-    def _results(self) -> Results:
+    def results(self) -> Results:
         """Run the step, which is only asked what its loss is."""
         with noted():
-            loss = loss_of(self._call(self.batch))
+            value = self._call(self.batch)
+            check_available(value)
+            loss = loss_of(value)
         return {} if loss is None else {LOSS: loss}
 
     def _run(self) -> Any:
@@ -110,7 +125,7 @@ class WholeStep:
 
     def _log(self, logged: Logged) -> None:
         is_shared = self._module.trainer.world_size > 1 and logged.options.get("sync_dist")
-        if is_shared or isinstance(logged.value, HiddenToken):
+        if is_shared or isinstance(logged.value, HiddenToken) or self._late:  # in their order
             self._late.append(logged)
         else:
             logged.carry_out(logged.name, logged.value, **logged.options)

@@ -433,8 +433,11 @@ class StepRun:
         self._outcomes[index] = outcome
 
     def _resume(self, index: int, hidden: Tensor) -> Outcome:
+        before = self._outcomes[index]
         with Noted(self._task.sizes, index):
             outcome = self._threads[index].resume(hidden, last=self._task.training)
+        if isinstance(before, Suspended):
+            before.request.recording.check()
         if isinstance(outcome, Returned):
             self._proxies.check_complete(self._threads[index])
         return outcome

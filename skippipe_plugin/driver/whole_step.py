@@ -336,6 +336,8 @@ class WholeRun:
     def _resume(self, answer: Tensor) -> None:
         with self._shown():
             outcome = self._thread.resume(answer)
+        if self._call is not None:
+            self._call.recording.check()
         self._take(outcome)
 
     def _take(self, outcome: Outcome) -> None:

@@ -201,9 +201,11 @@ class Trials:
             while isinstance(outcome, Suspended):
                 calls += ambient.grad
                 self.most_calls = max(self.most_calls, calls)
-                with outcome.request.ambient.entered():
-                    answer = reply(outcome.request)
+                request = outcome.request
+                with request.ambient.entered():
+                    answer = reply(request)
                 outcome = thread.resume(answer)
+                request.recording.check()
             results: Results = outcome.value
             return results
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -17,7 +18,7 @@ _Node = Any
 
 def root_of(tensor: Tensor) -> GradientEdge | None:
     """Return where a gradient of ``tensor`` goes, whatever is done to it in place from now on; None: nowhere."""
-    return get_gradient_edge(tensor) if tensor.requires_grad else None
+    return get_gradient_edge(tensor) if tensor.requires_grad and not torch.is_inference_mode_enabled() else None
 
 
 def goes_past(outputs: Iterable[Tensor], *hidden: Tensor) -> bool:

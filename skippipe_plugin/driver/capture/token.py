@@ -294,7 +294,7 @@ class HiddenToken(Tensor):
             raise SkipPipeError(_REENTRANT)
         name, block = self.origin(), self._made.block
         if self._recording.is_over:
-            raise OutputWanted(
+            self._recording.want(
                 f"code after the blocks of a pipeline needs what {name} returned ({operation}), which stays on a "
                 "worker, since it was not needed when the step was tried. Use it in every batch from the first one on",
                 wanted or self.bases,

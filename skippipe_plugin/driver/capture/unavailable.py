@@ -21,6 +21,18 @@ class Recording:
     """Whether the last block has been called."""
     compute: Callable[..., Any] | None = None
     """Notes what code between the blocks computes of what stands for tensors."""
+    wanted: OutputWanted | None = None
+    """What was asked for after it was over, and was not there."""
+
+    def want(self, message: str, made: frozenset[Made]) -> NoReturn:
+        """Raise, and remember it: user code may catch it."""
+        self.wanted = OutputWanted(message, made)
+        raise self.wanted
+
+    def check(self) -> None:
+        """Raise what user code has caught."""
+        if self.wanted is not None:
+            raise self.wanted
 
 
 class OutputWanted(SkipPipeError):
@@ -83,7 +95,9 @@ class Unavailable:
         )
         if self._made is None:
             raise SkipPipeError(message)
-        raise OutputWanted(message, frozenset((self._made,)))
+        if self._recording is None:
+            raise OutputWanted(message, frozenset((self._made,)))
+        self._recording.want(message, frozenset((self._made,)))
 
 
 def _first(values: Any) -> Unavailable | None:

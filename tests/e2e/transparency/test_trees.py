@@ -442,3 +442,63 @@ def of_outputs(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
 )
 def test_plain_loops(cls: type[Model], layers: bool, where: str) -> None:
     plain_loops.assert_same(of_outputs, lambda: Returned(cls, layers=layers), optimizer=gently, microbatches=where)
+
+
+class Counting(Block):
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, h: Tensor, skip: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return super().forward(h, skip)
+
+
+class Counted(Early):
+    block = Counting
+
+
+class CountedTwice(Twice):
+    block = Counting
+
+
+def test_blocks_that_count_have_counted_once() -> None:
+    """What is used of single blocks is found before any of them has run."""
+    assert_same_run(run(Counted, 2, microbatches="stack"), run(Counted, 0))
+    with pytest.raises(SkipPipeError, match="keep something in buffers"):
+        run(CountedTwice, 2)
+
+
+class Catching(Heads):
+    """Goes on without what it has asked for, where that fails."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.layers(x)
+        try:
+            h = outputs[-1] + outputs[1]
+        except Exception:
+            h = outputs[-1]
+        return self.head(h)
+
+    training_step = Model.training_step
+
+
+def test_what_is_asked_for_is_given_also_where_user_code_catches_errors() -> None:
+    assert_same_run(run(Catching, 2), run(Catching, 0))
+
+
+class ByParameter(Heads):
+    """Code between the blocks uses a parameter of the driver's, in validation, too."""
+
+    def layers(self, x: Tensor) -> list[Tensor]:
+        h = self.stem(x)
+        for block in self.blocks:
+            h = block(h) * (1 + self.head.weight[0])
+        return [h]
+
+
+def test_parameters_between_blocks_under_inference_mode() -> None:
+    done = [run(ByParameter, workers) for workers in (2, 0)]
+    assert_same_run(*done)
+    scores = [each.trainer.validate(each.module, data(), verbose=False)[0]["val_loss"] for each in done]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
