@@ -34,11 +34,6 @@ _GONE_BACK: Final = (
     "training_step uses what single blocks return, for the first time after it has gone back once already: the step "
     "cannot begin again then. Use it before the first backward, too (with a weight of 0)"
 )
-_COUNTED: Final = (
-    "training_step goes back itself or calls the blocks several times, and uses what single blocks return, which keep "
-    "something in buffers (BatchNorm): they have done so already when that was found. Return what is used from the "
-    "last block, or let the step call the blocks once, under automatic optimization"
-)
 
 
 def opened_steps(
@@ -100,8 +95,6 @@ class OpenSteps:
         def undo_forwards() -> None:
             if pipeline.gradients.num_merged != num_merged:
                 raise SkipPipeError(_GONE_BACK)
-            if pipeline.proxies.writes_buffers:
-                raise SkipPipeError(_COUNTED)
             assert undo is not None
             undo()
 

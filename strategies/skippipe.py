@@ -500,7 +500,7 @@ class SkipPipeStrategy(OptimizingStrategy):
                 self._open_steps(module, self._asking.most_calls)
             whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
             if self._open is None:
-                undo = None if cut and cut.is_tried else whole.begun(self._firsts, running, self._asking)
+                undo = None if cut and cut.is_tried else self._firsts.undo("training_step", whole.note_state)
                 try:
                     return with_outputs(running, lambda: self._train_closed(module, whole, cut), undo)
                 except CalledTwice:
@@ -556,7 +556,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         cut = self._cut_step(name, batch, rest, kwargs)
         if cut is None or not cut.is_cut:
             whole = WholeStep(module, name, args, kwargs, self.root_device)
-            running, undo = self._running(), whole.begun(self._firsts, self._running(), self._asking)
+            running, undo = self._running(), self._firsts.undo(name, whole.note_state)
             with whole.logging():
                 return with_outputs(running, lambda: running.evaluate(self._whole_task(whole))[0], undo)
         evaluate = self._running().evaluate

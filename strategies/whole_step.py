@@ -15,9 +15,7 @@ from ..driver.capture.token import HiddenToken, check_available
 from ..driver.capture.undo import undo_all
 from ..driver.whole_step import WholeTask
 from ..model.asking import Asking
-from ..model.spread import SpreadModel
 from ..model.trials import LOSS, Results
-from ..model.wanted import FirstRuns, Undo, with_outputs
 from .averaged_log import noted
 from .in_reach import in_reach
 from .logged import Logged, noting, undo_logs
@@ -71,17 +69,6 @@ class WholeStep:
             bends=functools.partial(asking.bend, self._name, self.results),
             framed=self._module.trainer.precision_plugin.train_step_context,
         )
-
-    def begun(self, firsts: FirstRuns, spread: SpreadModel, asking: Asking | None) -> Undo | None:
-        """Return what takes back what the step changes, if it is the first of its kind and may have to begin again.
-
-        Blocks that keep something in buffers could not take that back: then the step is asked before what it uses.
-        """
-        undo = firsts.undo(self._name, self.note_state)
-        keeps = any(True for block in spread.pipeline.proxies.blocks for _ in block.buffers())
-        if undo is not None and asking is not None and keeps:
-            with_outputs(spread, lambda: asking.look(self.results, self.batch))
-        return undo
 
     def call(self) -> Any:
         """Run the step as it is."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from ..driver.capture.unavailable import OutputWanted
+from ..engine.errors import SkipPipeError
 from .spread import SpreadModel
 
 log = logging.getLogger(__name__)
@@ -16,6 +17,11 @@ Undo = Callable[[], None]
 _SAID: Final = (
     "code after the blocks uses what single blocks return (%s, for one): that goes from their workers to the driver "
     "with each microbatch, and gradients back"
+)
+_COUNTED: Final = (
+    "a step that runs once on the whole batch uses what single blocks return, and some keep something in buffers "
+    "(BatchNorm), which they have done already when that was found. Let the last block return what is used, or let the "
+    "batch be cut (several microbatches, microbatches='auto', one call of the blocks, automatic optimization)"
 )
 
 
@@ -32,7 +38,11 @@ class FirstRuns:
         return note_state() if is_first else None
 
 
-def with_outputs(spread: SpreadModel, run: Callable[[], T], undo: Undo | None = lambda: None) -> T:
+def _nothing() -> None:
+    """Nothing to take back: what runs is only tried."""
+
+
+def with_outputs(spread: SpreadModel, run: Callable[[], T], undo: Undo | None = _nothing) -> T:
     """Return what ``run`` returns, which begins again as long as it asks for more of what blocks return.
 
     Args:
@@ -51,6 +61,8 @@ def with_outputs(spread: SpreadModel, run: Callable[[], T], undo: Undo | None = 
             is_first = not proxies.exporting
             if undo is None or not proxies.learn(wanted):
                 raise
+            if undo is not _nothing and proxies.writes_buffers:
+                raise SkipPipeError(_COUNTED) from wanted
             if is_first:
                 log.info(_SAID, proxies.names[min(wanted.made).block])
             undo()
