@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine import independence
-from ..engine.arguments import Earlier, SideInput, Template
+from ..engine.arguments import Template
 from ..engine.call import Call, CallSpec
 from ..engine.control.answers import PartsCompared
 from ..engine.control.commands import CompareParts
@@ -21,7 +21,7 @@ from ..engine.transport import TensorSpec
 from .capture.cutting import Cut, parts_of
 from .capture.microbatch import split_sizes
 from .capture.side_inputs import dump_probe
-from .capture.stack_call import StackCall, passed_to
+from .capture.stack_call import StackCall, passed_to, with_sides
 from .probing import holder_of
 
 if TYPE_CHECKING:
@@ -101,9 +101,7 @@ def _alone(template: Template, sides: Sequence[Tensor], alone: StackCall) -> tup
     passed = passed_to(template)
     if not passed:
         return template, sides
-    slots = {each: SideInput(len(sides) + index) for index, each in enumerate(passed)}
-    opened = template.with_leaves(lambda leaf: slots[leaf] if isinstance(leaf, Earlier) else leaf)
-    return opened, [*sides, *alone.side_inputs[len(alone.side_inputs) - len(passed) :]]
+    return with_sides(template, len(sides)), [*sides, *alone.side_inputs[len(alone.side_inputs) - len(passed) :]]
 
 
 def _own(sides: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -83,7 +83,7 @@ class Hop:
     @property
     def carries_gradient(self) -> bool:
         """Whether any gradient comes back."""
-        return self.requires_grad or any(each.requires_grad for each in self.beside)
+        return any(spec is not None for spec in self.back)
 
 
 @dataclass(frozen=True, slots=True)

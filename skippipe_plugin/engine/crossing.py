@@ -29,15 +29,17 @@ class Kept(dict[Made, Tensor]):
         """Keep what is wanted of what a block has returned."""
         for number, tensor in enumerate(tensors):
             if (made := Made(block, number)) in self._wanted:
-                self[made] = tensor
-                self._versions[made] = versions([tensor])[0]
+                self._keep(made, tensor)
 
     def note_entering(self, block: int, enters: Hop, tensors: Sequence[Tensor]) -> None:
         """Keep what enters the stage whose first block that is; the hidden states may be needed further behind, too."""
         names = (Made(block - 1, 0), *(made_before(block, each) for each in enters.beside))
         for made, tensor in zip(names, tensors, strict=True):
-            self[made] = tensor
-            self._versions[made] = versions([tensor])[0]
+            self._keep(made, tensor)
+
+    def _keep(self, made: Made, tensor: Tensor) -> None:
+        self[made] = tensor
+        self._versions[made] = versions([tensor])[0]
 
     def check(self) -> None:
         """Raise when one of them was changed in place since."""

@@ -198,7 +198,10 @@ class Executor:
             if action.op is Op.L:
                 self._transport.confirm()  # user code looks at it
             specs = _travelling(self._calls[action.microbatch].spec.hops[hop], forward)
-            return tuple([_as_it_lies(each, spec) for each, spec in zip(came, specs, strict=True)])
+            pairs = zip(came, specs, strict=True)
+            return tuple(
+                [each if each is None or spec is None else from_memory(each, spec.order) for each, spec in pairs]
+            )
         except GenerationAborted:
             raise
         except Exception as error:
@@ -221,7 +224,7 @@ class Executor:
             if value is None:
                 assert not forward, f"{instruction.text} has nothing to send"
                 value = absent(spec, self._device)
-            elif spec.order:
+            else:
                 value = in_memory(value, spec.order)
             self._transport.send(value, instruction.sends.rank, instruction.sends.tag)
 
@@ -314,11 +317,6 @@ def _place(instruction: Instruction) -> int:
 
 def _travelling(hop: Hop, forward: bool) -> Sequence[TensorSpec | None]:
     return hop.there if forward else hop.back
-
-
-def _as_it_lies(tensor: Tensor | None, spec: TensorSpec | None) -> Tensor | None:
-    """Return what came with its dimensions in their own order."""
-    return tensor if tensor is None or spec is None or not spec.order else from_memory(tensor, spec.order)
 
 
 def _travels(instruction: Instruction, hop: int, call: Call) -> bool:

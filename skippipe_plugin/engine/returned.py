@@ -103,15 +103,7 @@ def tensors_of(output: Any) -> list[Tensor]:  # Any: what a block returns
 
 def tensors_in(value: Any) -> list[Tensor]:  # Any: containers of the user's
     """Return the tensors in a tree, each once."""
-    found: dict[int, Tensor] = {}
-
-    def note(part: Any) -> Any:  # Any: a leaf of the tree
-        if isinstance(part, Tensor):
-            found.setdefault(id(part), part)
-        return part
-
-    mapped(value, note)
-    return list(found.values())
+    return list({id(leaf): leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)}.values())
 
 
 def leaves_of(value: Any) -> list[Any]:  # Any: containers of the user's

@@ -28,7 +28,7 @@ from .half import computed_in_half
 from .independence import Parts, difference, uncompiled
 from .kept_state import Buffers
 from .kvcache import CacheShelf
-from .memory_order import from_memory, in_memory, laid, order_of
+from .memory_order import from_memory, in_memory, order_of
 from .process_switches import ProcessSwitches
 from .returned import ReturnStructure, hidden_of, tensors_of
 from .reuse import uses_again
@@ -329,14 +329,14 @@ class Stage:
         module = self.blocks[block]
         self._set_mode(block, call)
         with self._without_a_trace(module, call) as buffers, Returns(module) as hooks:
-            watch, inputs = BlockWatch(module), _random(enters, self.device)
+            watch, inputs = BlockWatch(module), enters.random(self.device)
             version = inputs._version
             _, carrying = _with_leaves(call, call.spec.carried_by([block]))
             output = self._call_block(block, carrying, inputs, filled={}, shelf=CacheShelf.of(call.caches))
             writes, written = watch.differences(), changed_buffers(module, buffers)
             found = _describe(output, inputs, changed=inputs._version != version)
             if found.structure.has_numbers and self.company is None:  # perhaps of the values that it got
-                again = self._call_block(block, carrying, -_random(enters, self.device), {}, CacheShelf.of(call.caches))
+                again = self._call_block(block, carrying, -enters.random(self.device), {}, CacheShelf.of(call.caches))
                 found = dataclasses.replace(found, structure=found.structure.agreeing(ReturnStructure.of(again)))
         return dataclasses.replace(found, writes=tuple(sorted(writes)), idle=hooks.idle(), buffers=written)
 
@@ -356,7 +356,7 @@ class Stage:
         self._set_mode(block, call)
         with self._without_a_trace(module, call), torch.no_grad(), uncompiled():
             torch.manual_seed(0)
-            return difference(module, run, call, _random(enters, self.device), parts)
+            return difference(module, run, call, enters.random(self.device), parts)
 
     @contextmanager
     def _without_a_trace(self, module: nn.Module, call: Call) -> Iterator[dict[str, Tensor]]:
@@ -591,9 +591,3 @@ def _describe(output: Any, inputs: Tensor, *, changed: bool) -> Probe:  # Any: w
     passes = any(each.untyped_storage().data_ptr() == memory and each.numel() > 0 for each in tensors_of(output))
     structure = ReturnStructure.of(output)
     return Probe(structure.tensors[0], structure, changes_input=changed, passes_input=passes)
-
-
-def _random(spec: TensorSpec, device: torch.device) -> Tensor:
-    if spec.dtype.is_floating_point or spec.dtype.is_complex:
-        return laid(torch.randn(spec.shape, dtype=torch.float32, device=device).to(spec.dtype), spec.order)
-    return spec.empty(device).zero_()

@@ -23,7 +23,7 @@ from .c10d import Gloo, ProcessGroupGloo, Store, Work
 from .device import HOST
 from .errors import GenerationAborted
 from .gloo_door import open_device
-from .memory_order import Order, from_memory, in_memory, order_of
+from .memory_order import Order, from_memory, in_memory, laid, order_of
 from .own_files import OpenFile
 from .rendezvous import AbortableStore
 from .silence import silence_ends_after
@@ -85,6 +85,22 @@ class TensorSpec:
         """Return a tensor of this form, without values."""
         form = self.in_memory
         return from_memory(torch.empty(form.shape, dtype=form.dtype, device=device), self.order)
+
+    def zeros(self, device: torch.device) -> Tensor:
+        """Return a tensor of this form, of zeros."""
+        return self.empty(device).zero_()
+
+    def random(self, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+        """Return a tensor of this form with made-up values, of a generator of the host's if there is one.
+
+        Whole numbers and flags are zeros, which name something wherever they are indices.
+        """
+        if not self.dtype.is_floating_point and not self.dtype.is_complex:
+            return self.zeros(device)
+        drawn = torch.randn(
+            self.shape, dtype=torch.float32, device=device if generator is None else HOST, generator=generator
+        )
+        return laid(drawn.to(device, self.dtype), self.order)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"

@@ -357,11 +357,13 @@ class ModelCalls:
             pieces=[functools.partial(self._results, self._function, call) for call in batch.calls],
             detail=(detail_of((args, kwargs)), form_of(batch.sizes)),
         )
-        merging = with_outputs(self._spread, lambda: Merging(self._asking, question, self._weight))
-        name = f"a call of {type(self._model).__name__}"
-        if with_outputs(self._spread, lambda: merging.goes_whole(self._spread.settings.microbatches, name)):
-            return None
-        return batch, merging
+
+        def asked() -> Merging | None:
+            merging, name = Merging(self._asking, question, self._weight), f"a call of {type(self._model).__name__}"
+            return None if merging.goes_whole(self._spread.settings.microbatches, name) else merging
+
+        merging = with_outputs(self._spread, asked)
+        return None if merging is None else (batch, merging)
 
     @staticmethod
     def _results(function: Callable[..., Any], call: tuple[tuple[Any, ...], dict[str, Any]]) -> Results:

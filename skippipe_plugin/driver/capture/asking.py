@@ -11,9 +11,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-from torch import Tensor
-
 from ...engine.call import Ambient
 from ...engine.device_errors import is_of_device
 from ...engine.errors import SkipPipeError
@@ -153,10 +150,6 @@ def ask(
     raise NotCuttable(next(iter([*(reasons[count] for count in reasons if count > 0), *reasons.values()])))
 
 
-def _zeros(device: torch.device, spec: TensorSpec) -> Tensor:
-    return spec.empty(device).zero_()
-
-
 class _Unanswered(Exception):
     """The user's code does not bear a batch of another size."""
 
@@ -167,8 +160,9 @@ def _form_with(question: Question, num_before: int, thread: StepThread, ambient:
         for _ in range(num_before):
             if isinstance(outcome, Suspended):
                 call: StackCall = outcome.request
-                call.fill(functools.partial(_zeros, call.hidden.device))
-                outcome = thread.resume(_zeros(call.hidden.device, call.specs[-1]))
+                device = call.hidden.device
+                call.fill(functools.partial(TensorSpec.zeros, device=device))
+                outcome = thread.resume(call.specs[-1].zeros(device))
     except SkipPipeError:
         raise
     except Exception as error:

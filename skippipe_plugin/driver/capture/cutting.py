@@ -68,8 +68,7 @@ class Cut:
 
     def alone(self, call: StackCall, block: int) -> Cut:
         """Return the cut of :meth:`StackCall.alone`."""
-        known: dict[Made, Axis | None] = {Made(each, 0): axis for each, axis in enumerate(self.forms[1:])}
-        known.update(self.beside)
+        known = self._axes
         passed = passed_to(call.templates[call.block_template[block]])
         axes = [known[Made(block - each.distance, each.number)] for each in passed]
         return dataclasses.replace(self, side_inputs=(*self.side_inputs, *axes))
@@ -81,14 +80,18 @@ class Cut:
 
     def join_exported(self, call: StackCall, pieces: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return what the code after the blocks gets of what they return, from that of the microbatches."""
-        known: dict[Made, Axis | None] = {Made(each, 0): axis for each, axis in enumerate(self.forms[1:])}
-        known.update(self.beside)
+        known = self._axes
         joined: list[Tensor] = []
         for made, *own in zip(call.exported, *pieces, strict=True):
             axis = known[made]
             whole = own[0] if axis is None else axis.join(own, _spec_of(call, made).order)
             joined.append(whole.as_subclass(type(own[0])))
         return joined
+
+    @property
+    def _axes(self) -> dict[Made, Axis | None]:
+        """The dimensions of all that blocks return and that is used."""
+        return {**{Made(block, 0): axis for block, axis in enumerate(self.forms[1:])}, **dict(self.beside)}
 
     @property
     def hidden(self) -> Axis:

@@ -22,6 +22,10 @@ from ...engine.stage import inner
 from ...engine.transport import TensorSpec
 from .token import HiddenToken, function_name
 
+_OPERATORS: Final = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
+_IN_PLACE: Final = frozenset(["__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())])
+"""Methods that change what they are called on."""
+
 
 @dataclass(slots=True, eq=False)
 class Deferral:
@@ -98,9 +102,7 @@ class Forms:
                 given = [leaf for leaf in pytree.tree_leaves((own_args, own_kwargs)) if isinstance(leaf, Tensor)]
                 before = [leaf.detach().clone() for leaf in given]
                 result = function(*own_args, **own_kwargs)
-                if not all(
-                    map(_is_same, given, before)
-                ):  # BatchNorm's statistics, which torch does not count as writes
+                if not all(map(_is_same, given, before)):  # BatchNorm's statistics: torch counts no write of those
                     return None
                 results = [result] if isinstance(result, Tensor) else result
                 if not isinstance(results, (tuple, list)) or not all(isinstance(each, Tensor) for each in results):
@@ -115,6 +117,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _made_up(leaf: Any, draw: Callable[..., Tensor]) -> Any:  # Any: an argument
+    """Return what stands for an argument; flags and whole numbers are drawn, too, for a form may follow from them."""
     if isinstance(leaf, HiddenToken):
         spec = leaf.spec
         made = laid(draw(spec.shape, device=leaf.device).to(spec.dtype), spec.order)
@@ -172,8 +175,3 @@ def defer(
         for number, (spec, requires_grad, device) in enumerate(results)
     ]
     return deferral
-
-
-_OPERATORS: Final = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
-_IN_PLACE: Final = frozenset(["__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())])
-"""Methods that change what they are called on."""

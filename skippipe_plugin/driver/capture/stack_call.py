@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...engine.arguments import Earlier, SideInput, Template
 from ...engine.call import Ambient, BlockMode, Form, Made
-from ...engine.memory_order import laid
 from ...engine.returned import ReturnStructure
 from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
@@ -154,10 +153,8 @@ class StackCall:
         earlier = passed_to(template)
         if not earlier:
             return self
-        first = len(self.side_inputs)
-        slots = {each: SideInput(first + index) for index, each in enumerate(earlier)}
         made = [_made_up(self.spec_of(block, each), self.hidden.device, self.ambient.grad) for each in earlier]
-        opened = template.with_leaves(lambda leaf: slots[leaf] if isinstance(leaf, Earlier) else leaf)
+        opened = with_sides(template, len(self.side_inputs))
         numbers = list(self.block_template)
         numbers[block] = len(self.templates)
         sides = SideInputs([*self.side_inputs, *made])
@@ -179,9 +176,12 @@ def passed_to(template: Template) -> list[Earlier]:
     return sorted(template.earlier(), key=lambda each: (each.distance, each.number))
 
 
+def with_sides(template: Template, first: int) -> Template:
+    """Return a template with side inputs for what :func:`passed_to` returns, in its order, from slot ``first`` on."""
+    slots = {each: SideInput(first + index) for index, each in enumerate(passed_to(template))}
+    return template.with_leaves(lambda leaf: slots[leaf] if isinstance(leaf, Earlier) else leaf)
+
+
 def _made_up(spec: TensorSpec, device: torch.device, grad: bool) -> Tensor:
-    if not spec.dtype.is_floating_point and not spec.dtype.is_complex:
-        return spec.empty(device).zero_()
-    generator = torch.Generator().manual_seed(len(spec.shape))
-    values = laid(torch.randn(spec.shape, generator=generator).to(device, spec.dtype), spec.order)
-    return values.requires_grad_(grad)
+    values = spec.random(device, torch.Generator().manual_seed(len(spec.shape)))
+    return values.requires_grad_(grad) if values.is_floating_point() or values.is_complex() else values

@@ -27,18 +27,8 @@ FORM_QUESTIONS: Final = frozenset(
         *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"),
         *("is_mps", "is_xpu", "is_xla", "is_hpu", "is_mtia", "is_ipu", "is_maia", "is_vulkan"),
         *("size", "dim", "ndimension", "numel", "nelement", "element_size", "get_device", "__len__", "__hash__"),
-        *(
-            "stride",
-            "is_inference",
-            "_version",
-            "is_floating_point",
-            "is_complex",
-            "is_signed",
-            "is_contiguous",
-            "is_conj",
-            "is_neg",
-            "is_same_size",
-        ),
+        *("stride", "is_inference", "_version", "is_floating_point", "is_complex", "is_signed", "is_contiguous"),
+        *("is_conj", "is_neg", "is_same_size"),
     }
 )
 """What may be asked of a tensor without reading it."""

@@ -376,8 +376,6 @@ def test_what_a_block_behind_changes_in_place_is_refused() -> None:
 class LayersOfTransformers(LightningModule):
     """A loss on the hidden states of layers, as transformers returns them."""
 
-    family = "GPT2"
-
     def __init__(self) -> None:
         super().__init__()
         transformers = pytest.importorskip("transformers")
