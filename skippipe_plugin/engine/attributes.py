@@ -182,10 +182,13 @@ class BlockWatch:
     def unchanged(self) -> bool:
         """Whether everything is what it was at the last :meth:`look`, ``training`` and the submodules included."""
         try:
-            return (
-                self._count() == self._lengths
-                and all(map(operator.is_, self._items(), self._flat))
-                and (not self._contents or self._read_contents() == self._contents)
+            counts = self._count() if self._ignoring else [*map(len, self._sized)]
+            if counts != self._lengths:
+                return False
+            own = itertools.chain.from_iterable(map(operator.call, self._getters, self._owns))
+            items = self._items() if self._lists or self._dicts else own
+            return all(map(operator.is_, items, self._flat)) and (
+                not self._contents or self._read_contents() == self._contents
             )
         except (KeyError, RuntimeError):  # an attribute is gone, or a dictionary changes as it is read
             return False

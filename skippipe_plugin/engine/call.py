@@ -73,17 +73,15 @@ class Hop:
     """What travels forward, by tensor, the hidden states first."""
     back: tuple[TensorSpec | None, ...] = field(init=False, repr=False, compare=False)
     """The same of gradients; None where none comes."""
+    carries_gradient: bool = field(init=False, repr=False, compare=False)
+    """Whether any gradient comes back."""
 
     def __post_init__(self) -> None:
         """Derive what is asked often."""
         each: tuple[Hop | Beside, ...] = (self, *self.beside)
         object.__setattr__(self, "there", tuple([one.spec for one in each]))
         object.__setattr__(self, "back", tuple([one.spec if one.requires_grad else None for one in each]))
-
-    @property
-    def carries_gradient(self) -> bool:
-        """Whether any gradient comes back."""
-        return any(spec is not None for spec in self.back)
+        object.__setattr__(self, "carries_gradient", any(one.requires_grad for one in each))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,23 +10,24 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Protocol
+from itertools import chain
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ..schedule import DRIVER_STAGE, Event, Op
+from ..schedule import Event, Op
 from . import phases
 from .absent import absent, is_absent
-from .call import Call, Hop
-from .crossing import Gradients
+from .call import Call
+from .crossing import Gradients, Tensors
 from .device import synchronize
 from .device_errors import is_of_device
 from .errors import GenerationAborted, SkipPipeError
-from .memory_order import from_memory, in_memory
+from .memory_order import in_memory
 from .program import Instruction
 from .stage import Stage
-from .transport import PendingTensor, TensorSpec, Transport
+from .transport import PendingTensor, Transport
 
 
 class CallFeed(Protocol):
@@ -90,34 +91,36 @@ class Executor:
         self._posted: dict[tuple[int, bool, int], list[PendingTensor | None]] = {}
         """By microbatch, direction and hop: the receives of its tensors; None for what does not travel."""
         self._local: dict[tuple[int, bool, int], Gradients] = {}
-        self._by_microbatch: dict[int, list[Instruction]] = {}
+        self._plan = _Plan((), frozenset())
+        self._num_unknown = 0
+        """How many microbatches of the step there are whose call is not known yet."""
         self._incoming: dict[int, deque[Instruction]] = {}
         """By source, where receives are not posted ahead: what is still to come, in the order in which it is sent."""
         self._live: Set[int] = frozenset()
         self._owing: list[Instruction] = []
         """Losses whose gradients are still to come from outside."""
 
-    def run(self, program: Iterable[Instruction], live: Set[int], feed: CallFeed) -> list[Event]:
+    def run(self, program: Sequence[Instruction], live: Set[int], feed: CallFeed) -> list[Event]:
         """Execute the instructions of the ``live`` microbatches in order; return when each ran.
 
         Raises:
             GenerationAborted: The generation ended under the step.
         """
-        instructions = [each for each in program if each.microbatch in live or not live.isdisjoint(each.together)]
-        self._live = live
-        for instruction in instructions:
-            self._by_microbatch.setdefault(instruction.microbatch, []).append(instruction)
+        if self._plan.program is not program or self._plan.live != live:
+            self._plan = _Plan(program, frozenset(live))
+        self._live, self._num_unknown = live, len(self._plan.receiving)
         if not self._transport.posts_ahead:
-            self._incoming = _by_source(each for each in instructions if each.microbatch in live)
+            self._incoming = _by_source(self._plan.receiving.values())
         events: list[Event] = []
         try:
-            for instruction in instructions:
-                if self._owing and instruction.action.op not in (Op.F, Op.L):
+            for instruction in self._plan.instructions:
+                if self._owing and not instruction.takes_forward:
                     self._give_owed()
                 if instruction.microbatch not in live:
                     self._attend(instruction)
                     continue
-                self._ready(instruction, feed)
+                if self._num_unknown or self._driver is not None:
+                    self._ready(instruction, feed)
                 taken = self._take(instruction, feed)
                 if self._measured:
                     synchronize(self._device)
@@ -138,13 +141,14 @@ class Executor:
         return events
 
     def _ready(self, instruction: Instruction, feed: CallFeed) -> None:
-        for microbatch, call in feed.poll():
-            self._admit(microbatch, call)
-        if self._driver is not None and instruction.action.stage == DRIVER_STAGE and instruction.action.op is Op.F:
-            return  # this action makes the call
         if self._driver is not None:
+            if instruction.on_driver and instruction.takes is None:
+                return  # this action makes the call
             self._driver.announce_due()
-        self._learn(instruction.microbatch, feed)
+        if self._num_unknown:
+            for microbatch, call in feed.poll():
+                self._admit(microbatch, call)
+            self._learn(instruction.microbatch, feed)
 
     def _learn(self, microbatch: int, feed: CallFeed) -> None:
         """Wait for the call of a microbatch."""
@@ -155,19 +159,26 @@ class Executor:
     def _admit(self, microbatch: int, call: Call) -> None:
         """Learn a call, and post every receive of its microbatch on this rank if that may be done ahead."""
         self._calls[microbatch] = call
+        receiving = self._plan.receiving.get(microbatch)
+        if receiving is None:
+            return  # it does not visit this rank
+        self._num_unknown -= 1
         if self._transport.posts_ahead:
-            for instruction in self._by_microbatch.get(microbatch, ()):
-                self._post(instruction)
+            for instruction in receiving:
+                self._post(instruction, call)
 
-    def _post(self, instruction: Instruction) -> None:
-        hop, link, call = instruction.takes, instruction.receives, self._calls[instruction.microbatch]
-        if hop is None or link is None or not _travels(instruction, hop, call):
+    def _post(self, instruction: Instruction, call: Call) -> None:
+        """Post the receives of what an instruction takes: gradients only where something needs them."""
+        number, link, forward = instruction.takes, instruction.receives, instruction.takes_forward
+        assert number is not None
+        assert link is not None, "it takes what comes from elsewhere"
+        hop = call.spec.hops[number]
+        if not forward and not hop.carries_gradient:
             return
-        forward = instruction.action.op in (Op.F, Op.L)
-        self._posted[instruction.microbatch, forward, hop] = [
-            None if spec is None else self._transport.receive(spec.in_memory, link.rank, link.tag, self._device)
-            for spec in _travelling(call.spec.hops[hop], forward)
-        ]
+        posted: list[PendingTensor | None] = []
+        for spec in hop.there if forward else hop.back:
+            posted.append(None if spec is None else self._transport.receive(spec, link.rank, link.tag, self._device))
+        self._posted[instruction.microbatch, forward, number] = posted
 
     def _post_up_to(self, instruction: Instruction, feed: CallFeed) -> None:
         """Post what its link brings before it, and its own receive, unless a later message was asked for already."""
@@ -176,32 +187,29 @@ class Executor:
         while incoming and _place(incoming[0]) <= _place(instruction):
             first = incoming.popleft()
             self._learn(first.microbatch, feed)
-            self._post(first)
+            self._post(first, self._calls[first.microbatch])
 
     def _take(self, instruction: Instruction, feed: CallFeed) -> Gradients:
-        hop, action = instruction.takes, instruction.action
+        hop, forward = instruction.takes, instruction.takes_forward
         if hop is None:
             return ()
-        key = (action.microbatch, action.op in (Op.F, Op.L), hop)
+        key = (instruction.microbatch, forward, hop)
         if instruction.receives is None:
             return self._local.pop(key)
-        self._post_up_to(instruction, feed)
-        if key not in self._posted:
+        if self._incoming:
+            self._post_up_to(instruction, feed)
+        posted = self._posted.pop(key, None)
+        if posted is None:
             return ()
         if self._driver is not None:
             self._driver.announce()
+        came: list[Tensor | None] = []
         try:
-            posted, forward = self._posted.pop(key), action.op in (Op.F, Op.L)
-            came = [
-                None if each is None else each.wait() if forward else each.wait_unless(is_absent) for each in posted
-            ]
-            if action.op is Op.L:
+            for each in posted:
+                came.append(None if each is None else each.wait() if forward else each.wait_unless(is_absent))
+            if instruction.action.op is Op.L:
                 self._transport.confirm()  # user code looks at it
-            specs = _travelling(self._calls[action.microbatch].spec.hops[hop], forward)
-            pairs = zip(came, specs, strict=True)
-            return tuple(
-                [each if each is None or spec is None else from_memory(each, spec.order) for each, spec in pairs]
-            )
+            return tuple(came)
         except GenerationAborted:
             raise
         except Exception as error:
@@ -216,21 +224,23 @@ class Executor:
         if instruction.sends is None:
             self._local[action.microbatch, action.op is Op.F, hop] = values
             return
-        forward = action.op is Op.F
-        specs = _travelling(self._calls[action.microbatch].spec.hops[hop], forward)
+        forward, crosses = action.op is Op.F, self._calls[action.microbatch].spec.hops[hop]
+        specs = crosses.there if forward else crosses.back
         for spec, value in zip(specs, values or (None,) * len(specs), strict=True):
             if spec is None:
                 continue
             if value is None:
                 assert not forward, f"{instruction.text} has nothing to send"
                 value = absent(spec, self._device)
-            else:
+            elif spec.order:
                 value = in_memory(value, spec.order)
             self._transport.send(value, instruction.sends.rank, instruction.sends.tag)
 
     def _execute(self, instruction: Instruction, taken: Gradients) -> None:
-        if instruction.action.stage == DRIVER_STAGE:
+        if instruction.on_driver:
             self._execute_driver(instruction, taken)
+        elif instruction.together:
+            self._execute_together(instruction, taken)
         else:
             self._execute_stage(instruction, taken)
 
@@ -267,23 +277,22 @@ class Executor:
         for instruction in owing:
             self._give(instruction, (gradients[instruction.microbatch],))
 
-    def _execute_stage(self, instruction: Instruction, taken: Gradients) -> None:
+    def _execute_together(self, instruction: Instruction, taken: Gradients) -> None:
         company = self._stages[instruction.action.stage].company
-        if company is None or not instruction.together:
-            self._compute(instruction, taken)
-            return
-        company.enter([microbatch in self._live for microbatch in instruction.together])
-        self._compute(instruction, taken)
-        company.leave()
+        if company is not None:
+            company.enter([microbatch in self._live for microbatch in instruction.together])
+        self._execute_stage(instruction, taken)
+        if company is not None:
+            company.leave()
 
-    def _compute(self, instruction: Instruction, taken: Gradients) -> None:
+    def _execute_stage(self, instruction: Instruction, taken: Gradients) -> None:
         action = instruction.action
         stage, call = self._stages[action.stage], self._calls[action.microbatch]
         if action.op is Op.F:
             assert instruction.takes is not None
-            entering = tuple([each for each in taken if each is not None])
-            enters, leaves = call.spec.hops[instruction.takes : instruction.takes + 2]
-            self._give(instruction, stage.forward(action.microbatch, call, entering, enters, leaves))
+            hops, number = call.spec.hops, instruction.takes
+            entering = cast("Tensors", taken)  # of what goes forward, none is none
+            self._give(instruction, stage.forward(action.microbatch, call, entering, hops[number], hops[number + 1]))
         elif action.op is Op.W:
             stage.backward_weight(action.microbatch)
         else:
@@ -296,29 +305,34 @@ class Executor:
         self._calls.clear()
         self._posted.clear()
         self._local.clear()
-        self._by_microbatch.clear()
         self._incoming.clear()
         self._owing.clear()
 
 
-def _by_source(instructions: Iterable[Instruction]) -> dict[int, deque[Instruction]]:
+class _Plan:
+    """What a rank does in the steps of a program with the same live microbatches."""
+
+    def __init__(self, program: Sequence[Instruction], live: Set[int]) -> None:
+        self.program = program
+        self.live = live
+        self.instructions = [each for each in program if each.microbatch in live or not live.isdisjoint(each.together)]
+        self.receiving: dict[int, list[Instruction]] = {}
+        """By live microbatch: those that take what comes from elsewhere."""
+        for each in self.instructions:
+            if each.microbatch in live:
+                receiving = self.receiving.setdefault(each.microbatch, [])
+                receiving += [each] if each.receives is not None else []
+
+
+def _by_source(instructions: Iterable[Iterable[Instruction]]) -> dict[int, deque[Instruction]]:
     """Return what each rank sends, in the order in which it sends it."""
     incoming: dict[int, list[Instruction]] = {}
-    for instruction in instructions:
-        if instruction.receives is not None:
-            incoming.setdefault(instruction.receives.rank, []).append(instruction)
+    for instruction in chain.from_iterable(instructions):
+        assert instruction.receives is not None
+        incoming.setdefault(instruction.receives.rank, []).append(instruction)
     return {source: deque(sorted(each, key=_place)) for source, each in incoming.items()}
 
 
 def _place(instruction: Instruction) -> int:
     assert instruction.receives is not None
     return instruction.receives.place
-
-
-def _travelling(hop: Hop, forward: bool) -> Sequence[TensorSpec | None]:
-    return hop.there if forward else hop.back
-
-
-def _travels(instruction: Instruction, hop: int, call: Call) -> bool:
-    """Whether a message comes for what the instruction takes: gradients only where something needs them."""
-    return instruction.action.op in (Op.F, Op.L) or call.spec.hops[hop].carries_gradient

@@ -147,12 +147,12 @@ class PairTransport(Transport):
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Issue the receive of the link's next message."""
-        buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+        buffer = torch.empty(spec.in_memory.shape, dtype=spec.dtype, device=self._device)
         group = self._groups[_name(source, self.rank)]
         work = self._start(lambda: group.recv([buffer], _SOURCE, 0), source) if buffer.numel() else None
         is_seen = work is not None and self._backend == "gloo"  # nobody can tell whether bytes move under NCCL
         awaited = self._traffic.receive(source, 0) if is_seen else None
-        return PendingTensor(work, buffer, device, self._waiting, awaited)
+        return PendingTensor(work, buffer, device, self._waiting, awaited, order=spec.order)
 
     def end_step(self) -> None:
         """Wait until every send of this step has been taken, as far as who waits can be woken: under NCCL."""

@@ -1,7 +1,7 @@
 """Switches of a whole process that change what blocks compute: read on the driver, set where the blocks are.
 
 They are read once a step, and some whenever microbatches take turns, so most of them are read as torch itself reads
-them, without its public names around that; and equal values are one object.
+them, without its public names around that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 _C: Final = torch._C
-_PAIRS: Final = tuple(tuple((one, other) for other in (False, True)) for one in (False, True))
 _TINY: Final = 2.0**-1022
 """Half of it is no normal number."""
 _LIBRARIES: Final = ("generic", *4 * ("cuda",), *4 * ("mkldnn",))
@@ -67,16 +66,6 @@ def _the_same(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _anomaly() -> tuple[bool, bool]:
-    """Whether autograd looks for anomalies, and for NaN."""
-    return _PAIRS[torch.is_anomaly_enabled()][torch.is_anomaly_check_nan_enabled()]
-
-
-def _deterministic() -> tuple[bool, bool]:
-    """Whether algorithms are deterministic, and whether those that are not only warn."""
-    return _PAIRS[_C._get_deterministic_algorithms()][_C._get_deterministic_algorithms_warn_only()]
-
-
 def _precision() -> tuple[Any, ...]:
     """What products of float32 are rounded to, in torch's older and newer words."""
     try:
@@ -107,7 +96,10 @@ def _set_precision(values: Sequence[Any]) -> None:
 
 def _precision_of_products() -> tuple[Any, ...]:
     """Of all that is said of precision, what a step is likely to switch around its blocks."""
-    return _the_same((_read(_C._get_float32_matmul_precision), _newer("cuda", "matmul")))
+    try:
+        return _the_same((_C._get_float32_matmul_precision(), _newer("cuda", "matmul")))
+    except RuntimeError:
+        return _the_same((_read(_C._get_float32_matmul_precision), _newer("cuda", "matmul")))
 
 
 def _set_precision_of_products(values: tuple[Any, ...]) -> None:
@@ -157,8 +149,8 @@ def _pair_of_torch(name: str) -> Iterator[Switch]:
 
 
 def _paired(switch: Switch) -> Switch:
-    get, put = switch.get, switch.set
-    return Switch(switch.name, lambda: _PAIRS[(pair := get())[0]][pair[1]], lambda pair: put(*pair))
+    put = switch.set
+    return Switch(switch.name, switch.get, lambda pair: put(*pair))
 
 
 def _library(name: str) -> Iterator[Switch]:
@@ -171,10 +163,13 @@ def _library(name: str) -> Iterator[Switch]:
 
 
 def _all() -> Iterator[Switch]:
-    yield Switch("anomaly", _anomaly, lambda value: torch.autograd.set_detect_anomaly(*value))
-    yield Switch(
-        "deterministic", _deterministic, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])
-    )
+    looks, for_nan = torch.is_anomaly_enabled, torch.is_anomaly_check_nan_enabled
+    yield Switch("anomaly", looks, lambda value: torch.set_anomaly_enabled(value, for_nan()))
+    yield Switch("anomaly_check_nan", for_nan, lambda value: torch.set_anomaly_enabled(looks(), value))
+    uses, warns = _C._get_deterministic_algorithms, _C._get_deterministic_algorithms_warn_only
+    use = torch.use_deterministic_algorithms
+    yield Switch("deterministic", uses, lambda value: use(value, warn_only=warns()))
+    yield Switch("deterministic_warn_only", warns, lambda value: use(uses(), warn_only=value))
     yield from _of_torch("deterministic_fill_uninitialized_memory")
     yield Switch("default_dtype", torch.get_default_dtype, torch.set_default_dtype)
     yield Switch("flush_denormal", _flushes_denormal, torch.set_flush_denormal)
@@ -198,22 +193,27 @@ def _all() -> Iterator[Switch]:
         yield from _library(name)
     for name in ("flash", "mem_efficient", "math", "cudnn", "overrideable"):
         yield from _of_torch(f"{name}_sdp", f"_get_{name}_sdp_enabled", f"_set_sdp_use_{name}")
-    yield Switch(
-        "sdp_priority_order",
-        lambda: _the_same(tuple(_C._get_sdp_priority_order())),
-        lambda value: _C._set_sdp_priority_order([*value]),
-    )
+    yield _PRIORITIES
     if hasattr(nn.attention, "current_flash_attention_impl"):
         yield Switch("flash_attention", nn.attention.current_flash_attention_impl, _use_flash_attention, is_quick=False)
-    yield Switch("encoder_fast_path", torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
+    mha: Any = torch.backends.mha
+    private = "_is_fastpath_enabled"  # what the public getter returns, behind two more calls
+    get = functools.partial(getattr, mha, private) if hasattr(mha, private) else mha.get_fastpath_enabled
+    yield Switch("encoder_fast_path", get, mha.set_fastpath_enabled)
     if torch.backends.opt_einsum.is_available():
         yield Switch("path_of_einsum", _path_of_einsum, _set_path_of_einsum, is_quick=False)
 
 
+_PRIORITIES: Final = Switch(
+    "sdp_priority_order",
+    lambda: tuple(_C._get_sdp_priority_order()),
+    lambda value: _C._set_sdp_priority_order([*value]),
+)
 SWITCHES: Final[Sequence[Switch]] = tuple(_all())
 """All of them, in the order in which they are set."""
 QUICK: Final[Sequence[Switch]] = (
-    *(switch for switch in SWITCHES if switch.is_quick),
+    *(switch for switch in SWITCHES if switch.is_quick and switch is not _PRIORITIES),
+    Switch(_PRIORITIES.name, _C._get_sdp_priority_order, _C._set_sdp_priority_order),
     Switch("precision of products", _precision_of_products, _set_precision_of_products),
 )
 """What a step may switch around its blocks for each microbatch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from ..schedule import DRIVER_STAGE, Action, Meeting, Op, Path, Schedule, meetings
@@ -36,11 +36,18 @@ class Instruction:
     """Where it gives to; None when that is this rank."""
     together: tuple[int, ...] = ()
     """The microbatches of all coupled ranks in the meeting that this action is a part of, by position."""
+    microbatch: int = field(init=False, repr=False, compare=False)
+    """The microbatch it works on."""
+    on_driver: bool = field(init=False, repr=False, compare=False)
+    """Whether it is one of the driver's stage 0."""
+    takes_forward: bool = field(init=False, repr=False, compare=False)
+    """Whether it takes a tensor, not a gradient."""
 
-    @property
-    def microbatch(self) -> int:
-        """The microbatch it works on."""
-        return self.action.microbatch
+    def __post_init__(self) -> None:
+        """Derive what is asked in every step."""
+        object.__setattr__(self, "microbatch", self.action.microbatch)
+        object.__setattr__(self, "on_driver", self.action.stage == DRIVER_STAGE)
+        object.__setattr__(self, "takes_forward", self.action.op in (Op.F, Op.L))
 
 
 def compile_program(schedule: Schedule, rank: int) -> tuple[Instruction, ...]:

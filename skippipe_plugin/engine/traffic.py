@@ -7,9 +7,10 @@ Both show in the same way: one rank waits for what another has sent, and no byte
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -65,16 +66,23 @@ class Traffic:
         key = ("", destination, tag)
         self._begun[key] = self._begun.get(key, 0) + 1
 
-    def receive(self, source: int, tag: int) -> Awaited:
-        """Note a message that was asked for; messages of one link and tag come in the order in which they are sent."""
-        nth = self._expected[source, tag] = self._expected.get((source, tag), 0) + 1
-        return Awaited(Transfer(self._generation, "", self.rank, tag, nth), [source])
+    def receive(self, source: int, tag: int) -> Callable[[], Awaited]:
+        """Note a message that was asked for, and return what names it.
 
-    def meet(self, group: str, ranks: Sequence[int]) -> Awaited:
-        """Note that an operation of several ranks was begun here."""
+        Messages of one link and tag come in the order in which they are sent.
+        """
+        nth = self._expected[source, tag] = self._expected.get((source, tag), 0) + 1
+        return functools.partial(self._awaited, "", self.rank, tag, nth, (source,))
+
+    def meet(self, group: str, ranks: Sequence[int]) -> Callable[[], Awaited]:
+        """Note that an operation of several ranks was begun here, and return what names it."""
         key = (group, -1, -1)
         nth = self._begun[key] = self._begun.get(key, 0) + 1
-        return Awaited(Transfer(self._generation, *key, nth), [rank for rank in ranks if rank != self.rank])
+        return functools.partial(self._awaited, *key, nth, ranks)
+
+    def _awaited(self, group: str, destination: int, tag: int, nth: int, ranks: Sequence[int]) -> Awaited:
+        others = [rank for rank in ranks if rank != self.rank]
+        return Awaited(Transfer(self._generation, group, destination, tag, nth), others)
 
     def has_begun(self, transfer: Transfer) -> bool:
         """Whether this rank has done its part in what another one waits for."""

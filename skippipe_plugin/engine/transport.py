@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ def from_bytes(data: Tensor, spec: TensorSpec) -> Tensor:
 class PendingTensor:
     """A posted receive."""
 
-    __slots__ = ("_awaited", "_buffer", "_device", "_sent", "_staging", "_waiting", "_work")
+    __slots__ = ("_awaited", "_buffer", "_device", "_order", "_sent", "_staging", "_waiting", "_work")
 
     def __init__(
         self,
@@ -128,34 +129,47 @@ class PendingTensor:
         buffer: Tensor,
         device: torch.device,
         waiting: Waiting,
-        awaited: Awaited | None = None,
+        awaited: Callable[[], Awaited] | None = None,
         sent: Tensor | None = None,
         staging: Staging | None = None,
+        order: Order = (),
     ) -> None:
         self._work: Work | Collective | None = work
         self._buffer, self._device, self._waiting, self._awaited = buffer, device, waiting, awaited
         self._sent = sent  # kept alive until all is here
         self._staging = staging  # which has lent the buffer
+        self._order = order  # of the tensor's dimensions in it
 
     def wait(self) -> Tensor:
         """Block until the tensor is here; raise GenerationAborted when the generation ends first."""
-        arrived = self._arrived()
-        return arrived.to(self._device) if self._staging is None else self._staging.place(arrived)
+        self._await()
+        if self._staging is not None:
+            placed = self._staging.place(self._buffer)
+        else:
+            placed = self._buffer if self._device.type == "cpu" else self._buffer.to(self._device)
+        return from_memory(placed, self._order) if self._order else placed
 
     def wait_unless(self, is_none: Callable[[Tensor], bool]) -> Tensor | None:
         """Do the same, but return None for a tensor of which that is true, where it came: a device is not asked."""
-        if not is_none(self._arrived()):
+        self._await()
+        if not is_none(self._buffer):
             return self.wait()
         if self._staging is not None:
             self._staging.let_go(self._buffer)
         return None
 
-    def _arrived(self) -> Tensor:
-        if self._work is not None:
-            with self._waiting.on(self._awaited):
-                _wait(self._work, self._awaited)
+    def _await(self) -> None:
+        work = self._work
+        if work is None:
+            return
+        self._waiting.begin(self._awaited)
+        try:
+            work.wait(FOREVER)
+        except RuntimeError as error:
+            raise_aborted(error, () if self._awaited is None else self._awaited().ranks)
+        finally:
+            self._waiting.end()
         self._sent = self._work = None
-        return self._buffer
 
 
 class Collective:
@@ -292,7 +306,7 @@ class Transport:
         self._stores.clear()
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
-        """Start to send ``tensor``; it is kept alive until :meth:`flush`.
+        """Start to send ``tensor`` as it lies in memory; it is kept alive until :meth:`flush`.
 
         That it was taken, the receiver has to say: gloo forgets a message whose connection breaks as it is written, and
         who waited for it would wait for ever, since nothing wakes him.
@@ -306,21 +320,28 @@ class Transport:
             self._post(destination, tag, data.to("cpu").contiguous())
 
     def _post(self, destination: int, tag: int, data: Tensor) -> None:
-        group, member = self._groups[_ALL], self._index[destination]
-        self._sends.append((self._start(lambda: group.send([data], member, tag), destination), data))
+        try:
+            work = self._groups[_ALL].send([data], self._index[destination], tag)
+        except RuntimeError as error:
+            raise_aborted(error, (destination,))
+        self._sends.append((work, data))
         self._traffic.send(destination, tag)
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Post a receive for a tensor of exactly ``spec``."""
-        if not spec.num_bytes:
-            return PendingTensor(None, torch.empty(spec.shape, dtype=spec.dtype), device, self._waiting)
-        staging = None if device.type == "cpu" else self._staging
-        room = None if staging is None else staging.room(spec.shape, spec.dtype)
-        buffer = torch.empty(spec.shape, dtype=spec.dtype) if room is None else room
-        group, member = self._groups[_ALL], self._index[source]
-        work = self._start(lambda: group.recv([buffer], member, tag), source)
+        form = spec.in_memory if spec.order else spec
+        staging = None if device.type == "cpu" or not form.num_bytes else self._staging
+        room = None if staging is None else staging.room(form.shape, form.dtype)
+        buffer = torch.empty(form.shape, dtype=form.dtype) if room is None else room
+        if not buffer.numel():
+            return PendingTensor(None, buffer, device, self._waiting, order=spec.order)
+        try:
+            work = self._groups[_ALL].recv([buffer], self._index[source], tag)
+        except RuntimeError as error:
+            raise_aborted(error, (source,))
         awaited = self._traffic.receive(source, tag)
-        return PendingTensor(work, buffer, device, self._waiting, awaited, staging=None if room is None else staging)
+        staging = None if room is None else staging
+        return PendingTensor(work, buffer, device, self._waiting, awaited, None, staging, spec.order)
 
     def send_aside(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send a small host tensor that is none of the schedule's, whatever carries those."""
@@ -350,7 +371,10 @@ class Transport:
         finally:
             sends, self._sends = self._sends, []
         for work, data in sends:
-            _wait(work)
+            try:
+                work.wait(FOREVER)
+            except RuntimeError as error:
+                raise_aborted(error)
             if staging is not None:
                 staging.let_go(data)
 
@@ -368,8 +392,7 @@ class Transport:
         group = self._groups[name]
         work = Collective(self._start(lambda: group.allreduce([tensor])), group, self._aborted)
         awaited = self._traffic.meet(name, self._company[name])
-        with self._waiting.on(awaited):
-            _wait(work, awaited)
+        PendingTensor(work, tensor, tensor.device, self._waiting, awaited).wait()
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> PendingTensor:
         """Begin to exchange rows [rows, ...] within the subgroup ``name``: by member, how many go and how many come."""
@@ -427,10 +450,8 @@ class Transport:
     def _start(operation: object, *peer: int) -> Work:
         try:
             return operation()  # type: ignore[operator, no-any-return]
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
         except RuntimeError as error:
-            raise GenerationAborted(str(error), peer) from error
+            raise_aborted(error, peer)
 
 
 class _Outcome:
@@ -461,13 +482,11 @@ class _Outcome:
         return self._group
 
 
-def _wait(work: Work | Collective, awaited: Awaited | None = None) -> None:
-    try:
-        work.wait(FOREVER)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except RuntimeError as error:
-        raise GenerationAborted(str(error), () if awaited is None else tuple(awaited.ranks)) from error
+def raise_aborted(error: RuntimeError, ranks: Sequence[int] = ()) -> NoReturn:
+    """Raise what an operation's failure means: that the generation is over, unless it is one of this rank's device."""
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        raise error
+    raise GenerationAborted(str(error), tuple(ranks)) from error
 
 
 def form_gloo(store: Store, rank: int, size: int, host: str, made: set[OpenFile]) -> Gloo:

@@ -10,7 +10,7 @@ import contextlib
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from .control.presence import Progress
@@ -23,9 +23,9 @@ _UNTAKEN: Final = 0x5411
 
 
 class Waiting:
-    """What the thread that has made this waits for: entered while it does.
+    """What the thread that has made this waits for: entered, or begun and ended, while it does.
 
-    Other threads enter it without an effect.
+    Other threads do so without an effect.
     """
 
     def __init__(self) -> None:
@@ -35,13 +35,23 @@ class Waiting:
         """The how-many-eth time it waits; 0 while it does not."""
         self.traffic: Traffic | None = None
         """Of the generation at present."""
-        self._awaited: Awaited | None = None
+        self._awaited: Callable[[], Awaited] | None = None
 
-    def on(self, awaited: Awaited | None) -> Waiting:
-        """Say what is waited for, by who enters this at once."""
+    def begin(self, awaited: Callable[[], Awaited] | None = None) -> None:
+        """Say that the calling thread waits from now on, and for what: asked only if somebody asks."""
         if threading.get_ident() == self._owner:
             self._awaited = awaited
-        return self
+            self._count += 1
+            self.turn = self._count
+
+    def end(self, *_: object) -> None:
+        """Say that it does no more."""
+        if threading.get_ident() == self._owner:
+            self.turn = 0
+            self._awaited = None
+
+    __enter__ = begin
+    __exit__ = end
 
     def progress(self, asked: Sequence[Transfer] = ()) -> Progress:
         """Say what is waited for, whether bytes move meanwhile, and which of the transfers this rank has begun."""
@@ -52,21 +62,12 @@ class Waiting:
         begun = [transfer for transfer in asked if traffic.has_begun(transfer)]
         if not turn or awaited is None:
             return Progress(turn, begun=begun)
-        return Progress(turn, awaited.transfer, awaited.ranks, traffic.num_moved(), begun)
+        what = awaited()
+        return Progress(turn, what.transfer, what.ranks, traffic.num_moved(), begun)
 
     def is_quiet(self) -> bool:
         """Whether it waits and nothing is on its way to or from this process."""
         return self.turn > 0 and nothing_is_under_way()
-
-    def __enter__(self) -> None:
-        if threading.get_ident() == self._owner:
-            self._count += 1
-            self.turn = self._count
-
-    def __exit__(self, *_: object) -> None:
-        if threading.get_ident() == self._owner:
-            self.turn = 0
-            self._awaited = None
 
 
 def nothing_is_under_way() -> bool:

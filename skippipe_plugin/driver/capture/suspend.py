@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from ...engine.call import Ambient
 
@@ -41,9 +41,8 @@ Outcome = Suspended | Returned
 _running: contextvars.ContextVar[StepThread | None] = contextvars.ContextVar("skippipe_step_thread", default=None)
 
 
-def current_thread() -> StepThread | None:
-    """Return the step thread this code runs in, or None outside of a step."""
-    return _running.get()
+current_thread: Final[Callable[[], StepThread | None]] = _running.get
+"""Returns the step thread this code runs in, or None outside of a step."""
 
 
 def suspend_here(request: Any) -> Any:  # Any: see StepThread.suspend

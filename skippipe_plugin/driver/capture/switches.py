@@ -9,7 +9,6 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import asyncio
 import functools
-import operator
 import signal
 import sys
 import warnings
@@ -82,7 +81,7 @@ class Snapshot:
             if added:
                 changes.append((stack, added))
         now = [get() for get in self._getters]
-        if not all(map(operator.is_, now, self._values)):
+        if now != self._values:  # what is the same object is not compared
             for switch, value, before in zip(self._switches, now, self._values, strict=True):
                 if value is not before and not (type(value) in _BY_CONTENT and value == before):
                     changes.append((switch, value))
@@ -176,7 +175,7 @@ PROCESS: Final[tuple[Switch, ...]] = (
     _attribute(torch_device, "CURRENT_DEVICE"),
     _attribute(sys, "stdout"),
     _attribute(sys, "stderr"),
-    Switch(lambda: warnings.filters, _set_filters),
+    Switch(functools.partial(getattr, warnings, "filters"), _set_filters),
     _attribute(warnings, "showwarning"),
     _attribute(warnings, "_showwarnmsg_impl"),
 )

@@ -81,13 +81,13 @@ def test_an_operation_of_several_ranks_is_dead_when_all_have_begun_it() -> None:
 
 def test_both_ends_count_alike() -> None:
     one, other = Traffic(1, 5), Traffic(2, 5)
-    first, second = other.receive(1, 17), other.receive(1, 17)
+    first, second = other.receive(1, 17)(), other.receive(1, 17)()
     assert (first.ranks, second.transfer) == ([1], Transfer(5, "", 2, 17, 2))
     for sent, expected in enumerate([(False, False), (True, False), (True, True)]):
         assert (one.has_begun(first.transfer), one.has_begun(second.transfer)) == expected, sent
         one.send(2, 17)
     assert not Traffic(1, 6).has_begun(first.transfer)
-    summed = one.meet("stage1", (1, 2))
+    summed = one.meet("stage1", (1, 2))()
     assert not other.has_begun(summed.transfer)
     other.meet("stage1", (1, 2))
     assert other.has_begun(summed.transfer)
@@ -120,8 +120,9 @@ def test_what_a_rank_waits_for_is_said_only_while_it_waits() -> None:
     waiting = Waiting()
     traffic = waiting.traffic = Traffic(2, 5)
     awaited = traffic.receive(1, 17)
-    with waiting.on(awaited):
-        assert waiting.progress() == Progress(1, awaited.transfer, [1], 0, [])
+    waiting.begin(awaited)
+    assert waiting.progress() == Progress(1, awaited().transfer, [1], 0, [])
+    waiting.end()
     assert waiting.progress() == Progress(0, begun=[])
     with waiting:  # for a message on the control channel
         assert waiting.progress() == Progress(2, begun=[])
