@@ -70,6 +70,7 @@ class CutStep:
             view=view_of(batch, cut.pieces, cut.sizes, weight),
             whole=functools.partial(self._results, batch),
             pieces=[functools.partial(self._results, piece) for piece in cut.pieces],
+            uncut=cut.refusal if self._training else "",
         )
 
     def prepared(self, asking: Asking, where: CutWhere, agree: Agree, *, may_be_cut: bool = True) -> PreparedStep:
@@ -185,7 +186,8 @@ def prepare(
     """
     settings, training = spread.settings, name == "training_step"
     if not spread.runs_whole:
-        step = make(cut(len(spread.pipeline.microbatches), may_stay=not training))
+        may_stay = not training or settings.microbatches != "batch"
+        step = make(cut(len(spread.pipeline.microbatches), may_stay=may_stay))
         return step.prepared(asking, settings.microbatches, agree)
     if settings.drivers == 1 or not training:
         return None

@@ -8,7 +8,7 @@ from typing import Any, Final
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, default_collate
 
-from ..driver.capture.batches import BatchError, Cut, Cutter, Hint
+from ..driver.capture.batches import Hint
 
 _LOADERS: Final = {
     "training_step": "train_dataloader",
@@ -26,16 +26,6 @@ def loader_hint(trainer: Trainer, step: str) -> Hint:
     collates = [loader.collate_fn for loader in loaders]
     default = bool(collates) and all(each is default_collate for each in collates)
     return Hint(frozenset(sizes), default, combined=step == "training_step" and not isinstance(held, DataLoader))
-
-
-def cut_or_whole(cutter: Cutter, batch: Any, hint: Hint, source: str, count: int, *, may_stay: bool) -> Cut:
-    """Cut a batch into microbatches; one that cannot be cut may stay whole where nothing is trained."""
-    try:
-        return cutter.cut(batch, count, hint, source)
-    except BatchError:
-        if not may_stay:
-            raise
-        return Cut([batch], [1])
 
 
 def _each(loaders: Any) -> Iterator[DataLoader[Any]]:

@@ -66,7 +66,7 @@ from .continuation import FROM_MEMORY, Continuation
 from .cut_step import CutStep, PreparedStep, asking_of
 from .cut_step import prepare as prepare_step
 from .launcher import SkipPipeLauncher, apply_results, collect_results
-from .loaders import cut_or_whole, loader_hint
+from .loaders import loader_hint
 from .open_steps import opened_steps
 from .optimizing import OptimizingStrategy
 from .outputs import with_loss, without_loss
@@ -94,7 +94,7 @@ class SkipPipeStrategy(OptimizingStrategy):
             microbatch; or what enters the block ``"stack"``, while the step runs once, on the whole batch. The latter
             is exact for every loss (contrastive ones, BatchNorm on the driver, labels in unequal numbers) and draws
             the random numbers of one process, but every forward comes before the loss, and embedding and head have
-            the whole batch at once. ``"auto"``: the batch.
+            the whole batch at once. ``"auto"``: the batch, where it can be cut and one process's result follows.
         microbatch_weight: What a microbatch's loss weighs in the batch's: a function of the microbatch, ``"samples"``,
             or ``"sum"`` (losses add up). By default that is found out by trying the step before the first batch.
         replicas: How many workers hold each stage.
@@ -529,7 +529,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         assert module is not None
         assert asking is not None
         source = f"{name} {rest[1:]} {kwargs.get('dataloader_idx')}"
-        cut = functools.partial(cut_or_whole, self._cutter, batch, loader_hint(module.trainer, name), source)
+        cut = functools.partial(self._cutter.cut, batch, hint=loader_hint(module.trainer, name), source=source)
         step = functools.partial(CutStep, module, name, batch, rest=rest, kwargs=kwargs, weight=weight)
         running = self._running()
         return with_outputs(running, lambda: prepare_step(step, name, running, cut, asking, self.gather_objects))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -18,7 +18,7 @@ from ..engine.device import HOST
 from ..engine.independence import Parts
 from ..engine.stage import Stage
 from ..engine.transport import TensorSpec
-from .capture.cutting import Cut, parts_of
+from .capture.cutting import Cut, Turns, parts_of
 from .capture.microbatch import split_sizes
 from .capture.side_inputs import dump_probe
 from .capture.stack_call import StackCall, passed_to, with_sides
@@ -57,16 +57,36 @@ def difference_of_parts(
     few = [min(_FEW, *sizes)] * 2
     for block in proxies.one_of_each(call):
         found = _ask(pipeline, call, cut, few, block, known_aside)
-        if found and few != list(sizes):
-            found = _ask(pipeline, call, cut, sizes, block, known_aside)  # whether it is so in this batch
-        if not found and in_doubt and cut.has_numbers(call):
-            found = _ask(pipeline, call, cut, few, block, known_aside, turned=True)
-            found = "" if found == independence.FAILS else found  # they are made up
+        if found and few != list(sizes):  # whether it is so in this batch, and not by where its parts begin
+            found = _ask(pipeline, call, cut, sizes, block, known_aside)
+            found = found or _ask(pipeline, call, cut, _shifted(sizes), block, known_aside)
+        if not found and in_doubt:  # numbers of this batch need not name other samples, and those of others may
+            asked = (
+                _ask(pipeline, call, cut, parts, block, known_aside, turned=turned)
+                for parts, turned in _ways_by_numbers(call, cut, few, sizes)
+            )
+            found = next((each for each in asked if each not in ("", independence.FAILS)), "")
         if not found or (found == independence.FAILS and not in_doubt):
             continue
         text = {independence.MIXES: _MIXES, independence.FAILS: _FAILS}.get(found, _KEEPS)
         return text.format(name=proxies.names[block], what=found)
     return ""
+
+
+def _shifted(sizes: Sequence[int]) -> list[int]:
+    """Return parts of the same batch that begin elsewhere."""
+    return [sizes[0] + 1, *sizes[1:-1], *([sizes[-1] - 1] if sizes[-1] > 1 else [])]
+
+
+def _ways_by_numbers(
+    call: StackCall, cut: Cut, few: Sequence[int], sizes: Sequence[int]
+) -> Iterator[tuple[Sequence[int], Turns]]:
+    """Yield in what parts, and by which whole numbers, blocks may turn out to look at samples that numbers name."""
+    if cut.has_numbers(call):
+        yield few, "two"
+        yield few, "one"
+    if cut.has_bounds(call):
+        yield sizes, "one"
 
 
 def difference_of_arguments(
@@ -135,7 +155,7 @@ def _ask(
     block: int,
     known_aside: bool,
     *,
-    turned: bool = False,
+    turned: Turns | None = None,
 ) -> str:
     call, cut = call.alone(block), cut.alone(call, block)
     spec = pipeline.proxies.question_about(call, block)

@@ -86,6 +86,7 @@ class Asking:
         self._observing = Observing(spread, self._trials, self.clock)
         self._ignored = ignored
         self._others = others
+        self._told: set[Hashable] = set()
         self._answers: dict[Hashable, Answer] = {}
         self._last: dict[Hashable, Answer] = {}
         """By kind: what was known last."""
@@ -156,6 +157,12 @@ class Asking:
     def again(self, question: Question, answer: Answer) -> Answer:
         """Ask about a step of which something is known, but not enough."""
         return self._ask(question, answer) if answer.num_asked < _MOST_ASKED else answer
+
+    def is_news(self, *what: Hashable) -> bool:
+        """Whether this is to be said; not again."""
+        is_news = what not in self._told
+        self._told.add(what)
+        return is_news
 
     def look(self, function: Callable[[], Results], batch: Any) -> Results | None:
         """Return what a step gives on made-up hidden states, whole; None where it fails on them.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..driver.capture.asking import questions
-from ..driver.capture.batches import BatchError, Cutter
+from ..driver.capture.batches import Cutter
 from ..driver.capture.caches import is_cache
 from ..driver.capture.rewind import rewinder
 from ..driver.capture.suspend import current_thread
@@ -62,6 +62,8 @@ class _Batch:
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     sizes: list[int]
+    uncut: str = ""
+    """Why it is a single one, where it is trained on and cannot be cut."""
 
 
 class _LossIsOutside(Exception):
@@ -356,6 +358,7 @@ class ModelCalls:
             whole=functools.partial(self._results, self._function, (args, kwargs)),
             pieces=[functools.partial(self._results, self._function, call) for call in batch.calls],
             detail=(detail_of((args, kwargs)), form_of(batch.sizes)),
+            uncut=batch.uncut,
         )
 
         def asked() -> Merging | None:
@@ -377,16 +380,13 @@ class ModelCalls:
     def _pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> _Batch:
         if any(is_cache(value) for value in (*args, *kwargs.values())) or (not training and _asks_for_cache(kwargs)):
             return _Batch([(args, kwargs)], [1])  # generation: one call after another fills the caches
-        try:
-            cut = self._cutter.cut({**dict(enumerate(args)), **kwargs}, len(self._spread.pipeline.microbatches))
-        except BatchError:
-            if training:
-                raise
-            return _Batch([(args, kwargs)], [1])  # forwards can do without microbatches
+        may_stay = not training or self._spread.settings.microbatches != "batch"
+        count = len(self._spread.pipeline.microbatches)
+        cut = self._cutter.cut({**dict(enumerate(args)), **kwargs}, count, may_stay=may_stay)
         calls = [
             (tuple(each[i] for i in range(len(args))), {name: each[name] for name in kwargs}) for each in cut.pieces
         ]
-        return _Batch(calls, cut.sizes)
+        return _Batch(calls, cut.sizes, cut.refusal if training else "")
 
     def _seed(self) -> int:
         return block_seed(torch.initial_seed(), self.num_calls)

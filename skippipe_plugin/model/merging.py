@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from ..driver.capture.batches import BatchError
 from ..engine.errors import SkipPipeError
 from .answers import Answer
 from .asking import Asking
@@ -106,7 +107,7 @@ class Merging:
     def _find_obstacle(self) -> str:
         answer, count = self.answer, len(self.question.pieces)
         if answer is None:
-            return ""
+            return self.question.uncut
         if alone := self.asking.statistics.alone(self.question.view.sizes):
             return _FAILS.format(count=count, why=alone)
         if self.asking.is_watched or answer.hooks:
@@ -137,7 +138,7 @@ class Merging:
     def refusal(self) -> SkipPipeError | None:
         """Return the error that says why the batch cannot be cut; None when it can."""
         if obstacle := self.obstacle:
-            return SkipPipeError(obstacle)
+            return BatchError(obstacle) if self.question.uncut else SkipPipeError(obstacle)
         return self._refused(self.problems)
 
     def _refused(self, problems: Mapping[str, str]) -> SkipPipeError | None:
@@ -169,11 +170,18 @@ class Merging:
             return False
         if where == "batch":
             raise refusal
-        if self.answer is not None and not self.answer.is_told:
-            self.answer.is_told = True
+        if self._is_news():
             reason = str(refusal).partition(". Run the step once")[0]
             log.warning(_WHOLE, name, reason)
         return True
+
+    def _is_news(self) -> bool:
+        """Whether it was not said before that steps of this kind run once; it is now."""
+        if self.answer is None:
+            return self.asking.is_news("uncut", self.question.kind)
+        is_news = not self.answer.is_told
+        self.answer.is_told = True
+        return is_news
 
     def _settle(self) -> None:
         """Ask about this very batch if it tells apart what others did not; what stays open is a problem of its own."""

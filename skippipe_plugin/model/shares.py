@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from ..engine.errors import SkipPipeError
 from .counting import Given, Samples
 from .merging import Agree, Merging, alone
 from .reductions import Mean, Sum, Unsettled, weighting_of
 from .trials import LOSS
+
+log = logging.getLogger(__name__)
+
+_ALIKE: Final = (
+    "the losses of all drivers count alike, however many samples or labels each batch has: what they are means over "
+    "is not found out of batches that cannot be cut. microbatch_weight=... says it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +45,16 @@ def loss_weights(merging: Merging, agree: Agree = alone) -> LossWeights:
 def whole_share(merging: Merging, agree: Agree = alone) -> float:
     """Return what the loss of a step that runs once weighs among those of all drivers; see :func:`loss_weights`.
 
-    Without a rule that all have found they weigh alike.
+    Without a rule that all have found they weigh alike; of a batch that cannot be cut there is none but the user's.
     """
+    is_known = not merging.question.uncut or callable(merging.weight)
     try:
-        rule: Mean | Sum | None = _rule(merging)
+        rule: Mean | Sum | None = _rule(merging) if is_known else None
     except SkipPipeError:
         rule = None
     rules = agree(rule)
+    if len(rules) > 1 and not is_known and merging.asking.is_news("alike", merging.question.kind):
+        log.warning(_ALIKE)
     try:
         weights = _weights(merging, rules, _one_of(rules), agree) if None not in rules else None
     except SkipPipeError:

@@ -45,6 +45,8 @@ class Question:
     pieces: Sequence[Callable[[], Results]]
     detail: Hashable = ()
     """What a step may do otherwise for, if it has few values: numbers and texts in the batch, forms of microbatches."""
+    uncut: str = ""
+    """Why the batch is the only piece, where it cannot be cut."""
 
 
 def named(key: Key) -> str:

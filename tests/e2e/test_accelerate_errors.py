@@ -135,11 +135,21 @@ def test_clipping_a_part_of_the_blocks(current: Accelerator) -> None:
     step(current, model, optimizer)
 
 
-def test_batches_that_cannot_be_cut(current: Accelerator) -> None:
+def test_batches_that_cannot_be_cut() -> None:
+    with loops.accelerator("pipeline", microbatches="batch") as current:
+        model, optimizer = prepared(current)
+        with pytest.raises(BatchError, match="must share their first dimension"):
+            model(X, labels=Y[:3])
+        with pytest.raises(BatchError, match="holds no tensor or list to cut along"):
+            model(1.0)
+        step(current, model, optimizer)
+
+
+def test_batches_that_the_model_does_not_take(current: Accelerator) -> None:
     model, optimizer = prepared(current)
-    with pytest.raises(BatchError, match="must share their first dimension"):
+    with pytest.raises(ValueError, match="Expected input batch_size"):
         model(X, labels=Y[:3])
-    with pytest.raises(BatchError, match="holds no tensor or list to cut along"):
+    with pytest.raises(TypeError, match="must be Tensor"):
         model(1.0)
     step(current, model, optimizer)
 

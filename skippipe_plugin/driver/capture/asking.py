@@ -15,15 +15,17 @@ from ...engine.call import Ambient
 from ...engine.device_errors import is_of_device
 from ...engine.errors import SkipPipeError
 from ...engine.transport import TensorSpec
-from .cutting import CallForm, Cut, NotCuttable, are_numbers, find_cut
-from .growing import sample_counts, with_more_samples
+from .cutting import NO_DIMENSION, CallForm, Cut, NotCuttable, are_numbers, find_cut
+from .growing import holds_iterators, sample_counts, with_more_samples
 from .stack_call import StackCall
 from .suspend import StepThread, Suspended
 
 log = logging.getLogger(__name__)
 
-_MOST_COUNTS: Final = 3
-"""Of how many ways to count a batch's samples the user's code is asked."""
+_MOST_COUNTS: Final = 8
+"""How many ways to count a batch's samples are looked at."""
+_MOST_ASKED: Final = 3
+"""Of how many of them the user's code is asked."""
 _NOT_CUT: Final = (
     "the blocks get whole batches, so one stage works at a time: %s. Results are those of one process; docs/limits.md "
     "says how a batch can be cut"
@@ -40,27 +42,35 @@ class Question:
     """The samples of another batch, with which ``function`` runs."""
     function: Callable[[], Any]  # Any: it never returns
     """The step on the other batch; it is given up where it calls the blocks."""
+    has_packed: bool = False
+    """Whether that batch has everything twice: what is packed without a dimension of the samples, too."""
 
 
 def questions(step: Callable[[Any], Any], batch: Any) -> list[Question]:
-    """Return what may be asked of ``step`` about ``batch``: with one sample more, or else with all of them twice.
+    """Return what may be asked of ``step`` about ``batch``: with one sample more, with all of them twice, or with all
+    else that has rows twice, too.
 
     Args:
         step: Runs the user's code on a batch.
         batch: The batch, which need not have the samples first in every tensor.
     """
     counts = sample_counts(batch)
-    if not counts or counts[0] == 1:
+    if not counts or counts[0] == 1 or holds_iterators(batch):
         return []
     return [
-        Question(num_samples=count, num_others=count + more, function=functools.partial(_ask, step, batch, count, more))
+        Question(
+            num_samples=count,
+            num_others=count + more,
+            function=functools.partial(_ask, step, batch, count, None if has_packed else more),
+            has_packed=has_packed,
+        )
         for count in counts[:_MOST_COUNTS]
-        for more in (1, count)
-        if count > 1
+        for more, has_packed in ((1, False), (count, False), (count, True))
+        if count > 1 and (not has_packed or len(counts) > 1)
     ]
 
 
-def _ask(step: Callable[[Any], Any], batch: Any, count: int, more: int) -> Any:
+def _ask(step: Callable[[Any], Any], batch: Any, count: int, more: int | None) -> Any:
     return step(with_more_samples(batch, count, more))
 
 
@@ -130,14 +140,23 @@ def ask(
         NotCuttable: No question has an answer.
     """
     found: dict[int, Cut] = {}
-    reasons: dict[int, str] = {}
+    counts = dict.fromkeys(question.num_samples for question in asked)
+    reasons = {
+        count: NO_DIMENSION.format(shape=list(form.forms[0]), count=count)
+        for count in counts
+        if not form.may_have(count)
+    }
+    likely = [count for count in counts if count not in reasons][:_MOST_ASKED]
     for question in asked:
         count = question.num_samples
-        if count in found or count in reasons:
+        if count in found or count in reasons or count not in likely:
             continue
         try:
             other = _form_with(question, len(earlier), thread, ambient)
-            found[count] = find_cut(form, other, count, question.num_others)
+            cut = find_cut(form, other, count, question.num_others)
+            if question.has_packed and cut.hidden.rows > 1:  # as many rows of each sample as of any other, by chance
+                raise NotCuttable(NO_DIMENSION.format(shape=list(form.forms[0]), count=count))
+            found[count] = cut
         except NotCuttable as error:
             reasons[count] = str(error)
         except _Unanswered as error:

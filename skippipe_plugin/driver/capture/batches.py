@@ -4,12 +4,14 @@ A batch is read on the assumption that it has so many samples: tensors and array
 dimension, a list or tuple is either one entry per sample or holds fields that are read alike, and mappings, dataclasses
 and namespaces hold fields. Scalars, strings and lists of them with another length belong to the whole batch. Where
 several numbers of samples fit, those that the data loader makes decide, and what the batches before were.
+
+Where a step may run once, a batch that cannot be told stays whole.
 """
 
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any, Final, Literal
@@ -29,9 +31,10 @@ _TRIED: Final = 64
 """How many numbers of samples are tried."""
 _NAMED: Final = 8
 """How many tensors are named in an error."""
+_ONCE: Final = "Run the step once, on the whole batch, with microbatches='stack' or num_microbatches=1 otherwise"
 _WAY_OUT: Final = (
     "Let every tensor and list of a batch have one entry for each sample (what belongs to the whole batch, such as "
-    "class weights, may be an attribute of the model or a number), or set num_microbatches=1, with which nothing is cut"
+    f"class weights, may be an attribute of the model or a number). {_ONCE}"
 )
 
 
@@ -53,6 +56,8 @@ class Cut:
 
     pieces: list[Any]  # Any: of the batch's kind
     sizes: list[int]
+    refusal: str = ""
+    """Why it is a single one, where the batch cannot be cut."""
 
 
 @dataclass(slots=True)
@@ -77,8 +82,12 @@ class Cutter:
 
     def __init__(self) -> None:
         self._known: dict[str, dict[str, Reading]] = {}
+        self._refused: dict[Hashable, str] = {}
+        """By source and outline of the batches that stay whole: why."""
 
-    def cut(self, batch: Any, num_microbatches: int, hint: Hint | None = None, source: str = "") -> Cut:
+    def cut(
+        self, batch: Any, num_microbatches: int, hint: Hint | None = None, source: str = "", *, may_stay: bool = False
+    ) -> Cut:
         """Cut ``batch`` into at most ``num_microbatches``; one is the batch itself, whatever it holds.
 
         Args:
@@ -86,14 +95,28 @@ class Cutter:
             num_microbatches: How many to make.
             hint: What is known of it.
             source: Where it comes from; batches of one source are put together alike.
+            may_stay: Whether one that cannot be cut stays whole. So do all after it then that are put together alike:
+                what is packed may have as many rows as there are samples, by chance, which are not theirs.
 
         Raises:
             BatchError: It cannot be told how.
         """
         if num_microbatches == 1:
             return Cut([batch], [1])
+        outline = source, _outline(batch)
+        if may_stay and outline in self._refused:
+            return Cut([batch], [1], self._refused[outline])
+        try:
+            return self._cut(batch, num_microbatches, hint or Hint(), source)
+        except BatchError as error:
+            if not may_stay:
+                raise
+            self._refused[outline] = str(error)
+            return Cut([batch], [1], str(error))
+
+    def _cut(self, batch: Any, num_microbatches: int, hint: Hint, source: str) -> Cut:
         known = self._known.get(source, {})
-        plan = _choose(batch, hint or Hint(), known)
+        plan = _choose(batch, hint, known)
         self._known[source] = known | plan.readings
         sizes = split_sizes(plan.size, num_microbatches)
         return Cut(split(batch, sizes, plan.readings), sizes)
@@ -151,7 +174,7 @@ def _usual(plans: Sequence[_Plan]) -> _Plan:
     raise BatchError(
         f"it cannot be told how many samples a batch has ({' or '.join(map(str, sizes))}): the list {', '.join(paths)} "
         "may have one entry for each sample, or hold tensors with all samples each. Let the collate function stack the "
-        "samples into one tensor, or return a dict of tensors, or set num_microbatches=1, with which nothing is cut"
+        f"samples into one tensor, or return a dict of tensors. {_ONCE}"
     )
 
 
@@ -299,6 +322,11 @@ def _why_not(batch: Any) -> str:
         f"the tensors of a batch must share their first dimension to be cut into microbatches, but {listing}. "
         + _WAY_OUT
     )
+
+
+def _outline(batch: Any) -> Hashable:
+    """Return what batches have in common that are put together alike: their kind, and the names of what they hold."""
+    return type(batch), tuple(suffix for suffix, _ in parts(batch)) if has_fields(batch) else ()
 
 
 # ------------------------------------------------------------------ cutting

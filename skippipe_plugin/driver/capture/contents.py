@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import io
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from ...engine.errors import SkipPipeError
 from .outer_state import generator_undo
 from .remote import is_remote
 
+_TAKEN: Final = (
+    "a batch holds a {kind}, and its step has to run once more: what that has given cannot be put back. Make it a list "
+    "in the collate function"
+)
 _CONTAINERS: Final = (list, dict, set, deque, defaultdict, OrderedDict, Counter)
 
 
 def undo_changes(batch: Any) -> Callable[[], None]:  # Any: a batch of the user's
-    """Return a function that brings back what containers in ``batch`` hold, and the values of its tensors."""
+    """Return a function that brings back what containers in ``batch`` hold, and the values of its tensors.
+
+    It raises :class:`SkipPipeError` where there is an iterator: nobody can know whether something was taken from it.
+    """
     kept: dict[int, tuple[Any, Any]] = {}
     _keep(batch, kept)
 
@@ -47,7 +57,13 @@ def _keep(value: Any, kept: dict[int, tuple[Any, Any]]) -> None:
 def _contents(value: Any) -> Any:
     if isinstance(value, Tensor):
         return None if value.is_meta or is_remote(value) else value.detach().clone()
+    if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+        return functools.partial(_refuse, type(value).__name__)
     return value.copy() if type(value) in _CONTAINERS else generator_undo(value)
+
+
+def _refuse(kind: str) -> None:
+    raise SkipPipeError(_TAKEN.format(kind=kind))
 
 
 def _refill(value: Any, contents: Any) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,13 @@ from .stack_call import StackCall, passed_to
 
 _MOST_WAYS: Final = 16
 """Of how many ways to cut the arguments beside the hidden states one is looked for."""
+
+
+NO_DIMENSION: Final = "no dimension of the hidden states {shape} is that of the {count} samples"
+Turns = Literal["two", "one"]
+"""What stands in the place of whole numbers, when a block is asked whether they name others' rows: two that take turns,
+which are rows of another sample in each part; or a single one, which all samples have as that of their group, and as
+bounds makes them one."""
 
 
 class NotCuttable(Exception):
@@ -108,6 +115,11 @@ class Cut:
         sides = zip(self.side_inputs, call.side_inputs, strict=True)
         return any(axis is not None and are_numbers(side) for axis, side in sides)
 
+    def has_bounds(self, call: StackCall) -> bool:
+        """Whether the blocks share whole numbers that may say which rows belong together."""
+        sides = zip(self.side_inputs, call.side_inputs, strict=True)
+        return any(axis is None and are_bounds(side) for axis, side in sides)
+
     def fits(self, call: StackCall, num_samples: int) -> bool:
         """Whether a call has so many samples where this says that they are."""
         tensors = [(axis, spec.shape) for axis, spec in zip(self.forms, call.specs, strict=True)]
@@ -133,6 +145,10 @@ class CallForm:
     """What the user's code has set on the blocks, packed."""
     beside: tuple[tuple[Made, tuple[int, ...]], ...] = ()
     """What else of what blocks return is used, and its form."""
+
+    def may_have(self, num_samples: int) -> bool:
+        """Whether what enters the blocks may have the rows of so many samples."""
+        return any(size and not size % num_samples for size in self.forms[0])
 
     @classmethod
     def of(cls, call: StackCall) -> CallForm:
@@ -164,7 +180,7 @@ def find_cut(whole: CallForm, other: CallForm, num_samples: int, num_others: int
     found = [axis for axis in forms if axis is not None]
     if len(found) < len(forms):
         shape = list(whole.forms[forms.index(None)])
-        raise NotCuttable(f"no dimension of the hidden states {shape} is that of the {num_samples} samples")
+        raise NotCuttable(NO_DIMENSION.format(shape=shape, count=num_samples))
     sides = [
         _axis(f"an argument of the blocks beside the hidden states {list(whole.forms[0])}", *each, *sizes)
         for each in zip(whole.side_inputs, other.side_inputs, strict=True)
@@ -222,7 +238,7 @@ def likely_cuts(whole: CallForm, counts: Sequence[int]) -> list[tuple[int, Cut]]
                 ]
     if not found:
         shape = list(whole.forms[0])
-        raise NotCuttable(f"no dimension of the hidden states {shape} is that of the {counts[0]} samples")
+        raise NotCuttable(NO_DIMENSION.format(shape=shape, count=counts[0]))
     return found
 
 
@@ -285,17 +301,31 @@ def are_numbers(side: Tensor) -> bool:
     return not (side.is_floating_point() or side.is_complex() or side.dtype == torch.bool) and side.numel() > 0
 
 
-def _turned(side: Tensor, whole: Tensor, dim: int) -> Tensor:
-    """Return numbers in a tensor's place of which two take turns: as numbers of rows they name others in each part."""
+def _turned(side: Tensor, whole: Tensor, dim: int, turns: Turns) -> Tensor:
+    """Return other numbers of the samples in a tensor's place."""
     low, high = (int(each) for each in whole.aminmax())
     least = max(low, min(0, high))
-    turns = least + (torch.arange(side.shape[dim], device=side.device) + 1) % (1 + (least < high))
+    if turns == "one":
+        return torch.full_like(side, least)
+    numbers = least + (torch.arange(side.shape[dim], device=side.device) + 1) % (1 + (least < high))
     shape = [-1 if each == dim else 1 for each in range(side.ndim)]
-    return turns.reshape(shape).expand(side.shape).to(side.dtype).clone()
+    return numbers.reshape(shape).expand(side.shape).to(side.dtype).clone()
+
+
+def are_bounds(side: Tensor) -> bool:
+    """Whether what all samples share may say where each one's rows begin and end."""
+    return are_numbers(side) and side.numel() > 2 and bool((side.reshape(-1).diff() >= 0).all())
+
+
+def _one_group(bounds: Tensor) -> Tensor:
+    """Return the bounds of the same rows as those of one sample, beside empty ones."""
+    turned = torch.full_like(bounds, int(bounds.reshape(-1)[0]))
+    turned.view(-1)[-1] = bounds.reshape(-1)[-1]
+    return turned
 
 
 def parts_of(
-    call: StackCall, cut: Cut, sizes: Sequence[int], block: int, spec: CallSpec, *, turned: bool = False
+    call: StackCall, cut: Cut, sizes: Sequence[int], block: int, spec: CallSpec, *, turned: Turns | None = None
 ) -> tuple[Call, TensorSpec, Parts]:
     """Return a call of one block with the first samples of a batch, what enters it, and the same in parts.
 
@@ -305,7 +335,7 @@ def parts_of(
         sizes: How many samples the parts have.
         block: Which block is asked.
         spec: How it is called.
-        turned: Whether numbers of the samples are others than those of the batch, which need not name other samples.
+        turned: Which whole numbers stand in the place of the batch's, which need not name other samples.
     """
     enters, leaves = cut.forms[block : block + 2]
     shape = list(call.specs[block].shape)
@@ -316,8 +346,13 @@ def parts_of(
     ]
     if turned:
         sides = [
-            _turned(side, whole, axis.dim) if axis is not None and are_numbers(side) else side
+            _turned(side, whole, axis.dim, turned) if axis is not None and are_numbers(side) else side
             for axis, side, whole in zip(cut.side_inputs, sides, call.side_inputs, strict=True)
+        ]
+    if turned == "one":
+        sides = [
+            _one_group(side) if axis is None and are_bounds(side) else side
+            for axis, side in zip(cut.side_inputs, sides, strict=True)
         ]
     pieces = [
         [side] * len(sizes) if axis is None else [piece.clone() for piece in axis.split(side, sizes)]

@@ -25,16 +25,23 @@ def sample_counts(batch: Any) -> list[int]:  # Any: a batch of the user's
     return [size for size, _ in Counter(_first_dims(batch)).most_common()]
 
 
-def with_more_samples(batch: Any, num_samples: int, num_more: int) -> Any:
-    """Return a batch whose first ``num_more`` samples come once more, at the end.
+def holds_iterators(batch: Any) -> bool:
+    """Whether a step takes from its batch what it cannot be given once more."""
+    return isinstance(batch, Iterator) or any(map(holds_iterators, _children(batch).values()))
+
+
+def with_more_samples(batch: Any, num_samples: int, num_more: int | None) -> Any:
+    """Return a batch whose first ``num_more`` samples come once more, at the end; None: all, with all other rows.
 
     No sample is new, so what the user's code reads off all of them together, such as the greatest length, stays.
 
     >>> with_more_samples([torch.tensor([1, 2]), torch.tensor([5, 6, 7])], 2, 1)
     [tensor([1, 2, 1]), tensor([5, 6, 7])]
+    >>> with_more_samples({"n": torch.tensor([1, 2]), "packed": torch.tensor([4, 5, 6])}, 2, None)
+    {'n': tensor([1, 2, 1, 2]), 'packed': tensor([4, 5, 6, 4, 5, 6])}
     """
     if _has_rows(batch):
-        grows = batch.ndim and batch.shape[0] == num_samples
+        grows = batch.ndim and (num_more is None or batch.shape[0] == num_samples)
         return _longer(batch, num_more) if grows else batch
     if isinstance(batch, (list, tuple)) and len(batch) == num_samples and num_samples not in set(_first_dims(batch, 1)):
         return rebuild_sequence(batch, [*batch, *batch[:num_more]])
@@ -64,10 +71,10 @@ def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) or (type(value).__module__ == "numpy" and hasattr(value, "ndim"))
 
 
-def _longer(rows: Any, num_more: int) -> Any:
+def _longer(rows: Any, num_more: int | None) -> Any:
     if isinstance(rows, Tensor):
         return torch.cat([rows, rows[:num_more]])
-    index = [*range(len(rows)), *range(num_more)]
+    index = [*range(len(rows)), *range(len(rows) if num_more is None else num_more)]
     return rows[index]
 
 

@@ -1,5 +1,7 @@
 """Batches that are not one tensor: exactly as in one process, or refused with a way out that is."""
 
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset
 
@@ -97,6 +100,10 @@ def both(batch: Any) -> tuple[Tensor, Tensor]:
     return batch["x"], batch["y"]
 
 
+def unpacked(batch: Any) -> tuple[Tensor, Tensor]:
+    return pad_packed_sequence(batch[0], batch_first=True)[0].squeeze(-1), batch[1]
+
+
 Form = tuple[Callable[[list[Any]], Any], Callable[[Any], tuple[Tensor, Tensor]]]
 EXACT: dict[str, Form] = {
     "pairs": (list, stacked),
@@ -131,7 +138,7 @@ EXACT: dict[str, Form] = {
         lambda b: (torch.tensor([eval(each) for each in b]), torch.tensor([sum(eval(each)) for each in b])),
     ),
 }
-REFUSED: dict[str, tuple[Form, str]] = {
+UNCUT: dict[str, tuple[Form, str]] = {
     "class_weights": (
         (lambda rows: columns(rows, weight=torch.ones(3)), lambda b: (b["x"], b["y"] * b["weight"].mean())),
         r"batch\['weight'\]: 3",
@@ -147,6 +154,10 @@ REFUSED: dict[str, tuple[Form, str]] = {
     "sparse": (
         (lambda rows: (stacked(rows)[0].to_sparse(), stacked(rows)[1]), lambda b: (b[0].to_dense(), b[1])),
         r"batch\[0\] is a sparse coo tensor",
+    ),
+    "packed": (
+        (lambda rows: (pack_sequence([x[:, None] for x, _ in rows]), stacked(rows)[1]), unpacked),
+        r"batch\[0\] is a PackedSequence",
     ),
     "time_first": (
         (lambda rows: (stacked(rows)[0].T.contiguous(), stacked(rows)[1]), lambda b: (b[0].T, b[1])),
@@ -176,13 +187,40 @@ def test_it_is_cut_alike_in_other_pipelines(form: str, settings: dict[str, Any])
     assert_same_run(run(EXACT[form], 3, **settings), run(EXACT[form], 1))
 
 
-@pytest.mark.parametrize("form", REFUSED)
-def test_what_cannot_be_cut_is_refused_and_one_microbatch_takes_it(form: str) -> None:
-    form_, message = REFUSED[form]
-    with pytest.raises(BatchError, match=f"{message}(.|\n)*num_microbatches=1") as caught:
-        run(form_, 3)
+@pytest.mark.parametrize("form", UNCUT)
+def test_what_cannot_be_cut_runs_once_and_says_so(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    form_, message = UNCUT[form]
+    with caplog.at_level(logging.WARNING):
+        found = run(form_, 3)
+    assert_same_run(found, run(form_, 1))
+    said = [each.message for each in caplog.records if "runs once, on the whole batch" in each.message]
+    assert len(said) == 1
+    assert re.search(message, said[0])
+
+
+@pytest.mark.parametrize("form", UNCUT)
+def test_who_wants_it_cut_reads_why_not_and_ways_out_that_are_exact(form: str) -> None:
+    form_, message = UNCUT[form]
+    with pytest.raises(BatchError, match=f"{message}(.|\n)*microbatches='stack' or num_microbatches=1") as caught:
+        run(form_, 3, microbatches="batch")
     assert isinstance(caught.value, SkipPipeError)
-    assert_same_run(run(form_, 3, num_microbatches=1), run(form_, 1))
+    expected = run(form_, 1)
+    for settings in ({"num_microbatches": 1}, {"microbatches": "stack"}):
+        assert_same_run(run(form_, 3, **settings), expected)
+
+
+@pytest.mark.parametrize("cell", [iter, map], ids=["iterator", "map"])
+def test_what_a_batch_is_read_from_is_read_once(cell: Any) -> None:
+    def collate(rows: list[Any]) -> Any:
+        x, y = stacked(rows)
+        return x, iter(list(y)) if cell is iter else map(torch.neg, list(y))
+
+    def fit(devices: int) -> Any:
+        data = DataLoader(Samples(), batch_size=9, collate_fn=collate)
+        make = partial(Reads, lambda batch: (batch[0], torch.stack(list(batch[1]))))
+        return train(make, data, devices, PIPELINE if devices > 1 else None, max_steps=6)
+
+    assert_same_run(fit(3), fit(1))
 
 
 class Evaluates(Reads):
@@ -192,9 +230,9 @@ class Evaluates(Reads):
         return F.mse_loss(self(batch[0]).squeeze(-1), batch[1])
 
 
-@pytest.mark.parametrize("form", REFUSED)
+@pytest.mark.parametrize("form", UNCUT)
 def test_evaluation_takes_what_cannot_be_cut(form: str) -> None:
-    collate, read = REFUSED[form][0]
+    collate, read = UNCUT[form][0]
     data = DataLoader(Samples(18), batch_size=9)
     val = DataLoader(Samples(), batch_size=9, collate_fn=collate)
     found, expected = (

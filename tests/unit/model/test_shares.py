@@ -21,7 +21,15 @@ def merging(counts: list[int], *rules: Any) -> Any:
     batch = torch.where(torch.arange(4) < torch.tensor(counts)[:, None], 1, -100)
     view = view_of(batch, [batch[:2], batch[2:]], [2, 2], None)
     plans = {LOSS: Leaf(rules or (LABELS,))}
-    return SimpleNamespace(weight=None, answer=SimpleNamespace(plans=plans), question=SimpleNamespace(view=view))
+    question = SimpleNamespace(view=view, kind="training_step", uncut="")
+    return SimpleNamespace(weight=None, answer=SimpleNamespace(plans=plans), question=question)
+
+
+def uncut() -> Any:
+    """A batch that cannot be cut."""
+    view = view_of(torch.ones(4), [torch.ones(4)], [1], None)
+    question = SimpleNamespace(view=view, kind="training_step", uncut="it is packed")
+    return SimpleNamespace(weight=None, answer=None, question=question, asking=SimpleNamespace(is_news=lambda *_: True))
 
 
 def agreeing(*others: Any) -> Any:
@@ -57,3 +65,13 @@ def test_drivers_with_other_rules() -> None:
         loss_weights(merging([1, 2, 3, 4]), agreeing(other))
     assert whole_share(merging([1, 2, 3, 4]), agreeing(other)) == 0.5
     assert whole_share(merging([1, 2, 3, 4]), agreeing(None)) == 0.5
+
+
+@pytest.mark.parametrize("other", [None, LABELS, Mean(Samples())])
+def test_batches_that_cannot_be_cut_weigh_alike_which_is_said(other: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert whole_share(uncut(), agreeing(other)) == 0.5
+    assert "count alike" in caplog.text
+    caplog.clear()
+    assert whole_share(merging([1, 2, 3, 4]), agreeing(None)) == 0.5
+    assert whole_share(uncut(), lambda own: [own]) == 1.0
+    assert not caplog.text

@@ -1,6 +1,7 @@
 """A batch is cut where it has one entry for each sample, and refused by its path where that cannot be told."""
 
 import copy
+import re
 import time
 from collections import UserList, defaultdict
 from dataclasses import dataclass, field
@@ -192,6 +193,27 @@ def test_what_cannot_be_told_is_refused_by_path(name: str) -> None:
         Cutter().cut(batch, 4)
     cut = Cutter().cut(batch, 1)  # the way out
     assert cut.pieces[0] is batch
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_told_may_stay_whole(name: str) -> None:
+    batch, message = REFUSED[name]
+    cut = Cutter().cut(batch, 4, may_stay=True)
+    assert cut.pieces[0] is batch
+    assert cut.sizes == [1]
+    assert re.search(message, cut.refusal)
+
+
+def test_after_packed_rows_as_many_as_samples_are_not_theirs() -> None:
+    cutter = Cutter()
+    packed = {"x": rows(8, 2), "targets": rows(11, 3)}
+    alike = {"x": rows(8, 2), "targets": rows(8, 3)}
+    assert cutter.cut(packed, 2, source="training", may_stay=True).refusal
+    assert cutter.cut(alike, 2, source="training", may_stay=True).pieces == [alike]
+    assert cutter.cut(alike, 2, source="validation", may_stay=True).sizes == [4, 4]
+    assert cutter.cut({"x": rows(8, 2)}, 2, source="training", may_stay=True).sizes == [4, 4]
+    assert cutter.cut(alike, 2, source="training").sizes == [4, 4]
 
 
 def test_nested_tensors_are_refused() -> None:

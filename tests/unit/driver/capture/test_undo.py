@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from skippipe_plugin.driver.capture.contents import undo_changes
 from skippipe_plugin.driver.capture.undo import undo_all
+from skippipe_plugin.engine.errors import SkipPipeError
 
 CPU = torch.device("cpu")
 
@@ -66,3 +68,11 @@ def test_batches() -> None:
     assert batch["own"].more == []
     assert batch["user"]["z"] is x
     assert y.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("make", [iter, enumerate, lambda items: (each for each in items)])
+def test_what_an_iterator_has_given_cannot_be_put_back(make: Any) -> None:
+    batch = {"x": torch.ones(2), "more": [make([1, 2])]}
+    undo = undo_changes(batch)
+    with pytest.raises(SkipPipeError, match="Make it a list in the collate function"):
+        undo()
