@@ -31,8 +31,6 @@ class Entry:
     visits_all: bool = False
     """Whether what each block makes is used elsewhere too, so that no stage can be skipped. Where the first block makes
     what the others get, or the last one returns it as something else, their stages cannot."""
-    refused: str = ""
-    """What the error says, where the model cannot be cut yet; empty: it is exact."""
 
     def can_skip(self, num_stages: int) -> bool:
         """Whether a third of so many stages, rounded, may be skipped."""
@@ -67,7 +65,6 @@ ZOO: Final[Mapping[str, Entry]] = {
         lambda: modules.Task(pretrained.qwen2_vl()),
         modules.grids,
         collate=modules.in_one_row,
-        refused="must share their first dimension",
     ),
     "dit": Entry(lambda: modules.Diffusion(networks.DiT()), modules.patches, callbacks=_ema),
     "u-net": Entry(lambda: modules.Reconstruction(networks.UNet()), modules.images),
