@@ -60,29 +60,29 @@ class CutStep:
         self._name = name
         self._training = name == "training_step"
         self._step: Callable[..., Any] = getattr(module, name)
+        self._batch, self._cut = batch, cut
         self._rest, self._kwargs = rest, kwargs
-        self._clock = Clock()
         self._log = AveragedLog(module, len(cut.sizes))
         self._weight = weight
-        self.question = Question(
-            kind=(name, module.training, len(rest), kind_of(batch), rest[1:], tuple(kwargs)),
-            detail=(detail_of(batch), form_of(cut.sizes)),
-            view=view_of(batch, cut.pieces, cut.sizes, weight),
-            whole=functools.partial(self._results, batch),
-            pieces=[functools.partial(self._results, piece) for piece in cut.pieces],
-            uncut=cut.refusal if self._training else "",
-        )
 
     def prepared(self, asking: Asking, where: CutWhere, agree: Agree, *, may_be_cut: bool = True) -> PreparedStep:
         """Find out how the step's results merge, and whether it must run once, on the whole batch."""
-        self._clock = asking.clock
-        merging = Merging(asking, self.question, self._weight)
+        batch, sizes, rest = self._batch, self._cut.sizes, self._rest
+        question = Question(
+            kind=(self._name, self.module.training, len(rest), kind_of(batch), rest[1:], tuple(self._kwargs)),
+            detail=(detail_of(batch), form_of(sizes)),
+            view=view_of(batch, self._cut.pieces, sizes, self._weight),
+            whole=functools.partial(self._results, asking.clock, batch),
+            pieces=[functools.partial(self._results, asking.clock, piece) for piece in self._cut.pieces],
+            uncut=self._cut.refusal if self._training else "",
+        )
+        merging = Merging(asking, question, self._weight)
         is_cut = may_be_cut and not merging.goes_whole(where, self._name, agree)
         return PreparedStep(self, merging, is_cut)
 
     def task(self, merging: Merging, seed: int, rewind: Callable[[], None], agree: Agree) -> StepTask:
         """Return what the pipeline has to do."""
-        view = self.question.view
+        question, view = merging.question, merging.question.view
         functions = [
             self._log.within(index, functools.partial(self._step, piece, *self._rest, **self._kwargs))
             for index, piece in enumerate(view.pieces)
@@ -102,7 +102,7 @@ class CutStep:
             loss_is_sum=found.is_sum,
             share=found.share,
             scale=scale_of_backward(self.module.trainer),
-            bends=functools.partial(merging.asking.bend, self.question.kind, self.question.whole),
+            bends=functools.partial(merging.asking.bend, question.kind, question.whole),
             framed=self._framed,
         )
 
@@ -126,11 +126,11 @@ class CutStep:
             return loss
         return with_loss(merging.merged(_OUTPUT, rests), loss)
 
-    def _results(self, batch: Any) -> Results:
-        rest = [*map(self._clock.batch_index, self._rest[:1]), *self._rest[1:]]
+    def _results(self, clock: Clock, batch: Any) -> Results:
+        rest = [*map(clock.batch_index, self._rest[:1]), *self._rest[1:]]
         kwargs = {**self._kwargs}
         if "batch_idx" in kwargs:
-            kwargs["batch_idx"] = self._clock.batch_index(kwargs["batch_idx"])
+            kwargs["batch_idx"] = clock.batch_index(kwargs["batch_idx"])
         with noted() as logged:
             value = self._step(batch, *rest, **kwargs)
         return _by_key(logged(), value, training=self._training)

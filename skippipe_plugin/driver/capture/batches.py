@@ -237,12 +237,14 @@ def _visit_sequence(value: Sequence[Any], path: str, plan: _Plan, hint: Hint, kn
     if not any(holds_entries(item) for item in value):
         return per_sample
     trial = _Plan(plan.size)
-    why_not: Exception = _Unfit()
+    refused: BatchError | None = None
     try:
         found = [_visit(item, f"{path}[{index}]", trial, hint, known) for index, item in enumerate(value)]
         as_fields = any(found)
-    except (_Unfit, BatchError) as error:
-        as_fields, why_not = False, error
+    except _Unfit:
+        as_fields = False
+    except BatchError as error:
+        as_fields, refused = False, error
     as_samples = per_sample and not (hint.default_collate and any(map(is_array, value))) and _alike(value)
     if as_fields and as_samples and path in known:
         as_fields, as_samples = known[path] == "fields", known[path] == "samples"
@@ -255,7 +257,7 @@ def _visit_sequence(value: Sequence[Any], path: str, plan: _Plan, hint: Hint, kn
         plan.alike += trial.alike
         return True
     if not as_samples:
-        raise why_not
+        raise refused or _Unfit()
     plan.readings[path] = "samples"
     plan.alike += [path] if looks_alike and is_array(value[0]) else []
     return True

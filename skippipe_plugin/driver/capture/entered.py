@@ -28,7 +28,7 @@ class EnteredStack:
         self.root = root_of(hidden)
         """Where its gradient goes."""
         self._version = versions([hidden])
-        self._passed_on = True
+        self.is_passed_on = True
         """Whether the blocks so far have handed it on, itself or a view of it."""
         self.changed_by = ""
         """The block that changes it in place; empty: none does."""
@@ -36,9 +36,9 @@ class EnteredStack:
 
     def passed(self, name: str, probe: Probe) -> None:
         """Note what the next block does to its input."""
-        if self._passed_on and probe.changes_input:
+        if self.is_passed_on and probe.changes_input:
             self.changed_by = self.changed_by or name
-        self._passed_on &= probe.passes_input
+        self.is_passed_on &= probe.passes_input
 
     def check_apart(self, name: str, side_inputs: Iterable[Tensor]) -> None:
         """Raise when a block gets, beside its hidden states, the memory that has been changed in place."""

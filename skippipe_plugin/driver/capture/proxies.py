@@ -285,8 +285,12 @@ class BlockProxies:
             call.block_template.append(call.block_template[-1])
         else:
             self._record(call, block, args, kwargs)
-        call.modes.append(self._mode(call, block))
-        probe = self._look_up(call, block)
+        hooks = self._hooks.of(block)
+        mode, tensors = self._attributes[block].mode()
+        call.modes.append(self._mode(call, block, mode, tensors) if hooks.lists or tensors else mode)
+        template, asked_in = call.templates[call.block_template[block]], call.asked_in[mode.training[0]]
+        probe = None if template.repeats else self.book.usual(block, call.specs[block], asked_in)
+        probe = probe or self._look_up(call, block)
         if probe.changes_input and call.hooks:
             self._check_unseen(call, block)
         call.specs.append(probe.output)
@@ -294,15 +298,15 @@ class BlockProxies:
         call.careful.append(probe.changes_input or probe.passes_input)
         if probe.changes_input and block:
             call.changed_by = call.changed_by or self.names[block]
-        call.entered.passed(self.names[block], probe)
+        if call.entered.is_passed_on:
+            call.entered.passed(self.names[block], probe)
         if call.entered.changed_by:
-            template = call.templates[call.block_template[block]]
             call.entered.check_apart(self.names[block], [call.side_inputs[slot] for slot in template.slots()])
         if block + 1 < len(self.blocks):
             call.placeholder = token = self._token(call, self._mains[block], probe.output)
             returned = token if probe.structure.is_bare else self._wrapped(call, probe.structure, block, token)
-            hooks = self.blocks[block]._forward_hooks
-            return shown_to_capturing(self.blocks[block], args, returned) if hooks else returned
+            shown = self.blocks[block]._forward_hooks
+            return shown_to_capturing(self.blocks[block], args, returned) if shown else returned
         del self._open[owner]
         self.forms = call.forms
         self._finish(call)
@@ -321,8 +325,8 @@ class BlockProxies:
             if deferral.bases.issubset(call.exported):
                 deferral.settle()
         returned = result if probe.structure.is_bare else self._wrapped(call, probe.structure, block, result)
-        hooks = self.blocks[block]._forward_hooks
-        return shown_to_capturing(self.blocks[block], args, returned) if hooks else returned
+        shown = self.blocks[block]._forward_hooks
+        return shown_to_capturing(self.blocks[block], args, returned) if shown else returned
 
     def _finish(self, call: StackCall) -> None:
         """All blocks were called: say what of theirs the code after them gets beside the result."""
@@ -400,7 +404,8 @@ class BlockProxies:
         dtypes = ambient.autocast, torch.get_default_dtype()
         asked_in = Mode(ambient.grad, False, dtypes), Mode(ambient.grad, True, dtypes)
         call = StackCall(EnteredStack(hidden), ambient, asked_in=asked_in, placeholder=hidden)
-        call.specs.append(TensorSpec.of(hidden))
+        spec = TensorSpec.of(hidden)
+        call.specs.append(self.forms[0] if self.forms and self.forms[0] == spec else spec)  # the same object, mostly
         call.recording.compute = functools.partial(self._compute, call)
         return call
 
@@ -483,29 +488,24 @@ class BlockProxies:
         )
 
     def _token(self, call: StackCall, made: Made, spec: TensorSpec) -> HiddenToken:
-        grad, modes, block = call.ambient.grad, call.modes, made.block
-        needs = grad and (call.hidden.requires_grad or bool(call.beside.carrying))
+        grad, modes, block, entered = call.ambient.grad, call.modes, made.block, call.entered.hidden
+        needs = grad and (entered.requires_grad or bool(call.beside.carrying))
 
         def needs_gradient() -> bool:
             return needs or (grad and any(any(mode.requires_grad) for mode in modes[: block + 1]))
 
-        token = HiddenToken.of(self.names, made, spec, call.hidden.device, needs_gradient, call.recording)
+        token = HiddenToken.of(self.names, made, spec, entered.device, needs_gradient, call.recording)
         if made in self._exported:
             call.tokens[made] = token
         return token
 
-    def _mode(self, call: StackCall, block: int) -> BlockMode:
-        """Return what user code has set on ``block`` until now."""
-        hooks = self._hooks.of(block)
-        mode, tensors = self._attributes[block].mode()
+    def _mode(self, call: StackCall, block: int, mode: BlockMode, tensors: Sequence[Tensor]) -> BlockMode:
+        """Return what user code has set on ``block`` until now: a mode of its attributes, and the tensors in it."""
+        hooks = self._hooks.blocks[block]
         if hooks.lists:
             call.hooks[block] = hooks.running
-            mode = dataclasses.replace(mode, hooks=hooks.lists)
-        if not tensors:
-            return mode
-        return dataclasses.replace(
-            mode, tensors=tuple(call.beside.slot(tensor, self.names[block]) for tensor in tensors)
-        )
+        slots = tuple([call.beside.slot(tensor, self.names[block]) for tensor in tensors])
+        return dataclasses.replace(mode, hooks=hooks.lists, tensors=slots)
 
     def _look_up(self, call: StackCall, block: int) -> Probe:
         """Return what ``block`` makes of what enters it in this call."""

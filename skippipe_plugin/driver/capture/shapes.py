@@ -71,6 +71,11 @@ class ShapeBook:
         """Return the blocks of the same kind."""
         return [index for index, each in enumerate(self._kinds) if each == self._kinds[block]]
 
+    def usual(self, block: int, enters: TensorSpec, mode: Mode) -> Probe | None:
+        """Return what ``block`` makes of its input, where the last question was the same; None otherwise."""
+        last = self._last[block]
+        return last[3] if last is not None and last[:3] == (mode, enters, ()) else None
+
     def output(
         self,
         block: int,
@@ -86,7 +91,7 @@ class ShapeBook:
         With ``ask`` each mode is asked about, without it only what is known in none.
         """
         last = self._last[block]
-        if last is not None and last[0] == mode and (last[1] is enters or last[1] == enters) and last[2] == beside:
+        if last is not None and last[:3] == (mode, enters, beside):
             return last[3]
         kind = self._kinds[block]
         if (found := self._lasting(kind, mode, enters, beside)) is not None:
