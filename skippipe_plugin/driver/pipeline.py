@@ -518,7 +518,7 @@ class Pipeline:
         if name == TRAINING:
             self.routers.count(transport, schedule, live, self._hosted, self.gradients.loads.base)
         with proxies.in_step():
-            events = executor.run(programs.compiled[name], set(live), NoFeed())
+            events = executor.run(programs.compiled[name].of(live), NoFeed())
             done = self.links.expect_all(Done)
         transport.flush()
         for writes in (*(s.take_writes() for s in self._hosted.values()), *(each.writes for each in done.values())):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ..engine.program import Instruction, compile_program, embedded_in_order, most_in_flight
+from ..engine.program import Plans, compile_program, embedded_in_order, most_in_flight
 from ..schedule import Schedule, detour, validate
 
 
@@ -23,7 +23,7 @@ class Programs:
         self._missing: frozenset[int] = frozenset()
         self.schedules: dict[str, Schedule] = {}
         """By name, around workers that are missing."""
-        self.compiled: dict[str, tuple[Instruction, ...]] = {}
+        self.compiled: dict[str, Plans] = {}
         """By name: this rank's actions."""
         self.embedded: dict[str, list[int]] = {}
         """By name: the microbatches that this rank embeds, in that order."""
@@ -55,5 +55,6 @@ class Programs:
 
     def _set(self, name: str, schedule: Schedule) -> None:
         self.schedules[name] = schedule
-        self.compiled[name] = program = compile_program(schedule, self._rank)
+        program = compile_program(schedule, self._rank)
+        self.compiled[name] = Plans(program)
         self.embedded[name], self.most_in_flight[name] = embedded_in_order(program), most_in_flight(program)

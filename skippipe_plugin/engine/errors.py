@@ -6,8 +6,6 @@ import contextlib
 import contextvars
 import pickle
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _made: contextvars.ContextVar[list[SkipPipeError] | None] = contextvars.ContextVar("skippipe_refusals", default=None)
 
@@ -67,22 +65,18 @@ class RemoteTraceback(Exception):
         return f"\n{self.text}"
 
 
-@contextmanager
-def none_swallowed() -> Iterator[None]:
+class none_swallowed:
     """Raise a refusal also where user code inside has caught it: what it went on with is not one process's."""
-    made: list[SkipPipeError] = []
-    token = _made.set(made)
-    try:
-        yield
-    except Exception as error:
-        if made and not isinstance(error, SkipPipeError):
-            raise made[0] from error
-        raise
-    else:
-        if made:
-            raise made[0]
-    finally:
-        _made.reset(token)
+
+    def __enter__(self) -> None:
+        self._refusals: list[SkipPipeError] = []
+        self._token = _made.set(self._refusals)
+
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
+        _made.reset(self._token)
+        refusals, self._refusals = self._refusals, []
+        if refusals and (error is None or (isinstance(error, Exception) and not isinstance(error, SkipPipeError))):
+            raise refusals[0] from error
 
 
 def pack_exception(error: BaseException) -> tuple[bytes, str]:

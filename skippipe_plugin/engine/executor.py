@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Protocol, cast
 
@@ -25,7 +25,7 @@ from .device import synchronize
 from .device_errors import is_of_device
 from .errors import GenerationAborted, SkipPipeError
 from .memory_order import in_memory
-from .program import Instruction
+from .program import Instruction, Plan
 from .stage import Stage
 from .transport import PendingTensor, Transport
 
@@ -91,29 +91,27 @@ class Executor:
         self._posted: dict[tuple[int, bool, int], list[PendingTensor | None]] = {}
         """By microbatch, direction and hop: the receives of its tensors; None for what does not travel."""
         self._local: dict[tuple[int, bool, int], Gradients] = {}
-        self._plan = _Plan((), frozenset())
+        self._plan = Plan((), ())
         self._num_unknown = 0
         """How many microbatches of the step there are whose call is not known yet."""
         self._incoming: dict[int, deque[Instruction]] = {}
         """By source, where receives are not posted ahead: what is still to come, in the order in which it is sent."""
-        self._live: Set[int] = frozenset()
         self._owing: list[Instruction] = []
         """Losses whose gradients are still to come from outside."""
 
-    def run(self, program: Sequence[Instruction], live: Set[int], feed: CallFeed) -> list[Event]:
-        """Execute the instructions of the ``live`` microbatches in order; return when each ran.
+    def run(self, plan: Plan, feed: CallFeed) -> list[Event]:
+        """Execute the instructions of a plan in order; return when each ran.
 
         Raises:
             GenerationAborted: The generation ended under the step.
         """
-        if self._plan.program is not program or self._plan.live != live:
-            self._plan = _Plan(program, frozenset(live))
-        self._live, self._num_unknown = live, len(self._plan.receiving)
+        self._plan, live = plan, plan.live
+        self._num_unknown = len(plan.receiving)
         if not self._transport.posts_ahead:
-            self._incoming = _by_source(self._plan.receiving.values())
+            self._incoming = _by_source(plan.receiving.values())
         events: list[Event] = []
         try:
-            for instruction in self._plan.instructions:
+            for instruction in plan.instructions:
                 if self._owing and not instruction.takes_forward:
                     self._give_owed()
                 if instruction.microbatch not in live:
@@ -280,7 +278,7 @@ class Executor:
     def _execute_together(self, instruction: Instruction, taken: Gradients) -> None:
         company = self._stages[instruction.action.stage].company
         if company is not None:
-            company.enter([microbatch in self._live for microbatch in instruction.together])
+            company.enter([microbatch in self._plan.live for microbatch in instruction.together])
         self._execute_stage(instruction, taken)
         if company is not None:
             company.leave()
@@ -307,21 +305,6 @@ class Executor:
         self._local.clear()
         self._incoming.clear()
         self._owing.clear()
-
-
-class _Plan:
-    """What a rank does in the steps of a program with the same live microbatches."""
-
-    def __init__(self, program: Sequence[Instruction], live: Set[int]) -> None:
-        self.program = program
-        self.live = live
-        self.instructions = [each for each in program if each.microbatch in live or not live.isdisjoint(each.together)]
-        self.receiving: dict[int, list[Instruction]] = {}
-        """By live microbatch: those that take what comes from elsewhere."""
-        for each in self.instructions:
-            if each.microbatch in live:
-                receiving = self.receiving.setdefault(each.microbatch, [])
-                receiving += [each] if each.receives is not None else []
 
 
 def _by_source(instructions: Iterable[Iterable[Instruction]]) -> dict[int, deque[Instruction]]:

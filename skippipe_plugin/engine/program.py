@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -48,6 +48,40 @@ class Instruction:
         object.__setattr__(self, "microbatch", self.action.microbatch)
         object.__setattr__(self, "on_driver", self.action.stage == DRIVER_STAGE)
         object.__setattr__(self, "takes_forward", self.action.op in (Op.F, Op.L))
+
+
+class Plan:
+    """What a rank does in the steps of a program with the same live microbatches.
+
+    Args:
+        program: All that it does where every microbatch is live.
+        live: The microbatches of the step.
+    """
+
+    def __init__(self, program: Iterable[Instruction], live: Collection[int]) -> None:
+        self.live = frozenset(live)
+        together = self.live.isdisjoint
+        self.instructions = [e for e in program if e.microbatch in self.live or not together(e.together)]
+        self.receiving: dict[int, list[Instruction]] = {}
+        """By live microbatch: those that take what comes from elsewhere."""
+        for each in self.instructions:
+            if each.microbatch in self.live:
+                receiving = self.receiving.setdefault(each.microbatch, [])
+                receiving += [each] if each.receives is not None else []
+
+
+class Plans:
+    """The plans of one program; mostly the next step's is that of the one before."""
+
+    def __init__(self, program: tuple[Instruction, ...]) -> None:
+        self.program = program
+        self._last = Plan(program, ())
+
+    def of(self, live: Collection[int]) -> Plan:
+        """Return what to do for these microbatches."""
+        if self._last.live != (wanted := frozenset(live)):
+            self._last = Plan(self.program, wanted)
+        return self._last
 
 
 def compile_program(schedule: Schedule, rank: int) -> tuple[Instruction, ...]:

@@ -8,8 +8,8 @@ proved pieces: bytes that trickle in without proof are no sign of life.
 
 from __future__ import annotations
 
+import _hashlib
 import contextlib
-import hashlib
 import hmac
 import mmap
 import struct
@@ -30,6 +30,8 @@ MAX_BLOB_BYTES: Final = 1 << 40
 _MAPPED_BYTES: Final = 128 << 10
 """From where on blobs have pages of their own."""
 
+_new_hmac: Final[Callable[..., hmac.HMAC]] = getattr(_hashlib, "hmac_new", hmac.new)
+"""What :func:`hmac.new` wraps, where Python is built with OpenSSL: a wrapper's methods are calls of Python's."""
 _HEAD = struct.Struct("!4sHIIQ")  # magic, version, number of blobs, bytes of text, bytes of all blobs
 _SIZE = struct.Struct("!Q")
 _NUMBER = struct.Struct("!Q")
@@ -47,7 +49,7 @@ class _Proofs:
     """The proofs of one direction, message by message."""
 
     def __init__(self, key: bytes) -> None:
-        self._start = hmac.new(key, digestmod=hashlib.sha256)
+        self._start: hmac.HMAC = _new_hmac(key, digestmod="sha256")
         self.count = 0
         """How many messages there were."""
 

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from skippipe_plugin.schedule.ir import Action, Op, Schedule
 from skippipe_plugin.schedule.jsontext import parse
@@ -18,8 +18,7 @@ _VERSION = 1
 _MICROSECONDS = 1e6
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One action on one rank, in seconds since the start of the step."""
 
     rank: int

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..engine.control.answers import LinkCosts
 from ..engine.control.commands import Configure
 from ..engine.pairs import transport_for
 from ..engine.ping import measure_links
-from ..engine.program import Instruction, compile_program, directed_links
+from ..engine.program import Plan, Plans, compile_program, directed_links
 from ..engine.rendezvous import DistantStore
 from ..engine.stage import Stage
 from ..engine.transport import Transport
@@ -40,7 +40,7 @@ class Membership:
             waiting=waiting,
         )
         self._command = command
-        self._programs: dict[str, tuple[Instruction, ...]] = {}
+        self._programs: dict[str, Plans] = {}
         self._schedules: dict[str, Schedule] = {}
 
     def form(self, experts: SpreadExperts, stages: Mapping[int, Stage]) -> None:
@@ -57,9 +57,9 @@ class Membership:
         """Know one more schedule."""
         self._use({name: Schedule.from_json(text)})
 
-    def program(self, name: str) -> tuple[Instruction, ...]:
-        """Return what this worker does of a schedule."""
-        return self._programs[name]
+    def plan(self, name: str, live: Collection[int]) -> Plan:
+        """Return what this worker does of a schedule in a step with these microbatches."""
+        return self._programs[name].of(live)
 
     def schedule(self, name: str) -> Schedule:
         """Return a schedule."""
@@ -83,7 +83,7 @@ class Membership:
 
     def _use(self, schedules: Mapping[str, Schedule]) -> None:
         self.transport.connect(directed_links(*schedules.values()))
-        self._programs |= {name: compile_program(schedule, self.rank) for name, schedule in schedules.items()}
+        self._programs |= {name: Plans(compile_program(schedule, self.rank)) for name, schedule in schedules.items()}
         self._schedules |= schedules
 
     def _groups(self) -> list[tuple[int, list[int]]]:

@@ -441,7 +441,7 @@ class Worker:
             stage.driver_side = self
         stages, measured = self._holdings.stages, first.timeline
         executor = Executor(membership.transport, stages, self._device, measured=measured)
-        events = executor.run(membership.program(first.program), live, Feed(self))
+        events = executor.run(membership.plan(first.program, live), Feed(self))
         if first.training:
             self._holdings.experts.end_step(events)
             membership.sum_over_replicas(self._holdings.experts, self._holdings.stages)

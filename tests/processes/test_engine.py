@@ -19,7 +19,7 @@ from skippipe_plugin.engine.errors import GenerationAborted
 from skippipe_plugin.engine.executor import Executor
 from skippipe_plugin.engine.pairs import PairTransport
 from skippipe_plugin.engine.ping import LinkCost, measure_links, rounds
-from skippipe_plugin.engine.program import compile_program, directed_links
+from skippipe_plugin.engine.program import Plan, compile_program, directed_links
 from skippipe_plugin.engine.stage import Stage
 from skippipe_plugin.engine.transport import PendingTensor, TensorSpec, Transport
 from skippipe_plugin.schedule import (
@@ -181,7 +181,7 @@ def run_on_engine(
         for stage in stages.values():
             stage.driver_side = Senders(schedule, drivers)
         executor = Executor(transport, stages, CPU, drivers.get(rank))
-        executor.run(compile_program(schedule, rank), set(range(schedule.num_microbatches)), feeds[rank])
+        executor.run(Plan(compile_program(schedule, rank), range(schedule.num_microbatches)), feeds[rank])
         gradients[rank] = {stage: stages[stage].blocks[stage].weight.grad for stage in held}
 
     on_threads(schedule.num_ranks, body, make)
@@ -376,7 +376,7 @@ def test_nobody_sees_what_comes_when_a_generation_is_given_up() -> None:
             driver.embed(0)
             executor = Executor(transport, {1: Stage(1, {0: Failing(0)}, CPU)}, CPU)
         with pytest.raises(GenerationAborted):
-            executor.run(program, {0}, feeds[rank])
+            executor.run(Plan(program, {0}), feeds[rank])
 
     on_threads(2, body, lambda store, **shape: Garbled(store, **shape))
     assert not seen

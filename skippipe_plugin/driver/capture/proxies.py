@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...engine.arguments import Template
 from ...engine.attributes import Key
-from ...engine.call import Ambient, BlockMode, CacheUse, Call, CallSpec, Form, Hop, Made, device_types
+from ...engine.call import NO_CACHES, Ambient, BlockMode, CacheUse, Call, CallSpec, Form, Hop, Made, device_types
 from ...engine.errors import SkipPipeError
 from ...engine.process_switches import ProcessSwitches
 from ...engine.returned import ReturnStructure, tensors_in
@@ -46,6 +46,7 @@ from .unavailable import OutputWanted, Unavailable
 _BARE: Final = Template((None,), {}, 0)
 """A block's hidden states and nothing else."""
 
+_YES: Final[Callable[[], bool]] = functools.partial(bool, True)
 _PAST_HOOKS: Final = (
     "block.forward(...) is called on a block that has forward hooks, which would not run in one process, but do on a "
     "pipeline's workers: remove the hooks, or call block(...)"
@@ -247,6 +248,8 @@ class BlockProxies:
 
     def cache_use(self, call: StackCall) -> CacheUse:
         """Return the key-value caches of ``call``, which runs, with what happened to them since the call before."""
+        if not call.unkept and not call.caches:
+            return NO_CACHES
         for cache in call.unkept:
             close(cache, WITH_GRADIENTS)
         return CacheUse(tuple(call.caches), self.ledger.take_ops(list(call.caches)))
@@ -488,13 +491,10 @@ class BlockProxies:
         )
 
     def _token(self, call: StackCall, made: Made, spec: TensorSpec) -> HiddenToken:
-        grad, modes, block, entered = call.ambient.grad, call.modes, made.block, call.entered.hidden
-        needs = grad and (entered.requires_grad or bool(call.beside.carrying))
-
-        def needs_gradient() -> bool:
-            return needs or (grad and any(any(mode.requires_grad) for mode in modes[: block + 1]))
-
-        token = HiddenToken.of(self.names, made, spec, entered.device, needs_gradient, call.recording)
+        entered = call.entered.hidden
+        needs = call.ambient.grad and (entered.requires_grad or bool(call.beside.carrying))
+        asked = _YES if needs else functools.partial(_needs_gradient, call, made.block)
+        token = HiddenToken.of(self.names, made, spec, entered.device, asked, call.recording)
         if made in self._exported:
             call.tokens[made] = token
         return token
@@ -541,6 +541,11 @@ class BlockProxies:
 
 class _Outside:
     """Owns the call that code outside of any step has open."""
+
+
+def _needs_gradient(call: StackCall, block: int) -> bool:
+    """Whether something in the blocks up to ``block`` is trained, where nothing that enters them carries a gradient."""
+    return call.ambient.grad and any(any(mode.requires_grad) for mode in call.modes[: block + 1])
 
 
 def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:

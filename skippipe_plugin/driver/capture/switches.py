@@ -9,6 +9,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import asyncio
 import functools
+import operator
 import signal
 import sys
 import warnings
@@ -68,19 +69,20 @@ class Snapshot:
         self._switches: Sequence[Switch] = PROCESS if of_process else EVERY
         self._stacks: Sequence[Stack] = STACKS if stacks and not of_process else ()
         self._getters = _GETTERS_OF_PROCESS if of_process else _GETTERS
-        self._values = [get() for get in self._getters]
-        self._sizes = [stack.size() for stack in self._stacks]
+        self._values = [*map(operator.call, self._getters)]
+        self._sizes = [*map(operator.call, _SIZES)] if self._stacks else []
 
     def take_back(self) -> Changes:
         """Bring everything back to what it was; return what was different."""
         changes: list[tuple[Any, Any]] = []
-        for stack, size in zip(self._stacks, self._sizes, strict=True):
+        stacks = self._stacks if self._stacks and [*map(operator.call, _SIZES)] != self._sizes else ()
+        for stack, size in zip(stacks, self._sizes, strict=False):
             added: list[Any] = []
             while not _same(stack.size(), size) and len(added) < 1000:
                 added.append(stack.pop())
             if added:
                 changes.append((stack, added))
-        now = [get() for get in self._getters]
+        now = [*map(operator.call, self._getters)]
         if now != self._values:  # what is the same object is not compared
             for switch, value, before in zip(self._switches, now, self._values, strict=True):
                 if value is not before and not (type(value) in _BY_CONTENT and value == before):
@@ -192,6 +194,8 @@ STACKS: Final = (
         lambda hooks: _autograd._push_saved_tensors_default_hooks(*hooks),
     ),
 )
+
+_SIZES: Final = tuple(stack.size for stack in STACKS)
 
 
 _function_modes: Final[Callable[[], list[object]]] = overrides._get_current_function_mode_stack

@@ -20,7 +20,7 @@ from skippipe_plugin.engine.device import (
     synchronize,
 )
 from skippipe_plugin.engine.errors import SkipPipeError
-from skippipe_plugin.engine.program import compile_program
+from skippipe_plugin.engine.program import Plan, compile_program
 from skippipe_plugin.schedule import full_schedule
 
 
@@ -93,6 +93,6 @@ def test_measured_actions_are_over_on_the_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(executor, "_take", lambda *_: None)
     monkeypatch.setattr(executor, "_execute", lambda *_: None)
     schedule = full_schedule("1f1b", num_stages=2, num_microbatches=3)
-    events = executor.run(compile_program(schedule, 1), {0, 1, 2}, feed)
+    events = executor.run(Plan(compile_program(schedule, 1), {0, 1, 2}), feed)
     assert len(waited) == (2 * len(events) if measured else 0)
     assert events

@@ -14,7 +14,7 @@ from skippipe_plugin.engine.device_errors import is_lasting, is_of_device
 from skippipe_plugin.engine.errors import SkipPipeError, pack_exception, unpack_exception
 from skippipe_plugin.engine.executor import Executor
 from skippipe_plugin.engine.independence import Parts
-from skippipe_plugin.engine.program import Instruction, Link
+from skippipe_plugin.engine.program import Instruction, Link, Plan
 from skippipe_plugin.engine.stage import Stage
 from skippipe_plugin.engine.transport import TensorSpec, Transport
 from skippipe_plugin.schedule import Action, Op
@@ -59,7 +59,7 @@ def received(error: Exception) -> None:
     hop = Hop(TensorSpec((2, 4), torch.float32), True)
     call = dataclasses.replace(call, spec=dataclasses.replace(call.spec, hops=(hop, hop)))
     executor = Executor(cast("Transport", Transport1(error)), {1: Stage(1, {0: module}, CPU)}, CPU)
-    executor.run([FORWARD], {0}, Feed(call))
+    executor.run(Plan([FORWARD], {0}), Feed(call))
 
 
 @pytest.mark.parametrize("error", [OOM, ASSERT, HOST], ids=lambda error: type(error).__name__)

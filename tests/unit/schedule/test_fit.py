@@ -1,7 +1,6 @@
 """Costs that are read off a timeline make the simulator repeat it."""
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -65,7 +64,7 @@ def test_a_noisy_timeline_comes_back_nearly() -> None:
     random_s = random.Random(3).uniform
     cost = uneven(4, 5)
     timeline = simulate(schedule, cost)
-    pulled = [replace(e, end_s=e.end_s - random_s(0.0, 0.1) * e.duration_s) for e in timeline.events]
+    pulled = [e._replace(end_s=e.end_s - random_s(0.0, 0.1) * e.duration_s) for e in timeline.events]
     again = simulate(schedule, fit_costs(Timeline(tuple(pulled)), schedule))
     assert again.makespan_s == pytest.approx(timeline.makespan_s, rel=0.1)
 
