@@ -22,7 +22,7 @@ from ...engine.attributes import Key
 from ...engine.call import NO_CACHES, Ambient, BlockMode, CacheUse, Call, CallSpec, Form, Hop, Made, device_types
 from ...engine.errors import SkipPipeError
 from ...engine.process_switches import ProcessSwitches
-from ...engine.returned import ReturnStructure, tensors_in
+from ...engine.returned import ReturnStructure
 from ...engine.stage import Probe
 from ...engine.transport import TensorSpec
 from .arguments import ArgumentTaker, is_settled
@@ -36,7 +36,7 @@ from .hooks import StackHooks
 from .ordinary import copied, reduced
 from .poison import Poison
 from .shapes import Mode, ShapeBook
-from .stack_call import StackCall, passed_to
+from .stack_call import StackCall, UsualCall, first_tensor, passed_to, position_of, same_arguments
 from .suspend import current_thread
 from .switches import check_modes
 from .token import HiddenToken
@@ -106,6 +106,8 @@ class BlockProxies:
         self._outside = _Outside()
         self.detached = False
         """True while the driver holds no weights of its remote blocks."""
+        self._usual: UsualCall | None = None
+        """The last call, where others may be like it."""
         self._mains = [Made(block, 0) for block in range(len(blocks))]
         self._exported: set[Made] = set()
         """What else of what blocks return the driver's code has asked for."""
@@ -171,6 +173,7 @@ class BlockProxies:
 
     def learn(self, wanted: OutputWanted) -> bool:
         """Let blocks return what was asked for, from the next call of the stack on; return whether that is new."""
+        self._usual = None
         new = wanted.made - self._exported
         if any(made.number for made in new) and not self.book.is_exact:
             self.book.be_exact()
@@ -259,8 +262,8 @@ class BlockProxies:
         call = self._open.pop(owner, None)
         if call is not None:
             raise SkipPipeError(
-                f"only the first {len(call.block_template)} of {len(self.blocks)} blocks were called "
-                f"({self.names[len(call.block_template)]} was not): layer drop and early exits must be switched off"
+                f"only the first {call.due} of {len(self.blocks)} blocks were called "
+                f"({self.names[call.due]} was not): layer drop and early exits must be switched off"
             )
 
     def forget_open_calls(self) -> None:
@@ -270,7 +273,7 @@ class BlockProxies:
     def _called_again(self, places: Sequence[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take a call of a module that is several blocks: it is the one that is due."""
         call = self._open.get(current_thread() or self._outside)
-        due = 0 if call is None else len(call.block_template)
+        due = 0 if call is None else call.due
         return self._called(due if due in places else places[0], args, kwargs)
 
     def _called(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -281,30 +284,24 @@ class BlockProxies:
             self._open[owner] = call
         else:
             found = self._open.get(owner)
-            if found is None or block != len(found.block_template):
+            if found is None or block != found.due:
                 raise self._out_of_order(found, block)
             call = found
-        if call.is_bare and len(args) == 1 and not kwargs and args[0] is call.placeholder:  # the most usual
-            call.block_template.append(call.block_template[-1])
-        else:
-            self._record(call, block, args, kwargs)
         hooks = self._hooks.of(block)
         mode, tensors = self._attributes[block].mode()
-        call.modes.append(self._mode(call, block, mode, tensors) if hooks.lists or tensors else mode)
-        template, asked_in = call.templates[call.block_template[block]], call.asked_in[mode.training[0]]
-        probe = None if template.repeats else self.book.usual(block, call.specs[block], asked_in)
-        probe = probe or self._look_up(call, block)
-        if probe.changes_input and call.hooks:
-            self._check_unseen(call, block)
-        call.specs.append(probe.output)
-        call.structures.append(probe.structure)
-        call.careful.append(probe.changes_input or probe.passes_input)
-        if probe.changes_input and block:
-            call.changed_by = call.changed_by or self.names[block]
-        if call.entered.is_passed_on:
-            call.entered.passed(self.names[block], probe)
-        if call.entered.changed_by:
-            call.entered.check_apart(self.names[block], [call.side_inputs[slot] for slot in template.slots()])
+        is_bare = len(args) == 1 and not kwargs and args[0] is call.placeholder
+        if call.follows is not None and not (is_bare and mode is call.modes[block] and not hooks.lists):
+            call.depart()
+        if call.follows is not None:
+            probe = call.probes[block]
+        else:
+            if is_bare and call.is_bare:
+                call.block_template.append(call.block_template[-1])
+            else:
+                self._record(call, block, args, kwargs)
+            call.modes.append(self._mode(call, block, mode, tensors) if hooks.lists or tensors else mode)
+            probe = self._note(call, block)
+        call.due = block + 1
         if block + 1 < len(self.blocks):
             call.placeholder = token = self._token(call, self._mains[block], probe.output)
             returned = token if probe.structure.is_bare else self._wrapped(call, probe.structure, block, token)
@@ -331,8 +328,25 @@ class BlockProxies:
         shown = self.blocks[block]._forward_hooks
         return shown_to_capturing(self.blocks[block], args, returned) if shown else returned
 
+    def _note(self, call: StackCall, block: int) -> Probe:
+        """Note what ``block`` makes of what it is called with."""
+        probe, template = self._look_up(call, block), call.templates[call.block_template[block]]
+        if probe.changes_input and call.hooks:
+            self._check_unseen(call, block)
+        call.probes.append(probe)
+        call.specs.append(probe.output)
+        call.structures.append(probe.structure)
+        call.careful.append(probe.changes_input or probe.passes_input)
+        if probe.changes_input and block:
+            call.changed_by = call.changed_by or self.names[block]
+        call.entered.passed(self.names[block], probe)
+        if call.entered.changed_by:
+            call.entered.check_apart(self.names[block], [call.side_inputs[slot] for slot in template.slots()])
+        return probe
+
     def _finish(self, call: StackCall) -> None:
         """All blocks were called: say what of theirs the code after them gets beside the result."""
+        self._usual = call.follows or call.as_usual()
         call.recording.is_over, call.recording.compute = True, None
         for deferral in call.deferrals:
             deferral.check_unchanged()
@@ -378,7 +392,7 @@ class BlockProxies:
         )
 
     def _out_of_order(self, call: StackCall | None, block: int) -> SkipPipeError:
-        expected = len(call.block_template) if call is not None else 0
+        expected = call.due if call is not None else 0
         return SkipPipeError(
             f"{self.names[block]} was called where {self.names[expected]} was expected: the blocks of a pipeline "
             "are called once each, in order. Name another stack with blocks=..., or train without the pipeline"
@@ -387,7 +401,7 @@ class BlockProxies:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackCall:
         refuse_captured_parts(self.names[0])
         check_modes(self.names[0])
-        hidden = _first_tensor(args, kwargs)
+        hidden = first_tensor(args, kwargs)
         if hidden is None:
             raise SkipPipeError(f"{self.names[0]} was called without a tensor of hidden states")
         if not self._fresh or current_thread() is None:  # outside of steps anything may have happened since
@@ -407,8 +421,10 @@ class BlockProxies:
         dtypes = ambient.autocast, torch.get_default_dtype()
         asked_in = Mode(ambient.grad, False, dtypes), Mode(ambient.grad, True, dtypes)
         call = StackCall(EnteredStack(hidden), ambient, asked_in=asked_in, placeholder=hidden)
-        spec = TensorSpec.of(hidden)
-        call.specs.append(self.forms[0] if self.forms and self.forms[0] == spec else spec)  # the same object, mostly
+        call.specs.append(TensorSpec.of(hidden))
+        usual = self._usual
+        if usual is not None and usual.entering == call.specs[0] and usual.asked_in == asked_in:
+            call.follow(usual)
         call.recording.compute = functools.partial(self._compute, call)
         return call
 
@@ -432,10 +448,10 @@ class BlockProxies:
         return deferral.results[0] if deferral.is_single else tuple(deferral.results)
 
     def _record(self, call: StackCall, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if call.last_call is not None and _same_arguments(call, args, kwargs):
+        if call.last_call is not None and same_arguments(call, args, kwargs):
             call.block_template.append(call.block_template[-1])
             return
-        position = _position(call.placeholder, args, kwargs)
+        position = position_of(call.placeholder, args, kwargs)
         call.is_bare = bare = len(args) == 1 and not kwargs and position is not None
         template = _BARE if bare else self._taken(call, block, position, args, kwargs)
         if template not in call.templates:
@@ -566,34 +582,3 @@ def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:
         "__doc__": cls.__doc__,
     }
     return type(cls.__name__, (cls,), names | {"__deepcopy__": copied(cls), "__reduce_ex__": reduced(cls)})
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    if args and isinstance(args[0], Tensor):
-        return args[0]
-    if isinstance(kwargs.get("hidden_states"), Tensor):
-        return kwargs["hidden_states"]  # type: ignore[no-any-return]
-    found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    if found is None:  # in a tuple, a dict or a dataclass
-        found = next(iter(tensors_in((args, kwargs))), None)
-    return found
-
-
-def _position(placeholder: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
-    for index, value in enumerate(args):
-        if value is placeholder:
-            return index
-    return next((name for name, value in kwargs.items() if value is placeholder), None)
-
-
-def _same_arguments(call: StackCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a block is called like the one before it, the hidden states aside: the usual case, found fast."""
-    assert call.last_call is not None
-    old_args, old_kwargs = call.last_call
-    hidden = call.templates[call.block_template[-1]].hidden
-    if len(args) != len(old_args) or kwargs.keys() != old_kwargs.keys():
-        return False
-    if hidden is None or (args[hidden] if isinstance(hidden, int) else kwargs[hidden]) is not call.placeholder:
-        return False
-    same_args = all(a is b for index, (a, b) in enumerate(zip(args, old_args, strict=True)) if index != hidden)
-    return same_args and all(kwargs[name] is old_kwargs[name] for name in kwargs if name != hidden)

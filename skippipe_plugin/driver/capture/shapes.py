@@ -71,11 +71,6 @@ class ShapeBook:
         """Return the blocks of the same kind."""
         return [index for index, each in enumerate(self._kinds) if each == self._kinds[block]]
 
-    def usual(self, block: int, enters: TensorSpec, mode: Mode) -> Probe | None:
-        """Return what ``block`` makes of its input, where the last question was the same; None otherwise."""
-        last = self._last[block]
-        return last[3] if last is not None and last[:3] == (mode, enters, ()) else None
-
     def output(
         self,
         block: int,

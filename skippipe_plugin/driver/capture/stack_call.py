@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...engine.arguments import Earlier, SideInput, Template
 from ...engine.call import Ambient, BlockMode, Form, Made
-from ...engine.returned import ReturnStructure
+from ...engine.returned import ReturnStructure, tensors_in
+from ...engine.stage import Probe
 from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
 from .arguments import SideInputs
@@ -22,6 +23,18 @@ from .hooks import Running
 from .shapes import Mode
 from .token import HiddenToken
 from .unavailable import Recording
+
+
+@dataclass(frozen=True, slots=True)
+class UsualCall:
+    """A call whose blocks got their hidden states and nothing else, and what came out about them: mostly the next one
+    is the same."""
+
+    entering: TensorSpec
+    asked_in: tuple[Mode, Mode]
+    templates: tuple[Template]
+    modes: tuple[BlockMode, ...]
+    probes: tuple[Probe, ...]
 
 
 @dataclass(slots=True)
@@ -72,6 +85,39 @@ class StackCall:
     """A block behind the first that changes its input in place."""
     values: list[Tensor] = field(default_factory=list)
     """The same in its values, once the blocks have run."""
+    due: int = 0
+    """The block that is to be called next."""
+    follows: UsualCall | None = None
+    """The call that this one is like so far: all is noted as it was in that one, to its end."""
+    probes: list[Probe] = field(default_factory=list)
+    """By block: what it makes of its input."""
+
+    def follow(self, usual: UsualCall) -> None:
+        """Note all as in another call, until :meth:`depart`."""
+        self.follows, count = usual, len(usual.probes)
+        self.templates, self.block_template = list(usual.templates), [0] * count
+        self.modes, self.probes = list(usual.modes), list(usual.probes)
+        self.specs = [usual.entering, *[each.output for each in usual.probes]]
+        self.structures = [each.structure for each in usual.probes]
+        self.careful = [each.passes_input for each in usual.probes]
+
+    def depart(self) -> None:
+        """Forget what was noted of the blocks that are still to be called: they are called in another way."""
+        self.follows, due = None, self.due
+        self.is_bare = bool(due)
+        for noted in (self.block_template, self.modes, self.probes, self.structures, self.careful):
+            del noted[due:]
+        del self.specs[due + 1 :]
+        self.templates = self.templates if due else []
+        self.entered.is_passed_on = all(each.passes_input for each in self.probes)
+
+    def as_usual(self) -> UsualCall | None:
+        """Return what another call may follow; None where this one was not that simple."""
+        template = self.templates[0]
+        simple = len(self.templates) == 1 and template.is_bare and not self.hooks and not self.beside.tensors
+        if not simple or self.caches or self.unkept or self.deferrals or any(e.changes_input for e in self.probes):
+            return None
+        return UsualCall(self.specs[0], self.asked_in, (template,), tuple(self.modes), tuple(self.probes))
 
     @property
     def hidden(self) -> Tensor:
@@ -180,6 +226,39 @@ def with_sides(template: Template, first: int) -> Template:
     """Return a template with side inputs for what :func:`passed_to` returns, in its order, from slot ``first`` on."""
     slots = {each: SideInput(first + index) for index, each in enumerate(passed_to(template))}
     return template.with_leaves(lambda leaf: slots[leaf] if isinstance(leaf, Earlier) else leaf)
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the hidden states among the arguments of the first block."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return kwargs["hidden_states"]  # type: ignore[no-any-return]
+    found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if found is None:  # in a tuple, a dict or a dataclass
+        found = next(iter(tensors_in((args, kwargs))), None)
+    return found
+
+
+def position_of(placeholder: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+    """Return where among a block's arguments the hidden states are; None where they are none of them."""
+    for index, value in enumerate(args):
+        if value is placeholder:
+            return index
+    return next((name for name, value in kwargs.items() if value is placeholder), None)
+
+
+def same_arguments(call: StackCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a block is called like the one before it, the hidden states aside: the usual case, found fast."""
+    assert call.last_call is not None
+    old_args, old_kwargs = call.last_call
+    hidden = call.templates[call.block_template[-1]].hidden
+    if len(args) != len(old_args) or kwargs.keys() != old_kwargs.keys():
+        return False
+    if hidden is None or (args[hidden] if isinstance(hidden, int) else kwargs[hidden]) is not call.placeholder:
+        return False
+    same_args = all(a is b for index, (a, b) in enumerate(zip(args, old_args, strict=True)) if index != hidden)
+    return same_args and all(kwargs[name] is old_kwargs[name] for name in kwargs if name != hidden)
 
 
 def _made_up(spec: TensorSpec, device: torch.device, grad: bool) -> Tensor:
