@@ -396,10 +396,13 @@ class MergeOnBackward(torch.autograd.Function):
         ctx: Any, root: Tensor, loss: Tensor, control: GradientControl, scale: float, bends: Callable[[], str]
     ) -> Tensor:
         ctx.control, ctx.scale, ctx.bends, ctx.is_over = control, scale, bends, False
+        ctx.set_materialize_grads(False)
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        if grad_outputs[0] is None:  # the step runs once more, and gets it then
+            return None, None, None, None, None
         if ctx.is_over:
             raise SkipPipeError(
                 "backward was called twice for the loss of one batch (retain_graph=True), but a pipeline has its "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -21,7 +20,7 @@ from ..driver.capture.rewind import rewinder
 from ..driver.capture.suspend import current_thread
 from ..driver.capture.token import check_available
 from ..driver.capture.undo import undo_all
-from ..driver.steps import StepTask
+from ..driver.steps import CalledTwice, StepTask
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.errors import SkipPipeError
@@ -29,6 +28,7 @@ from .asking import Asking
 from .entrance import Entrance
 from .kinds import detail_of, form_of, kind_of
 from .merging import Merging
+from .one_call import Call, CutCall, asks_for_cache, code_of, given
 from .open_step import OpenStep
 from .outputs import (
     find_loss,
@@ -38,6 +38,7 @@ from .outputs import (
     with_loss,
     without_caches,
 )
+from .several import SeveralCalls, again
 from .shares import loss_weights
 from .spread import SpreadModel
 from .suspended import Train
@@ -54,16 +55,6 @@ _HAS_A_LOSS: Final = (
 _OUTPUT: Final = ("output",)
 Kind = tuple[Hashable, int, frozenset[str]]
 """Of a call: the code that runs, how many positional arguments there are, the names of the others."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """One call of the model, cut into microbatches."""
-
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    sizes: list[int]
-    uncut: str = ""
-    """Why it is a single one, where it is trained on and cannot be cut."""
 
 
 class _LossIsOutside(Exception):
@@ -98,7 +89,8 @@ class ModelCalls:
         """The training calls so far; dropout in the blocks is seeded by it."""
         self.num_optimizer_steps = 0
         self.open_step = OpenStep(spread, model, device)
-        """The last training call, whose backward is still to come."""
+        """The training calls whose backward is still to come."""
+        self._several = SeveralCalls(spread, self.open_step, model, device, repeats=rewinds)
         self._spread = spread
         self._model = model
         self._device = device
@@ -116,20 +108,29 @@ class ModelCalls:
         self._is_scaled = is_scaled
         self._entrance = Entrance()
         """Of the call under way."""
+        self._batch = object()
+        """Stands for the batch under way, all of whose calls take the same paths."""
         self._asking = Asking(spread, model, device, weighted=callable(weight))
         self._untrained = Untrained(model, self._asking)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model would return for the whole batch."""
-        if current_thread() is not None:
+        if current_thread() is not None or self._several.is_running:
             return self._forward(*args, **kwargs)
-        if self._model.training and torch.is_grad_enabled():
+        if not self._several.is_open and self.open_step.repeat_last():
+            self._open_to_several()
+        if self._model.training and (torch.is_grad_enabled() or self._is_open_to(args, kwargs)):
             return self._train(args, kwargs)
         return self._evaluate(args, kwargs)
 
+    def _is_open_to(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call without gradients runs as others of its batch do; one that fills caches does not."""
+        caches = any(is_cache(value) for value in (*args, *kwargs.values())) or asks_for_cache(kwargs)
+        return self._several.is_open and not caches
+
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what ``function``, which calls the model, would return for the whole batch."""
-        if current_thread() is not None:
+        if current_thread() is not None or self._several.is_running:
             return function(*args, **kwargs)
         self._function = function
         try:
@@ -156,28 +157,86 @@ class ModelCalls:
     # ------------------------------------------------------------- training
 
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._several.is_open:
+            return self._train_open(args, kwargs)
         self.open_step.begin()
-        if self._spread.attached is not None:
-            self._spread.attached.begin_step(self.num_optimizer_steps)
+        self._begin()
         self._entrance = Entrance()
-        args, kwargs = self._entrance.enter(args, kwargs)
-        cut = self._cut(args, kwargs)
-        if cut is None:
-            return self._train_whole(args, kwargs)
-        batch, merging = cut
+        entered = self._entrance.enter(args, kwargs)
         kind = code_of(self._function), len(args), frozenset(kwargs)
+        undo = undo_all(self._model, self._device, entered) if kind not in self._seen else None
+        cut = self._cut(*entered)
+        if cut is None and self._looks_outside(kind, *entered):
+            self._outside[kind] = True
+        if self._asking.most_calls > 1:
+            self._open_to_several()
+            return self._train_open(args, kwargs)
+        try:
+            return self._train_closed(kind, cut, *entered, undo)
+        except CalledTwice:
+            if undo is None:
+                raise
+            undo()
+            self._open_to_several()
+            return self._train_open(args, kwargs)
+
+    def _open_to_several(self) -> None:
+        self._several.open(self._seed(), self.num_optimizer_steps, self._batch)
+
+    def _train_closed(
+        self,
+        kind: Kind,
+        cut: tuple[CutCall, Merging] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        undo: Callable[[], None] | None,
+    ) -> Any:
+        self._seen.add(kind)
         self.num_calls += 1
+        self._batch = object()
+        if cut is None:
+            return self._train_whole(kind, args, kwargs, undo)
+        batch, merging = cut
         rewind = rewinder(self._model) if self._rewinds or kind not in self._outside else _nothing
         rewind = self._entrance.undone_with(rewind)
         if not self._outside.setdefault(kind, False):
             try:
-                return self._train_inside(batch, merging, rewind)
+                return self._train_inside(batch, merging, rewind, undo)
             except _LossIsOutside:
                 rewind()
                 self._outside[kind] = True
-        return self._train_outside(batch, merging, rewind)
+        return self._train_outside(batch, merging, rewind, undo)
 
-    def _train_inside(self, batch: _Batch, merging: Merging, rewind: Callable[[], None]) -> Any:
+    def _begin(self) -> None:
+        if self._spread.attached is not None:
+            self._spread.attached.begin_step(self.num_optimizer_steps)
+
+    def _train_open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model runs as in one process; each of its calls of the blocks is a graph of its own."""
+        if torch.is_grad_enabled():
+            self._begin()
+            self.num_calls += 1
+        return self._several.run(self._function, args, kwargs, self._seed(), self.num_optimizer_steps)
+
+    def _spare(self, undo: Callable[[], None] | None, given: Any, train: Train) -> Train | None:
+        """Return what runs the call that is made once more, should another one follow; None where nothing may."""
+        if undo is None or self._spread.pipeline.proxies.writes_buffers:
+            return None
+        then = self._function, self._entrance, self.num_calls, self._batch
+
+        def run(outside: Callable[..., None]) -> None:
+            now = self._function, self._entrance, self.num_calls, self._batch
+            self._function, self._entrance, self.num_calls, self._batch = then
+            try:
+                train(outside)
+            finally:
+                self._function, self._entrance, self.num_calls, self._batch = now
+
+        return again(run, undo, self._model, self._device, given)
+
+    def _train_inside(
+        self, batch: CutCall, merging: Merging, rewind: Callable[[], None], undo: Callable[[], None] | None
+    ) -> Any:
         """The model returns its loss: the whole step runs now, and the loss's backward only adds its gradients."""
         if merging.answer is not None and LOSS not in merging.answer.plans and not merging.answer.failure:
             raise _LossIsOutside
@@ -195,9 +254,11 @@ class ModelCalls:
             scale=self._scale(),
             bends=functools.partial(self._asking.bend, merging.question.kind, merging.question.whole),
         )
-        values, loss = self._spread.train(task, self.num_optimizer_steps)
+        values, loss = self._spread.train(task, self.num_optimizer_steps, self._batch)
         assert loss is not None
-        loss = self.open_step.watched(self._entrance, loss)
+        losses = functools.partial(self._run_losses, batch, found.weights, rewind)
+        spare = self._spare(undo, batch.calls, losses)
+        loss = self.open_step.watched(self._entrance, loss, spare, len(functions))
         outputs = [map_tensors(torch.Tensor.detach, output) for output, _ in values]
         merged = guarded(self._merged(merging, outputs), _HAS_A_LOSS)
         return with_loss(merged, loss)
@@ -209,7 +270,7 @@ class ModelCalls:
         merged = merging.merged(_OUTPUT, [_without_loss(without_caches(output)) for output in outputs])
         return with_closed_caches(merged, _without_loss(outputs[0]))
 
-    def _run_with_loss(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Any, Tensor]:
+    def _run_with_loss(self, call: Call) -> tuple[Any, Tensor]:
         args, kwargs = call
         output = self._function(*args, **kwargs)
         loss = find_loss(output)
@@ -219,18 +280,43 @@ class ModelCalls:
             _check_scaling(loss.device)
         return output, loss
 
-    def _train_outside(self, batch: _Batch, merging: Merging, rewind: Callable[[], None]) -> Any:
+    def _loss_alone(self, call: Call) -> Tensor:
+        return self._run_with_loss(call)[1].reshape(())
+
+    def _train_outside(
+        self, batch: CutCall, merging: Merging, rewind: Callable[[], None], undo: Callable[[], None] | None
+    ) -> Any:
         """The loop computes the loss: after its forwards the step waits for the gradients of the outputs."""
-        return self._hand_out(
-            functools.partial(self._run_outside, batch, rewind), functools.partial(self._merged, merging)
-        )
+        function = self._function
+        functions = [functools.partial(function, *args, **kwargs) for args, kwargs in batch.calls]
+        train = functools.partial(self._run_outside, batch, functions, rewind)
+        return self._hand_out(train, functools.partial(self._merged, merging), self._spare(undo, batch.calls, train))
 
-    def _hand_out(self, train: Train, merge: Callable[[list[Any]], Any], *, draws_on: bool = False) -> Any:
+    def _hand_out(
+        self, train: Train, merge: Callable[[list[Any]], Any], spare: Train | None, *, draws_on: bool = False
+    ) -> Any:
         what = type(self._model).__name__
-        return self.open_step.hand_out(self._entrance, train, merge, what=what, draws_on=draws_on)
+        return self.open_step.hand_out(self._entrance, train, merge, what=what, draws_on=draws_on, spare=spare)
 
-    def _run_outside(self, batch: _Batch, rewind: Callable[[], None], outside: Callable[..., None]) -> None:
-        functions = [functools.partial(self._function, *args, **kwargs) for args, kwargs in batch.calls]
+    def _run_losses(
+        self, batch: CutCall, weights: Sequence[float], rewind: Callable[[], None], outside: Callable[..., None]
+    ) -> None:
+        """Run a step whose loss the model returns, once more: the gradient of the batch's loss is known."""
+
+        def weighted(call: Call, weight: float) -> Tensor:
+            return self._loss_alone(call) * weight
+
+        pairs = zip(batch.calls, weights, strict=True)
+        functions = [functools.partial(weighted, call, weight) for call, weight in pairs]
+        self._run_outside(batch, functions, rewind, outside)
+
+    def _run_outside(
+        self,
+        batch: CutCall,
+        functions: Sequence[Callable[[], Any]],
+        rewind: Callable[[], None],
+        outside: Callable[..., None],
+    ) -> None:
         shares = [size / sum(batch.sizes) for size in batch.sizes]
         task = StepTask(
             functions,
@@ -242,46 +328,58 @@ class ModelCalls:
             rewind=rewind,
             outside=outside,
         )
-        self._spread.train(task, self.num_optimizer_steps)
+        self._spread.train(task, self.num_optimizer_steps, self._batch)
 
-    def _train_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _looks_outside(self, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Ask a call of a new kind that runs once whether its model returns no loss: no step need be given up then."""
+        if kind in self._seen or self._outside.get(kind):  # a step that is given up would count in buffers
+            return False
+        asked = functools.partial(self._results, self._function, (args, kwargs))
+        given = with_outputs(self._spread, lambda: self._asking.look(asked, (args, kwargs)))
+        return given is not None and LOSS not in given
+
+    def _train_whole(
+        self, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], undo: Callable[[], None] | None
+    ) -> Any:
         """The model runs once on the whole batch; only what enters its blocks is cut."""
-        kind = code_of(self._function), len(args), frozenset(kwargs)
-        self.num_calls += 1
-        if kind not in self._seen and not self._outside.get(kind):  # a step that is given up would count in buffers
-            asked = functools.partial(self._results, self._function, (args, kwargs))
-            given = with_outputs(self._spread, lambda: self._asking.look(asked, (args, kwargs)))
-            self._outside[kind] = given is not None and LOSS not in given
         if not self._outside.setdefault(kind, False):
-            undo = undo_all(self._model, self._device, (args, kwargs)) if kind not in self._seen else _nothing
             try:
-                return self._train_whole_inside(args, kwargs)
+                return self._train_whole_inside(args, kwargs, undo)
             except _LossIsOutside:
-                undo()
+                (undo or _nothing)()
                 self._outside[kind] = True
-            finally:
-                self._seen.add(kind)
-        self._seen.add(kind)
         run = functools.partial(self._run_whole_outside, args, kwargs)
-        return self._hand_out(run, lambda outputs: outputs[0], draws_on=True)
+        spare = self._spare(undo, (args, kwargs), run)
+        return self._hand_out(run, lambda outputs: outputs[0], spare, draws_on=True)
 
-    def _train_whole_inside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _train_whole_inside(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], undo: Callable[[], None] | None
+    ) -> Any:
         function = functools.partial(self._run_with_loss, (args, kwargs))
         kind, asked = code_of(self._function), functools.partial(self._results, self._function, (args, kwargs))
         bends = functools.partial(self._asking.bend, kind, asked)
         task = self._whole_task(
             function, args, kwargs, loss_of=lambda value: value[1], scale=self._scale(), bends=bends
         )
-        [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps)
+        [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps, self._batch)
         assert loss is not None
-        loss = self.open_step.watched(self._entrance, loss)
+        run = functools.partial(self._run_whole_outside, args, kwargs, loss_alone=True)
+        loss = self.open_step.watched(self._entrance, loss, self._spare(undo, (args, kwargs), run))
         return with_loss(guarded(map_tensors(torch.Tensor.detach, output), _HAS_A_LOSS), loss)
 
     def _run_whole_outside(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], outside: Callable[[Sequence[Any], Sequence[Tensor]], None]
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outside: Callable[[Sequence[Any], Sequence[Tensor]], None],
+        *,
+        loss_alone: bool = False,
     ) -> None:
-        task = self._whole_task(functools.partial(self._function, *args, **kwargs), args, kwargs, outside=outside)
-        self._spread.train(task, self.num_optimizer_steps)
+        function: Callable[[], Any] = functools.partial(self._function, *args, **kwargs)
+        if loss_alone:
+            function = functools.partial(self._loss_alone, (args, kwargs))
+        task = self._whole_task(function, args, kwargs, outside=outside)
+        self._spread.train(task, self.num_optimizer_steps, self._batch)
 
     def _whole_task(
         self, function: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
@@ -313,7 +411,11 @@ class ModelCalls:
         return self._untrained.marked(output, kind, call, (args, kwargs))
 
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.open_step.settle("a call of the model without gradients or in eval mode")
+        why = "a call of the model without gradients or in eval mode"
+        if self._several.is_open:
+            self.open_step.make_room(why)
+        else:
+            self.open_step.settle(why)
         cut = self._cut(args, kwargs, training=False)
         if cut is None:
             whole = self._whole_task(functools.partial(self._function, *args, **kwargs), args, kwargs)
@@ -341,7 +443,7 @@ class ModelCalls:
 
     def _cut(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = True
-    ) -> tuple[_Batch, Merging] | None:
+    ) -> tuple[CutCall, Merging] | None:
         """Cut a call, and find out how its results merge; None when it runs once, on the whole batch."""
         if self._spread.runs_whole:
             return None
@@ -354,7 +456,7 @@ class ModelCalls:
                 torch.is_grad_enabled(),
                 kind_of((args, kwargs)),
             ),
-            view=view_of(_given(args, kwargs), [_given(*call) for call in batch.calls], batch.sizes, self._weight),
+            view=view_of(given(args, kwargs), [given(*call) for call in batch.calls], batch.sizes, self._weight),
             whole=functools.partial(self._results, self._function, (args, kwargs)),
             pieces=[functools.partial(self._results, self._function, call) for call in batch.calls],
             detail=(detail_of((args, kwargs)), form_of(batch.sizes)),
@@ -369,7 +471,7 @@ class ModelCalls:
         return None if merging is None else (batch, merging)
 
     @staticmethod
-    def _results(function: Callable[..., Any], call: tuple[tuple[Any, ...], dict[str, Any]]) -> Results:
+    def _results(function: Callable[..., Any], call: Call) -> Results:
         """Run a call that is only asked how its results merge."""
         args, kwargs = call
         output = without_caches(function(*args, **kwargs))
@@ -377,16 +479,16 @@ class ModelCalls:
         loss = find_loss(output)
         return {_OUTPUT: output} if loss is None else {LOSS: loss, _OUTPUT: _without_loss(output)}
 
-    def _pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> _Batch:
-        if any(is_cache(value) for value in (*args, *kwargs.values())) or (not training and _asks_for_cache(kwargs)):
-            return _Batch([(args, kwargs)], [1])  # generation: one call after another fills the caches
+    def _pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> CutCall:
+        if any(is_cache(value) for value in (*args, *kwargs.values())) or (not training and asks_for_cache(kwargs)):
+            return CutCall([(args, kwargs)], [1])  # generation: one call after another fills the caches
         may_stay = not training or self._spread.settings.microbatches != "batch"
         count = len(self._spread.pipeline.microbatches)
         cut = self._cutter.cut({**dict(enumerate(args)), **kwargs}, count, may_stay=may_stay)
         calls = [
             (tuple(each[i] for i in range(len(args))), {name: each[name] for name in kwargs}) for each in cut.pieces
         ]
-        return _Batch(calls, cut.sizes, cut.refusal if training else "")
+        return CutCall(calls, cut.sizes, cut.refusal if training else "")
 
     def _seed(self) -> int:
         return block_seed(torch.initial_seed(), self.num_calls)
@@ -401,27 +503,8 @@ def _check_scaling(device: torch.device) -> None:
         )
 
 
-def code_of(function: Callable[..., Any]) -> Hashable:
-    """Return what tells functions of a loop apart: those that it makes anew for each batch have one code."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__code__", None) or getattr(type(function), "__qualname__", "")
-
-
-def _asks_for_cache(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a model says that others will go on from its key-value cache, by the names of transformers."""
-    return kwargs.get("use_cache") is True or not kwargs.keys().isdisjoint(("past_key_values", "cache"))
-
-
 def _nothing() -> None:
     """Nothing to rewind."""
-
-
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a loop calls its batch: the arguments by name, or the only argument there is."""
-    if not args:
-        return kwargs
-    return args[0] if len(args) == 1 and not kwargs else (args, kwargs)
 
 
 def _without_loss(output: Any) -> Any:

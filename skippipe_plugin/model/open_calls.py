@@ -60,16 +60,21 @@ class OpenCalls:
         self._followed: set[int] = set()
         """The numbers of calls in a step that others with gradients have followed before their backward."""
 
-    def begin(self, counts: Sequence[int], seed: int, num_steps: int) -> None:
+    def begin(self, counts: Sequence[int], seed: int, num_steps: int, batch: object = None) -> None:
         """Expect the calls for one batch.
 
         Args:
             counts: How many samples it may have.
             seed: Of the randomness in the blocks.
             num_steps: The optimizer steps so far.
+            batch: Stands for it, where other steps belong to it, too: all take the same paths.
         """
         self._counts, self._seed, self._num_steps, self._number = counts, seed, num_steps, 0
-        self._batch = object()
+        self._batch = object() if batch is None else batch
+
+    def expect(self, counts: Sequence[int]) -> None:
+        """Expect further calls for the same batch, of other inputs, which may have so many samples."""
+        self._counts = counts
 
     def __call__(self, call: StackCall) -> Tensor:
         """Run the blocks, and return what they return; what else of them is used is in the call then."""

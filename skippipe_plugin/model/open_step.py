@@ -27,8 +27,9 @@ from .suspended import SuspendedStep, Train
 
 _ONE_BACKWARD: Final = (
     "this loss belongs to {which} call of the model, whose gradients are {state}: a pipeline takes one backward for "
-    "each training call of the model, before the next one. Put both inputs into one batch, or add the losses before "
-    "backward"
+    "each training call of the model, and before the next one, unless the first batch makes several calls already (and "
+    "no block keeps something in buffers). Let every batch make them (with a weight of 0 where one should not count), "
+    "put the inputs into one batch, or add the losses before backward"
 )
 _GIVEN_UP: Final = (
     "the workers have given up the call of the model that this loss belongs to: they were needed before its backward, "
@@ -36,11 +37,17 @@ _GIVEN_UP: Final = (
 )
 
 
+class _Graph:
+    """Lives as long as a graph that a call has started."""
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class _Call:
     """A training call whose backward is still to come; it lives as long as the graph that it started."""
 
     entrance: Entrance
+    graph: weakref.ref[_Graph]
+    """The graph that it started, as long as somebody has that."""
     again: Train | None = None
     """Runs it once more; None where it may not be repeated."""
     suspended: SuspendedStep | None = None
@@ -51,6 +58,8 @@ class _Call:
     """What for, if so."""
     of_all: bool = False
     """Whether gradients come of all outputs that may carry one, since it was not known which would."""
+    spare: Train | None = None
+    """Runs it once more, should others follow before it goes back."""
 
     def add(self, gradients: list[Tensor | None]) -> None:
         """Note gradients of its outputs, which may come in parts."""
@@ -60,7 +69,7 @@ class _Call:
 
     def end(self, given_up: str = "") -> None:
         """Take no gradients any more."""
-        self.is_over, self.given_up, self.again = True, given_up, None
+        self.is_over, self.given_up, self.again, self.spare = True, given_up, None, None
 
 
 class OpenStep:
@@ -82,6 +91,23 @@ class OpenStep:
         self._graph = LoopGraph(model)
 
     # ------------------------------------------------------------- forwards
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody has what a call has returned that is to go back still."""
+        return all(call.graph() is None for call in self._open_calls())
+
+    def repeat_last(self) -> bool:
+        """Let the last call, if somebody has what it returned and it may be repeated, wait for its gradients as such.
+
+        Returns:
+            Whether it does.
+        """
+        last = self._last
+        if last is None or last.is_over or last.spare is None or last.graph() is None:
+            return False
+        last.again, last.spare = last.spare, None
+        return True
 
     def begin(self, why: str = "") -> bool:
         """Let another training call begin; return whether the workers had waited in one that is repeated for that.
@@ -124,6 +150,7 @@ class OpenStep:
         what: str,
         draws_on: bool = False,
         repeats: bool = False,
+        spare: Train | None = None,
     ) -> Any:
         """Start a step that waits for the gradients of its outputs, and return these.
 
@@ -134,12 +161,14 @@ class OpenStep:
             what: Names it, for errors.
             draws_on: Whether the step's code draws from the random state of the code around it.
             repeats: Whether it may be repeated.
+            spare: Runs it once more, should others follow.
         """
         self._thread = self._thread or new_step_thread()
         suspended = SuspendedStep(self._thread, self._device, draws_on=draws_on)
         outputs = suspended.start(train)
         self._gradients.window.pause()
-        call = self._last = _Call(entrance, train if repeats else None, suspended)
+        graph = _Graph()
+        call = self._last = _Call(entrance, weakref.ref(graph), train if repeats else None, suspended, spare=spare)
         carrying = [tensor for output in outputs for tensor in differentiable(output)]
         if not carrying:
             self._give_up("nothing")
@@ -147,21 +176,30 @@ class OpenStep:
                 f"{what} was called for training, but nothing it returned carries a gradient; "
                 "return a loss or differentiable outputs, or call it under torch.no_grad() or after model.eval()"
             )
-        gates = iter(gated(carrying, functools.partial(self._receive, call)))
+        gates = iter(gated(carrying, functools.partial(self._receive, call, graph)))
         opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
         return merge(opened)
 
     def hand_out_later(self, entrance: Entrance, train: Train, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Return what a call has given already, whose step runs when its gradients are there."""
-        call = self._last = _Call(entrance, train, of_all=True)
+        graph = _Graph()
+        call = self._last = _Call(entrance, weakref.ref(graph), train, of_all=True)
         real = [output for output in outputs if is_real(output)]
-        gates = iter(gated(real, functools.partial(self._receive, call)))
+        gates = iter(gated(real, functools.partial(self._receive, call, graph)))
         return [next(gates) if is_real(output) else output for output in outputs]
 
-    def watched(self, entrance: Entrance, loss: Tensor) -> Tensor:
-        """Let a loss, whose step is over, have its place in the graph of the code around it."""
-        call = self._last = _Call(entrance)
-        return watched(loss, functools.partial(self._claim, call), entrance.tensors, entrance.take())
+    def watched(self, entrance: Entrance, loss: Tensor, spare: Train | None = None, num_parts: int = 1) -> Tensor:
+        """Let a loss, whose step is over, have its place in the graph of the code around it.
+
+        Args:
+            entrance: What has entered the step.
+            loss: Of the batch.
+            spare: Runs the step once more, should others follow, and hands out its loss in parts that add up to it.
+            num_parts: How many these are.
+        """
+        graph = _Graph()
+        call = self._last = _Call(entrance, weakref.ref(graph), spare=spare)
+        return watched(loss, functools.partial(self._claim, call, graph, num_parts), entrance.tensors, entrance.take())
 
     # ------------------------------------------------------------ backwards
 
@@ -217,6 +255,7 @@ class OpenStep:
         """Let no call wait any longer: what comes changes what they were computed with, and ``why`` says what it is."""
         self.make_room(why)
         for call in self._open_calls():
+            call.spare = None
             if call.again is not None:
                 call.end(why)
 
@@ -248,15 +287,19 @@ class OpenStep:
         calls = [*(ref() for ref in self._earlier), self._last]
         return [call for call in calls if call is not None and not call.is_over]
 
-    def _receive(self, call: _Call, gradients: list[Tensor | None]) -> None:
+    def _receive(self, call: _Call, graph: _Graph, gradients: list[Tensor | None]) -> None:
         """A backward of the user's has reached the outputs."""
         self._check(call)
         call.add(gradients)
 
-    def _claim(self, call: _Call) -> None:
-        """A backward of the user's has reached a loss whose step is over."""
+    def _claim(self, call: _Call, graph: _Graph, num_parts: int, gradient: Tensor) -> bool:
+        """A backward of the user's has reached a loss whose step is over; return whether that runs once more."""
         self._check(call)
+        if call.again is not None:
+            call.add([gradient] * num_parts)
+            return True
         call.end()
+        return False
 
     def _check(self, call: _Call) -> None:
         if call.given_up:

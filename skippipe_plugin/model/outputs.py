@@ -95,11 +95,11 @@ def guarded(output: Any, message: str, which: Sequence[bool] | None = None) -> A
 
 def watched(
     loss: Tensor,
-    on_backward: Callable[[], None],
+    on_backward: Callable[[Tensor], bool],
     tensors: Sequence[Tensor] = (),
     gradients: Sequence[Tensor | None] = (),
 ) -> Tensor:
-    """Return ``loss`` such that ``on_backward`` is called, and may refuse, before its gradient goes further back.
+    """Return ``loss`` such that ``on_backward`` gets its gradient, and may refuse or take it, before that goes back.
 
     It is a function of ``tensors`` too, by which it has ``gradients``.
     """
@@ -147,15 +147,20 @@ class _Refusal(torch.autograd.Function):
 class _Watch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, on_backward: Callable[[], None], gradients: Sequence[Tensor | None], *tensors: Tensor
+        ctx: Any,
+        loss: Tensor,
+        on_backward: Callable[[Tensor], bool],
+        gradients: Sequence[Tensor | None],
+        *tensors: Tensor,
     ) -> Tensor:
         ctx.on_backward, ctx.gradients = on_backward, gradients
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.on_backward()
         scale = grad_outputs[0]
+        if ctx.on_backward(scale):
+            return (None,) * (3 + len(ctx.gradients))
         return scale, None, None, *(None if each is None else scale.to(each) * each for each in ctx.gradients)
 
 

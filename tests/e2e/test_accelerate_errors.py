@@ -68,12 +68,14 @@ def test_a_second_model_and_a_second_optimizer(current: Accelerator) -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_two_calls_for_one_backward(current: Accelerator, inside: bool) -> None:
+def test_two_calls_for_one_backward_that_only_a_later_batch_makes(current: Accelerator, inside: bool) -> None:
     model, optimizer = prepared(current)
 
     def loss() -> Any:
         return model(X, labels=Y)["loss"] if inside else functional.cross_entropy(model(X), Y)
 
+    current.backward(loss())
+    optimizer.zero_grad()
     first, second = loss(), loss()
     with pytest.raises(SkipPipeError, match="an earlier call of the model"):
         current.backward(first + second)
@@ -112,6 +114,7 @@ def test_backward_without_training(current: Accelerator) -> None:
 def test_batches_that_are_dropped(current: Accelerator) -> None:
     """A loop may drop a loss, evaluate or save before it goes on."""
     model, optimizer = prepared(current)
+    step(current, model, optimizer)
     dropped = functional.cross_entropy(model(X), Y)
     with torch.no_grad():
         model(X)

@@ -1,0 +1,380 @@
+"""Loops of plain torch and of accelerate that call the blocks several times before a backward: as in one process."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skippipe_plugin import PathConfig, RecoveryPolicy, SkipPipeConfig, TorchPipeline
+from skippipe_plugin.driver.pipeline import TRAINING
+from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.model.spread import SpreadModel
+from skippipe_plugin.testing import At, Injector, Kill, Phase
+from tests.e2e import loops
+from tests.e2e.support import DEVICE
+from tests.e2e.test_several_calls import Net
+from tests.e2e.transparency.plain_loops import assert_same, run
+
+BATCHES = [torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)).to(DEVICE) for seed in range(4)]
+Losses = Callable[[Any, Tensor], Tensor]
+SAID = "are called several times before a backward"
+
+
+class Model(Net):
+    """With targets it returns its loss; it draws and counts on the driver."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.num_calls = 0
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        self.num_calls += 1
+        made = self.head(self.encoded(self.norm(x) + 0.01 * self.num_calls))
+        return made if targets is None else {"loss": F.mse_loss(made, targets), "made": made}
+
+
+class Plain(Net):
+    """Calls its blocks once, in microbatches."""
+
+    num_calls = 0
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        made = super().forward(x)
+        return made if targets is None else {"loss": F.mse_loss(made, targets), "made": made}
+
+
+class Twice(Model):
+    """Calls its blocks twice in a call."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        self.num_calls += 1
+        made = self.head(self.encoded(self.norm(x)) + self.encoded(x.flip(1)))
+        return made if targets is None else {"loss": F.mse_loss(made, targets), "made": made}
+
+
+def goal(x: Tensor) -> Tensor:
+    return x.sum(1, keepdim=True)
+
+
+def contrastive(model: Any, x: Tensor) -> Tensor:
+    one, other = model(x), model(x.flip(1))
+    return F.mse_loss(one, goal(x)) + (one * other).mean()
+
+
+def own_losses(model: Any, x: Tensor) -> Tensor:
+    return model(x, targets=goal(x))["loss"] + 0.5 * model(x.flip(1), targets=goal(x) / 2)["loss"]
+
+
+def own_and_other(model: Any, x: Tensor) -> Tensor:
+    return model(x, targets=goal(x))["loss"] + 0.1 * model(x.flip(1)).pow(2).mean()
+
+
+def triplet(model: Any, x: Tensor) -> Tensor:
+    anchor, near, far = model(x[:4]), model(x[:4] + 0.1), model(x[4:])
+    return F.triplet_margin_loss(anchor, near, far, margin=3.0)
+
+
+def fed_back(model: Any, x: Tensor) -> Tensor:
+    first = model(x)
+    return F.mse_loss(model(x + first), goal(x)) + first.pow(2).mean()
+
+
+def bootstrapped(model: Any, x: Tensor) -> Tensor:
+    made = model(x)
+    with torch.no_grad():
+        targets = model(x.flip(1)) + goal(x)
+    return F.mse_loss(made, targets)
+
+
+def evaluated_between(model: Any, x: Tensor) -> Tensor:
+    made = model(x)
+    model.eval()
+    with torch.no_grad():
+        targets = model(x.flip(1)) + goal(x)
+    model.train()
+    return F.mse_loss(made, targets)
+
+
+def unused(model: Any, x: Tensor) -> Tensor:
+    first = model(x)
+    return F.mse_loss(model(x.flip(1)), goal(x)) + 0 * first.detach().mean()
+
+
+def noisy(model: Any, x: Tensor) -> Tensor:
+    first = model(x + 0.1 * torch.randn_like(x))
+    return F.mse_loss(model(x + 0.1 * torch.randn_like(x)), goal(x)) + first.pow(2).mean()
+
+
+LOSSES = [
+    contrastive,
+    own_losses,
+    own_and_other,
+    triplet,
+    fed_back,
+    bootstrapped,
+    evaluated_between,
+    unused,
+    noisy,
+]
+SETTINGS: list[dict[str, Any]] = [{}, {"microbatches": "stack"}, {"num_microbatches": 1}]
+
+
+def looped(losses: Losses, backward: Callable[[Tensor], object] = Tensor.backward) -> Callable[..., list[float]]:
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        seen: list[float] = []
+        for x in BATCHES:
+            optimizer.zero_grad()
+            loss = losses(model, x)
+            backward(loss)
+            optimizer.step()
+            seen.append(float(loss.detach()))
+        return [*seen, float(model.num_calls), float(torch.rand(()))]
+
+    return loop
+
+
+def adamw(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["auto", "stack", "one"])
+@pytest.mark.parametrize("losses", LOSSES, ids=lambda losses: losses.__name__)
+def test_several_calls_of_the_model(losses: Losses, settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert_same(looped(losses), Model, optimizer=adamw, **settings)
+    assert caplog.text.count(SAID) == 1
+
+
+class Drops(Model):
+    """Has dropout around the blocks."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        return super().forward(F.dropout(x, 0.2, self.training), targets)
+
+
+@pytest.mark.parametrize("settings", SETTINGS[1:], ids=["stack", "one"])
+@pytest.mark.parametrize("losses", [contrastive, own_losses])
+def test_what_runs_once_more_draws_the_same(losses: Losses, settings: dict[str, Any]) -> None:
+    assert_same(looped(losses), Drops, optimizer=adamw, **settings)
+
+
+def alone(model: Any, x: Tensor) -> Tensor:
+    return F.mse_loss(model(x), goal(x))
+
+
+def own_loss(model: Any, x: Tensor) -> Tensor:
+    return model(x, targets=goal(x))["loss"]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["auto", "stack", "one"])
+@pytest.mark.parametrize("losses", [alone, own_loss, contrastive])
+def test_several_calls_of_the_blocks(
+    losses: Losses, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert_same(looped(losses), Twice, optimizer=adamw, **settings)
+    assert caplog.text.count(SAID) == 1
+
+
+@pytest.mark.parametrize("losses", [alone, own_loss])
+def test_of_one_call_nothing_is_said(losses: Losses, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert_same(looped(losses), Plain, optimizer=adamw)
+    assert SAID not in caplog.text
+    assert "runs once" not in caplog.text
+
+
+def each_by_itself(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Two losses that go back one after the other, the first one first, and then both."""
+    seen = []
+    for x in BATCHES:
+        one, other = model(x), model(x.flip(1))
+        F.mse_loss(one, goal(x)).backward(retain_graph=False)
+        other.pow(2).mean().backward()
+        (own_losses(model, x) / 2).backward()
+        seen.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def in_front(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    """An encoder in front of the model, and inputs whose gradients are read."""
+    torch.manual_seed(1)
+    encoder = nn.Linear(4, 4).to(DEVICE)
+    own = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    seen = []
+    for x in BATCHES:
+        x = x.clone().requires_grad_()
+        encoded = encoder(x)
+        loss = (model(encoded) * model(x.flip(1), targets=goal(encoded).detach())["loss"]).mean() + encoded.mean()
+        loss.backward()
+        seen += [float(loss.detach()), float(x.grad.norm()), float(encoder.weight.grad.norm())]
+        for each in (optimizer, own):
+            each.step()
+            each.zero_grad()
+    return seen
+
+
+def with_evaluation(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    """A validation between batches, and a loss that is dropped."""
+    seen = []
+    for x in BATCHES:
+        loss = contrastive(model, x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            seen.append(float(alone(model, x)))
+        model.train()
+        model(x)
+        seen.append(float(sum(weight.double().sum() for weight in model.state_dict().values())))
+    return seen
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["auto", "stack", "one"])
+@pytest.mark.parametrize("loop", [each_by_itself, in_front, with_evaluation])
+def test_what_loops_do_with_them(loop: Callable[..., list[float]], settings: dict[str, Any]) -> None:
+    assert_same(loop, Model, optimizer=adamw, **settings)
+
+
+def test_in_mixed_precision_that_is_left_before_the_backward() -> None:
+    def losses(model: Any, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return contrastive(model, x).float()
+
+    found, expected = (run(looped(losses), piped, Model, adamw, num_microbatches=1) for piped in (True, False))
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_in_any_layout(schedule: str) -> None:
+    assert_same(looped(contrastive), Model, optimizer=adamw, schedule=schedule, num_stages=4)
+    assert_same(looped(own_losses), Model, optimizer=adamw, driver_stage=True)
+
+
+@pytest.mark.parametrize("losses", [contrastive, own_losses])
+def test_loops_of_accelerate(losses: Losses) -> None:
+    def fit(kind: str) -> tuple[list[float], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        with loops.accelerator(kind, gradient_accumulation_steps=2) as current:
+            model = Model()
+            model, optimizer = current.prepare(model, adamw(model))
+            seen = []
+            for x in BATCHES:
+                with current.accumulate(model):
+                    loss = losses(model, x)
+                    current.backward(loss)
+                    current.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                seen.append(float(loss.detach()))
+            return seen, {name: value.clone() for name, value in current.get_state_dict(model).items()}
+
+    (found, weights), (expected, others) = fit("pipeline"), fit("plain")
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-5)
+
+
+def test_functions_of_the_loop_that_call_the_model_several_times() -> None:
+    def fit(*, piped: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = Model().to(DEVICE)
+        optimizer, seen = adamw(model), []
+        pipe = TorchPipeline(model, optimizer, SkipPipeConfig(num_stages=2, num_microbatches=4, verbose=False))
+        with pipe if piped else contextlib.nullcontext():
+            for x in BATCHES:
+                loss = pipe.run(lambda x: contrastive(model, x), x) if piped else contrastive(model, x)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                seen.append(float(loss.detach()))
+        return seen
+
+    torch.testing.assert_close(torch.tensor(fit(piped=True)), torch.tensor(fit(piped=False)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_worker_that_is_lost_is_replaced() -> None:
+    loop = looped(own_losses)
+    with Injector(Kill(At(Phase.TRAINING, nth=5), who=2)) as injector:
+        found = run(loop, True, Model, adamw, replicas=2, recovery=RecoveryPolicy(spares=1))
+    assert [each.done for each in injector.report] == [True]
+    expected = run(loop, False, Model, adamw)
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
+
+
+class Later:
+    """A second call that only a later batch makes."""
+
+    def __init__(self) -> None:
+        self.num = 0
+
+    def __call__(self, model: Any, x: Tensor) -> Tensor:
+        self.num += 1
+        return alone(model, x) if self.num < 3 else contrastive(model, x)
+
+
+def test_a_second_call_that_only_a_later_batch_makes_is_refused() -> None:
+    with pytest.raises(SkipPipeError, match="unless the first batch makes several calls already"):
+        run(looped(Later()), True, Model, adamw)
+
+
+class Normed(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(4)])
+
+    def encoded(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return functools.reduce(lambda h, block: block(h), self.blocks, self.embed(x))
+
+
+@pytest.mark.parametrize("losses", [contrastive, own_losses])
+def test_blocks_that_keep_something_are_refused(losses: Losses) -> None:
+    with pytest.raises(SkipPipeError, match="no block keeps something in buffers"):
+        run(looped(losses), True, Normed, adamw)
+
+
+def test_microbatches_of_the_batch_are_refused() -> None:
+    with pytest.raises(SkipPipeError, match="cannot be cut by microbatches='batch'"):
+        run(looped(contrastive), True, Plain, adamw, microbatches="batch")
+
+
+def test_a_first_loss_whose_weights_have_changed_is_refused() -> None:
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        early = own_loss(model, BATCHES[0])
+        optimizer.step()
+        (early + own_loss(model, BATCHES[1])).backward()
+        return []
+
+    with pytest.raises(SkipPipeError, match="earlier call of the model"):
+        run(loop, True, Plain, adamw)
+
+
+@pytest.mark.parametrize("losses", [contrastive, own_losses])
+def test_all_calls_of_a_batch_take_the_same_paths_also_when_costs_become_known(
+    losses: Losses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths: list[list[Any]] = [[]]
+
+    def noting(spread: SpreadModel, *args: Any) -> None:
+        choose(spread, *args)
+        paths[-1].append(spread.pipeline.whole_schedules[TRAINING].paths)
+
+    def noted(model: Any, x: Tensor) -> Tensor:
+        paths.append([])
+        return losses(model, x)
+
+    choose = SpreadModel._choose_paths
+    monkeypatch.setattr(SpreadModel, "_choose_paths", noting)
+    settings: dict[str, Any] = {"num_stages": 3, "skip_ratio": 1 / 3, "paths": PathConfig(costs="measure")}
+    run(looped(noted), True, Plain, adamw, **settings)
+    assert [len(each) for each in paths[1:]] == [3, 3, 3, 3]
+    assert all(len(set(each)) == 1 for each in paths[1:])
