@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 from ..engine.channel import Channel, ChannelClosed, ChannelError
 from ..engine.control.answers import Failed, NormPowers, SideGradients, Tapped, Warmed
 from ..engine.control.codec import Control, Received
-from ..engine.control.line import to_worker
+from ..engine.control.line import Said, to_all_workers, to_worker
 from ..engine.control.presence import AskProgress, Beat, Exit, Leave, Progress, Refuse
 from ..engine.device import NOWHERE, Place
 from ..engine.device_errors import is_lasting
@@ -116,7 +116,7 @@ class Link:
         """The shortest round trip to the worker; 0 where that is not known."""
         return self._channel.round_trip_s
 
-    def send(self, body: Control, *, more: bool = False) -> int:
+    def send(self, body: Control | Said, *, more: bool = False) -> int:
         """Send a message, and return its number; raise the first failure when the worker is gone.
 
         Args:
@@ -234,7 +234,7 @@ class Link:
                     if message is not None:
                         self._note_late(message)
 
-    def tell(self, body: Control, *, more: bool = False) -> int:
+    def tell(self, body: Control | Said, *, more: bool = False) -> int:
         """Send a message to a worker that may be gone, and return its number; -1 when it is."""
         try:
             number = self._line.send(body, more=more)
@@ -408,11 +408,12 @@ class Links:
 
     def broadcast(self, body: Control, *, more: bool = False) -> None:
         """Send the same message to every worker; with ``more`` it may go out with the next one, which follows."""
+        said = to_all_workers(body)
         for link in self._links.values():
             if self.recovering:
-                link.tell(body, more=more)
+                link.tell(said, more=more)
             else:
-                link.send(body, more=more)
+                link.send(said, more=more)
 
     def expect_all(self, kind: type[_A], is_meant: Callable[[_A], bool] | None = None) -> dict[int, _A]:
         """Wait for one answer from every worker, by rank."""

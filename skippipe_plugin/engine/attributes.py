@@ -182,13 +182,13 @@ class BlockWatch:
     def unchanged(self) -> bool:
         """Whether everything is what it was at the last :meth:`look`, ``training`` and the submodules included."""
         try:
-            counts = self._count() if self._ignoring else [*map(len, self._sized)]
-            if counts != self._lengths:
-                return False
-            own = itertools.chain.from_iterable(map(operator.call, self._getters, self._owns))
-            items = self._items() if self._lists or self._dicts else own
-            return all(map(operator.is_, items, self._flat)) and (
-                not self._contents or self._read_contents() == self._contents
+            if self._is_plain:  # as most are, and this is asked at every call of a block
+                own = itertools.chain.from_iterable(map(operator.call, self._getters, self._owns))
+                return [*map(len, self._sized)] == self._lengths and all(map(operator.is_, own, self._flat))
+            return (
+                self._count() == self._lengths
+                and all(map(operator.is_, self._items(), self._flat))
+                and (not self._contents or self._read_contents() == self._contents)
             )
         except (KeyError, RuntimeError):  # an attribute is gone, or a dictionary changes as it is read
             return False
@@ -222,6 +222,7 @@ class BlockWatch:
         self._flat = list(self._items())
         self._found = found
         self._contents = self._read_contents() if found.sets or found.tensors or found.arrays else ()
+        self._is_plain = not (self._ignoring or self._dicts or self._lists or self._contents)
 
     def _count(self) -> list[int]:
         """Return how many things are in each dictionary and list, those aside that may come and go."""

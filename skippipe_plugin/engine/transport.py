@@ -330,8 +330,9 @@ class Transport:
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Post a receive for a tensor of exactly ``spec``."""
         form = spec.in_memory if spec.order else spec
-        staging = None if device.type == "cpu" or not form.num_bytes else self._staging
-        room = None if staging is None else staging.room(form.shape, form.dtype)
+        staging, room = self._staging, None
+        if staging is not None and device.type != "cpu" and form.num_bytes:
+            room = staging.room(form.shape, form.dtype)
         buffer = torch.empty(form.shape, dtype=form.dtype) if room is None else room
         if not buffer.numel():
             return PendingTensor(None, buffer, device, self._waiting, order=spec.order)
@@ -340,8 +341,8 @@ class Transport:
         except RuntimeError as error:
             raise_aborted(error, (source,))
         awaited = self._traffic.receive(source, tag)
-        staging = None if room is None else staging
-        return PendingTensor(work, buffer, device, self._waiting, awaited, None, staging, spec.order)
+        lent_by = None if room is None else staging
+        return PendingTensor(work, buffer, device, self._waiting, awaited, None, lent_by, spec.order)
 
     def send_aside(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send a small host tensor that is none of the schedule's, whatever carries those."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 import torch
@@ -19,8 +18,7 @@ from .handover import pack_tensors, unpack_tensors
 from .optimizer import ParameterKey
 
 
-@dataclass(frozen=True, slots=True)
-class NumberedCall:
+class NumberedCall(NamedTuple):
     """A call as it travels: its spec by number and its side inputs by digest."""
 
     microbatch: int

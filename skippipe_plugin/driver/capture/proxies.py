@@ -423,7 +423,7 @@ class BlockProxies:
         call = StackCall(EnteredStack(hidden), ambient, asked_in=asked_in, placeholder=hidden)
         call.specs.append(TensorSpec.of(hidden))
         usual = self._usual
-        if usual is not None and usual.entering == call.specs[0] and usual.asked_in == asked_in:
+        if usual is not None and usual.specs[0] == call.specs[0] and usual.asked_in == asked_in:
             call.follow(usual)
         call.recording.compute = functools.partial(self._compute, call)
         return call

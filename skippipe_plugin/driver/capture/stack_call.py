@@ -30,11 +30,13 @@ class UsualCall:
     """A call whose blocks got their hidden states and nothing else, and what came out about them: mostly the next one
     is the same."""
 
-    entering: TensorSpec
     asked_in: tuple[Mode, Mode]
     templates: tuple[Template]
     modes: tuple[BlockMode, ...]
     probes: tuple[Probe, ...]
+    specs: tuple[TensorSpec, ...]
+    structures: tuple[ReturnStructure, ...]
+    careful: tuple[bool, ...]
 
 
 @dataclass(slots=True)
@@ -94,12 +96,10 @@ class StackCall:
 
     def follow(self, usual: UsualCall) -> None:
         """Note all as in another call, until :meth:`depart`."""
-        self.follows, count = usual, len(usual.probes)
-        self.templates, self.block_template = list(usual.templates), [0] * count
-        self.modes, self.probes = list(usual.modes), list(usual.probes)
-        self.specs = [usual.entering, *[each.output for each in usual.probes]]
-        self.structures = [each.structure for each in usual.probes]
-        self.careful = [each.passes_input for each in usual.probes]
+        self.follows = usual
+        self.templates, self.block_template = [*usual.templates], [0] * len(usual.modes)
+        self.modes, self.probes = [*usual.modes], [*usual.probes]
+        self.specs, self.structures, self.careful = [*usual.specs], [*usual.structures], [*usual.careful]
 
     def depart(self) -> None:
         """Forget what was noted of the blocks that are still to be called: they are called in another way."""
@@ -117,7 +117,8 @@ class StackCall:
         simple = len(self.templates) == 1 and template.is_bare and not self.hooks and not self.beside.tensors
         if not simple or self.caches or self.unkept or self.deferrals or any(e.changes_input for e in self.probes):
             return None
-        return UsualCall(self.specs[0], self.asked_in, (template,), tuple(self.modes), tuple(self.probes))
+        modes, probes, forms = tuple(self.modes), tuple(self.probes), (tuple(self.specs), tuple(self.structures))
+        return UsualCall(self.asked_in, (template,), modes, probes, *forms, tuple(self.careful))
 
     @property
     def hidden(self) -> Tensor:

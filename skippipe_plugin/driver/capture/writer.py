@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,23 @@ class _KnownHops:
     hops: tuple[Hop, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Visits:
+    """Which microbatches visit which rank."""
+
+    paths: Sequence[Path]
+    by_rank: Mapping[int, Collection[int]]
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> _Visits:
+        """Find out."""
+        by_rank: dict[int, set[int]] = {}
+        for microbatch, path in enumerate(paths):
+            for visit in path.visits:
+                by_rank.setdefault(visit.rank, set()).add(microbatch)
+        return cls(paths, by_rank)
+
+
 def _hop(form: TensorSpec | Form, requires_grad: bool) -> Hop:
     """Return what crosses with a form; gradients come back for what may have one."""
     if isinstance(form, TensorSpec):
@@ -51,6 +68,7 @@ class CallWriter:
         self._digests = Digests()
         self._outboxes = {link.rank: Outbox() for link in links}
         self._hops_before: dict[int, _KnownHops] = {}
+        self._visits: _Visits | None = None
 
     @property
     def round_trip_s(self) -> float:
@@ -74,8 +92,11 @@ class CallWriter:
     def send(self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path], opening: Opening | None) -> None:
         """Announce calls to the workers on their paths, and the step itself to all if ``opening`` describes it."""
         copies: dict[str, Tensor] = {}
+        if self._visits is None or self._visits.paths is not paths:
+            self._visits = _Visits.of(paths)
         for link in self._links:
-            visiting = [call for call in calls if any(v.rank == link.rank for v in paths[call.microbatch].visits)]
+            here = self._visits.by_rank.get(link.rank, ())
+            visiting = [call for call in calls if call.microbatch in here]
             if visiting or opening is not None:
                 news, blobs = self._outboxes[link.rank].encode(step, visiting, copies)
                 link.send(Calls(news, blobs) if opening is None else Step(opening, news, blobs))

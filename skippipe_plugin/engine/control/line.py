@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from ..channel import Channel
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..channel import Buffer, Channel
 from .codec import Control, Received, Vocabulary
 from .messages import TO_DRIVER, TO_WORKER
+
+
+class Said(NamedTuple):
+    """A message as it is sent, for several ends: kind, fields and blobs."""
+
+    kind: str
+    fields: dict[str, Any]
+    blobs: Sequence[Buffer]
+
+
+def to_all_workers(body: Control) -> Said:
+    """Put into its form once what every worker is told."""
+    return Said(*TO_WORKER.encode(body))
 
 
 class Line:
@@ -21,7 +37,9 @@ class Line:
         self._says = says
         self._hears = hears
 
-    def send(self, body: Control, *, answers: int | None = None, generation: int = -1, more: bool = False) -> int:
+    def send(
+        self, body: Control | Said, *, answers: int | None = None, generation: int = -1, more: bool = False
+    ) -> int:
         """Send one message, and return its number; see :meth:`skippipe_plugin.engine.channel.Channel.send`.
 
         Args:
@@ -30,7 +48,7 @@ class Line:
             generation: That of who answers; -1 for none.
             more: Whether another one follows at once, with which this one may go out.
         """
-        kind, fields, blobs = self._says.encode(body, generation)
+        kind, fields, blobs = body if isinstance(body, Said) else self._says.encode(body, generation)
         return self.channel.send(kind, fields, blobs, answers=answers, more=more)
 
     def send_if_free(self, body: Control) -> bool:
