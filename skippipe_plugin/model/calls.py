@@ -117,8 +117,9 @@ class ModelCalls:
         """Return what the model would return for the whole batch."""
         if current_thread() is not None or self._several.is_running:
             return self._forward(*args, **kwargs)
-        if not self._several.is_open and self.open_step.repeat_last():
-            self._open_to_several()
+        self._several.reconsider()
+        if not self._several.is_open and (was_needed := self.open_step.repeat_last()) is not None:
+            self._open_to_several(was_needed)
         if self._model.training and (torch.is_grad_enabled() or self._is_open_to(args, kwargs)):
             return self._train(args, kwargs)
         return self._evaluate(args, kwargs)
@@ -180,8 +181,8 @@ class ModelCalls:
             self._open_to_several()
             return self._train_open(args, kwargs)
 
-    def _open_to_several(self) -> None:
-        self._several.open(self._seed(), self.num_optimizer_steps, self._batch)
+    def _open_to_several(self, was_needed: Callable[[], bool] | None = None) -> None:
+        self._several.open(self._seed(), self.num_optimizer_steps, self._batch, was_needed)
 
     def _train_closed(
         self,

@@ -97,17 +97,17 @@ class OpenStep:
         """Whether nobody has what a call has returned that is to go back still."""
         return all(call.graph() is None for call in self._open_calls())
 
-    def repeat_last(self) -> bool:
+    def repeat_last(self) -> Callable[[], bool] | None:
         """Let the last call, if somebody has what it returned and it may be repeated, wait for its gradients as such.
 
         Returns:
-            Whether it does.
+            What tells, when that batch is over, whether they have come; None where it is not so.
         """
         last = self._last
         if last is None or last.is_over or last.spare is None or last.graph() is None:
-            return False
+            return None
         last.again, last.spare = last.spare, None
-        return True
+        return lambda: last.is_over and not last.given_up
 
     def begin(self, why: str = "") -> bool:
         """Let another training call begin; return whether the workers had waited in one that is repeated for that.

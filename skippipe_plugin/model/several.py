@@ -33,6 +33,7 @@ _SAID: Final = (
     "which only what enters the blocks is cut; all forwards come before the loss, and those of all calls of the blocks "
     "but the last run once more on the way back"
 )
+_NOT_NEEDED: Final = "the calls of %s are cut as usual again: no backward went through the first one"
 _BATCH: Final = (
     "the blocks are called several times before a backward, so that the model must run once, on the whole batch, and "
     "cannot be cut by microbatches='batch'; leave that out, and only what enters the blocks is cut; or put the inputs "
@@ -62,23 +63,36 @@ class SeveralCalls:
         self._device = device
         self._calls = OpenCalls(spread, step, repeats=repeats)
         self._firsts = FirstRuns()
+        self._was_needed: Callable[[], bool] | None = None
+        """Tells whether a backward has gone through what made calls run so; None where that is known."""
 
-    def open(self, seed: int, num_steps: int, batch: object) -> None:
+    def open(self, seed: int, num_steps: int, batch: object, was_needed: Callable[[], bool] | None = None) -> None:
         """Let calls run so from now on, and say so.
 
         Args:
             seed: Of the randomness in the blocks, for the present batch.
             num_steps: The optimizer steps so far.
             batch: Stands for that batch.
+            was_needed: Tells, when that batch is over, whether a backward has gone through its first call.
 
         Raises:
             SkipPipeError: By the user's settings they may not.
         """
         if self._spread.settings.microbatches == "batch":
             raise SkipPipeError(_BATCH)
-        self.is_open = True
+        self.is_open, self._was_needed = True, was_needed
         self._calls.begin((), seed, num_steps, batch)
         log.warning(_SAID, type(self._model).__name__)
+
+    def reconsider(self) -> None:
+        """Before a call: let calls run as usual again if nothing has gone back through the one that was not the last.
+
+        The loop has looked at what its first call returned, for instance, and kept it.
+        """
+        if self._was_needed is not None and self._step.is_free:
+            self.is_open, self._was_needed = self._was_needed(), None
+            if not self.is_open:
+                log.info(_NOT_NEEDED, type(self._model).__name__)
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any, seed: int, num_steps: int) -> Any:
         """Call ``function``, which calls the blocks.

@@ -311,6 +311,34 @@ def test_a_worker_that_is_lost_is_replaced() -> None:
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_dropped", [True, False], ids=["dropped", "looked at"])
+@pytest.mark.parametrize("losses", [alone, own_loss])
+def test_what_nothing_goes_back_through_leaves_calls_cut(
+    losses: Losses, is_dropped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    train = SpreadModel.train
+    monkeypatch.setattr(
+        SpreadModel, "train", lambda *args: (sizes.append(len(getattr(args[1], "sizes", ()))), train(*args))[1]
+    )
+
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        kept = loss = losses(model, BATCHES[0])
+        seen = [float(kept.detach())]
+        for x in BATCHES:
+            if is_dropped:
+                kept = loss  # of the batch before, until the new one is there
+            loss = losses(model, x)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(float(loss.detach()))
+        return seen
+
+    assert_same(loop, Plain, optimizer=adamw)
+    assert sizes == [4, 0, 4, 4, 4]
+
+
 class Later:
     """A second call that only a later batch makes."""
 
