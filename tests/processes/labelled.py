@@ -1,11 +1,13 @@
 """Labels in unequal numbers, with accumulation and a last smaller batch, by one driver or two; weights go to a file.
 
-``labelled.py FOLDER SETTINGS``: the strategy's, as JSON.
+``labelled.py FOLDER SETTINGS``: the strategy's, as JSON. With ``"packed"`` batches have rows that are of no sample, so
+that they cannot be cut, of the first driver or of both, and ``microbatch_weight`` counts labels.
 """
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from skippipe_plugin.strategies import SkipPipeStrategy
 from tests.e2e.models import Transformer
@@ -43,8 +45,21 @@ def data() -> TensorDataset:
     return TensorDataset(ids, torch.where(torch.arange(LENGTH) < kept, ids, -100))
 
 
+def num_labels(batch: Sequence[Tensor]) -> float:
+    return float((batch[1][:, 1:] != -100).sum())
+
+
+def with_rows(samples: list[Any]) -> list[Tensor]:
+    return [*default_collate(samples), torch.zeros(3 + len(samples))]
+
+
 def fit(folder: Path, drivers: int, rank: int, settings: dict[str, Any]) -> None:
     """Train on every ``drivers``-th sample."""
+    settings = {**settings}
+    collate = None
+    if (packed := settings.pop("packed", 0)) > 0:
+        settings["microbatch_weight"] = num_labels
+        collate = with_rows if rank < packed else None
     seed_everything(0, verbose=False)
     own = Subset(data(), range(rank, NUM, drivers))
     strategy = SkipPipeStrategy(drivers=drivers, verbose=False, **settings) if drivers > 1 else "auto"
@@ -52,7 +67,7 @@ def fit(folder: Path, drivers: int, rank: int, settings: dict[str, Any]) -> None
     options: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": 2, "use_distributed_sampler": False, **quiet}
     model = Model()
     trainer = Trainer(accelerator="cpu", devices=4 if drivers > 1 else 1, strategy=strategy, **options)
-    trainer.fit(model, DataLoader(own, batch_size=BATCH // drivers))
+    trainer.fit(model, DataLoader(own, batch_size=BATCH // drivers, collate_fn=collate))
     if rank < drivers:
         torch.save(model.state_dict(), folder / f"{drivers}-{rank}")
 

@@ -40,3 +40,14 @@ def test_labels_in_unequal_numbers_count_once_with_two_drivers(settings: dict[st
     for rank in range(2):
         found = torch.load(tmp_path / f"2-{rank}")
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [1, 2], ids=["of one", "of both"])
+def test_batches_that_cannot_be_cut_weigh_what_the_user_says(packed: int, tmp_path: Path) -> None:
+    labelled.fit(tmp_path, 1, 0, {})
+    said = train_by_two(tmp_path, packed=packed, num_microbatches=2)
+    assert "must share their first dimension" in said
+    expected = torch.load(tmp_path / "1-0")
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"2-{rank}"), expected, rtol=1e-5, atol=1e-6)
