@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin import SkipPipeConfig, TorchPipeline
 from skippipe_plugin.accelerate import SkipPipeAccelerator
@@ -142,3 +142,40 @@ def _noting(original: Callable[..., None], made: list[weakref.ref[object]]) -> C
         made.append(weakref.ref(self))
 
     return init
+
+
+class Labelled(Module):
+    def training_step(self, batch: Any, number: int) -> Tensor:
+        rows, targets = batch
+        return nn.functional.mse_loss(self.net(rows), targets)
+
+
+class Cycles(Callback):
+    """Collects what steps have left behind that only Python's collector finds."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, number: int) -> None:
+        if number == 4:  # what is asked and learned in the first ones is over
+            gc.collect()
+            gc.disable()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        gc.collect()
+        self.found = [f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.garbage]
+        gc.garbage.clear()
+
+
+def test_a_step_is_freed_without_the_collector() -> None:
+    """Its batch would stay until Python looks for cycles, which takes long where much is alive."""
+    cycles = Cycles()
+    data = DataLoader(TensorDataset(torch.randn(64, 8), torch.randn(64, 4)), batch_size=8)
+    try:
+        trainer_for(3, {"num_microbatches": 2}, max_steps=8, callbacks=[cycles]).fit(Labelled(_SMALL), data)
+    finally:
+        gc.set_debug(0)
+        gc.enable()
+    left = [each for each in cycles.found if each.startswith(("skippipe_plugin", "torch.Tensor"))]
+    assert left == []
