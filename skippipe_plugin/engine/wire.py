@@ -37,21 +37,16 @@ def encode_calls(
     dropped_specs: Sequence[int] = (),
 ) -> tuple[CallNews, list[Buffer]]:
     """Return calls as they travel, and the blobs of the specs and side inputs that their reader lacks."""
-    caching = {call.microbatch: call.caches for call in calls if call.caches.keys}
+    microbatches, numbers, seeds, sides, caches = map(list, zip(*calls, strict=True)) if calls else ([],) * 5
+    caching = {}
+    if caches.count(NO_CACHES) < len(caches):
+        caching = {call.microbatch: call.caches for call in calls if call.caches.keys}
     lacking, blobs = None, list[Buffer]()
     if specs or side_inputs or dropped or dropped_specs or caching:
         entries, tensors = pack_tensors(side_inputs)
         lacking = Lacking([*caching], [*specs], dropped_specs, entries, dropped)
         blobs = [*map(cloudpickle.dumps, (*specs.values(), *caching.values())), *tensors]
-    news = CallNews(
-        step,
-        [call.microbatch for call in calls],
-        [call.spec for call in calls],
-        [call.seed for call in calls],
-        [call.side_inputs for call in calls],
-        lacking,
-    )
-    return news, blobs
+    return CallNews(step, microbatches, numbers, seeds, sides, lacking), blobs
 
 
 class CallDecoder:

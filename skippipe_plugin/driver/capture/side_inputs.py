@@ -113,9 +113,9 @@ class Outbox:
     ) -> tuple[CallNews, list[Buffer]]:
         """Return calls as they travel to this worker; ``copies`` has side inputs on the host, for all workers."""
         specs = {call.number: call.call.spec for call in calls if call.number not in self._specs}
-        for call in calls:
-            self._specs[call.number] = None
-            self._specs.move_to_end(call.number)
+        for number in {call.number for call in calls}:
+            self._specs[number] = None
+            self._specs.move_to_end(number)
         fresh: dict[str, Tensor] = {}
         used: set[str] = set()
         for prepared in calls:
