@@ -174,7 +174,7 @@ class Scaled(Manual):
 
     def loss(self, batch: Tensor) -> Tensor:
         hidden = self.net.embed(batch)[:, None].expand(-1, len(batch), -1).contiguous()
-        scale = batch.abs().sum(1)[:, None, None] + torch.eye(len(batch))[..., None]
+        scale = batch.abs().sum(1)[:, None, None] + torch.eye(len(batch), device=self.device)[..., None]
         for block in self.net.blocks:
             hidden = block(hidden, scale)
         return F.mse_loss(self.net.head(hidden).mean(1), batch.pow(2).sum(1, keepdim=True))
@@ -185,7 +185,7 @@ class Shared(Scaled):
 
     def loss(self, batch: Tensor) -> Tensor:
         hidden = self.net.embed(batch)[:, None].expand(-1, len(batch), -1).contiguous()
-        scale = torch.linspace(0, 1, len(batch))[:, None]
+        scale = torch.linspace(0, 1, len(batch), device=self.device)[:, None]
         for block in self.net.blocks:
             hidden = block(hidden, scale)
         return F.mse_loss(self.net.head(hidden).mean(1), batch.pow(2).sum(1, keepdim=True))
@@ -243,8 +243,8 @@ class Gan(Manual):
 
     def training_step(self, batch: Tensor, index: int) -> Any:
         generators, discriminators = self.optimizers()  # type: ignore[misc]
-        noise = torch.randn(len(batch), 3)
-        real, fake = torch.ones(len(batch), 1), torch.zeros(len(batch), 1)
+        noise = torch.randn(len(batch), 3, device=self.device)
+        real, fake = (torch.full((len(batch), 1), value, device=self.device) for value in (1.0, 0.0))
 
         if self.toggles:
             self.toggle_optimizer(generators)
@@ -424,7 +424,7 @@ class Contrastive(Several):
 
     def losses(self, batch: Tensor) -> list[Tensor]:
         one, other = (F.normalize(self.encoded(view), dim=1) for view in (batch, batch.flip(1)))
-        return [F.cross_entropy(one @ other.T / 0.1, torch.arange(len(batch)))]
+        return [F.cross_entropy(one @ other.T / 0.1, torch.arange(len(batch), device=self.device))]
 
     def encoded(self, batch: Tensor) -> Tensor:
         return functools.reduce(lambda h, block: block(h), self.net.blocks, self.net.embed(batch))

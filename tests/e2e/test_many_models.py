@@ -118,7 +118,7 @@ class Padded(Pretrained):
     """Generates from prompts of several lengths."""
 
     def predict_step(self, batch: Tensor) -> Tensor:
-        mask = (torch.arange(batch.shape[1]) >= batch[:, :1] % 4).long()
+        mask = (torch.arange(batch.shape[1], device=batch.device) >= batch[:, :1] % 4).long()
         prompts = batch.where(mask > 0, 2)
         return self.model.generate(
             input_ids=prompts, attention_mask=mask, min_new_tokens=10, max_new_tokens=10, pad_token_id=2

@@ -33,12 +33,13 @@ TOLD_WITHIN_S = 10.0
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head and three more nodes, of which each has room for one worker."""
+    """A head, and four more nodes, of which each has room for one worker."""
     from ray.cluster_utils import Cluster
 
     stop_workers()
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    for _ in range(3):
+    # Ray's client is connected to the raylet of the head: it must not be the one that a test kills.
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(4):
         started.add_node(num_cpus=1)
     monkeypatch.setenv("RAY_ADDRESS", started.address)
     monkeypatch.setenv("SKIPPIPE_WORKERS", "ray")

@@ -50,7 +50,7 @@ class Kill(Callback):
 
 @torch.no_grad()
 def loss_of(module: Any, held_out: DataLoader) -> float:
-    return float(torch.stack([module.loss(batch) for batch in held_out]).mean())
+    return float(torch.stack([module.loss(batch.to(module.device)) for batch in held_out]).mean())
 
 
 @pytest.mark.slow
