@@ -192,6 +192,38 @@ def test_so_they_do_with_stack(name: str, lengths: str) -> None:
     assert_same_run(fit(make, loader, 3, microbatches="stack"), fit(make, loader, 1))
 
 
+class Manual(Packed):
+    """Goes back itself."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, _: int) -> Any:
+        optimizer: Any = self.optimizers()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": loss.detach()}
+
+
+class Twice(Packed):
+    """Calls the blocks twice."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) + 0.1 * self({**batch, "x": batch["x"].flip(1)}).pow(2).mean()
+
+
+@pytest.mark.parametrize("lengths", ["even first", "ones first"])
+@pytest.mark.parametrize("block", [(Attending, "bounds"), (AttendingByNumber, "owner")], ids=["bounds", "number"])
+@pytest.mark.parametrize("kind", [Manual, Twice])
+def test_so_they_do_where_steps_are_open(kind: type[Packed], block: tuple[Any, str], lengths: str) -> None:
+    data = held(packed, LENGTHS[lengths])
+    make = partial(kind, *block)
+    assert_same_run(fit(make, data, 3), fit(make, data, 1))
+
+
 class Pooled(nn.Module):
     """The model of a loop; with targets it returns its loss."""
 
