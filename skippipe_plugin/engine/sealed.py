@@ -8,16 +8,20 @@ proved pieces: bytes that trickle in without proof are no sign of life.
 
 from __future__ import annotations
 
-import _hashlib
 import contextlib
 import hmac
 import mmap
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from .handshake import MAGIC, PROTOCOL_VERSION, ChannelError
+
+try:  # what hmac.new wraps: a wrapper's methods are calls of Python's
+    import _hashlib
+except ImportError:  # a Python without OpenSSL
+    _hashlib = None  # type: ignore[assignment]
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
@@ -30,8 +34,6 @@ MAX_BLOB_BYTES: Final = 1 << 40
 _MAPPED_BYTES: Final = 128 << 10
 """From where on blobs have pages of their own."""
 
-_new_hmac: Final[Callable[..., hmac.HMAC]] = getattr(_hashlib, "hmac_new", hmac.new)
-"""What :func:`hmac.new` wraps, where Python is built with OpenSSL: a wrapper's methods are calls of Python's."""
 _HEAD = struct.Struct("!4sHIIQ")  # magic, version, number of blobs, bytes of text, bytes of all blobs
 _SIZE = struct.Struct("!Q")
 _NUMBER = struct.Struct("!Q")
@@ -49,7 +51,8 @@ class _Proofs:
     """The proofs of one direction, message by message."""
 
     def __init__(self, key: bytes) -> None:
-        self._start: hmac.HMAC = _new_hmac(key, digestmod="sha256")
+        new: Callable[..., Any] = hmac.new if _hashlib is None else _hashlib.hmac_new
+        self._start: hmac.HMAC = new(key, digestmod="sha256")
         self.count = 0
         """How many messages there were."""
 

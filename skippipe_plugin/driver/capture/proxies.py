@@ -46,7 +46,6 @@ from .unavailable import OutputWanted, Unavailable
 _BARE: Final = Template((None,), {}, 0)
 """A block's hidden states and nothing else."""
 
-_YES: Final[Callable[[], bool]] = functools.partial(bool, True)
 _PAST_HOOKS: Final = (
     "block.forward(...) is called on a block that has forward hooks, which would not run in one process, but do on a "
     "pipeline's workers: remove the hooks, or call block(...)"
@@ -509,7 +508,7 @@ class BlockProxies:
     def _token(self, call: StackCall, made: Made, spec: TensorSpec) -> HiddenToken:
         entered = call.entered.hidden
         needs = call.ambient.grad and (entered.requires_grad or bool(call.beside.carrying))
-        asked = _YES if needs else functools.partial(_needs_gradient, call, made.block)
+        asked = functools.partial(_needs_gradient, call, made.block, entering=needs)
         token = HiddenToken.of(self.names, made, spec, entered.device, asked, call.recording)
         if made in self._exported:
             call.tokens[made] = token
@@ -559,9 +558,9 @@ class _Outside:
     """Owns the call that code outside of any step has open."""
 
 
-def _needs_gradient(call: StackCall, block: int) -> bool:
-    """Whether something in the blocks up to ``block`` is trained, where nothing that enters them carries a gradient."""
-    return call.ambient.grad and any(any(mode.requires_grad) for mode in call.modes[: block + 1])
+def _needs_gradient(call: StackCall, block: int, *, entering: bool) -> bool:
+    """Whether what ``block`` returns carries a gradient: something ``entering`` the blocks does, or one is trained."""
+    return entering or (call.ambient.grad and any(any(mode.requires_grad) for mode in call.modes[: block + 1]))
 
 
 def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:
