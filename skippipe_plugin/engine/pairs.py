@@ -32,7 +32,7 @@ from torch import Tensor
 from .c10d import Gloo, ProcessGroupNCCL, Store
 from .device import HOST, make_current, synchronize
 from .errors import SkipPipeError
-from .transport import FOREVER, PendingTensor, TensorSpec, Transport, form_gloo
+from .transport import FOREVER, PendingTensor, TensorSpec, Transport, form_gloo, room
 from .waiting import Waiting
 
 PairBackend = Literal["gloo", "nccl"]
@@ -64,7 +64,6 @@ class PairTransport(Transport):
     """
 
     posts_ahead = False
-    carries_on_host = False
 
     def __init__(
         self,
@@ -139,26 +138,41 @@ class PairTransport(Transport):
 
     def send(self, tensor: Tensor, destination: int, tag: int) -> None:
         """See :meth:`Transport.send`."""
-        data = tensor.detach().to(self._device).contiguous()
-        if data.numel():
-            group = self._groups[_name(self.rank, destination)]
-            self._sends.append((self._start(lambda: group.send([data], _DESTINATION, 0), destination), data))
-            self._traffic.send(destination, 0)
+        if not tensor.numel():
+            return
+        data, staging = tensor.detach(), self._staging
+        if staging is not None and self._backend == "gloo":
+            if staging.send(data, functools.partial(self._post, destination, tag)):
+                return
+            staging.settle()  # there are no tags: nothing may overtake what is on its way from the device
+        self._post(destination, tag, data.to(self._device).contiguous())
+
+    def _post(self, destination: int, tag: int, data: Tensor) -> None:
+        group = self._groups[_name(self.rank, destination)]
+        self._sends.append((self._start(lambda: group.send([data], _DESTINATION, 0), destination), data))
+        self._traffic.send(destination, 0)
 
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Issue the receive of the link's next message."""
-        buffer = torch.empty(spec.in_memory.shape, dtype=spec.dtype, device=self._device)
+        form = spec.in_memory
+        if self._backend == "gloo":
+            staging = None if device.type == "cpu" else self._staging
+            buffer = room(staging, form.shape, form.dtype)
+        else:
+            staging, buffer = None, torch.empty(form.shape, dtype=form.dtype, device=self._device)
         group = self._groups[_name(source, self.rank)]
         work = self._start(lambda: group.recv([buffer], _SOURCE, 0), source) if buffer.numel() else None
         is_seen = work is not None and self._backend == "gloo"  # nobody can tell whether bytes move under NCCL
         awaited = self._traffic.receive(source, 0) if is_seen else None
-        return PendingTensor(work, buffer, device, self._waiting, awaited, order=spec.order)
+        return PendingTensor(work, buffer, device, self._waiting, awaited, None, staging, spec.order)
 
     def end_step(self) -> None:
         """Wait until every send of this step has been taken, as far as who waits can be woken: under NCCL."""
         if self._backend == "nccl":  # a finished wait only means that the GPU will wait
             self.flush()
             self.confirm()
+        else:
+            super().end_step()
 
     def _break_off(self, group: Gloo) -> None:
         if isinstance(group, _NCCL):

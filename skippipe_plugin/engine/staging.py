@@ -1,9 +1,10 @@
 """Copies between a device and the host for messages that the host carries, beside what the device computes.
 
 They go through pinned memory, in order, on a stream for each direction. What leaves is handed over in a thread of its
-own as soon as it is here, so that the rank goes on and gives the device its next work meanwhile; of what comes, the
-device waits for, and not the rank. Pinned memory is used again and bounded; beyond that, and on kinds of devices
-without streams or pinned memory, copies are those of ``Tensor.to``.
+own as soon as it is here, so that the rank goes on and gives the device its next work meanwhile; where it may not (all
+ranks of a group begin its operations in one order) it waits for the copy alone. Of what comes, the device waits for,
+and not the rank. Pinned memory is used again and bounded; beyond that, and on kinds of devices without streams or
+pinned memory, copies are those of ``Tensor.to``.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class PinnedMemory:
         self._lent[memory.data_ptr()] = memory
         return memory.view(dtype).view(shape)
 
+    def has_lent(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor lies in memory that is lent."""
+        return tensor.data_ptr() in self._lent
+
     def take_back(self, tensor: Tensor, after: torch.Event | None = None) -> bool:
         """Have what was lent again, perhaps after an event; return whether it was lent."""
         memory = self._lent.pop(tensor.data_ptr(), None)
@@ -80,7 +85,7 @@ class PinnedMemory:
 
 
 class Staging:
-    """The copies of one device; used by one thread."""
+    """The copies of one device; used by one thread at a time."""
 
     def __init__(self, device: torch.device, memory: PinnedMemory) -> None:
         self._device = device
@@ -113,15 +118,31 @@ class Staging:
         Raises:
             GenerationAborted: What was to be handed over before could not be.
         """
+        begun = self._begin(tensor)
+        if begun is None:
+            return False
+        copy, copied = begun
+        self._courier.add(_Parcel(copied, tensor, copy, hand_over))
+        return True
+
+    def fetch(self, tensor: Tensor) -> Tensor | None:
+        """Return a copy of a tensor on the host, to be given back with :meth:`let_go`; None if there is no room."""
+        begun = self._begin(tensor)
+        if begun is None:
+            return None
+        copy, copied = begun
+        copied.synchronize()
+        return copy
+
+    def _begin(self, tensor: Tensor) -> tuple[Tensor, torch.Event] | None:
+        """Begin to copy a tensor to the host, if there is room: return the copy, and what tells that it is whole."""
         lent = self._memory.lend(tuple(tensor.shape), tensor.dtype) if tensor.device == self._device else None
         if lent is None:
-            return False
+            return None
         self._leaving.wait_stream(torch.accelerator.current_stream(self._device))
         with self._leaving:
             lent.copy_(tensor, non_blocking=True)
-            copied = self._leaving.record_event()
-        self._courier.add(_Parcel(copied, tensor, lent, hand_over))
-        return True
+            return lent, self._leaving.record_event()
 
     def settle(self) -> None:
         """Wait until all is handed over.
@@ -140,7 +161,12 @@ class Staging:
         return self._memory.lend(shape, dtype)
 
     def place(self, tensor: Tensor) -> Tensor:
-        """Begin to copy to the device what has come; what the device computes from now on waits for it."""
+        """Begin to copy to the device what has come; what the device computes from now on waits for it.
+
+        What was not lent is copied at once.
+        """
+        if not self._memory.has_lent(tensor):
+            return tensor.to(self._device)
         compute = torch.accelerator.current_stream(self._device)
         with self._coming:
             placed = tensor.to(self._device, non_blocking=True)

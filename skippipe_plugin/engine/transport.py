@@ -137,7 +137,7 @@ class PendingTensor:
         self._work: Work | Collective | None = work
         self._buffer, self._device, self._waiting, self._awaited = buffer, device, waiting, awaited
         self._sent = sent  # kept alive until all is here
-        self._staging = staging  # which has lent the buffer
+        self._staging = staging  # which may have lent the buffer, and what was sent
         self._order = order  # of the tensor's dimensions in it
 
     def wait(self) -> Tensor:
@@ -169,6 +169,8 @@ class PendingTensor:
             raise_aborted(error, () if self._awaited is None else self._awaited().ranks)
         finally:
             self._waiting.end()
+        if self._staging is not None and self._sent is not None:
+            self._staging.let_go(self._sent)
         self._sent = self._work = None
 
 
@@ -221,8 +223,6 @@ class Transport:
 
     posts_ahead = True
     """Whether receives may be posted long before their messages are sent, in any order."""
-    carries_on_host = True
-    """Whether what is sent is brought to the host by this object."""
 
     def __init__(
         self,
@@ -261,8 +261,7 @@ class Transport:
             GenerationAborted: :meth:`poison` was called meanwhile, or a member could not be reached.
         """
         phases.reach(phases.Phase.FORMING)
-        if self.carries_on_host:
-            self._staging = Staging.of(self.device)
+        self._staging = Staging.of(self.device)
         self._connect(_ALL, self.members)
         store = self._store
         assert store is not None, "who forms has a store"
@@ -330,10 +329,8 @@ class Transport:
     def receive(self, spec: TensorSpec, source: int, tag: int, device: torch.device) -> PendingTensor:
         """Post a receive for a tensor of exactly ``spec``."""
         form = spec.in_memory if spec.order else spec
-        staging, room = self._staging, None
-        if staging is not None and device.type != "cpu" and form.num_bytes:
-            room = staging.room(form.shape, form.dtype)
-        buffer = torch.empty(form.shape, dtype=form.dtype) if room is None else room
+        staging = None if device.type == "cpu" else self._staging
+        buffer = room(staging, form.shape, form.dtype)
         if not buffer.numel():
             return PendingTensor(None, buffer, device, self._waiting, order=spec.order)
         try:
@@ -341,8 +338,7 @@ class Transport:
         except RuntimeError as error:
             raise_aborted(error, (source,))
         awaited = self._traffic.receive(source, tag)
-        lent_by = None if room is None else staging
-        return PendingTensor(work, buffer, device, self._waiting, awaited, None, lent_by, spec.order)
+        return PendingTensor(work, buffer, device, self._waiting, awaited, None, staging, spec.order)
 
     def send_aside(self, tensor: Tensor, destination: int, tag: int) -> None:
         """Start to send a small host tensor that is none of the schedule's, whatever carries those."""
@@ -397,12 +393,15 @@ class Transport:
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> PendingTensor:
         """Begin to exchange rows [rows, ...] within the subgroup ``name``: by member, how many go and how many come."""
-        data = rows.detach().to("cpu").contiguous()
-        buffer = data.new_empty(sum(receive), *data.shape[1:])
+        staging, rows = None if rows.is_cpu else self._staging, rows.detach()
+        fetched = None if staging is None or not rows.numel() else staging.fetch(rows)
+        data = rows.to("cpu").contiguous() if fetched is None else fetched
+        buffer = room(staging, (sum(receive), *rows.shape[1:]), rows.dtype)
         group = self._groups[name]
         work = self._start(lambda: group.alltoall_base(buffer, data, list(receive), list(send)))
         awaited = self._traffic.meet(name, self._company[name])
-        return PendingTensor(Collective(work, group, self._aborted), buffer, rows.device, self._waiting, awaited, data)
+        done = Collective(work, group, self._aborted)
+        return PendingTensor(done, buffer, rows.device, self._waiting, awaited, data, staging)
 
     def poison(self) -> None:
         """Wake every operation of this generation, from any thread; the groups are useless afterwards.
@@ -481,6 +480,15 @@ class _Outcome:
         if self._error is not None:
             raise self._error
         return self._group
+
+
+def room(staging: Staging | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return where a tensor can be received, in memory of the staging if that has some left."""
+    if staging is not None and torch.Size(shape).numel():
+        lent = staging.room(shape, dtype)
+        if lent is not None:
+            return lent
+    return torch.empty(shape, dtype=dtype)
 
 
 def raise_aborted(error: RuntimeError, ranks: Sequence[int] = ()) -> NoReturn:
