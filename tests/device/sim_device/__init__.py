@@ -13,7 +13,7 @@ import ctypes
 import sys
 from pathlib import Path
 
-NUM_DEVICES = 8
+NUM_DEVICES = 10
 LIBRARY = Path(__file__).with_name("libsim.so")
 COUNTERS = ("to_device", "to_host", "between", "syncs", "kernels", "events", "streams", "recorded")
 """What a device counts: bytes copied, waits of the host, kernels, events, streams, tensors recorded on streams."""

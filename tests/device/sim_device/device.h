@@ -15,7 +15,7 @@
 namespace sim {
 
 constexpr auto kType = c10::DeviceType::PrivateUse1;
-constexpr int kNumDevices = 8;
+constexpr int kNumDevices = 10;
 constexpr auto kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
 
 // In the order of COUNTERS in __init__.py.
