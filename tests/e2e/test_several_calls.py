@@ -213,16 +213,18 @@ def test_a_resumed_run_goes_on_as_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accumulated", "nth"),
+    ("accumulated", "nth", "who"),
     [
-        (1, 3),
-        (2, 5),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(1, 2), (1, 5), (2, 2), (2, 3)]),
+        (1, 3, 2),
+        (2, 5, 2),
+        *(pytest.param(1, nth, who, marks=pytest.mark.slow) for nth in range(1, 7) for who in (1, 2, 3, 4)),
+        *(pytest.param(2, nth, who, marks=pytest.mark.slow) for nth in (2, 3) for who in (1, 2, 3, 4)),
     ],
 )
-def test_a_worker_that_is_lost_in_any_call_is_replaced(nth: int, accumulated: int) -> None:
+def test_a_worker_that_is_lost_in_any_call_is_replaced(nth: int, accumulated: int, who: int) -> None:
+    """Each step has three parts: the first call, the second one with its way back, and the first once more with its."""
     options: dict[str, Any] = {"accumulate_grad_batches": accumulated}
-    with Injector(Kill(At(Phase.TRAINING, nth=nth), who=2)) as injector:
+    with Injector(Kill(At(Phase.TRAINING, nth=nth), who=who)) as injector:
         layout = {"num_microbatches": 4, "replicas": 2}
         found = fit(Contrastive, 5, layout, callbacks=[StageRecovery(spares=1)], **options)
     assert [each.done for each in injector.report] == [True]
