@@ -75,9 +75,11 @@ class OpenSteps:
     def open(self) -> None:
         """Begin to follow the backwards of this process."""
         self._backwards.follow()
+        self._spread.pipeline.may_wait(self._step.make_room)
 
     def close(self) -> None:
         """Give up what waits, and follow no more."""
+        self._spread.pipeline.may_wait(None)
         self._step.close()
         self._backwards.leave()
 

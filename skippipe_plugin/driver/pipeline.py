@@ -129,6 +129,8 @@ class Pipeline:
         self._cuts = CutBook()
         self._around = AroundTheBlocks()
         self._answers: Callable[[StackCall], Tensor] | None = None
+        self._make_room: Callable[[str], object] | None = None
+        """Lets the workers wait in no step, and is told what for."""
         """Takes calls that are made outside of the step functions."""
         self._proxies: BlockProxies | None = None
         self.model: nn.Module | None = None
@@ -478,6 +480,10 @@ class Pipeline:
         finally:
             self._answers = before
 
+    def may_wait(self, make_room: Callable[[str], object] | None) -> None:
+        """Note who lets the workers wait in a step between calls of this object, and ends that if it is asked to."""
+        self._make_room = make_room
+
     def _forward(self, call: StackCall) -> Tensor:
         """Answer a call that was made outside of the step functions, such as sampling in a callback."""
         thread = current_thread()
@@ -492,6 +498,8 @@ class Pipeline:
                 "the blocks of the pipeline were called outside of training_step with gradients enabled; "
                 "call them under torch.no_grad(), or inside the step"
             )
+        if self._make_room is not None:
+            self._make_room("a call of the blocks outside of steps")
         task = StepTask([lambda: suspend_here(call)], [1.0], lambda _: None, self._step, training=False)
         return self.evaluate(task)[0]  # type: ignore[no-any-return]
 

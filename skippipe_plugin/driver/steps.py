@@ -315,6 +315,7 @@ class StepRun:
             held_back, self._held_back = self._held_back, []
             opening, self._opening = self._opening, None
             self._writer.send(self.step, held_back, self._paths, opening)
+            self._proxies.note_announced()
             self._announced_s = time.monotonic()
 
     def _announce_after(self, moment_s: float) -> None:

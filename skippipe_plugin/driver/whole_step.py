@@ -474,6 +474,7 @@ class WholeRun:
                 raise SkipPipeError(WITH_GRADIENTS)
         opening, self._opening = self._opening, None
         self._writer.send(self.step, prepared, self._paths, opening)
+        self._proxies.note_announced()
         self._prepared = {index: each.call for index, each in enumerate(prepared)}
 
     def _back_propagate(self, value: Any) -> None:  # Any: what the user's function returned

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 
@@ -321,3 +321,34 @@ def test_a_driver_that_may_start_again_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_several_drivers_are_refused() -> None:
     with pytest.raises(SkipPipeError, match="drivers=2"):
         check_several_calls(SkipPipeStrategy(drivers=2).settings)
+
+
+class Detached(Recurrent):
+    """Trains the head alone, with the blocks called twice: nothing goes back through them."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        hidden = self.net.embed(batch)
+        for _ in range(2):
+            hidden = functools.reduce(lambda h, block: block(h), self.net.blocks, hidden)
+        return F.mse_loss(self.net.head(hidden.detach()), batch.sum(1, keepdim=True))
+
+
+class Sampling(Callback):
+    """Calls the blocks between steps, while workers may wait for what goes back."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Tensor, index: int) -> None:
+        with torch.no_grad():
+            self.seen.append(module.net(batch).mean().item())
+
+
+def test_what_does_not_go_back_keeps_no_worker_waiting() -> None:
+    seen = [Sampling(), Sampling()]
+    runs = [
+        fit(Detached, devices, strategy, callbacks=[each])
+        for each, devices, strategy in zip(seen, (3, 1), ({"num_microbatches": 4}, None), strict=True)
+    ]
+    assert_same_run(*runs)
+    torch.testing.assert_close(seen[0].seen, seen[1].seen)

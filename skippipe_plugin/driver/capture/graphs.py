@@ -18,7 +18,9 @@ _Node = Any
 
 def root_of(tensor: Tensor) -> GradientEdge | None:
     """Return where a gradient of ``tensor`` goes, whatever is done to it in place from now on; None: nowhere."""
-    return get_gradient_edge(tensor) if tensor.requires_grad and not torch.is_inference_mode_enabled() else None
+    if not tensor.requires_grad or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return None
+    return get_gradient_edge(tensor)
 
 
 def goes_past(outputs: Iterable[Tensor], *hidden: Tensor) -> bool:

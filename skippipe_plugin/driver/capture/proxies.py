@@ -57,6 +57,12 @@ _WRITES: Final = (
     "common), or let forward keep nothing on the module"
 )
 
+_BUSY: Final = (
+    "{name} is called with tensors of other forms, or in another mode, than ever before, while what it was called with "
+    "before is still to go back through it: its worker cannot be asked what it makes of them. Call the model so once "
+    "before (Lightning's sanity check does, num_sanity_val_steps=1), or after the backward"
+)
+
 log = logging.getLogger(__name__)
 
 _FROM_BEFORE: Final = (
@@ -93,7 +99,7 @@ class BlockProxies:
         self._poison = Poison()
         self._closed: list[str] = []
         """The names of the attributes that the blocks' forwards write."""
-        self._is_in_step = False
+        self._is_in_step = self._is_announced = False
         self._fresh = False
         """Whether the blocks' flags were read in this step."""
         self.other_stacks = tuple(other_stacks)
@@ -189,7 +195,11 @@ class BlockProxies:
         try:
             yield
         finally:
-            self._is_in_step = False
+            self._is_in_step = self._is_announced = False
+
+    def note_announced(self) -> None:
+        """The workers know of the step under way, and answer nothing until it is over."""
+        self._is_announced = self._is_in_step
 
     def note_all_writes(self, writes: Iterable[tuple[int, Key]]) -> None:
         """Do what :meth:`note_writes` does, for (block, attribute) pairs, which may have come as JSON."""
@@ -527,7 +537,7 @@ class BlockProxies:
         mode = call.asked_in[call.modes[block].training[0]]
         template = call.templates[call.block_template[block]]
         beside = self._entering(call, block, template) if template.repeats else ()
-        ask = not self._is_in_step or bool(beside)
+        ask = not self._is_in_step or (bool(beside) and not self._is_announced)
         return self.book.output(block, call.specs[block], mode, lambda: self._ask(call, block), ask=ask, beside=beside)
 
     def _entering(self, call: StackCall, block: int, template: Template) -> tuple[Hashable, ...]:
@@ -540,6 +550,8 @@ class BlockProxies:
 
     def _ask(self, call: StackCall, block: int) -> Probe:
         """Ask the holder of ``block`` what it does with this input."""
+        if self._is_announced:
+            raise SkipPipeError(_BUSY.format(name=self.names[block]))
         empty = self.ledger.emptied(list(call.caches))  # as in the first call of a generation
         alone = call.alone(block)
         question = Call(self.question_about(alone, block), tuple(alone.side_inputs), 0, empty)

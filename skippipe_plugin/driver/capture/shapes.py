@@ -92,7 +92,7 @@ class ShapeBook:
         if (found := self._lasting(kind, mode, enters, beside)) is not None:
             self._last[block] = mode, enters, beside, found
             return found
-        if not ask and (found := self._likely(kind, mode, enters)) is not None:
+        if not ask and (found := self._likely(kind, mode, enters, beside)) is not None:
             return found
         found = self._known[kind, mode, enters, beside] = probe()
         several = self.is_exact and len(found.structure.tensors) > 1
@@ -110,16 +110,18 @@ class ShapeBook:
         keeping = self._keeping.get((kind, mode, enters.dtype))
         return None if keeping is None else dataclasses.replace(keeping, output=enters)
 
-    def _likely(self, kind: int, mode: Mode, enters: TensorSpec) -> Probe | None:
+    def _likely(self, kind: int, mode: Mode, enters: TensorSpec, beside: _Beside) -> Probe | None:
         """Return what is known of a kind of block in another mode, as near as any; at last, that it keeps a dtype."""
 
         def difference(each: Mode) -> tuple[bool, bool, bool]:
             return each.dtypes != mode.dtypes, each.training != mode.training, each.grad != mode.grad
 
         modes = sorted({each for of, each, _, _ in self._known if of == kind}, key=difference)
-        found = (self._lasting(kind, each, enters) for each in modes)
+        found = (self._lasting(kind, each, enters, beside) for each in modes)
         kept = (each for (of, *_), each in self._keeping.items() if of == kind)
         likely = next(filter(None, found), None)
+        if beside:
+            return likely
         keeping = next(kept, None)
         return likely if likely is not None or keeping is None else dataclasses.replace(keeping, output=enters)
 

@@ -594,3 +594,36 @@ def test_in_manual_optimization(num_microbatches: int) -> None:
             return {"loss": loss.detach()}
 
     assert_exact(Manual, {"num_microbatches": num_microbatches})
+
+
+class Tabled(Model):
+    """Each block gets a row of a table that is trained; calls the blocks between steps, too."""
+
+    def add(self) -> None:
+        self.table = nn.Parameter(0.3 * torch.randn(5, 8, generator=torch.Generator().manual_seed(1)))
+        self.sampled: list[Tensor] = []
+
+    def stack(self, h: Tensor, c: Any) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            h = block(h, c + self.table[index])
+        return h
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        with torch.no_grad():
+            c = self.table[:3]  # a view of a parameter says that it requires a gradient, here too
+            h = self.embed(batch[0][:3])
+            for block in self.blocks:
+                h = block(h, c)
+            self.sampled.append(h.clone())
+
+
+def test_a_view_of_a_parameter_in_a_call_without_gradients() -> None:
+    made: list[Tabled] = []
+
+    def make() -> Tabled:
+        made.append(Tabled())
+        return made[-1]
+
+    assert_exact(make)
+    for one, other in zip(made[0].sampled, made[1].sampled, strict=True):
+        torch.testing.assert_close(one, other)

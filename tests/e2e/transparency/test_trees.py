@@ -21,9 +21,9 @@ from tests.e2e.transparency import plain_loops
 WIDTH = 8
 
 
-def data() -> DataLoader[Any]:
+def data(count: int = 24) -> DataLoader[Any]:
     draw = torch.Generator().manual_seed(0)
-    x, y = torch.randn(24, 4, generator=draw), torch.randn(24, 1, generator=draw)
+    x, y = torch.randn(count, 4, generator=draw), torch.randn(count, 1, generator=draw)
     return DataLoader(TensorDataset(x, y), batch_size=8)
 
 
@@ -500,3 +500,29 @@ def test_parameters_between_blocks_under_inference_mode() -> None:
     assert_same_run(*done)
     scores = [each.trainer.validate(each.module, data(), verbose=False)[0]["val_loss"] for each in done]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+class Skipping(Model):
+    """Each block but the first gets what has entered a block before it, too; half of the loss is of a call without gradients."""
+
+    block = Block
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, before = self.stem(x), None
+        for index, block in enumerate(self.blocks):
+            before = h if index % 2 else before
+            h = block(h, before)
+        return self.head(h)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x, y = batch
+        out = self(x)
+        with torch.no_grad():
+            target = self(2 * x)
+        return (out - y).square().mean() + (out - target).square().mean()
+
+
+def test_a_call_without_gradients_while_another_is_to_go_back() -> None:
+    """Workers that wait for gradients cannot be asked what blocks make of the last batch, which is smaller."""
+    strategies: Any = ((3, {"num_microbatches": 4}), (1, None))
+    assert_same_run(*(train(Skipping, data(20), devices, strategy, max_steps=4) for devices, strategy in strategies))
