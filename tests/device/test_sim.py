@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tests.device.sim_device import NUM_DEVICES
+
 
 @pytest.fixture(autouse=True)
 def as_new() -> Iterator[None]:
@@ -45,7 +47,7 @@ def test_torch_knows_it_by_name() -> None:
     assert torch.device("sim:1").type == torch.accelerator.current_accelerator().type == "sim"
     assert torch.get_device_module("sim") is torch.sim
     assert torch.sim.is_available()
-    assert torch.sim.device_count() == torch.accelerator.device_count() == 8
+    assert torch.sim.device_count() == torch.accelerator.device_count() == NUM_DEVICES
     assert nn.Linear(2, 2).sim(1).weight.is_sim
 
 
@@ -64,7 +66,7 @@ def test_each_thread_has_a_current_device() -> None:
 
 def test_there_is_no_more_than_there_is() -> None:
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
-        torch.empty(1, device="sim:8")
+        torch.empty(1, device=f"sim:{NUM_DEVICES}")
 
 
 @pytest.mark.parametrize("other", ["cpu", "sim:0"])

@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_a_scalar() -> None:
 def test_a_batch_without_a_common_first_dimension() -> None:
     data = DataLoader([(torch.randn(4, 4), torch.randn(3))], batch_size=None)
     with pytest.raises(BatchError, match=r"batch\[0\]: 4, batch\[1\]: 3"):
-        fit(Model(), data=data)
+        fit(Model(), data=data, microbatches="batch")
 
 
 def test_devices_that_do_not_fit_the_replicas() -> None:

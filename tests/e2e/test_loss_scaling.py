@@ -23,6 +23,7 @@ from torch.optim import SGD, AdamW
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.driver.links import Link
 from skippipe_plugin.engine.control.codec import Control
+from skippipe_plugin.engine.control.line import Said
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.moe import MoEConfig
 
@@ -231,8 +232,8 @@ def test_what_is_said_for_a_step(scaled: bool, monkeypatch: pytest.MonkeyPatch) 
     said: Counter[str] = Counter()
     tell = Link.tell
 
-    def counted(link: Link, body: Control, **how: Any) -> int:
-        said[type(body).__name__] += link.rank == 1
+    def counted(link: Link, body: Control | Said, **how: Any) -> int:
+        said[type(body.body if isinstance(body, Said) else body).__name__] += link.rank == 1
         return tell(link, body, **how)
 
     monkeypatch.setattr(Link, "tell", counted)

@@ -14,6 +14,7 @@ from skippipe_plugin.driver.recovery.policy import WhileMissing
 from skippipe_plugin.engine.control.answers import ClockReads, Failed, State
 from skippipe_plugin.engine.control.codec import Control, Received
 from skippipe_plugin.engine.control.commands import Arrange, AskClock, Calls, Configure, Get, Step
+from skippipe_plugin.engine.control.line import Said
 from skippipe_plugin.engine.control.presence import Beat
 from skippipe_plugin.job import job
 
@@ -54,8 +55,8 @@ class Log(Callback):
         self._is_open = False
         tell, take = Link.tell, Link._take
 
-        def telling(link: Link, body: Control, **how: Any) -> int:
-            self._note(link, "> ", body)
+        def telling(link: Link, body: Control | Said, **how: Any) -> int:
+            self._note(link, "> ", body.body if isinstance(body, Said) else body)
             return tell(link, body, **how)
 
         def taking(link: Link, received: Received) -> None:

@@ -175,13 +175,14 @@ class Killer(Callback):
         return dict(strategy.worker_pids)
 
     def counted(self, tell: Callable[..., int]) -> Callable[..., int]:
+        from skippipe_plugin.engine.control.line import Said
         from skippipe_plugin.engine.control.messages import TO_WORKER
 
         assert self.kind in TO_WORKER.kinds, f"{self.kind} is no message"
 
         def patched(link: Any, body: object, **how: Any) -> int:
             number = tell(link, body, **how)
-            if type(body).__name__ == self.kind:
+            if type(body.body if isinstance(body, Said) else body).__name__ == self.kind:
                 self.reached()
             return number
 

@@ -518,7 +518,7 @@ class BlockProxies:
     def _token(self, call: StackCall, made: Made, spec: TensorSpec) -> HiddenToken:
         entered = call.entered.hidden
         needs = call.ambient.grad and (entered.requires_grad or bool(call.beside.carrying))
-        asked = functools.partial(_needs_gradient, call, made.block, entering=needs)
+        asked = functools.partial(_needs_gradient, call.modes if call.ambient.grad else (), made.block, entering=needs)
         token = HiddenToken.of(self.names, made, spec, entered.device, asked, call.recording)
         if made in self._exported:
             call.tokens[made] = token
@@ -570,9 +570,9 @@ class _Outside:
     """Owns the call that code outside of any step has open."""
 
 
-def _needs_gradient(call: StackCall, block: int, *, entering: bool) -> bool:
+def _needs_gradient(modes: Sequence[BlockMode], block: int, *, entering: bool) -> bool:
     """Whether what ``block`` returns carries a gradient: something ``entering`` the blocks does, or one is trained."""
-    return entering or (call.ambient.grad and any(any(mode.requires_grad) for mode in call.modes[: block + 1]))
+    return entering or any(any(mode.requires_grad) for mode in modes[: block + 1])
 
 
 def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:

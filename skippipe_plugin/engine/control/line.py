@@ -11,8 +11,9 @@ from .messages import TO_DRIVER, TO_WORKER
 
 
 class Said(NamedTuple):
-    """A message as it is sent, for several ends: kind, fields and blobs."""
+    """A message and how it is sent, for several ends."""
 
+    body: Control
     kind: str
     fields: dict[str, Any]
     blobs: Sequence[Buffer]
@@ -20,7 +21,7 @@ class Said(NamedTuple):
 
 def to_all_workers(body: Control) -> Said:
     """Put into its form once what every worker is told."""
-    return Said(*TO_WORKER.encode(body))
+    return Said(body, *TO_WORKER.encode(body))
 
 
 class Line:
@@ -48,7 +49,7 @@ class Line:
             generation: That of who answers; -1 for none.
             more: Whether another one follows at once, with which this one may go out.
         """
-        kind, fields, blobs = body if isinstance(body, Said) else self._says.encode(body, generation)
+        kind, fields, blobs = body[1:] if isinstance(body, Said) else self._says.encode(body, generation)
         return self.channel.send(kind, fields, blobs, answers=answers, more=more)
 
     def send_if_free(self, body: Control) -> bool:

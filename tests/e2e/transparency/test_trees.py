@@ -503,7 +503,7 @@ def test_parameters_between_blocks_under_inference_mode() -> None:
 
 
 class Skipping(Model):
-    """Each block but the first gets what has entered a block before it, too; half of the loss is of a call without gradients."""
+    """Blocks get what has entered one before them, too; half of the loss is of a call without gradients."""
 
     block = Block
 
