@@ -46,6 +46,9 @@ class Proxies:
     def check_complete(self, thread: object) -> None:
         pass
 
+    def note_announced(self) -> None:
+        """Nothing is asked of workers here."""
+
 
 class Clock:
     """Time that passes only when somebody works."""
