@@ -60,19 +60,13 @@ class ProcessSwitches:
 # ----------------------------------------------------------------------- the switches
 
 
-@functools.lru_cache
-def _the_same(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the same object for equal ones."""
-    return values
-
-
 def _precision() -> tuple[Any, ...]:
     """What products of float32 are rounded to, in torch's older and newer words."""
     try:
         older: tuple[Any, ...] = _C._get_float32_matmul_precision(), _C._get_cudnn_allow_tf32()
     except RuntimeError:
         older = _read(_C._get_float32_matmul_precision), _read(_C._get_cudnn_allow_tf32)
-    return _the_same((*older, *map(_newer, _LIBRARIES, _OPERATIONS)))
+    return (*older, *map(_newer, _LIBRARIES, _OPERATIONS))
 
 
 def _read(get: Callable[[], Any]) -> Any:
@@ -96,10 +90,7 @@ def _set_precision(values: Sequence[Any]) -> None:
 
 def _precision_of_products() -> tuple[Any, ...]:
     """Of all that is said of precision, what a step is likely to switch around its blocks."""
-    try:
-        return _the_same((_C._get_float32_matmul_precision(), _newer("cuda", "matmul")))
-    except RuntimeError:
-        return _the_same((_read(_C._get_float32_matmul_precision), _newer("cuda", "matmul")))
+    return _read(_C._get_float32_matmul_precision), _newer("cuda", "matmul")
 
 
 def _set_precision_of_products(values: tuple[Any, ...]) -> None:
