@@ -141,25 +141,29 @@ class Channel:
             ChannelClosed: The other end is gone.
         """
         with self._send_lock:
-            return self._send(kind, fields, blobs, self._receiving.count - 1 if answers is None else answers, more)
+            text = as_text(kind, fields or {}, self._receiving.count - 1 if answers is None else answers)
+            return self._send(kind, text, blobs, more)
+
+    def send_text(self, kind: str, text: bytes, blobs: Sequence[Buffer] = (), *, more: bool = False) -> int:
+        """Do as :meth:`send` with a text that :func:`as_text` made, for several channels."""
+        with self._send_lock:
+            return self._send(kind, text, blobs, more)
 
     def send_if_free(self, kind: str, fields: Mapping[str, Any] | None = None) -> bool:
         """Send a message unless another thread is sending one; return whether it was sent."""
         if not self._send_lock.acquire(blocking=False):
             return False
         try:
-            self._send(kind, fields, (), -1, False)
+            self._send(kind, as_text(kind, fields or {}), (), False)
         finally:
             self._send_lock.release()
         return True
 
-    def _send(
-        self, kind: str, fields: Mapping[str, Any] | None, blobs: Sequence[Buffer], answers: int, more: bool
-    ) -> int:
-        views = [memoryview(blob).cast("B") for blob in blobs]
+    def _send(self, kind: str, text: bytes, blobs: Sequence[Buffer], more: bool) -> int:
+        views = [memoryview(blob).cast("B") for blob in blobs] if blobs else ()
         number = self._sending.count
         try:
-            for piece in self._sending.seal(_text(kind, fields or {}, answers), views):
+            for piece in self._sending.seal(text, views):
                 if more and sum(map(len, piece)) <= _JOINED_BYTES:
                     self._kept.append(b"".join(piece))
                 else:
@@ -188,7 +192,7 @@ class Channel:
         """Close, with a last message if it can be sent without waiting for anybody."""
         if self._send_lock.acquire(blocking=False):
             with contextlib.suppress(OSError):
-                for piece in self._sending.seal(_text(kind, fields, -1)):
+                for piece in self._sending.seal(as_text(kind, fields)):
                     self._connection.send(b"".join([*self._take_kept(), *piece]), socket.MSG_DONTWAIT)
             self._send_lock.release()
         self.close()
@@ -251,7 +255,8 @@ def host_and_port(address: tuple[Any, ...]) -> str:  # Any: IPv6 addresses have 
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _text(kind: str, fields: Mapping[str, Any], answers: int) -> bytes:
+def as_text(kind: str, fields: Mapping[str, Any], answers: int = -1) -> bytes:
+    """Return a message as it is sent, its blobs aside; ``answers`` is the number of what it answers, -1 for none."""
     said = {"kind": kind, "answers": answers} if answers >= 0 else {"kind": kind}
     return _AS_JSON({**fields, **said}).encode()
 

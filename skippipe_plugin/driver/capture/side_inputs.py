@@ -101,12 +101,29 @@ class PreparedCall:
     digests: tuple[str, ...]
 
 
+def numbered(calls: Sequence[PreparedCall]) -> list[NumberedCall]:
+    """Return calls as they travel."""
+    return [NumberedCall(p.microbatch, p.number, p.call.seed, p.digests, p.call.caches) for p in calls]
+
+
 class Outbox:
     """What one worker has been told, so that it is told nothing twice."""
 
     def __init__(self) -> None:
         self._specs: OrderedDict[int, None] = OrderedDict()
         self._kept: OrderedDict[str, int] = OrderedDict()
+
+    def has_all(self, calls: Sequence[PreparedCall]) -> bool:
+        """Whether the worker lacks nothing of calls, which it then needs again; as nearly always."""
+        numbers = {call.number for call in calls}
+        digests = {digest for call in calls for digest in call.digests} if any(c.digests for c in calls) else ()
+        if not all(map(self._specs.__contains__, numbers)) or not all(map(self._kept.__contains__, digests)):
+            return False
+        for number in numbers:
+            self._specs.move_to_end(number)
+        for digest in digests:
+            self._kept.move_to_end(digest)
+        return True
 
     def encode(
         self, step: int, calls: Sequence[PreparedCall], copies: MutableMapping[str, Tensor]
@@ -126,8 +143,7 @@ class Outbox:
                 else:
                     fresh[digest] = copies[digest] = copies[digest] if digest in copies else tensor.to(HOST)
                     self._kept[digest] = tensor.numel() * tensor.element_size()
-        numbered = [NumberedCall(p.microbatch, p.number, p.call.seed, p.digests, p.call.caches) for p in calls]
-        return encode_calls(step, numbered, specs, fresh, self._evict(used), self._forget_specs(len(calls)))
+        return encode_calls(step, numbered(calls), specs, fresh, self._evict(used), self._forget_specs(len(calls)))
 
     def _forget_specs(self, in_use: int) -> list[int]:
         """Forget the specs that were not needed for longest, but none of this message."""

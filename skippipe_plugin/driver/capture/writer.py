@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from ...engine.call import Beside, Call, Form, Hop
+from ...engine.channel import Buffer
 from ...engine.control.commands import Calls, Step
-from ...engine.control.values import Opening
+from ...engine.control.line import Said, to_all_workers
+from ...engine.control.values import CallNews, Opening
 from ...engine.errors import SkipPipeError
 from ...engine.transport import TensorSpec
+from ...engine.wire import encode_calls
 from ...schedule import Path
 from ..layout import Layout
 from ..links import Links
 from .proxies import BlockProxies
-from .side_inputs import Digests, Outbox, PreparedCall, SpecNumbers
+from .side_inputs import Digests, Outbox, PreparedCall, SpecNumbers, numbered
 from .stack_call import StackCall
 
 
@@ -58,6 +61,10 @@ def _is_real(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
+def _message(opening: Opening | None, news: CallNews, blobs: Sequence[Buffer]) -> Calls | Step:
+    return Calls(news, blobs) if opening is None else Step(opening, news, blobs)
+
+
 class CallWriter:
     """Turns recorded calls into messages; remembers across steps what each worker knows."""
 
@@ -92,14 +99,21 @@ class CallWriter:
     def send(self, step: int, calls: Sequence[PreparedCall], paths: Sequence[Path], opening: Opening | None) -> None:
         """Announce calls to the workers on their paths, and the step itself to all if ``opening`` describes it."""
         copies: dict[str, Tensor] = {}
+        to_all: Said | None = None
         if self._visits is None or self._visits.paths is not paths:
             self._visits = _Visits.of(paths)
         for link in self._links:
             here = self._visits.by_rank.get(link.rank, ())
             visiting = [call for call in calls if call.microbatch in here]
-            if visiting or opening is not None:
-                news, blobs = self._outboxes[link.rank].encode(step, visiting, copies)
-                link.send(Calls(news, blobs) if opening is None else Step(opening, news, blobs))
+            if not visiting and opening is None:
+                continue
+            outbox = self._outboxes[link.rank]
+            if len(visiting) < len(calls) or not outbox.has_all(visiting):
+                link.send(_message(opening, *outbox.encode(step, visiting, copies)))
+                continue
+            if to_all is None:  # whom all of the calls come to, and who lack nothing, are told the same
+                to_all = to_all_workers(_message(opening, *encode_calls(step, numbered(calls), {}, {}, ())))
+            link.send(to_all)
 
     def _hops(self, microbatch: int, path: Path, call: StackCall) -> tuple[Hop, ...]:
         """Return what crosses between the ranks on ``path``; mostly what it was in the step before."""

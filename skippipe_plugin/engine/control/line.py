@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..channel import Buffer, Channel
+from ..channel import Buffer, Channel, as_text
 from .codec import Control, Received, Vocabulary
 from .messages import TO_DRIVER, TO_WORKER
 
@@ -15,13 +15,14 @@ class Said(NamedTuple):
 
     body: Control
     kind: str
-    fields: dict[str, Any]
+    text: bytes
     blobs: Sequence[Buffer]
 
 
 def to_all_workers(body: Control) -> Said:
     """Put into its form once what every worker is told."""
-    return Said(body, *TO_WORKER.encode(body))
+    kind, fields, blobs = TO_WORKER.encode(body)
+    return Said(body, kind, as_text(kind, fields), blobs)
 
 
 class Line:
@@ -45,11 +46,14 @@ class Line:
 
         Args:
             body: What is said.
-            answers: The number of the message that it answers, -1 for none; by default the last one received.
+            answers: The number of the message that it answers, -1 for none; by default the last one received. What
+                several ends are told answers none.
             generation: That of who answers; -1 for none.
             more: Whether another one follows at once, with which this one may go out.
         """
-        kind, fields, blobs = body[1:] if isinstance(body, Said) else self._says.encode(body, generation)
+        if isinstance(body, Said):
+            return self.channel.send_text(body.kind, body.text, body.blobs, more=more)
+        kind, fields, blobs = self._says.encode(body, generation)
         return self.channel.send(kind, fields, blobs, answers=answers, more=more)
 
     def send_if_free(self, body: Control) -> bool:
