@@ -18,7 +18,8 @@ from ..driver.capture.suspend import current_thread
 def shared_sections(module: LightningModule) -> Iterator[None]:
     """Let the microbatches of a step share the sections of the Trainer's profiler and of those that the module has."""
     held = [module.trainer.profiler, *vars(module).values()]  # type: ignore[attr-defined]
-    profilers = [each for each in held if Profiler in type(each).__mro__ and not isinstance(each, PassThroughProfiler)]
+    sharing = {*filter(_is_shared, {*map(type, held)})}
+    profilers = [each for each in held if type(each) in sharing] if sharing else ()
     for profiler in profilers:
         _share(profiler)
     try:
@@ -27,6 +28,10 @@ def shared_sections(module: LightningModule) -> Iterator[None]:
         for profiler in profilers:
             for name in ("start", "stop"):
                 profiler.__dict__.pop(name, None)
+
+
+def _is_shared(kind: type) -> bool:
+    return Profiler in kind.__mro__ and PassThroughProfiler not in kind.__mro__
 
 
 def _share(profiler: Profiler) -> None:

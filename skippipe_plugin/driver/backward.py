@@ -73,6 +73,8 @@ class GradientControl:
         self._hosted: Mapping[int, Stage] = {}
         self._shared = shared
         self._stage_scales: dict[int, float] = {}
+        self._counted: tuple[Schedule, list[float]] | None = None
+        """Of what the two above follow."""
         self.num_merged = 0
         """How often gradients were added."""
         self._accumulates = False
@@ -140,6 +142,9 @@ class GradientControl:
             schedule: What ran.
             weights: By microbatch of this driver: its share of the global batch.
         """
+        if self._counted is not None and self._counted[0] is schedule and self._counted[1] == weights:
+            return  # as in the step before
+        self._counted = schedule, list(weights)
         per_driver = schedule.num_microbatches // self._layout.num_drivers
         counts = dict.fromkeys(range(1, schedule.num_stages + 1), 0)
         shares = dict.fromkeys(counts, 0.0)

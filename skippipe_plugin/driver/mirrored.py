@@ -5,8 +5,9 @@ Here the copies meet the pipeline: whom they are fetched from, when they are sen
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -97,7 +98,7 @@ class Mirror:
         self._host = host
         self._slots: dict[str, Slot] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._structure: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = []  # Any: tensors, modules, None
+        self._structure = _Structure()
         self.weights = WeightCopies(self, self._slots)
         self.gradients = GradientCopies(self)
         self.shared = SharedTensors(self)
@@ -122,12 +123,12 @@ class Mirror:
             detach(tensor, self, block, local, f"{names[block]}.{local}")
             self._tensors[name] = tensor
             self._slots[name] = tensor.__dict__["_skippipe_slot"]
-        self._structure = [
-            (f"{names[block]}.{path}".rstrip("."), own, tuple(own.values()))
+        self._structure = _Structure(
+            (f"{names[block]}.{path}".rstrip("."), own)
             for block, module in blocks.items()
             for path, part in module.named_modules()
             for own in (part._parameters, part._buffers, part._modules)
-        ]
+        )
 
     def give_back(self, weights: Mapping[str, Tensor]) -> list[int]:
         """Put values into the driver's model again, NaN where there are none; return the blocks that lack some."""
@@ -143,7 +144,7 @@ class Mirror:
         self._blocks = ()
         self._tensors.clear()
         self._slots.clear()
-        self._structure = []
+        self._structure = _Structure()
         self.shared.clear()
         self.gradients.outdate(present=False)
         return list(dict.fromkeys(lost))
@@ -229,12 +230,13 @@ class Mirror:
 
     def _take_replaced(self) -> None:
         """Take up buffers that were replaced by others; nothing else can be."""
-        for number, (label, own, known) in enumerate(self._structure):
-            if len(own) == len(known) and all(map(operator.is_, own.values(), known)):
-                continue
-            self._structure[number] = label, own, self._replaced(label, own, known)
+        if not self._structure.has_changed():
+            return
+        for label, own, known in self._structure.changed():
+            self._check_replaced(label, own, known)
+        self._structure.look()
 
-    def _replaced(self, label: str, own: dict[str, Any], known: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _check_replaced(self, label: str, own: dict[str, Any], known: tuple[Any, ...]) -> None:
         by_id = {id(tensor): name for name, tensor in self._tensors.items()}
         present = tuple(own.values())
         for old, new in zip(known, present, strict=False):
@@ -250,7 +252,7 @@ class Mirror:
             self._tensors[name], self._slots[name] = new, new.__dict__["_skippipe_slot"]
         else:
             if len(known) == len(present):
-                return present
+                return
         changed = next((key for key, value in own.items() if all(value is not each for each in known)), "an entry")
         raise SkipPipeError(
             f"{label}.{changed} was replaced, added or removed while the block is on a pipeline's worker, which has "
@@ -312,6 +314,37 @@ class Mirror:
                 entries, blobs = pack_tensors(own)
                 command = Overwrite(what, entries, gone, zero, blobs)
                 (link.tell if host.links.recovering else link.send)(command)
+
+
+class _Structure:
+    """What is in the dictionaries of modules: their tensors and submodules.
+
+    Args:
+        owns: What each is called, and the dictionary.
+    """
+
+    def __init__(self, owns: Iterable[tuple[str, dict[str, Any]]] = ()) -> None:  # Any: tensors, modules, None
+        labelled = list(owns)
+        self._labels = [label for label, _ in labelled]
+        self._owns = [own for _, own in labelled]
+        self.look()
+
+    def look(self) -> None:
+        """Note what is there."""
+        self._known = [tuple(own.values()) for own in self._owns]
+        self._lengths = list(map(len, self._owns))
+        self._flat = list(itertools.chain.from_iterable(self._known))
+
+    def has_changed(self) -> bool:
+        """Whether anything is another than at the last :meth:`look`; this is asked several times a step."""
+        present = itertools.chain.from_iterable(map(dict.values, self._owns))
+        return [*map(len, self._owns)] != self._lengths or not all(map(operator.is_, present, self._flat))
+
+    def changed(self) -> Iterator[tuple[str, dict[str, Any], tuple[Any, ...]]]:
+        """Yield what a dictionary is called that has changed, itself, and what was in it."""
+        for label, own, known in zip(self._labels, self._owns, self._known, strict=True):
+            if len(own) != len(known) or not all(map(operator.is_, own.values(), known)):
+                yield label, own, known
 
 
 def check_hooks(blocks: Mapping[int, nn.Module], names: Sequence[str], staying: Collection[str]) -> None:

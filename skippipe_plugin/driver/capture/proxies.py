@@ -39,7 +39,7 @@ from .shapes import Mode, ShapeBook
 from .stack_call import StackCall, UsualCall, first_tensor, passed_to, position_of, same_arguments
 from .suspend import current_thread
 from .switches import check_modes
-from .token import HiddenToken
+from .token import HiddenToken, Origin
 from .twins import in_common, made_by_hooks, twin
 from .unavailable import OutputWanted, Unavailable
 
@@ -435,6 +435,7 @@ class BlockProxies:
         if usual is not None and usual.specs[0] == call.specs[0] and usual.asked_in == asked_in:
             call.follow(usual)
         call.recording.compute = functools.partial(self._compute, call)
+        call.origin = Origin(self.names, hidden.device, call.recording, call.modes if ambient.grad else ())
         return call
 
     def _compute(
@@ -516,10 +517,8 @@ class BlockProxies:
         )
 
     def _token(self, call: StackCall, made: Made, spec: TensorSpec) -> HiddenToken:
-        entered = call.entered.hidden
-        needs = call.ambient.grad and (entered.requires_grad or bool(call.beside.carrying))
-        asked = functools.partial(_needs_gradient, call.modes if call.ambient.grad else (), made.block, entering=needs)
-        token = HiddenToken.of(self.names, made, spec, entered.device, asked, call.recording)
+        carries = call.ambient.grad and (call.entered.hidden.requires_grad or bool(call.beside.carrying))
+        token = HiddenToken.of(call.origin, made, spec, carries=carries)
         if made in self._exported:
             call.tokens[made] = token
         return token
@@ -568,11 +567,6 @@ class BlockProxies:
 
 class _Outside:
     """Owns the call that code outside of any step has open."""
-
-
-def _needs_gradient(modes: Sequence[BlockMode], block: int, *, entering: bool) -> bool:
-    """Whether what ``block`` returns carries a gradient: something ``entering`` the blocks does, or one is trained."""
-    return entering or any(any(mode.requires_grad) for mode in modes[: block + 1])
 
 
 def _proxy_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -115,14 +115,13 @@ class Outbox:
 
     def has_all(self, calls: Sequence[PreparedCall]) -> bool:
         """Whether the worker lacks nothing of calls, which it then needs again; as nearly always."""
-        numbers = {call.number for call in calls}
-        digests = {digest for call in calls for digest in call.digests} if any(c.digests for c in calls) else ()
-        if not all(map(self._specs.__contains__, numbers)) or not all(map(self._kept.__contains__, digests)):
-            return False
-        for number in numbers:
-            self._specs.move_to_end(number)
-        for digest in digests:
-            self._kept.move_to_end(digest)
+        for call in calls:
+            if call.number not in self._specs or not all(map(self._kept.__contains__, call.digests)):
+                return False
+        for call in calls:
+            self._specs.move_to_end(call.number)
+            for digest in call.digests:
+                self._kept.move_to_end(digest)
         return True
 
     def encode(

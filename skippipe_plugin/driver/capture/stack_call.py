@@ -21,7 +21,7 @@ from .deferred import Deferral
 from .entered import EnteredStack
 from .hooks import Running
 from .shapes import Mode
-from .token import HiddenToken
+from .token import HiddenToken, Origin
 from .unavailable import Recording
 
 
@@ -77,6 +77,8 @@ class StackCall:
     """By block: what it returns."""
     recording: Recording = field(default_factory=Recording)
     """Tells tokens whether the last block has been called."""
+    origin: Origin = field(init=False)
+    """The same, and what else tokens know of their call."""
     exported: tuple[Made, ...] = ()
     """What else of what the blocks return the driver's code is known to use after them, in order."""
     tokens: dict[Made, HiddenToken] = field(default_factory=dict)

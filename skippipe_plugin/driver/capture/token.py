@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils import swap_tensors
 
-from ...engine.call import Made
+from ...engine.call import BlockMode, Made
 from ...engine.errors import SkipPipeError
 from ...engine.transport import TensorSpec
 from .unavailable import OutputWanted, Recording, Unavailable
@@ -49,44 +49,43 @@ _LIKE: Final = frozenset(
 """What makes another tensor of a tensor's form."""
 
 
+class Origin(NamedTuple):
+    """The call of the blocks that tokens belong to."""
+
+    names: tuple[str, ...]
+    """Of all blocks."""
+    device: torch.device
+    """Where the tensors would be that tokens stand for."""
+    recording: Recording
+    modes: Sequence[BlockMode]
+    """By block, of those at least that were called; empty where no gradients are on."""
+
+
 class HiddenToken(Tensor):
     """The output of a block that is elsewhere, or another tensor that it returns; made by :meth:`of`."""
 
-    _names: tuple[str, ...]
+    _origin: Origin
     _made: Made
     _spec: TensorSpec
-    _needs_gradient: Callable[[], bool]
-    _recording: Recording
+    _carries: bool
     _deferral: Any  # Any: what knows tokens
     _number: int
 
     @classmethod
-    def of(
-        cls,
-        names: tuple[str, ...],
-        made: Made,
-        spec: TensorSpec,
-        device: torch.device,
-        needs_gradient: Callable[[], bool],
-        recording: Recording,
-    ) -> HiddenToken:
+    def of(cls, origin: Origin, made: Made, spec: TensorSpec, *, carries: bool) -> HiddenToken:
         """Make a token.
 
         Args:
-            names: Of all blocks.
+            origin: The call that it belongs to.
             made: What it stands for.
             spec: The form of that.
-            device: Where it would be.
-            needs_gradient: Whether it would need one, asked when it matters.
-            recording: The call that it belongs to.
+            carries: Whether it needs a gradient whatever its block and those before it train.
         """
         strides = spec.empty(torch.device("meta")).stride() if spec.order else None
         token: HiddenToken = torch.Tensor._make_wrapper_subclass(
-            cls, spec.shape, strides=strides, dtype=spec.dtype, device=device
+            cls, spec.shape, strides=strides, dtype=spec.dtype, device=origin.device
         )
-        token.__dict__.update(
-            _names=names, _made=made, _spec=spec, _needs_gradient=needs_gradient, _recording=recording, _deferral=None
-        )
+        token.__dict__.update(_origin=origin, _made=made, _spec=spec, _carries=carries, _deferral=None)
         return token
 
     def computed(
@@ -102,7 +101,7 @@ class HiddenToken(Tensor):
             device: Where it will be.
             requires_grad: Whether it will need a gradient.
         """
-        token = HiddenToken.of(self._names, made, spec, device, lambda: requires_grad, self._recording)
+        token = HiddenToken.of(self._origin._replace(device=device, modes=()), made, spec, carries=requires_grad)
         token.__dict__.update(_deferral=deferral, _number=number)
         return token
 
@@ -128,7 +127,7 @@ class HiddenToken(Tensor):
 
     def is_of(self, recording: Recording | None) -> bool:
         """Whether it belongs to that call."""
-        return self._recording is recording
+        return self._origin.recording is recording
 
     def becomes(self, value: Tensor) -> None:
         """Be ``value`` from now on, for all who have this object."""
@@ -137,12 +136,12 @@ class HiddenToken(Tensor):
 
     def made_in(self, recording: Recording | None) -> Made | None:
         """Return what it stands for, if that is what a block returns in that call."""
-        return self._made if self._recording is recording and self._deferral is None else None
+        return self._made if self._origin.recording is recording and self._deferral is None else None
 
     @property
     def requires_grad(self) -> bool:
         """Whether the real output would need a gradient."""
-        return self._needs_gradient()
+        return self._carries or any(any(mode.requires_grad) for mode in self._origin.modes[: self._made.block + 1])
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -180,9 +179,9 @@ class HiddenToken(Tensor):
 
     def _later(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method when there are values."""
-        if self._recording.compute is None:
+        if self._origin.recording.compute is None:
             self._refuse(name)
-        return self._recording.compute(getattr(Tensor, name), (self, *args), kwargs, [self])
+        return self._origin.recording.compute(getattr(Tensor, name), (self, *args), kwargs, [self])
 
     def set_(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse it: torch asks no subclass about this one of its methods."""
@@ -240,11 +239,11 @@ class HiddenToken(Tensor):
             like = spec.empty(args[0].device) if spec.order else like
             return func(like, *args[1:], **(kwargs or {}))
         tokens = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, HiddenToken)]
-        over = [token for token in tokens if token._recording.is_over]
+        over = [token for token in tokens if token._origin.recording.is_over]
         if over:
             over[0]._refuse(name, frozenset().union(*(token.bases for token in over)))
-        compute = tokens[0]._recording.compute
-        if any(token._recording is not tokens[0]._recording for token in tokens):
+        compute = tokens[0]._origin.recording.compute
+        if any(token._origin.recording is not tokens[0]._origin.recording for token in tokens):
             raise OutputWanted("two calls of the blocks are open, and code between them uses both", tokens[0].bases)
         if compute is None:
             tokens[0]._refuse(name)
@@ -258,7 +257,7 @@ class HiddenToken(Tensor):
 
     def origin(self) -> str:
         """Return the name of the block whose output this is."""
-        return self._names[self._made.block]
+        return self._origin.names[self._made.block]
 
     def _lies(self, memory_format: torch.memory_format) -> bool:
         return memory_format == torch.preserve_format or self.is_contiguous(memory_format=memory_format)
@@ -269,7 +268,7 @@ class HiddenToken(Tensor):
 
     def check_wanted(self, what: str) -> None:
         """Raise :class:`OutputWanted` if the call that it belongs to is over; ``what`` says where it is needed."""
-        if self._recording.is_over:
+        if self._origin.recording.is_over:
             self._refuse(what)
 
     def refuse(self, function: Any, error: Exception | None = None) -> NoReturn:
@@ -283,17 +282,19 @@ class HiddenToken(Tensor):
         if _is_in_reentrant_checkpoint():
             raise SkipPipeError(_REENTRANT)
         name, block = self.origin(), self._made.block
-        if self._recording.is_over:
-            self._recording.want(
+        if self._origin.recording.is_over:
+            self._origin.recording.want(
                 f"code after the blocks of a pipeline needs what {name} returned ({operation}), which stays on a "
                 "worker, since it was not needed when the step was tried. Use it in every batch from the first one on",
                 wanted or self.bases,
             )
-        following, which = self._names[block + 1], "a second" if self._made.number else "the"
-        parts = named_parts(self._names, block, block)
+        following, which = self._origin.names[block + 1], "a second" if self._made.number else "the"
+        parts = named_parts(self._origin.names, block, block)
         instead = f", or pipeline a part of the stack that ends with it or begins after it ({parts})" if parts else ""
         if name == following:
-            instead = f', or say in blocks="...*N" how often {name} is called ({len(self._names)} times were expected)'
+            instead = (
+                f', or say in blocks="...*N" how often {name} is called ({len(self._origin.names)} times were expected)'
+            )
         raise SkipPipeError(
             f"code between the blocks of a pipeline needs {which} output of {name} ({operation}), but that stays on "
             f"a worker: here stands a placeholder that can only be passed on to {following}, and nothing may leave it "

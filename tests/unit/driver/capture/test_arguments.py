@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from skippipe_plugin.driver.capture.arguments import ArgumentTaker, SideInputs
-from skippipe_plugin.driver.capture.token import HiddenToken
+from skippipe_plugin.driver.capture.token import HiddenToken, Origin
 from skippipe_plugin.driver.capture.unavailable import Recording, Unavailable
 from skippipe_plugin.engine.arguments import ArrayInput, HiddenAgain, Packed, SideInput, Template, array_of
 from skippipe_plugin.engine.call import Made
@@ -147,9 +147,8 @@ def test_a_gradient_is_found_wherever_it_is(hold: Callable[[Any], Any]) -> None:
 
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
 def test_an_earlier_output_is_found_wherever_it_is(hold: Callable[[Any], Any]) -> None:
-    token = HiddenToken.of(
-        NAMES, Made(0, 0), TensorSpec((2,), torch.float32), torch.device("cpu"), lambda: False, Recording()
-    )
+    origin = Origin(NAMES, torch.device("cpu"), Recording(), ())
+    token = HiddenToken.of(origin, Made(0, 0), TensorSpec((2,), torch.float32), carries=False)
     hidden = torch.zeros(2)
     with pytest.raises(SkipPipeError, match=r"net\.2 takes the output of net\.0 .*\(argument 'skip'\)"):
         taker(hidden, SideInputs(), block=2).template(0, (hidden,), {"skip": hold(token)})

@@ -11,21 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from skippipe_plugin.driver.capture.token import HiddenToken, named_parts
+from skippipe_plugin.driver.capture.token import HiddenToken, Origin, named_parts
 from skippipe_plugin.driver.capture.unavailable import Recording
-from skippipe_plugin.engine.call import Made
+from skippipe_plugin.engine.call import BlockMode, Made
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.transport import TensorSpec
 
 NAMES = tuple(f"net.{index}" for index in range(4))
+ORIGIN = Origin(NAMES, torch.device("cpu"), Recording(), ())
 REAL = torch.ones(2, 3)
 
 
 @pytest.fixture
 def token() -> HiddenToken:
-    return HiddenToken.of(
-        NAMES, Made(1, 0), TensorSpec((2, 3), torch.float32), torch.device("cpu"), lambda: True, Recording()
-    )
+    return HiddenToken.of(ORIGIN, Made(1, 0), TensorSpec((2, 3), torch.float32), carries=True)
 
 
 FORM: dict[str, Callable[[Tensor], Any]] = {
@@ -51,7 +50,7 @@ def test_it_answers_what_its_form_tells(token: HiddenToken, ask: Callable[[Tenso
 
 def test_it_lies_as_what_it_stands_for() -> None:
     real = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    token = HiddenToken.of(NAMES, Made(1, 0), TensorSpec.of(real), torch.device("cpu"), lambda: True, Recording())
+    token = HiddenToken.of(ORIGIN, Made(1, 0), TensorSpec.of(real), carries=True)
     assert not token.is_contiguous()
     assert token.is_contiguous(memory_format=torch.channels_last)
     assert torch.zeros_like(token).stride() == real.stride()
@@ -158,16 +157,18 @@ def test_everything_else_names_the_block_and_the_way_out(token: HiddenToken, use
 
 
 def test_whether_it_needs_a_gradient_is_asked_when_it_matters() -> None:
-    answers = iter([True, False])
-    spec = TensorSpec((1,), torch.float32)
-    token = HiddenToken.of(NAMES, Made(0, 0), spec, torch.device("cpu"), lambda: next(answers), Recording())
-    assert [token.requires_grad, token.requires_grad] == [True, False]
+    modes = [BlockMode(True, (False,)), BlockMode(True, (False,))]
+    spec, origin = TensorSpec((1,), torch.float32), ORIGIN._replace(modes=modes)
+    first, second = (HiddenToken.of(origin, Made(block, 0), spec, carries=False) for block in range(2))
+    assert not first.requires_grad
+    assert not second.requires_grad
+    modes[1] = BlockMode(True, (False, True))
+    assert not first.requires_grad
+    assert second.requires_grad
 
 
 def test_its_description() -> None:
-    token = HiddenToken.of(
-        NAMES, Made(0, 0), TensorSpec((1,), torch.float32), torch.device("cpu"), lambda: False, Recording()
-    )
+    token = HiddenToken.of(ORIGIN, Made(0, 0), TensorSpec((1,), torch.float32), carries=False)
     assert str(token) == f"{token}" == "<the output of net.0, float32[1], which is on a worker>"
 
 
