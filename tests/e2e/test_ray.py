@@ -161,3 +161,18 @@ def test_no_cluster_is_an_error_that_names_the_way_out(monkeypatch: pytest.Monke
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(SkipPipeError, match=r"there is no Ray cluster at address '127.0.0.1:1'.*ray start --head"):
         train(make, loader(tokens(24)), 3, {"network": NetworkConfig(workers="ray")})
+
+
+def test_the_end_of_the_drivers_own_node_is_an_error_that_says_so(cluster: Any) -> None:
+    """Ray ends all that a client has asked for when it misses the client; the other nodes are fine until then."""
+    lost: list[float] = []
+
+    def lose(trainer: Trainer) -> None:
+        lost.append(time.monotonic())
+        cluster.head_node.all_processes["raylet"][0].process.kill()
+
+    slow = At("on_train_batch_start", 3, lose)
+    pause = At("on_train_batch_start", 4, lambda _: time.sleep(8))
+    with pytest.raises(SkipPipeError, match="this machine's Ray node is gone"):
+        train(make, loader(tokens(24)), 3, callbacks=[StageRecovery(spares=0), slow, pause])
+    assert time.monotonic() - lost[0] < TOLD_WITHIN_S
