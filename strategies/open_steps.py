@@ -93,15 +93,17 @@ class OpenSteps:
         """
         pipeline = self._spread.pipeline
         num_merged, undo = pipeline.gradients.num_merged, self._firsts.undo("step", whole.note_state)
+        last = pipeline.states.last
 
         def undo_forwards() -> None:
             if pipeline.gradients.num_merged != num_merged:
                 raise SkipPipeError(_GONE_BACK)
             assert undo is not None
             undo()
+            pipeline.states.last = last
 
         run = functools.partial(self._run, whole, seed, num_steps)
-        return with_outputs(self._spread, run, None if undo is None else undo_forwards)
+        return with_outputs(self._spread, run, None if undo is None else undo_forwards, is_noted=True)
 
     def _run(self, whole: WholeStep, seed: int, num_steps: int) -> Any:
         self._step.settle("the next training_step")

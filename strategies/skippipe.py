@@ -35,6 +35,7 @@ from ..driver.routers import RouterControl
 from ..driver.steps import CalledTwice
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
+from ..engine.control.values import States
 from ..engine.device import own_place
 from ..engine.errors import SkipPipeError
 from ..engine.pairs import prepare
@@ -501,8 +502,10 @@ class SkipPipeStrategy(OptimizingStrategy):
             whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
             if self._open is None:
                 undo = None if cut and cut.is_tried else self._firsts.undo("training_step", whole.note_state)
+                states = None if undo is None else running.pipeline.states.call().next()
+                run = functools.partial(self._train_closed, module, whole, cut, states)
                 try:
-                    return with_outputs(running, lambda: self._train_closed(module, whole, cut), undo)
+                    return with_outputs(running, run, undo, is_noted=True)
                 except CalledTwice:
                     if undo is None:
                         raise
@@ -511,13 +514,15 @@ class SkipPipeStrategy(OptimizingStrategy):
             assert self._open is not None
             return self._open.run(whole, self._seed(), module.trainer.global_step)
 
-    def _train_closed(self, module: LightningModule, whole: WholeStep, cut: PreparedStep | None) -> Any:
+    def _train_closed(
+        self, module: LightningModule, whole: WholeStep, cut: PreparedStep | None, states: States | None
+    ) -> Any:
+        train = functools.partial(self._running().train, step=module.trainer.global_step, states=states)
         if cut is None or not cut.is_cut:
             share = 1 / self.drivers if cut is None else whole_share(cut.merging, self.gather_objects)
             with whole.logging():
-                values, loss = self._running().train(self._whole_task(whole, share), module.trainer.global_step)
+                values, loss = train(self._whole_task(whole, share))
             return with_loss(without_loss(values[0]), loss)
-        train = functools.partial(self._running().train, step=module.trainer.global_step)
         return cut.run(train, self._seed(), self._rewinder(module), self.gather_objects)
 
     def _open_steps(self, module: LightningModule, num_calls: int = 0) -> None:

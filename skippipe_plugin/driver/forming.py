@@ -152,11 +152,11 @@ class Forming:
             step=step,
         )
 
-    def give_up(self) -> None:
-        """End the generation everywhere, if there is one."""
+    def give_up(self, *, counts: bool = False) -> None:
+        """End the generation everywhere, if there is one; what its last step has left in the blocks may count."""
         transport, self.transport = self.transport, None
         if transport is not None:
-            self._links.tell_survivors(Abort(transport.generation))
+            self._links.tell_survivors(Abort(transport.generation, counts))
             transport.poison()
 
     def wake(self) -> None:

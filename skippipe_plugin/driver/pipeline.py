@@ -32,6 +32,7 @@ from ..schedule import (
 )
 from .accumulation import Batch
 from .backward import GradientControl, mergeable
+from .block_states import StateControl
 from .capture.asking import CutBook
 from .capture.graphs import AroundTheBlocks
 from .capture.notes import Noted
@@ -129,9 +130,10 @@ class Pipeline:
         self._cuts = CutBook()
         self._around = AroundTheBlocks()
         self._answers: Callable[[StackCall], Tensor] | None = None
+        """Takes calls that are made outside of the step functions."""
         self._make_room: Callable[[str], object] | None = None
         """Lets the workers wait in no step, and is told what for."""
-        """Takes calls that are made outside of the step functions."""
+        self.states = StateControl()
         self._proxies: BlockProxies | None = None
         self.model: nn.Module | None = None
         """The user's, while it is loaded."""
@@ -214,7 +216,7 @@ class Pipeline:
         self.routers.tallies.close()
         for stage in self._hosted.values():
             stage.forget()
-        self._forming.give_up()
+        self._forming.give_up(counts=self.states.give_up(in_step=self.in_step))
 
     def close(self) -> None:
         """End the groups and the step threads; the links stay."""
@@ -297,6 +299,7 @@ class Pipeline:
         self.remote.own(proxies.blocks, proxies.names)
         local = [parameter for parameter in model.parameters() if not is_remote(parameter)]
         self.gradients.own(local, self._hosted)
+        self.states.own(self._hosted, may_repeat=keep)
         self.model = model
         self.gradients.accumulation.host = self if keep else None
         self.routers.own(model)
@@ -514,6 +517,7 @@ class Pipeline:
         opening = Opening(name, list(live), schedule.backward, timeline, proxies.ledger.take_freed(), scale=scale)
         if name == TRAINING:
             opening = self.gradients.opening(opening)
+        opening = self.states.begin(opening, run.states, proxies.book.written_weights if run.states else ())
         # As many ahead of their turns as have had them: twice the hidden states on the driver, not all of them. What is
         # measured shows each embedding in its place, and what it takes.
         coming = [] if timeline else [each for each in programs.embedded[name] if each in live]
@@ -536,6 +540,7 @@ class Pipeline:
             here = self.routers.tallies.close()
             self.gradients.opened([here, *(each.loads for each in done.values())])
         self.is_announced = False
+        self.states.end(training=name == TRAINING)
         self.mirror.weights.outdate(buffers_only=True)
         if timeline and self.leads:
             remote = {rank: each.timeline for rank, each in done.items()}

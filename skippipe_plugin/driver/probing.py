@@ -10,7 +10,8 @@ from ..engine.call import Call
 from ..engine.control.answers import Probed
 from ..engine.control.commands import Probe as Question
 from ..engine.errors import StageLostError, unpack_exception
-from ..engine.stage import Probe, Stage
+from ..engine.probes import Probe
+from ..engine.stage import Stage
 from ..engine.transport import TensorSpec
 from .capture.side_inputs import dump_probe
 from .links import Link

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from ..engine.call import Ambient, Call, block_seed
-from ..engine.control.values import Opening
+from ..engine.control.values import Opening, States
 from ..engine.device import kept_random_states, seed_everything
 from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, back_propagate_all, inner
@@ -103,6 +103,8 @@ class StepTask:
     :attr:`scale`."""
     framed: Callable[[], AbstractContextManager[None]] = nullcontext
     """What the functions run in when the step is repeated after its end; what they log then is dropped."""
+    states: States | None = None
+    """What it wants of the blocks' states."""
 
     @property
     def shares(self) -> list[float]:
@@ -247,6 +249,11 @@ class StepRun:
     def random_state(self) -> AbstractContextManager[None]:
         """Frame a training step: it seeds its own random state."""
         return kept_random_states(self._device)
+
+    @property
+    def states(self) -> States | None:
+        """What the step wants of the blocks' states."""
+        return self._task.states
 
     # ----------------------------------------------------- the driver part
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..engine.call import Ambient, Call, block_seed
-from ..engine.control.values import Opening
+from ..engine.control.values import Opening, States
 from ..engine.device import random_states, set_random_states
 from ..engine.errors import SkipPipeError
 from ..engine.memory_order import order_of
@@ -82,6 +82,8 @@ class WholeTask:
     outside: Callable[[Sequence[Any], Sequence[Tensor]], None] | None = None
     """Back-propagates into what the function returned, when the loss is computed outside of it; it may wait. It is also
     told what the blocks were given, whose graph takes another backward afterwards."""
+    states: States | None = None
+    """What it wants of the blocks' states."""
 
     @property
     def sizes(self) -> tuple[()]:
@@ -238,6 +240,11 @@ class WholeRun:
             yield
         finally:
             set_random_states(self._device, self._draws)
+
+    @property
+    def states(self) -> States | None:
+        """What the step wants of the blocks' states."""
+        return self._task.states
 
     # ----------------------------------------------------- the driver part
 

@@ -252,7 +252,7 @@ def attributes_kept(block: nn.Module) -> Iterator[None]:
     kept = [own_attributes(module) for module in modules]
     memo: dict[int, Any] = {id(each): each for each in (*modules, *block.parameters(), *block.buffers())}
     for module, attributes in zip(modules, kept, strict=True):
-        vars(module).update({name: _copied(value, memo) for name, value in attributes.items()})
+        vars(module).update({name: copied(value, memo) for name, value in attributes.items()})
     try:
         yield
     finally:
@@ -260,12 +260,6 @@ def attributes_kept(block: nn.Module) -> Iterator[None]:
             for name in own_attributes(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
-
-
-def changed_buffers(block: nn.Module, before: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Name the buffers of a block that are not, bit by bit, what they were, its old values given by name."""
-    now = dict(block.named_buffers())
-    return tuple(name for name, value in before.items() if name not in now or not have_equal_bits(now[name], value))
 
 
 def have_equal_bits(one: Tensor, other: Tensor) -> bool:
@@ -277,7 +271,8 @@ def have_equal_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(as_bytes(one), as_bytes(laid(other, order_of(one))))
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of an attribute; what cannot be copied is there once."""
     if type(value) in _PLAIN or isinstance(value, _WHOLE):
         return value
     try:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .attributes import own_attributes
+from .attributes import have_equal_bits, own_attributes
 from .without_chance import WithoutChance
 
 _TOLERANCE: Final = 1e-5
@@ -21,9 +21,12 @@ Values = Mapping[str, Any]
 
 
 class Buffers:
-    """The buffers of a block as they are now, and which tensors they are."""
+    """The buffers of a block as they are now, and which tensors they are; in training its parameters, too."""
 
     def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        weights = dict(module.named_parameters()) if module.training else {}
+        self._weights = {name: (each, each.detach().clone()) for name, each in weights.items() if not each.is_meta}
         self._tables = [(part._buffers, dict(part._buffers)) for part in dict.fromkeys(module.modules())]
         self._copies = {
             id(tensor): (tensor, tensor.detach().clone())
@@ -31,8 +34,14 @@ class Buffers:
             for tensor in table.values()
             if tensor is not None
         }
-        self.by_name = {name: self._copies[id(each)][1] for name, each in module.named_buffers()}
-        """Their copies."""
+        self._by_name = {name: self._copies[id(each)][1] for name, each in module.named_buffers()}
+
+    def changed(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Name the buffers, and the parameters, that are not, bit by bit, what they were."""
+        now, known = dict(self._module.named_buffers()), self._by_name
+        buffers = [name for name in known if name not in now or not have_equal_bits(now[name], known[name])]
+        weights = [name for name, (each, copy) in self._weights.items() if not have_equal_bits(each, copy)]
+        return tuple(buffers), tuple(weights)
 
     def restore(self) -> None:
         """Bring them back, those too that were replaced or have got another size."""
@@ -42,6 +51,9 @@ class Buffers:
                     tensor.resize_(copy.shape)
                 if tensor.layout != torch.strided or not torch.equal(tensor, copy):
                     tensor.copy_(copy)
+            for weight, copy in self._weights.values():
+                if not have_equal_bits(weight, copy):
+                    weight.data.copy_(copy)
         for current, table in self._tables:
             current.clear()
             current.update(table)

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from .arguments import ArgumentGuard, ArrayInput, CacheRef, Earlier, HiddenAgain, Packed, SideInput, array_of
-from .attributes import BlockWatch, Key, apply_changes, attributes_kept, changed_buffers
+from .attributes import BlockWatch, Key, apply_changes, attributes_kept
 from .call import Ambient, BlockMode, Call, CallSpec, Hop, Made, block_seed, made_before
 from .computed import Computed
 from .crossing import Gradients, Kept, Tensors, check_outputs, leaves_of
@@ -29,31 +29,12 @@ from .independence import Parts, difference, uncompiled
 from .kept_state import Buffers
 from .kvcache import CacheShelf
 from .memory_order import from_memory, in_memory, order_of
+from .probes import Probe
 from .process_switches import ProcessSwitches
 from .returned import ReturnStructure, hidden_of, tensors_of
 from .reuse import uses_again
 from .taps import Recorder, Returns, Tapped
 from .transport import TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What one block does to its input: the output's spec and the structure of its return value."""
-
-    output: TensorSpec
-    """Of the hidden states."""
-    structure: ReturnStructure
-    """Of all that the block returns."""
-    writes: tuple[Key, ...] = ()
-    """The plain attributes that the block's forward writes."""
-    idle: tuple[tuple[int, bool, int], ...] = ()
-    """The hooks that came along and return nothing, as :meth:`skippipe_plugin.engine.taps.Returns.idle` names them."""
-    changes_input: bool = False
-    """Whether it changes the hidden states that enter it in place."""
-    passes_input: bool = False
-    """Whether its output shares memory with its input."""
-    buffers: tuple[str, ...] = ()
-    """The buffers that the block's forward writes."""
 
 
 class Company(Protocol):
@@ -328,17 +309,18 @@ class Stage:
         """Run one block on random input without leaving a trace, to learn the form of its output and what it writes."""
         module = self.blocks[block]
         self._set_mode(block, call)
-        with self._without_a_trace(module, call) as buffers, Returns(module) as hooks:
+        with self._without_a_trace(module, call) as before, Returns(module) as hooks:
             watch, inputs = BlockWatch(module), enters.random(self.device)
             version = inputs._version
             _, carrying = _with_leaves(call, call.spec.carried_by([block]))
             output = self._call_block(block, carrying, inputs, filled={}, shelf=CacheShelf.of(call.caches))
-            writes, written = watch.differences(), changed_buffers(module, buffers)
-            found = _describe(output, inputs, changed=inputs._version != version)
+            writes, (buffers, weights) = watch.differences(), before.changed()
+            found = Probe.of(output, inputs, changed=inputs._version != version)
             if found.structure.has_numbers and self.company is None:  # perhaps of the values that it got
                 again = self._call_block(block, carrying, -enters.random(self.device), {}, CacheShelf.of(call.caches))
                 found = dataclasses.replace(found, structure=found.structure.agreeing(ReturnStructure.of(again)))
-        return dataclasses.replace(found, writes=tuple(sorted(writes)), idle=hooks.idle(), buffers=written)
+        found = dataclasses.replace(found, buffers=buffers, weights=weights)
+        return dataclasses.replace(found, writes=tuple(sorted(writes)), idle=hooks.idle())
 
     def difference_of_parts(self, block: int, call: Call, enters: TensorSpec, parts: Parts) -> str:
         """Say whether one block makes the same of the parts of a batch as of all of it, without leaving a trace.
@@ -359,7 +341,7 @@ class Stage:
             return difference(module, run, call, enters.random(self.device), parts)
 
     @contextmanager
-    def _without_a_trace(self, module: nn.Module, call: Call) -> Iterator[dict[str, Tensor]]:
+    def _without_a_trace(self, module: nn.Module, call: Call) -> Iterator[Buffers]:
         """Run a block under the call's conditions; bring back its buffers and attributes, and the random states."""
         buffers, states = Buffers(module), random_states(self.device)
         asked = call.spec.ambient
@@ -368,7 +350,7 @@ class Stage:
         ambient = Ambient(asked.grad and self.company is None, False, asked.autocast, makes_on=asked.makes_on)
         with torch.inference_mode(False), attributes_kept(module), ambient.entered():  # there no change is counted
             try:
-                yield buffers.by_name
+                yield buffers
             finally:
                 set_random_states(self.device, states)
                 buffers.restore()
@@ -379,6 +361,12 @@ class Stage:
             self._learn_writes(block)
         writes, self._unreported = self._unreported, []
         return writes
+
+    def written(self) -> Iterator[tuple[int, set[Key]]]:
+        """Yield (block, the attributes that its forwards have written so far)."""
+        for block in list(self._watches):
+            self._learn_writes(block)
+        yield from self._writes.items()
 
     def _run_blocks(self, call: Call, notes: _Notes, hidden: Tensor, kept: Kept) -> Tensor:
         self._shelf.apply(call.caches.ops)
@@ -584,10 +572,3 @@ def back_propagate_all(outputs: tuple[Tensor | GradientEdge, ...], gradients: tu
     """Do the same from several tensors of one graph."""
     engine = torch.autograd.Variable._execution_engine
     engine.run_backward(outputs, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def _describe(output: Any, inputs: Tensor, *, changed: bool) -> Probe:  # Any: what a block returns
-    memory = inputs.untyped_storage().data_ptr()
-    passes = any(each.untyped_storage().data_ptr() == memory and each.numel() > 0 for each in tensors_of(output))
-    structure = ReturnStructure.of(output)
-    return Probe(structure.tensors[0], structure, changes_input=changed, passes_input=passes)

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..driver.block_states import NotedCall
 from ..driver.capture.asking import questions
 from ..driver.capture.batches import Cutter
 from ..driver.capture.caches import is_cache
@@ -23,6 +24,7 @@ from ..driver.capture.undo import undo_all
 from ..driver.steps import CalledTwice, StepTask
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
+from ..engine.control.values import States
 from ..engine.errors import SkipPipeError
 from .asking import Asking
 from .entrance import Entrance
@@ -108,6 +110,10 @@ class ModelCalls:
         self._is_scaled = is_scaled
         self._entrance = Entrance()
         """Of the call under way."""
+        self._noted: NotedCall | None = None
+        """That call, if it may run once more."""
+        self._states: States | None = None
+        """What it wants of the blocks' states."""
         self._batch = object()
         """Stands for the batch under way, all of whose calls take the same paths."""
         self._asking = Asking(spread, model, device, weighted=callable(weight))
@@ -193,6 +199,8 @@ class ModelCalls:
         undo: Callable[[], None] | None,
     ) -> Any:
         self._seen.add(kind)
+        self._noted = None if undo is None else self._spread.pipeline.states.call()
+        self._states = None if self._noted is None else self._noted.next()
         self.num_calls += 1
         self._batch = object()
         if cut is None:
@@ -221,17 +229,18 @@ class ModelCalls:
 
     def _spare(self, undo: Callable[[], None] | None, given: Any, train: Train) -> Train | None:
         """Return what runs the call that is made once more, should another one follow; None where nothing may."""
-        if undo is None or self._spread.pipeline.proxies.writes_buffers:
+        if undo is None:
             return None
-        then = self._function, self._entrance, self.num_calls, self._batch
+        then, noted = (self._function, self._entrance, self.num_calls, self._batch), self._noted
+        assert noted is not None, "the first of its kind"
 
         def run(outside: Callable[..., None]) -> None:
-            now = self._function, self._entrance, self.num_calls, self._batch
-            self._function, self._entrance, self.num_calls, self._batch = then
+            now = self._function, self._entrance, self.num_calls, self._batch, self._states
+            self._function, self._entrance, self.num_calls, self._batch, self._states = *then, noted.next()
             try:
                 train(outside)
             finally:
-                self._function, self._entrance, self.num_calls, self._batch = now
+                self._function, self._entrance, self.num_calls, self._batch, self._states = now
 
         return again(run, undo, self._model, self._device, given)
 
@@ -255,7 +264,7 @@ class ModelCalls:
             scale=self._scale(),
             bends=functools.partial(self._asking.bend, merging.question.kind, merging.question.whole),
         )
-        values, loss = self._spread.train(task, self.num_optimizer_steps, self._batch)
+        values, loss = self._spread.train(task, self.num_optimizer_steps, self._batch, states=self._states)
         assert loss is not None
         losses = functools.partial(self._run_losses, batch, found.weights, rewind)
         spare = self._spare(undo, batch.calls, losses)
@@ -329,7 +338,7 @@ class ModelCalls:
             rewind=rewind,
             outside=outside,
         )
-        self._spread.train(task, self.num_optimizer_steps, self._batch)
+        self._spread.train(task, self.num_optimizer_steps, self._batch, states=self._states)
 
     def _looks_outside(self, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Ask a call of a new kind that runs once whether its model returns no loss: no step need be given up then."""
@@ -362,7 +371,7 @@ class ModelCalls:
         task = self._whole_task(
             function, args, kwargs, loss_of=lambda value: value[1], scale=self._scale(), bends=bends
         )
-        [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps, self._batch)
+        [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps, self._batch, states=self._states)
         assert loss is not None
         run = functools.partial(self._run_whole_outside, args, kwargs, loss_alone=True)
         loss = self.open_step.watched(self._entrance, loss, self._spare(undo, (args, kwargs), run))
@@ -380,7 +389,7 @@ class ModelCalls:
         if loss_alone:
             function = functools.partial(self._loss_alone, (args, kwargs))
         task = self._whole_task(function, args, kwargs, outside=outside)
-        self._spread.train(task, self.num_optimizer_steps, self._batch)
+        self._spread.train(task, self.num_optimizer_steps, self._batch, states=self._states)
 
     def _whole_task(
         self, function: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any

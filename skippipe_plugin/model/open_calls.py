@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..driver.block_states import NotedCall
 from ..driver.capture.arguments import SideInputs
 from ..driver.capture.entered import EnteredStack
 from ..driver.capture.hooks import Seen
@@ -38,7 +39,6 @@ _CHANGED: Final = (
     "back itself or calls the blocks several times they may run once more when their gradients are there, and would "
     "get the changed values; make a new tensor instead (x = x + 1 in place of x += 1)"
 )
-_COUNTS: Final = "another call of blocks that keep something in buffers (BatchNorm), so that none is repeated"
 
 
 class OpenCalls:
@@ -85,21 +85,23 @@ class OpenCalls:
         """Run the blocks; return their result, and what else of what they return is used."""
         self._number += 1
         seed = block_seed(self._seed, self._number)
+        noted = self._spread.pipeline.states.call()
         if not call.goes_back:
             self._step.make_room("a call of the blocks through which no gradient goes back")
             with torch.set_grad_enabled(call.ambient.grad):
-                return self._evaluated(call, seed)
-        counts = self._spread.pipeline.proxies.writes_buffers  # in the order of the calls, each once
-        if self._step.begin(_COUNTS if counts else ""):
+                return self._evaluated(call, seed, noted)
+        if self._step.begin():
             self._followed.add(self._number - 1)
         if call.hooks:
             raise SkipPipeError(_HOOKS.format(block=self._spread.pipeline.proxies.names[min(call.hooks)]))
         entrance = Entrance(of_model=False)
         given = [call.hidden, *call.side_inputs]
-        run = functools.partial(self._run, _entered(call, entrance), entrance, seed, self._batch, _unchanged(given))
-        if self._number in self._followed and not counts:
+        run = functools.partial(
+            self._run, _entered(call, entrance), entrance, seed, self._batch, _unchanged(given), noted
+        )
+        if self._number in self._followed:
             with torch.no_grad():
-                task = self._task(_without_gradients(call), seed, training=False)
+                task = self._task(_without_gradients(call), seed, training=False, states=noted.next())
                 [outputs] = self._spread.rehearse(task, self._num_steps, self._batch)
             return _as_seen(self._step.hand_out_later(entrance, run, outputs))
         result: Sequence[Tensor] = self._step.hand_out(
@@ -108,12 +110,13 @@ class OpenCalls:
             lambda outputs: outputs[0],
             what=f"the stack of {self._spread.pipeline.proxies.names[0]}",
             draws_on=True,
-            repeats=not counts,
+            repeats=True,
         )
         return _as_seen(result)
 
-    def _evaluated(self, call: StackCall, seed: int) -> Sequence[Tensor]:
-        result: Sequence[Tensor] = self._spread.evaluate(self._task(call, seed, training=False))[0]
+    def _evaluated(self, call: StackCall, seed: int, noted: NotedCall) -> Sequence[Tensor]:
+        task = self._task(call, seed, training=False, states=noted.next())
+        result: Sequence[Tensor] = self._spread.evaluate(task)[0]
         return result
 
     def _run(
@@ -123,11 +126,12 @@ class OpenCalls:
         seed: int,
         batch: object,
         check: Callable[[], None],
+        noted: NotedCall,
         outside: Callable[..., None],
     ) -> None:
         check()
-        undo = entrance.undone_with(_nothing)
-        task = self._task(call, seed, training=True, note_state=lambda: undo, outside=outside)
+        undo, states = entrance.undone_with(_nothing), noted.next()
+        task = self._task(call, seed, training=True, note_state=lambda: undo, outside=outside, states=states)
         self._spread.train(task, self._num_steps, batch)
 
     def _task(self, call: StackCall, seed: int, *, training: bool, **options: Any) -> WholeTask:

@@ -27,9 +27,9 @@ from .suspended import SuspendedStep, Train
 
 _ONE_BACKWARD: Final = (
     "this loss belongs to {which} call of the model, whose gradients are {state}: a pipeline takes one backward for "
-    "each training call of the model, and before the next one, unless the first batch makes several calls already (and "
-    "no block keeps something in buffers). Let every batch make them (with a weight of 0 where one should not count), "
-    "put the inputs into one batch, or add the losses before backward"
+    "each training call of the model, and before the next one, unless the first batch makes several calls already. Let "
+    "every batch make them (with a weight of 0 where one should not count), put the inputs into one batch, or add the "
+    "losses before backward"
 )
 _GIVEN_UP: Final = (
     "the workers have given up the call of the model that this loss belongs to: they were needed before its backward, "
@@ -137,7 +137,7 @@ class OpenStep:
         suspended, last.suspended = last.suspended, None
         if last.again is None:
             last.end(why)
-        suspended.abandon()
+        self._abandon(suspended)
         self._spread.pipeline.heal()  # nobody may take what comes next for a part of the step
         return last.again is not None
 
@@ -315,8 +315,13 @@ class OpenStep:
             suspended, call.suspended = call.suspended, None
             call.end(why)
             if suspended is not None:
-                suspended.abandon()
+                self._abandon(suspended)
         self._earlier.clear()
+
+    def _abandon(self, suspended: SuspendedStep) -> None:
+        """Give a step up whose forwards are done, and count in the blocks."""
+        with self._spread.pipeline.states.counted():
+            suspended.abandon()
 
 
 def _belongs_to(calls: Sequence[_Call], node: Any) -> bool:  # Any: a node of autograd's graph

@@ -106,7 +106,13 @@ class SeveralCalls:
         """
         kind = len(args), frozenset(kwargs), torch.is_grad_enabled(), self._model.training
         undo = self._firsts.undo(kind, lambda: undo_all(self._model, self._device, (args, kwargs)))
-        counts = sample_counts((args, kwargs))
+        counts, states = sample_counts((args, kwargs)), self._spread.pipeline.states
+        last = states.last
+
+        def begin_again() -> None:
+            assert undo is not None
+            undo()
+            states.last = last
 
         def run() -> Any:
             if self._step.is_free:
@@ -117,7 +123,7 @@ class SeveralCalls:
 
         self.is_running = True
         try:
-            return with_outputs(self._spread, run, undo)
+            return with_outputs(self._spread, run, None if undo is None else begin_again, is_noted=True)
         except BaseException:
             self._step.close()
             raise

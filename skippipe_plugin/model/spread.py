@@ -34,6 +34,7 @@ from ..driver.whole_step import WholeTask
 from ..engine import phases
 from ..engine.compilation import Compilation
 from ..engine.control.keeping import EndRun
+from ..engine.control.values import States
 from ..engine.device import for_gloo
 from ..engine.errors import SkipPipeError
 from ..job.job import DriverJob
@@ -273,7 +274,9 @@ class SpreadModel:
         """Whether the user's step runs once, on the whole batch, so that only the stack's input is cut."""
         return self.settings.microbatches == "stack" or len(self.pipeline.microbatches) == 1
 
-    def train(self, task: StepTask | WholeTask, step: int, batch: object = None) -> tuple[list[Any], Tensor | None]:
+    def train(
+        self, task: StepTask | WholeTask, step: int, batch: object = None, *, states: States | None = None
+    ) -> tuple[list[Any], Tensor | None]:
         """Run a training step; see :meth:`Pipeline.train`.
 
         Args:
@@ -281,7 +284,9 @@ class SpreadModel:
             step: The number of optimizer steps so far.
             batch: Stands for the batch whose call of the blocks it is, where there may be several: they take the same
                 paths, also when they run once more.
+            states: What it wants of the blocks' states, where the task does not say it.
         """
+        task = task if states is None else dataclasses.replace(task, states=states)
 
         def choose() -> None:
             self._choose_paths(step, batch)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from ..driver.capture.proxies import BlockProxies
 from ..driver.capture.unavailable import OutputWanted
 from ..engine.errors import SkipPipeError
 from .spread import SpreadModel
@@ -19,9 +20,10 @@ _SAID: Final = (
     "with each microbatch, and gradients back"
 )
 _COUNTED: Final = (
-    "a step that runs once on the whole batch uses what single blocks return, and some keep something in buffers "
-    "(BatchNorm), which they have done already when that was found. Let the last block return what is used, or let the "
-    "batch be cut (several microbatches, microbatches='auto', one call of the blocks, automatic optimization)"
+    "a step of evaluation that runs once on the whole batch uses what single blocks return, while they train and some "
+    "keep something in buffers (BatchNorm), which they have done already when that was found. Let the last block "
+    "return what is used, put the blocks into eval mode, or let the batch be cut (several microbatches, "
+    "microbatches='auto')"
 )
 
 
@@ -42,13 +44,21 @@ def _nothing() -> None:
     """Nothing to take back: what runs is only tried."""
 
 
-def with_outputs(spread: SpreadModel, run: Callable[[], T], undo: Undo | None = _nothing) -> T:
+def _counts(proxies: BlockProxies) -> bool:
+    """Whether a block trains, and forwards of some write buffers, as far as was asked."""
+    return proxies.book.writes_buffers and any(block.training for block in proxies.blocks)
+
+
+def with_outputs(
+    spread: SpreadModel, run: Callable[[], T], undo: Undo | None = _nothing, *, is_noted: bool = False
+) -> T:
     """Return what ``run`` returns, which begins again as long as it asks for more of what blocks return.
 
     Args:
         spread: The blocks, which learn what is asked for.
         run: Does something with them.
         undo: Takes back what it has changed until then; None where nothing can.
+        is_noted: Whether blocks then take back what they have counted.
 
     Raises:
         OutputWanted: It asks for something that it can not be given.
@@ -61,7 +71,7 @@ def with_outputs(spread: SpreadModel, run: Callable[[], T], undo: Undo | None = 
             is_first = not proxies.exporting
             if undo is None or not proxies.learn(wanted):
                 raise
-            if undo is not _nothing and proxies.writes_buffers:
+            if undo is not _nothing and not is_noted and _counts(proxies):
                 raise SkipPipeError(_COUNTED) from wanted
             if is_first:
                 log.info(_SAID, proxies.names[min(wanted.made).block])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..engine.block_states import BlockStates
 from ..engine.classes import check_fingerprints
 from ..engine.compilation import Compilation
 from ..engine.control.commands import Arrange
@@ -15,7 +16,6 @@ from ..engine.handover import allocate, unpack_blocks, unpack_tensors
 from ..engine.parcel import Parcel
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, decode_optimizer_state
-from .buffers import BlockBuffers
 from .copies import SharedCopies
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def arrange(holdings: Holdings, order: Arrange, parcel: Parcel, device: torch.de
     Compilation.unpack(order.compile).compile(arrived)
     holdings.window = GradientWindow([p for stage in holdings.stages.values() for p in stage.parameters()])
     holdings.copies = SharedCopies()  # the driver sends them in each generation
-    holdings.buffers = BlockBuffers(modules[block] for _, blocks, _ in order.stages for block in blocks)
+    holdings.states = BlockStates(holdings.stages)
     if not kept:
         holdings.forget_step()  # one of an earlier run, whose gradients are not those that come
     holdings.norms = dict(order.norms)

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import gradients
+from ..engine.block_states import BlockStates
 from ..engine.channel import Buffer
 from ..engine.classes import check_fingerprints
 from ..engine.compilation import Compilation
 from ..engine.control.answers import State
 from ..engine.control.commands import Clip, Load, Merge, Overwrite, Share
-from ..engine.control.values import ExpertCost, StepOrder, What
+from ..engine.control.values import ExpertCost, Opening, StepOrder, What
 from ..engine.gradients import GradientWindow
 from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
 from ..engine.optimizer import ParameterKey, Settings, StageOptimizer
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, encode_optimizer_state, tensor_key
-from .buffers import BlockBuffers
 from .copies import Gathered, SharedCopies
 from .experts import SpreadExperts
 
@@ -33,7 +33,7 @@ class Holdings:
         self.stages: dict[int, Stage] = {}
         self.experts = SpreadExperts()
         self.window = GradientWindow([])
-        self.buffers = BlockBuffers()
+        self.states = BlockStates()
         self.copies = SharedCopies()
         self.norms: dict[int, float] = {}
         """By stage: the L2 norm of its gradient in the last optimizer step, before the clipping of all together."""
@@ -64,44 +64,44 @@ class Holdings:
         self.stages[sent.stage] = Stage(sent.stage, blocks, device)
         if sent.last:
             self.window = GradientWindow([p for stage in self.stages.values() for p in stage.parameters()])
-            self.buffers = BlockBuffers(self.blocks().values())
+            self.states = BlockStates(self.stages)
 
     def forget_step(self) -> None:
         """Hold gradients that no optimizer step has used."""
         self._stepped = False
 
-    def give_up_step(self) -> None:
-        """Drop what an interrupted step has computed."""
+    def give_up_step(self, *, for_good: bool = False) -> None:
+        """Drop what an interrupted step has computed; what it has left in the blocks only if that is ``for_good``."""
         for stage in self.stages.values():
             stage.forget()
         self.window.discard()
-        self.buffers.restore()
+        if for_good:
+            self.states.settle(counts=False)
 
     # ----------------------------------------------------------- gradients
 
-    def begin_step(self, *, may_repeat: bool = False) -> None:
-        """Start a training step, with a new window for gradients if an optimizer step has used the last ones.
+    def begin_step(self, opening: Opening, *, may_repeat: bool = False) -> None:
+        """Start a step; a training step with a new window for gradients if an optimizer step has used the last ones.
 
-        With ``may_repeat`` what it changes in buffers is taken back unless its gradients are merged.
+        With ``may_repeat`` what a training step leaves in the blocks is taken back unless its gradients are merged.
         """
-        if may_repeat:
-            self.buffers.note()
+        self.states.begin(opening.states, repeats=opening.repeats, may_repeat=may_repeat and opening.training)
+        if not opening.training:
+            return
+        self.zero(opening.zero)
         if self._stepped:
             self._stepped = False
             self.window.zero()
         self.window.open()
 
-    def end_step(self, skip: Collection[int], *, repeats: bool) -> Gathered:
+    def end_step(self, skip: Collection[int]) -> Gathered:
         """End a training step, whose gradients are complete; return what the copies of the driver's have gathered.
 
         Args:
             skip: See :meth:`SharedCopies.gather`.
-            repeats: Whether its samples are counted in buffers already.
         """
         gathered = self.copies.gather(self.stages, self._tensors() if self.copies else {}, skip)
         self.window.close()
-        if repeats:
-            self.buffers.restore()
         return gathered
 
     def clip(self, how: Clip | StepOrder) -> None:
@@ -110,7 +110,7 @@ class Holdings:
 
     def merge(self, command: Merge) -> None:
         """Add the new gradients to the accumulated ones."""
-        self.buffers.keep()
+        self.states.keep()
         self.zero(command.zero)
         for stage, scale in command.stage_scales:
             if stage in self.stages:
@@ -164,6 +164,7 @@ class Holdings:
         self._optimizer.step(Settings.loads(settings), lr_factor=max(factors, default=1.0))
         self.estimates = set()
         self.step = order.step
+        self.states.forget()
         if not order.keep:
             self._stepped = True  # what follows is a new accumulation window
 

@@ -119,7 +119,7 @@ class Worker:
     def _table(self) -> Handlers:
         handlers = Handlers()
         handlers.on(commands.Configure, self._configure)
-        handlers.on(commands.Abort, lambda _: None)  # the reader has done it, and the step it was for is over
+        handlers.on(commands.Abort, lambda c: self._holdings.states.settle(counts=c.counts))  # the reader did the rest
         handlers.on(commands.Load, self._load)
         handlers.on(commands.Warm, self._warm)
         handlers.on(commands.Arrange, self._arrange)
@@ -192,7 +192,7 @@ class Worker:
         """Go on with another driver after the end of the last one; what is held stays."""
         self._lines, self._readers, self._inbox = [to_driver(channel)], [], queue.SimpleQueue()
         self._closing = False
-        self._holdings.give_up_step()
+        self._holdings.give_up_step(for_good=True)
 
     def close(self) -> None:
         """Close the channels and groups; the readers end with them."""
@@ -255,7 +255,7 @@ class Worker:
                 case Refuse(reason):
                     self._refusal = reason
                     continue  # the end of the channel follows
-                case commands.Abort(generation):
+                case commands.Abort(generation, _):
                     self._given_up_by = source
                     self._abort(generation)
                 case Exit() if source > 0:
@@ -343,7 +343,7 @@ class Worker:
             self._lines.append(to_driver(self._lines[0].channel.connect_to(host, port)))
             self._reply(-1, Hello(own_versions(), rank=command.rank))
             self._start_reader(len(self._lines) - 1)
-        self._holdings.buffers.restore()  # of a step whose gradients were not merged: it is repeated
+        self._holdings.states.settle(counts=False)  # of a step whose gradients were not merged: it is repeated
         self._new_decoders()
         self._calls.clear()
         self._steps.clear()
@@ -429,9 +429,8 @@ class Worker:
         self._calls = {step: calls for step, calls in self._calls.items() if step >= self._step}
         for stage in self._holdings.stages.values():
             stage.forget_caches(key for opening in openings for key in opening.forget_caches)
+        self._holdings.begin_step(first, may_repeat=self._may_leave)
         if first.training:
-            self._holdings.zero(first.zero)
-            self._holdings.begin_step(may_repeat=self._may_leave)
             self._routers.open(first.scale / max(1, len(live)))
             self._open_tallies(first, live)
         gathered = Gathered()
@@ -439,14 +438,14 @@ class Worker:
         self._pulled.clear()
         for stage in self._holdings.stages.values():
             stage.driver_side = self
-        stages, measured = self._holdings.stages, first.timeline
-        executor = Executor(membership.transport, stages, self._device, measured=measured)
+        executor = Executor(membership.transport, self._holdings.stages, self._device, measured=first.timeline)
         events = executor.run(membership.plan(first.program, live), Feed(self))
         if first.training:
             self._holdings.experts.end_step(events)
             membership.sum_over_replicas(self._holdings.experts, self._holdings.stages)
-            gathered = self._holdings.end_step(membership.followed, repeats=first.repeats)
+            gathered = self._holdings.end_step(membership.followed)
             self._routers.close()
+        self._holdings.states.end()
         loads = self._tallies.close()
         timeline = [(str(event.action), event.start_s, event.end_s) for event in events] if first.timeline else []
         writes = [each for stage in self._holdings.stages.values() for each in stage.take_writes()]
@@ -588,6 +587,9 @@ class Worker:
                 self._pulled[microbatch, stage] = received.body
             case commands.Probe():
                 self._obey(source, received)
+            case commands.Abort(_, counts):
+                self._holdings.states.settle(counts=counts)
+                raise GenerationAborted("the step was given up")
             case other:
                 raise GenerationAborted(f"{type(other).__name__!r} came in the middle of a step")
 

@@ -485,15 +485,6 @@ class Sometimes(Several):
         return [first]
 
 
-class Counted(Several):
-    """Has blocks that count what they have seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for block in self.net.blocks:
-            block.norm = nn.BatchNorm1d(8)  # type: ignore[assignment]
-
-
 SEVERAL = [Chained, InTurn, Sometimes]
 SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (Several, Contrastive, Preferring, InOrder)]
 
@@ -552,7 +543,6 @@ class FailsBetween(Manual):
     [
         (TwoOnBlocks, "2 of the 2 optimizers step parameters of the blocks"),
         (LBFGS, "LBFGS"),
-        (Counted, "keep something in buffers"),
         (BackwardTwice, "added already"),
         (Penalised, "single gradients of what the model has computed"),
         (Later, "end of training_step"),

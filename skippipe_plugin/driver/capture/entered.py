@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...engine.arguments import versions
 from ...engine.errors import SkipPipeError
-from ...engine.stage import Probe, inner
+from ...engine.probes import Probe
+from ...engine.stage import inner
 from .graphs import root_of
 from .token import FORM_QUESTIONS, function_name
 

@@ -21,9 +21,9 @@ from ...engine.arguments import Template
 from ...engine.attributes import Key
 from ...engine.call import NO_CACHES, Ambient, BlockMode, CacheUse, Call, CallSpec, Form, Hop, Made, device_types
 from ...engine.errors import SkipPipeError
+from ...engine.probes import Probe
 from ...engine.process_switches import ProcessSwitches
 from ...engine.returned import ReturnStructure
-from ...engine.stage import Probe
 from ...engine.transport import TensorSpec
 from .arguments import ArgumentTaker, is_settled
 from .attributes import BlockAttributes, written_elsewhere
@@ -165,11 +165,6 @@ class BlockProxies:
     def is_settled(self) -> bool:
         """Whether a training step can begin without asking what the blocks do."""
         return self.book.is_settled([block.training for block in self.blocks])
-
-    @property
-    def writes_buffers(self) -> bool:
-        """Whether the forward of some block writes its buffers, as far as was asked."""
-        return self.book.writes_buffers
 
     @property
     def exporting(self) -> frozenset[int]:

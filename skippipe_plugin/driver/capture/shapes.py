@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...engine.memory_order import order_of
-from ...engine.stage import Probe
+from ...engine.probes import Probe
 from ...engine.taps import own_hooks
 from ...engine.transport import TensorSpec
 
@@ -64,8 +64,14 @@ class ShapeBook:
 
     @property
     def writes_buffers(self) -> bool:
-        """Whether the forward of a block that was asked writes its buffers."""
-        return any(probe.buffers for probe in self._known.values())
+        """Whether the forward of a block that was asked writes its buffers, or its parameters."""
+        return any(probe.buffers or probe.weights for probe in self._known.values())
+
+    @property
+    def written_weights(self) -> set[tuple[int, str]]:
+        """Return the parameters (block, name) that forwards write, of kinds of blocks that were asked."""
+        written = {kind: set(probe.weights) for (kind, *_), probe in self._known.items() if probe.weights}
+        return {(block, name) for block, kind in enumerate(self._kinds) for name in written.get(kind, ())}
 
     def alike(self, block: int) -> list[int]:
         """Return the blocks of the same kind."""

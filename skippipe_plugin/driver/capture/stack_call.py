@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...engine.arguments import Earlier, SideInput, Template
 from ...engine.call import Ambient, BlockMode, Form, Made
+from ...engine.probes import Probe
 from ...engine.returned import ReturnStructure, tensors_in
-from ...engine.stage import Probe
 from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
 from .arguments import SideInputs

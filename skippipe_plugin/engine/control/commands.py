@@ -72,6 +72,8 @@ class Abort(Control):
     """Give up what is under way in a generation."""
 
     generation: int
+    counts: bool = False
+    """Whether what its forwards have left in the blocks stays."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,20 @@ Write = tuple[int, tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
+class States:
+    """What a step wants of what the blocks keep from one forward to the next."""
+
+    note: int = 0
+    """The number under which that is noted. What has it already is brought back: the step begins again."""
+    start: int = 0
+    """The number of what it begins with, if any. What it leaves is then taken back."""
+    oldest: int = 0
+    """The least number that is still needed."""
+    weights: Sequence[tuple[int, str]] = ()
+    """The parameters (block, name) that forwards write."""
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
     """What a step is, beside its calls."""
 
@@ -45,6 +59,8 @@ class Opening:
     """The visits of earlier batches of the same optimizer step."""
     scale: float = 1.0
     """What the batch's loss is scaled with."""
+    states: States | None = None
+    """What the step wants of the blocks' states; None: nothing in particular."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from skippipe_plugin.engine.classes import fingerprints
 from skippipe_plugin.engine.control.commands import Arrange, Load, Merge
-from skippipe_plugin.engine.control.values import StepOrder
+from skippipe_plugin.engine.control.values import Opening, StepOrder
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.handover import pack_blocks
 from skippipe_plugin.engine.optimizer import OptimizerPlan, settings_of
@@ -89,7 +89,7 @@ def run(holders: Sequence[Holdings], optimizer: Optimizer, seed: int, *, step: b
     """One batch through all blocks in order; perhaps an optimizer step after it."""
     hidden = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
     for holdings in holders:
-        holdings.begin_step()
+        holdings.begin_step(Opening("training", [0], True, False, []))
     blocks = {index: block for holdings in holders for index, block in holdings.blocks().items()}
     for index in sorted(blocks):
         hidden = blocks[index](hidden)

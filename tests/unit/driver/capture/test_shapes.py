@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from skippipe_plugin.driver.capture.shapes import Mode, ShapeBook
-from skippipe_plugin.engine.stage import Probe
+from skippipe_plugin.engine.probes import Probe
 from skippipe_plugin.engine.transport import TensorSpec
 
 FULL, LOW = TensorSpec((2, 4), torch.float32), TensorSpec((2, 4), torch.bfloat16)

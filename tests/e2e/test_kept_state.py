@@ -1,0 +1,293 @@
+"""Blocks that keep something from one forward to the next, in steps that call them several times: as in one process.
+
+Each call counts once, in the order of the calls, and one that runs once more computes with what it found at first.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from skippipe_plugin import RecoveryPolicy
+from skippipe_plugin.callbacks import StageRecovery
+from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.testing import At, Injector, Kill, Phase
+from tests.e2e.modules import loader
+from tests.e2e.support import DEVICE, Run, assert_same_run, train
+from tests.e2e.transparency.plain_loops import assert_same
+
+DATA = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Kept(nn.Module):
+    """What it adds follows from what it has kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("total", torch.zeros(()))
+        self.total: Tensor
+
+    def factor(self, hidden: Tensor) -> Any:
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        factor = self.factor(hidden.detach()) if self.training else 0.0
+        return hidden + torch.tanh(self.linear(hidden)) * (1 + 0.1 * factor)
+
+
+class Normed(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.tanh(self.linear(self.norm(hidden)))
+
+
+class Counted(Kept):
+    def factor(self, hidden: Tensor) -> Any:
+        self.total += 1
+        return self.total.clone()
+
+
+class Replaced(Kept):
+    """Has another tensor for its buffer each time."""
+
+    def factor(self, hidden: Tensor) -> Any:
+        self.total = 0.9 * self.total + hidden.mean()
+        return self.total
+
+
+class Listed(Kept):
+    """Keeps a list, and numbers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+        self.num = 0
+
+    def factor(self, hidden: Tensor) -> Any:
+        self.seen.append(float(hidden.mean()))
+        self.num += 1
+        return self.num + sum(self.seen)
+
+
+class Booked(Kept):
+    """Keeps a mean in a parameter that no optimizer steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+    def factor(self, hidden: Tensor) -> Any:
+        self.book.data.mul_(0.9).add_(hidden.mean(0), alpha=0.1)
+        return self.book.clone()
+
+
+class Sometimes(Kept):
+    """Counts large inputs only."""
+
+    def factor(self, hidden: Tensor) -> Any:
+        if hidden.abs().max() > 2:
+            self.total += 1
+        return self.total.clone()
+
+
+class Net(nn.Module):
+    def __init__(self, block: type[Kept]) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.blocks = nn.ModuleList([block() for _ in range(4)])
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        made = self.head(functools.reduce(lambda h, block: block(h), self.blocks, self.embed(x)))
+        return made if targets is None else {"loss": F.mse_loss(made, targets)}
+
+
+def goal(x: Tensor) -> Tensor:
+    return x.sum(1, keepdim=True)
+
+
+def twice(net: Any, x: Tensor) -> Iterator[Tensor]:
+    yield F.mse_loss(net(x), goal(x)) + net(x.flip(1)).pow(2).mean()
+
+
+def targets_before(net: Any, x: Tensor) -> Iterator[Tensor]:
+    with torch.no_grad():
+        targets = net(x.flip(1)) + goal(x)
+    yield F.mse_loss(net(x), targets)
+
+
+def targets_between(net: Any, x: Tensor) -> Iterator[Tensor]:
+    made = net(x)
+    with torch.no_grad():
+        targets = net(x.flip(1)) + goal(x)
+    yield F.mse_loss(made, targets)
+
+
+def evaluated_between(net: Any, x: Tensor) -> Iterator[Tensor]:
+    made = net(x)
+    net.eval()
+    with torch.no_grad():
+        targets = net(x.flip(1)) + goal(x)
+    net.train()
+    yield F.mse_loss(made, targets)
+
+
+def dropped(net: Any, x: Tensor) -> Iterator[Tensor]:
+    net(x.flip(1))
+    yield F.mse_loss(net(x), goal(x))
+
+
+def in_turn(net: Any, x: Tensor) -> Iterator[Tensor]:
+    yield F.mse_loss(net(x), goal(x))
+    yield net(x.flip(1)).pow(2).mean()
+
+
+def backwards(net: Any, x: Tensor) -> Iterator[Tensor]:
+    first, second, third = net(x), net(x.flip(1)), net(x + 1)
+    yield from ((third * second.detach()).mean(), F.mse_loss(second, goal(x)), first.pow(2).mean())
+
+
+Losses = Callable[[Any, Tensor], Iterator[Tensor]]
+
+
+class Module(LightningModule):
+    def __init__(self, block: type[Kept], losses: Losses, *, manual: bool) -> None:
+        super().__init__()
+        self.net, self.losses, self.automatic_optimization = Net(block), losses, not manual
+
+    def training_step(self, batch: Tensor, index: int) -> Any:
+        if self.automatic_optimization:
+            [loss] = self.losses(self.net, batch)
+            return loss
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for loss in self.losses(self.net, batch):
+            self.manual_backward(loss)
+            total += loss.detach()
+        optimizer.step()
+        return {"loss": total}
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        self.log("val_loss", self.net(batch).mean())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def fit(
+    block: type[Kept],
+    losses: Losses,
+    devices: int,
+    strategy: dict[str, Any] | None = None,
+    *,
+    manual: bool = False,
+    **options: Any,
+) -> Run:
+    def make() -> LightningModule:
+        return Module(block, losses, manual=manual)
+
+    return train(make, loader(DATA, 8), devices, strategy, **{"max_steps": -1, "max_epochs": 1, **options})
+
+
+def assert_exact(block: type[Kept], losses: Losses, strategy: dict[str, Any] | None = None, **options: Any) -> None:
+    strategy = strategy or {"num_microbatches": 2}
+    assert_same_run(fit(block, losses, 3, strategy, **options), fit(block, losses, 1, **options))
+
+
+BLOCKS = [Normed, Counted, Replaced, Listed, Booked]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("losses", [twice, targets_before, dropped])
+def test_automatic_steps(block: type[Kept], losses: Losses) -> None:
+    assert_exact(block, losses)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("losses", [targets_between, in_turn, backwards])
+def test_manual_steps(block: type[Kept], losses: Losses) -> None:
+    assert_exact(block, losses, manual=True)
+
+
+@pytest.mark.parametrize("block", [Normed, Listed])
+def test_evaluation_in_between(block: type[Kept]) -> None:
+    assert_exact(block, evaluated_between)
+    assert_exact(block, twice, val_data=loader(DATA[:16], 8), val_check_interval=2, accumulate_grad_batches=2)
+
+
+@pytest.mark.parametrize("block", [Counted, Listed])
+@pytest.mark.parametrize("losses", [twice, targets_before, dropped])
+def test_blocks_on_the_driver(block: type[Kept], losses: Losses) -> None:
+    assert_exact(block, losses, {"num_microbatches": 1, "driver_stage": True})
+
+
+def test_what_is_kept_in_some_batches_only() -> None:
+    assert_exact(Sometimes, twice, {"num_microbatches": 1})
+
+
+@pytest.mark.parametrize("block", [Counted, Listed])
+def test_a_run_that_could_replace_workers(block: type[Kept]) -> None:
+    for losses in (twice, targets_before, dropped):
+        found = fit(block, losses, 3, {"num_microbatches": 2}, callbacks=[StageRecovery(spares=0)])
+        assert_same_run(found, fit(block, losses, 1))
+
+
+@pytest.mark.parametrize("block", [Listed, Counted])
+def test_a_call_in_which_a_worker_is_lost_counts_once(block: type[Kept]) -> None:
+    """The first stage has counted it already."""
+    with Injector(Kill(At(Phase.TRAINING, nth=1), who=3)) as injector:
+        found = fit(
+            block, in_turn, 5, {"num_microbatches": 2, "replicas": 2}, manual=True, callbacks=[StageRecovery(spares=1)]
+        )
+    assert [each.done for each in injector.report] == [True]
+    assert_same_run(found, fit(block, in_turn, 1, manual=True))
+
+
+def looped(losses: Losses) -> Callable[..., list[float]]:
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        seen: list[float] = []
+        for x in DATA.to(DEVICE).split(8):
+            optimizer.zero_grad()
+            for loss in losses(model, x):
+                loss.backward()
+                seen.append(float(loss.detach()))
+            optimizer.step()
+        return seen
+
+    return loop
+
+
+def own_losses(net: Any, x: Tensor) -> Iterator[Tensor]:
+    yield net(x, targets=goal(x))["loss"] + 0.5 * net(x.flip(1), targets=goal(x))["loss"]
+
+
+def gently(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("losses", [twice, own_losses, targets_between, dropped])
+def test_loops(block: type[Kept], losses: Losses) -> None:
+    assert_same(looped(losses), functools.partial(Net, block), optimizer=gently, num_microbatches=1)
+
+
+def test_loops_that_could_replace_workers() -> None:
+    for losses in (twice, own_losses):
+        options: dict[str, Any] = {"num_microbatches": 1, "recovery": RecoveryPolicy(spares=0)}
+        assert_same(looped(losses), functools.partial(Net, Listed), optimizer=gently, **options)
+
+
+def test_who_knew_what_a_call_has_found_is_lost() -> None:
+    """The first call of each step runs once more after the second one."""
+    strategy = {"num_microbatches": 2, "replicas": 2}
+    with Injector(Kill(At(Phase.TRAINING, nth=6), who=2)), pytest.raises(SkipPipeError, match="that knew it was lost"):
+        fit(Counted, twice, 5, strategy, callbacks=[StageRecovery(spares=1)])
