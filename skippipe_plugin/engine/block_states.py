@@ -144,6 +144,8 @@ class BlockStates:
 
     def forget(self) -> None:
         """After an optimizer step: no call of before runs once more."""
+        if not self._noted:
+            return
         self._noted = {number: state for number, state in self._noted.items() if not number}
         self._open = self._open or None
         if not self._noted:
