@@ -254,17 +254,28 @@ def _knock(address: str) -> None:
     socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
 
 
-def _probe(head: str, answers: Answers) -> None:
-    """Tell when the head is gone: Ray's own client waits a minute for it, and then ends this process."""
+def _own_node() -> str:
+    """Return where this machine's Ray node (its raylet) listens."""
+    own = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == own]  # type: ignore[no-untyped-call, unused-ignore]
+    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+
+
+def _probe(whom: str, address: str, answers: Answers) -> None:
+    """Tell when somebody is gone without whom nothing goes on.
+
+    Ray's own client waits a minute for the head, and then ends this process; its node it misses after 10 to 20 s, and
+    then ends every actor.
+    """
     failed = 0
     while failed < _PROBES:
         try:
-            _knock(head)
+            _knock(address)
             failed = 0
         except OSError:
             failed += 1
         time.sleep(_PROBE_S)
-    answers.send(failed=f"the head of the Ray cluster at {head} does not answer any more")
+    answers.send(failed=f"{whom} does not answer any more")
 
 
 def _read(orders: queue.SimpleQueue[dict[str, Any] | None]) -> None:
@@ -301,7 +312,12 @@ def main(arguments: list[str]) -> int:
         return 1
     head = ray.get_runtime_context().gcs_address
     answers.send(ready=ray.util.get_node_ip_address())  # type: ignore[no-untyped-call, unused-ignore]
-    threading.Thread(target=_probe, args=(head, answers), name="head", daemon=True).start()
+    needed = {
+        f"the head of the Ray cluster at {head}": head,
+        "this machine's Ray node (its raylet)": _own_node(),
+    }
+    for whom, where in needed.items():
+        threading.Thread(target=_probe, args=(whom, where, answers), name=whom, daemon=True).start()
     orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(orders,), name="orders", daemon=True).start()
     _obey(Seats(json.loads(resources), answers), orders)
