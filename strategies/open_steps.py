@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from lightning.pytorch import LightningModule
 
+from ..driver.block_states import NotedCall
 from ..driver.capture.growing import sample_counts
+from ..driver.unfinished import CalledTwice, Unfinished
+from ..engine.control.values import States
 from ..engine.errors import SkipPipeError, none_swallowed
 from ..model.backwards import Backwards
 from ..model.open_calls import OpenCalls
@@ -24,6 +28,9 @@ from .checks import check_several_calls
 from .whole_step import WholeStep
 
 log = logging.getLogger(__name__)
+
+Begun = tuple[Unfinished, NotedCall]
+"""What is left of a step, and its first call."""
 
 _SEVERAL_CALLS: Final = (
     "training_step calls the blocks %d times or more before it goes back. It runs once, on the whole batch, of which "
@@ -52,6 +59,36 @@ def opened_steps(
     steps = OpenSteps(spread, module, device, repeats=repeats)
     steps.open()
     return steps
+
+
+def noted_call(spread: SpreadModel, *, is_first: bool, is_cut: bool) -> tuple[NotedCall, States | None]:
+    """Return the first call of a step that may turn out to make others, and what it wants of the blocks' states.
+
+    Args:
+        spread: The blocks.
+        is_first: Whether the step is the first of its kind.
+        is_cut: Whether it runs once for each microbatch.
+    """
+    pipeline, may_go_on = spread.pipeline, not is_cut and spread.settings.drivers == 1
+    call = pipeline.states.call()
+    keeps = pipeline.states.has_buffers or pipeline.proxies.book.keeps
+    return call, call.next() if is_first or (may_go_on and keeps) else None
+
+
+def begun_step(called: CalledTwice, noted: NotedCall, undo: Callable[[], None] | None) -> Begun | None:
+    """Return a step that has called the blocks once more, such that it goes on; None where it begins again.
+
+    Args:
+        called: What it has raised.
+        noted: Its first call.
+        undo: Takes back what it has changed, if that was noted.
+    """
+    if called.unfinished is not None:
+        return called.unfinished, noted
+    if undo is None:
+        raise called
+    undo()
+    return None
 
 
 class OpenSteps:
@@ -83,14 +120,17 @@ class OpenSteps:
         self._step.close()
         self._backwards.leave()
 
-    def run(self, whole: WholeStep, seed: int, num_steps: int) -> Any:
+    def run(self, whole: WholeStep, seed: int, num_steps: int, begun: Begun | None = None) -> Any:
         """Run a step, and return what it returns; the first one begins again where it asks for what blocks return.
 
         Args:
             whole: The step.
             seed: Of the randomness in the blocks.
             num_steps: The optimizer steps so far.
+            begun: What is left of it, where it has begun without knowing how often it calls the blocks.
         """
+        if begun is not None:
+            return self._go_on(*begun, whole, seed, num_steps)
         pipeline = self._spread.pipeline
         num_merged, undo = pipeline.gradients.num_merged, self._firsts.undo("step", whole.note_state)
         last = pipeline.states.last
@@ -104,6 +144,19 @@ class OpenSteps:
 
         run = functools.partial(self._run, whole, seed, num_steps)
         return with_outputs(self._spread, run, None if undo is None else undo_forwards, is_noted=True)
+
+    def _go_on(self, part: Unfinished, noted: NotedCall, whole: WholeStep, seed: int, num_steps: int) -> Any:
+        pipeline = self._spread.pipeline
+        pipeline.heal()
+        self._calls.begin(sample_counts(whole.batch), seed, num_steps)
+        self._calls.take_over(part, noted)
+        try:
+            with none_swallowed(), whole.logging(), pipeline.open_to(self._calls):
+                return part.finish(self._calls, pipeline.proxies)
+        except BaseException:
+            part.thread.close()
+            self._step.close()
+            raise
 
     def _run(self, whole: WholeStep, seed: int, num_steps: int) -> Any:
         self._step.settle("the next training_step")

@@ -32,7 +32,7 @@ from ..driver.pipeline import TRAINING
 from ..driver.recovery.policy import RecoveryPolicy
 from ..driver.recovery.report import RecoveryEvent
 from ..driver.routers import RouterControl
-from ..driver.steps import CalledTwice
+from ..driver.unfinished import CalledTwice
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.control.values import States
@@ -68,7 +68,7 @@ from .cut_step import CutStep, PreparedStep, asking_of
 from .cut_step import prepare as prepare_step
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import loader_hint
-from .open_steps import opened_steps
+from .open_steps import begun_step, noted_call, opened_steps
 from .optimizing import OptimizingStrategy
 from .outputs import with_loss, without_loss
 from .verify import Verify, check_step, verify_first
@@ -499,20 +499,18 @@ class SkipPipeStrategy(OptimizingStrategy):
             cut = None if self._open is not None else self._cut_step("training_step", batch, rest, kwargs)
             if self._open is None and self._asking is not None and self._asking.most_calls > 1:
                 self._open_steps(module, self._asking.most_calls)
-            whole = WholeStep(module, "training_step", args, kwargs, self.root_device)
+            whole, begun = WholeStep(module, "training_step", args, kwargs, self.root_device), None
             if self._open is None:
                 undo = None if cut and cut.is_tried else self._firsts.undo("training_step", whole.note_state)
-                states = None if undo is None else running.pipeline.states.call().next()
+                noted, states = noted_call(running, is_first=undo is not None, is_cut=cut is not None and cut.is_cut)
                 run = functools.partial(self._train_closed, module, whole, cut, states)
                 try:
                     return with_outputs(running, run, undo, is_noted=True)
-                except CalledTwice:
-                    if undo is None:
-                        raise
-                    undo()
+                except CalledTwice as called:
+                    begun = begun_step(called, noted, undo)
                     self._open_steps(module, 2)
             assert self._open is not None
-            return self._open.run(whole, self._seed(), module.trainer.global_step)
+            return self._open.run(whole, self._seed(), module.trainer.global_step, begun)
 
     def _train_closed(
         self, module: LightningModule, whole: WholeStep, cut: PreparedStep | None, states: States | None

@@ -7,9 +7,11 @@ again when the call runs once more for its gradients, or from its beginning.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+
+from torch import nn
 
 from ..engine.block_states import BlockStates
 from ..engine.control.values import Opening, States
@@ -35,6 +37,8 @@ class StateControl:
     def __init__(self) -> None:
         self.last = 0
         """The number of the last call; who lets calls begin again sets it back to what it was."""
+        self.has_buffers = False
+        """Whether any block has one."""
         self._alive: weakref.WeakSet[NotedCall] = weakref.WeakSet()
         self._hosted = BlockStates()
         self._may_repeat = False
@@ -42,8 +46,9 @@ class StateControl:
         self._is_evaluated = False
         """Whether the last step was none of training, and is over."""
 
-    def own(self, hosted: Mapping[int, Stage], *, may_repeat: bool) -> None:
-        """Take charge of the stages on this driver; steps may be repeated after a loss if ``may_repeat``."""
+    def own(self, blocks: Sequence[nn.Module], hosted: Mapping[int, Stage], *, may_repeat: bool) -> None:
+        """Take charge of blocks, some in stages on this driver; steps may be repeated after a loss if ``may_repeat``."""
+        self.has_buffers = any(True for block in blocks for _ in block.buffers())
         self._hosted, self._may_repeat = BlockStates(hosted), may_repeat
 
     def call(self) -> NotedCall:
@@ -75,13 +80,13 @@ class StateControl:
         self._hosted.end()
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self, counts: bool = True) -> Iterator[None]:
         """Let a step whose forwards are done count in the blocks, though it is given up."""
-        self._counts = True
+        before, self._counts = self._counts, self._counts or counts
         try:
             yield
         finally:
-            self._counts = False
+            self._counts = before
 
     def give_up(self, *, in_step: bool) -> bool:
         """Give up what is under way; return whether what the last step has left in the blocks stays."""

@@ -35,6 +35,7 @@ from .backward import GradientControl, mergeable
 from .block_states import StateControl
 from .capture.asking import CutBook
 from .capture.graphs import AroundTheBlocks
+from .capture.hooks import WATCHED_LATE
 from .capture.notes import Noted
 from .capture.proxies import BlockProxies
 from .capture.remote import is_remote
@@ -60,6 +61,7 @@ from .shards import ExpertShards
 from .stages import StageSender
 from .steps import NoFeed, StepRun, StepTask
 from .tapped import TapExchange
+from .unfinished import CalledTwice
 from .weights import RemoteWeights
 from .whole_step import WholeRun, WholeTask
 
@@ -67,11 +69,6 @@ TRAINING: Final = "training"
 EVALUATION: Final = "evaluation"
 REHEARSAL: Final = "rehearsal"
 """The forwards of a training step, which runs again when its gradients are there; used by who asks for it first."""
-_WATCHED: Final = (
-    "the step has registered a forward hook on a module of the blocks, which is to see the whole batch, but the batch "
-    "is cut already, since no step did so before. Register it before the step (in on_train_batch_start, ...), or let "
-    "the step run once, on the whole batch, with microbatches='stack'"
-)
 _T = TypeVar("_T")
 
 
@@ -299,7 +296,7 @@ class Pipeline:
         self.remote.own(proxies.blocks, proxies.names)
         local = [parameter for parameter in model.parameters() if not is_remote(parameter)]
         self.gradients.own(local, self._hosted)
-        self.states.own(self._hosted, may_repeat=keep)
+        self.states.own(proxies.blocks, self._hosted, may_repeat=keep)
         self.model = model
         self.gradients.accumulation.host = self if keep else None
         self.routers.own(model)
@@ -472,7 +469,7 @@ class Pipeline:
 
     def _check_unwatched(self, live: Sequence[int]) -> None:
         if len(live) > 1 and self.proxies.is_watched:
-            raise SkipPipeError(_WATCHED)
+            raise SkipPipeError(WATCHED_LATE)
 
     @contextmanager
     def open_to(self, answer: Callable[[StackCall], Tensor]) -> Iterator[None]:
@@ -587,7 +584,8 @@ class Pipeline:
 
     def _give_up(self, error: BaseException) -> None:
         """Abort the step; when it broke because of a worker, raise that worker's failure instead."""
-        self.abort()
+        with self.states.counted(isinstance(error, CalledTwice) and error.unfinished is not None):
+            self.abort()
         if isinstance(error, GenerationAborted):
             self.links.raise_cause(error.ranks)
 

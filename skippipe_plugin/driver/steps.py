@@ -31,6 +31,7 @@ from .capture.stack_call import StackCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter
 from .tapped import TapExchange
+from .unfinished import CalledTwice
 
 _HELD_BACK_S: Final = 0.002
 """For how long announcements are collected before they are sent, so that cheap embeddings share one message."""
@@ -55,10 +56,6 @@ WITH_GRADIENTS: Final = (
     "the blocks of the pipeline were called with gradients enabled in validation, test or prediction; "
     "there is no way back through them outside of training_step. Call them under torch.no_grad()"
 )
-
-
-class CalledTwice(SkipPipeError):
-    """A training step has called the blocks once more."""
 
 
 def not_called(proxies: BlockProxies) -> str:

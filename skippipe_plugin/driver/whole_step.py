@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..engine.arguments import versions
 from ..engine.call import Ambient, Call, block_seed
 from ..engine.control.values import Opening, States
 from ..engine.device import random_states, set_random_states
@@ -35,8 +36,9 @@ from .capture.stack_call import StackCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.token import check_available
 from .capture.writer import CallWriter
-from .steps import CALLED_TWICE, WITH_GRADIENTS, CalledTwice, gradient_of, not_called
+from .steps import CALLED_TWICE, WITH_GRADIENTS, gradient_of, not_called
 from .tapped import TapExchange
+from .unfinished import CalledTwice, Unfinished
 
 _STEP: Final = 0
 """The thread in which the user's function runs."""
@@ -67,6 +69,8 @@ class WholeTask:
     """What may be asked, in this order, until one has an answer; without any the call is not cut."""
     counts: Sequence[int] = ()
     """Where nothing may be asked: how many samples the batch may have, the likeliest first. What fits is tried."""
+    cut: tuple[int, Cut] | None = None
+    """Where neither is: the number of samples, and how the call is cut, as it was when it ran before."""
     note_state: Callable[[], Callable[[], None]] = lambda: lambda: None
     """Notes what the user's code may change on the driver; returns what undoes it, random states included."""
     repeats: bool = False
@@ -133,6 +137,7 @@ class WholeRun:
         self._most = len(microbatches)
         self._book = book
         self._differs = differs
+        self._threads = threads
         self._thread, self._asked = threads[_STEP], threads[_QUESTION]
         self._proxies = proxies
         self._writer = writer
@@ -152,6 +157,9 @@ class WholeRun:
         self._parts: list[StackCall] = []
         """The calls of the microbatches; empty when none waits."""
         self._call: StackCall | None = None
+        self._versions: Sequence[int] = ()
+        """Of what it was given."""
+        self._found: tuple[int, Cut] | None = None
         self._cut: Cut | None = None
         self._prepared: dict[int, Call] = {}
         self._results: dict[int, Tensor] = {}
@@ -280,7 +288,7 @@ class WholeRun:
             with own_gradients.Checked(result, call.sources):
                 self._resume(result)
             if isinstance(self._outcome, Suspended):
-                raise CalledTwice(CALLED_TWICE)
+                raise CalledTwice(CALLED_TWICE, self._unfinished(leaf))
             self._back_propagate(self.values()[0])
         if self._taps is not None:
             for index in range(len(self._parts)):
@@ -308,6 +316,16 @@ class WholeRun:
                 back_propagate_all(*zip(*roots, strict=True))
 
     # -------------------------------------------------------------- pieces
+
+    def _unfinished(self, leaf: Tensor) -> Unfinished | None:
+        """Return the function, if it may go on though it has called the blocks once more."""
+        call, outcome = self._call, self._outcome
+        assert call is not None
+        assert isinstance(outcome, Suspended)
+        if call.hooks or call.exported or call.caches or not leaf.requires_grad or self._task.outside is not None:
+            return None
+        thread = self._threads.part_with(_STEP)
+        return Unfinished(thread, call, self._versions, self._found, leaf, self._task.seed, outcome.request)
 
     def _collect_sides(self, microbatch: int) -> None:
         """Wait for the gradients of a microbatch's side inputs."""
@@ -387,10 +405,11 @@ class WholeRun:
     def _cut_call(self) -> None:
         if self._parts:
             return
-        found = self._find_cut()
+        found = self._found = self._find_cut()
         if not isinstance(self._outcome, Suspended):  # it began again, and went another way
             return
         call = self._call = self._outcome.request
+        self._versions = versions([call.hidden, *call.side_inputs])
         self._cut, self._sizes, self._parts = None, [1], [call]
         if found is not None:
             num_samples, self._cut = found
@@ -412,7 +431,7 @@ class WholeRun:
         """Return the number of samples and the cut of the call that waits; None when it goes as it is."""
         task, call = self._task, self._outcome.request  # type: ignore[union-attr]
         if self._most == 1 or call.caches or not (task.questions or task.counts):
-            return None
+            return task.cut
         if call.hooks:
             self._book.tell("forward hooks watch modules of the blocks, and are to see the whole batch")
             return None

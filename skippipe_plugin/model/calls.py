@@ -21,7 +21,8 @@ from ..driver.capture.rewind import rewinder
 from ..driver.capture.suspend import current_thread
 from ..driver.capture.token import check_available
 from ..driver.capture.undo import undo_all
-from ..driver.steps import CalledTwice, StepTask
+from ..driver.steps import StepTask
+from ..driver.unfinished import CalledTwice
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.control.values import States

@@ -20,6 +20,7 @@ from ..driver.capture.entered import EnteredStack
 from ..driver.capture.hooks import Seen
 from ..driver.capture.stack_call import StackCall
 from ..driver.capture.suspend import suspend_here
+from ..driver.unfinished import Unfinished
 from ..driver.whole_step import WholeTask
 from ..engine.arguments import versions
 from ..engine.call import block_seed
@@ -76,6 +77,27 @@ class OpenCalls:
         """Expect further calls for the same batch, of other inputs, which may have so many samples."""
         self._counts = counts
 
+    def take_over(self, part: Unfinished, noted: NotedCall) -> None:
+        """Take over the first call of a step that did not know of others."""
+        entrance = Entrance(of_model=False)
+        given = [part.first.hidden, *part.first.side_inputs]
+        check = _unchanged(given, part.versions)
+        run = functools.partial(
+            self._run,
+            _entered(part.first, entrance),
+            entrance,
+            part.seed,
+            self._batch,
+            check,
+            noted,
+            counts=(),
+            cut=part.cut,
+        )
+        self._spread.take_same_paths(self._batch)
+        self._step.take_over(entrance, run, part.leaf)
+        self._number = 1
+        self._followed.add(1)
+
     def __call__(self, call: StackCall) -> Tensor:
         """Run the blocks, and return what they return; what else of them is used is in the call then."""
         result, *call.values = self._outputs(call)
@@ -128,10 +150,11 @@ class OpenCalls:
         check: Callable[[], None],
         noted: NotedCall,
         outside: Callable[..., None],
+        **options: Any,
     ) -> None:
         check()
         undo, states = entrance.undone_with(_nothing), noted.next()
-        task = self._task(call, seed, training=True, note_state=lambda: undo, outside=outside, states=states)
+        task = self._task(call, seed, training=True, note_state=lambda: undo, outside=outside, states=states, **options)
         self._spread.train(task, self._num_steps, batch)
 
     def _task(self, call: StackCall, seed: int, *, training: bool, **options: Any) -> WholeTask:
@@ -141,9 +164,8 @@ class OpenCalls:
             seed=seed,
             training=training,
             name="call",
-            counts=self._counts,
             repeats=self._repeats,
-            **options,
+            **{"counts": self._counts, **options},
         )
 
 
@@ -166,9 +188,9 @@ def _without_gradients(call: StackCall) -> StackCall:
     return dataclasses.replace(call, entered=EnteredStack(call.hidden.detach()), beside=sides, ambient=ambient)
 
 
-def _unchanged(given: Sequence[Tensor]) -> Callable[[], None]:
-    """Return what raises when one of these was changed in place since."""
-    noted = versions(given)
+def _unchanged(given: Sequence[Tensor], noted: Sequence[int] = ()) -> Callable[[], None]:
+    """Return what raises when one of these was changed in place since, or since its version was ``noted``."""
+    noted = noted or versions(given)
 
     def check() -> None:
         for tensor, before, now in zip(given, noted, versions(given), strict=True):

@@ -188,6 +188,20 @@ class OpenStep:
         gates = iter(gated(real, functools.partial(self._receive, call, graph)))
         return [next(gates) if is_real(output) else output for output in outputs]
 
+    def take_over(self, entrance: Entrance, train: Train, leaf: Tensor) -> None:
+        """Take over a call whose step was given up, and with whose result others have computed already.
+
+        Args:
+            entrance: What has entered it.
+            train: Runs it once more.
+            leaf: Gets the gradient of its result.
+        """
+        self.begin()
+        graph = _Graph()
+        call = self._last = _Call(entrance, weakref.ref(graph), train, of_all=True)
+        follow: Any = leaf.register_post_accumulate_grad_hook
+        follow(functools.partial(self._receive_leaf, call, graph))
+
     def watched(self, entrance: Entrance, loss: Tensor, spare: Train | None = None, num_parts: int = 1) -> Tensor:
         """Let a loss, whose step is over, have its place in the graph of the code around it.
 
@@ -291,6 +305,11 @@ class OpenStep:
         """A backward of the user's has reached the outputs."""
         self._check(call)
         call.add(gradients)
+
+    def _receive_leaf(self, call: _Call, graph: _Graph, leaf: Tensor) -> None:
+        """The same, where what they have computed with is a leaf."""
+        gradient, leaf.grad = leaf.grad, None
+        self._receive(call, graph, [gradient])
 
     def _claim(self, call: _Call, graph: _Graph, num_parts: int, gradient: Tensor) -> bool:
         """A backward of the user's has reached a loss whose step is over; return whether that runs once more."""

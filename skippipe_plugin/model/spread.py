@@ -295,6 +295,10 @@ class SpreadModel:
         phases.reach(phases.Phase.TRAINING, step)
         return self.pipeline.train(task, choose)
 
+    def take_same_paths(self, batch: object) -> None:
+        """Let further calls for a batch take the paths of the last training step, which was for it, too."""
+        self._chosen_for = batch
+
     def evaluate(self, task: StepTask | WholeTask) -> list[Any]:
         """Run functions without gradients; see :meth:`Pipeline.evaluate`."""
         phases.reach(phases.Phase.VALIDATING)

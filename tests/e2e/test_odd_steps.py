@@ -142,18 +142,13 @@ class MoreAndMore(Net):
         return self.error(hidden, batch)
 
 
-@pytest.mark.parametrize("make", [ByValue, BySize, UntilStill], ids=lambda make: make.__name__)
-def test_numbers_of_calls_that_differ_between_microbatches(make: Make) -> None:
+@pytest.mark.parametrize("make", [ByValue, BySize, UntilStill, MoreAndMore], ids=lambda make: make.__name__)
+def test_numbers_of_calls_that_differ(make: Make) -> None:
     assert_exact(make)
 
 
-@pytest.mark.parametrize(
-    ("make", "says", "steps"),
-    [(NotAlways, "without calling the blocks", CALLING), (MoreAndMore, "more often than in the batches before", 2)],
-    ids=["none", "later"],
-)
-def test_numbers_of_calls_that_cannot_be(make: Make, says: str, steps: int) -> None:
-    assert_refused(make, says, steps)
+def test_a_batch_without_any_call_is_refused() -> None:
+    assert_refused(NotAlways, "without calling the blocks", CALLING)
 
 
 @pytest.mark.parametrize("make", [ByValue, BySize], ids=lambda make: make.__name__)

@@ -231,18 +231,6 @@ def test_a_worker_that_is_lost_in_any_call_is_replaced(nth: int, accumulated: in
     assert_same_run(found, fit(Contrastive, 1, **options))
 
 
-class Later(Contrastive):
-    """Calls them once at first, and twice later on."""
-
-    def training_step(self, batch: Tensor, index: int) -> Any:
-        return super().training_step(batch, index) if index > 2 else self.net(batch).pow(2).mean()
-
-
-def test_a_second_call_that_only_a_later_batch_makes_is_refused() -> None:
-    with pytest.raises(SkipPipeError, match="more often than in the batches before"):
-        fit(Later, 3, {"num_microbatches": 4})
-
-
 def test_batches_of_one_sample() -> None:
     def run(devices: int, strategy: dict[str, Any] | None = None) -> Run:
         return train(Recurrent, loader(DATA[:6], 1), devices, strategy, max_steps=6)

@@ -28,6 +28,11 @@ _GLOBAL: Final[tuple[dict[int, Any], ...]] = (
     torch_module._global_backward_hooks,
     torch_module._global_backward_pre_hooks,
 )
+WATCHED_LATE: Final = (
+    "the step has registered a forward hook on a module of the blocks, which is to see the whole batch, but the batch "
+    "is cut already, since no step did so before. Register it before the step (in on_train_batch_start, ...), or let "
+    "the step run once, on the whole batch, with microbatches='stack'"
+)
 _WATCHED: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

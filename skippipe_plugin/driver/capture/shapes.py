@@ -68,6 +68,11 @@ class ShapeBook:
         return any(probe.buffers or probe.weights for probe in self._known.values())
 
     @property
+    def keeps(self) -> bool:
+        """Whether the forward of a block that was asked writes anything of the block."""
+        return any(probe.buffers or probe.weights or probe.writes for probe in self._known.values())
+
+    @property
     def written_weights(self) -> set[tuple[int, str]]:
         """Return the parameters (block, name) that forwards write, of kinds of blocks that were asked."""
         written = {kind: set(probe.weights) for (kind, *_), probe in self._known.items() if probe.weights}

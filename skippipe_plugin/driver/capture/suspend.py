@@ -131,6 +131,11 @@ class StepThreads:
             self._threads.append(new_step_thread(len(self._threads), self._anybody_waits))
         return self._threads[index]
 
+    def part_with(self, index: int) -> StepThread:
+        """Return one of them, which is the caller's from now on."""
+        thread, self._threads[index] = self[index], new_step_thread(index, self._anybody_waits)
+        return thread
+
     def abandon(self) -> None:
         """Unwind whatever is suspended, and then what was waiting for it."""
         for thread in [*filter(lambda thread: thread.suspended, self._threads), *self._threads]:
