@@ -42,9 +42,8 @@ under the two.
 
 _ROUNDING: Final = 1e-6
 _BENDS: Final = (
-    "the loss is multiplied (by {quotient:.6g}) between the step and its backward, which has run already, and {what} "
-    "does something else with a multiple of a gradient than with the gradient (a hook or a function that clips it, "
-    "for instance). Multiply the loss inside of the step: in training_step, in the model's forward or in what run() is "
+    "the loss is multiplied (by {quotient:.6g}) between the step and its backward, which has run already, and {what}. "
+    "Multiply the loss inside of the step: in training_step, in the model's forward or in what run() is "
     "given; or let the Trainer or accelerate divide it (accumulate_grad_batches, gradient_accumulation_steps). In a "
     "loop it may also be computed from what the model returns (called without labels)"
 )

@@ -48,6 +48,11 @@ _MOST_SHOWN: Final = 8
 """A hand of the clock that has shown more than so many, most of them once, is taken to move with every batch."""
 _MOST_ASKED: Final = 32
 """After so many batches of a kind nothing new is asked about, nor are masks looked for where there were none."""
+_CLIPS: Final = (
+    "{what} does something else with a multiple of a gradient than with the gradient (a hook or a function that clips "
+    "it, for instance)"
+)
+_SHOWS: Final = "a tensor that keeps its gradient (retain_grad()), or a hook that looks at one, has it without that"
 
 
 class Asking:
@@ -194,7 +199,7 @@ class Asking:
                 return None
 
     def bend(self, kind: Hashable, function: Callable[[], Results]) -> str:
-        """Name what of a step's backward does something else with a multiple of a gradient; nothing if unknown.
+        """Say what of a step's backward shows when a gradient is multiplied afterwards only; nothing if unknown.
 
         Args:
             kind: What steps have in common of which one is asked.
@@ -212,8 +217,9 @@ class Asking:
                 reply = functools.partial(fakes.of_piece, 0)
                 mode = Neutral()
                 results = self._trials.run(function, reply, mode, trace.restore)
-                is_linear = self._trials.is_linear(results, fakes.made[0], is_half=mode.is_half)
-                return "" if is_linear else "the step, around the blocks,"
+                if not self._trials.is_linear(results, fakes.made[0], is_half=mode.is_half):
+                    return _CLIPS.format(what="the step, around the blocks,")
+                return _SHOWS if mode.shows_gradients or self._trials.have_backward_hooks() else ""
 
             try:
                 found = self._spread.pipeline.surviving(run)
@@ -221,7 +227,8 @@ class Asking:
                 raise
             except Exception:  # made-up hidden states may be its only reason
                 found = ""
-        return found or bend_of_blocks(self._spread, fakes)
+        bent = "" if found else bend_of_blocks(self._spread, fakes)
+        return _CLIPS.format(what=bent) if bent else found
 
     @property
     def most_calls(self) -> int:

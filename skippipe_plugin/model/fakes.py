@@ -240,6 +240,8 @@ class Neutral(TorchFunctionMode):
         """Whether that was in float16."""
         self.reads_gradients = False
         """Whether what has run under it looked at gradients of parameters."""
+        self.shows_gradients = False
+        """Whether a tensor keeps its gradient, or a hook looks at one: user code may read it after the backward."""
         self.weighs_classes = False
         """Whether it took a mean over weights of classes, which is none over samples or labels."""
 
@@ -271,6 +273,8 @@ class Neutral(TorchFunctionMode):
         if kwargs.get("dropout_p"):
             kwargs = {**kwargs, "dropout_p": 0.0}
         self._note(func, name, args, kwargs)
+        if name == "register_hook":
+            args, kwargs = (args[0], self._noting(*args[1:], **kwargs)), {}
         result = func(*args, **kwargs)
         self.takes_course = self.takes_course or takes_course(name, args, result)
         if isinstance(result, Tensor) and result.dtype in COARSE:
@@ -300,11 +304,23 @@ class Neutral(TorchFunctionMode):
                 self._remember(_MIRRORED.get(name, name), args[0])
         elif name == "get" and func == _GRADIENT:
             self.reads_gradients = self.reads_gradients or (isinstance(args[0], nn.Parameter) and args[0].requires_grad)
+        elif name == "retain_grad":
+            self.shows_gradients = True
         elif name in ("isnan", "nansum", "nanmean", "nan_to_num"):
             self.constants.add(("isnan", 0.0))
         elif name in ("clamp", "clip", "clamp_min", "clamp_max"):
             for bound in (*args[1:], *kwargs.values()):
                 self._remember("lt", bound)
+
+    def _noting(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+        """Return a hook that notes whether it only looks."""
+
+        def called(gradient: Tensor) -> Tensor | None:
+            changed = hook(gradient)
+            self.shows_gradients = self.shows_gradients or changed is None
+            return changed
+
+        return called
 
     def _remember(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.ndim == 0 and value.device.type == "cpu" and not value.requires_grad:

@@ -106,6 +106,12 @@ class Trials:
         with Neutral():
             return is_linear(results.get(LOSS), made, self._own, is_half=is_half)
 
+    def have_backward_hooks(self) -> bool:
+        """Whether a module around the blocks has a hook that sees gradients."""
+        blocks = {id(part) for block in self._spread.pipeline.proxies.blocks for part in block.modules()}
+        around = (module for module in self._module.modules() if id(module) not in blocks)
+        return any(module._backward_hooks or module._backward_pre_hooks for module in around)
+
     @property
     def _own(self) -> list[nn.Parameter]:
         """The parameters around the blocks."""

@@ -44,6 +44,24 @@ def hooked(h: Tensor) -> Tensor:
     return h
 
 
+def keeping(h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.retain_grad()
+    return h
+
+
+def looked_at(h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(lambda grad: print(grad.norm()))
+    return h
+
+
+def multiplying(h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(lambda grad: -0.5 * grad)
+    return h
+
+
 def as_it_is(h: Tensor) -> Tensor:
     return h
 
@@ -56,9 +74,11 @@ class Net(nn.Module):
         self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
         make = ClampedBlock if where == "in them" else Block
         self.blocks = nn.ModuleList(make() for _ in range(4))
-        self.before = hooked if where == "before" else as_it_is
-        self.behind = {"behind": hooked, "function": Clamped.apply}.get(where, as_it_is)
+        self.before = {"before": hooked, "kept": keeping, "multiplied": multiplying}.get(where, as_it_is)
+        self.behind = {"behind": hooked, "function": Clamped.apply, "looked at": looked_at}.get(where, as_it_is)
         self.factor = factor
+        if where == "module's hook":
+            self.head.register_full_backward_hook(lambda module, grads, _: print(grads[0].norm()))
 
     def forward(self, x: Tensor, *, loss: bool = True) -> Any:
         h = self.before(self.embed(x))
@@ -66,7 +86,7 @@ class Net(nn.Module):
         return {"loss": self.factor * F.mse_loss(out, x.sum(1, keepdim=True))} if loss else out
 
 
-WHERE = ["before", "in them", "behind", "function"]
+WHERE = ["before", "in them", "behind", "function", "kept", "looked at", "module's hook"]
 DIVISOR = 4
 
 
@@ -102,6 +122,10 @@ def test_the_ways_out_are_exact(where: str) -> None:
 @pytest.mark.parametrize("cut", ["batch", "stack"])
 def test_an_ordinary_backward_is_scaled(cut: str) -> None:
     assert_same(divided, Net, microbatches=cut)
+
+
+def test_a_hook_that_multiplies_is_scaled() -> None:
+    assert_same(divided, functools.partial(Net, "multiplied"))
 
 
 def accelerated(accelerator: Accelerator, where: str) -> dict[str, Tensor]:
