@@ -47,7 +47,7 @@ class StateControl:
         """Whether the last step was none of training, and is over."""
 
     def own(self, blocks: Sequence[nn.Module], hosted: Mapping[int, Stage], *, may_repeat: bool) -> None:
-        """Take charge of blocks, some in stages on this driver; steps may be repeated after a loss if ``may_repeat``."""
+        """Take charge of blocks, of which some are on this driver; lost steps are repeated if ``may_repeat``."""
         self.has_buffers = any(True for block in blocks for _ in block.buffers())
         self._hosted, self._may_repeat = BlockStates(hosted), may_repeat
 
