@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
+from ..engine.arguments import versions
 from ..engine.call import Ambient, Call, block_seed
 from ..engine.control.values import Opening, States
 from ..engine.device import kept_random_states, seed_everything
@@ -31,7 +32,7 @@ from .capture.stack_call import StackCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter
 from .tapped import TapExchange
-from .unfinished import CalledTwice
+from .unfinished import CalledTwice, GivenUp, Parked
 
 _HELD_BACK_S: Final = 0.002
 """For how long announcements are collected before they are sent, so that cheap embeddings share one message."""
@@ -84,9 +85,10 @@ class StepTask:
     """By microbatch: its number of samples, where several are cut from one batch."""
     rewind: Callable[[], None] = lambda: None
     """Undoes what the functions have changed on the driver, before they run once more."""
-    outside: Callable[[Sequence[Any], Sequence[Tensor]], None] | None = None
+    outside: Callable[[Sequence[Any], Sequence[Tensor], Callable[[], Parked | None]], None] | None = None
     """Back-propagates into what the functions returned, when the loss is computed outside of them; it may wait. It is
-    also told what the blocks were given in one of them: its graph may take another backward afterwards."""
+    also told what the blocks were given in one of them: its graph may take another backward afterwards; and what tells
+    what is left to do if the step is given up."""
 
     loss_is_sum: bool = False
     """Whether this driver's loss is the sum of the weighted ones as they are, instead of their mean."""
@@ -160,6 +162,8 @@ class StepRun:
         self._roots_of_sides: dict[int, Sequence[GradientEdge | None]] = {}
         """By microbatch: its side inputs, where some of them carry a gradient."""
         self._leaves: dict[int, Tensor] = {}
+        self._requests: dict[int, tuple[StackCall, Sequence[int]]] = {}
+        """By microbatch, where the loss is outside: its call, and the versions of what that was given."""
         self._held_back: list[PreparedCall] = []
         self._announced_s = self._first_s = self._held_since_s = 0.0
         self._opening: Opening | None = None
@@ -289,6 +293,8 @@ class StepRun:
         self._calls[index] = prepared.call
         if self._task.training:
             self._hidden[index], self._roots[index] = stack_call.hidden, stack_call.entered.root
+            if self._task.outside is not None:
+                self._requests[index] = stack_call, versions([stack_call.hidden, *stack_call.side_inputs])
             if prepared.call.spec.carried:
                 self._sides[index], self._roots_of_sides[index] = stack_call.side_inputs, stack_call.beside.roots
         elif prepared.call.spec.hops[-1].requires_grad:
@@ -372,8 +378,9 @@ class StepRun:
         assert len(self._leaves) == len(self._task.functions), "the schedule goes back before all losses"
         if any(call.spec.ambient.is_half for call in self._calls.values()):
             self._around.look_for_half(each for each in pytree.tree_leaves(self.values()) if isinstance(each, Tensor))
-        self._task.outside(self.values(), next(map(self._sources, self._hidden), ()))
+        self._task.outside(self.values(), next(map(self._sources, self._hidden), ()), self._parked)
         leaves, self._leaves = self._leaves, {}
+        self._requests.clear()
         for microbatch in leaves:
             self._send_back(microbatch)
         return {microbatch: gradient_of(leaf) for microbatch, leaf in leaves.items()}
@@ -388,6 +395,15 @@ class StepRun:
             self._around.back(lambda: back_propagate(root, gradient))
 
     # -------------------------------------------------------------- pieces
+
+    def _parked(self) -> Parked | None:
+        """Return what is left to do if the step is given up now."""
+        leaves = {microbatch - self._first: leaf for microbatch, leaf in self._leaves.items()}
+        calls = [GivenUp(*self._requests[index], leaves[index]) for index in sorted(leaves)]
+        if not all(call.can_run_again() for call in calls):
+            return None
+        sources = next(map(self._sources, self._hidden), ())
+        return Parked(calls, self.values(), sources, self._task.seed, self._task.sizes)
 
     def _show_hooks(self, index: int, microbatch: int) -> None:
         """Give the suspended call what its hooks are to see, and what else it is to get, when it goes on."""

@@ -21,21 +21,51 @@ from .capture.token import check_available
 
 
 @dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A call whose blocks have run, and with whose result the driver's code has computed already."""
+
+    call: StackCall
+    versions: Sequence[int]
+    """Of what the blocks got in it, when they got it."""
+    leaf: Tensor
+    """Gets the gradient of what they returned."""
+
+    def can_run_again(self) -> bool:
+        """Whether its blocks may run once more for that gradient."""
+        call = self.call
+        return not (call.hooks or call.exported or call.caches) and self.leaf.requires_grad
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """A step that waits for the gradients of what its functions have returned, and may be given up meanwhile."""
+
+    calls: Sequence[GivenUp]
+    """Of its functions, in their order."""
+    values: Sequence[Any]  # Any: whatever the user's code returns
+    """What they have returned."""
+    sources: Sequence[Tensor]
+    """What the blocks of one of them got."""
+    seed: int
+    """Of the blocks' randomness."""
+    sizes: Sequence[int] = ()
+    """By function: its number of samples; empty for one function on the whole batch."""
+    cut: tuple[int, Cut] | None = None
+    """How many samples a call on the whole batch had, and how it was cut, if it was."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unfinished:
     """What is left of a step that was given up because its function has called the blocks once more."""
 
     thread: StepThread
     """Where the function waits."""
-    first: StackCall
+    first: GivenUp
     """The call of which the step knew."""
-    versions: Sequence[int]
-    """Of what the blocks got in it, when they got it."""
     cut: tuple[int, Cut] | None
     """How many samples it had, and how it was cut, if it was."""
-    leaf: Tensor
-    """Gets the gradient of what they returned."""
     seed: int
-    """Of their randomness."""
+    """Of the blocks' randomness in it."""
     request: StackCall
     """The call under which it waits."""
 

@@ -38,7 +38,7 @@ from .capture.token import check_available
 from .capture.writer import CallWriter
 from .steps import CALLED_TWICE, WITH_GRADIENTS, gradient_of, not_called
 from .tapped import TapExchange
-from .unfinished import CalledTwice, Unfinished
+from .unfinished import CalledTwice, GivenUp, Parked, Unfinished
 
 _STEP: Final = 0
 """The thread in which the user's function runs."""
@@ -83,9 +83,10 @@ class WholeTask:
     """Names what of the step's backward is not linear in the loss, if anything; see :class:`StepTask`."""
     framed: Callable[[], AbstractContextManager[None]] = nullcontext
     """What the function runs in when the step is repeated after its end; what it logs then is dropped."""
-    outside: Callable[[Sequence[Any], Sequence[Tensor]], None] | None = None
+    outside: Callable[[Sequence[Any], Sequence[Tensor], Callable[[], Parked | None]], None] | None = None
     """Back-propagates into what the function returned, when the loss is computed outside of it; it may wait. It is also
-    told what the blocks were given, whose graph takes another backward afterwards."""
+    told what the blocks were given, whose graph takes another backward afterwards, and what tells
+    what is left to do if the step is given up."""
     states: States | None = None
     """What it wants of the blocks' states."""
 
@@ -289,7 +290,7 @@ class WholeRun:
                 self._resume(result)
             if isinstance(self._outcome, Suspended):
                 raise CalledTwice(CALLED_TWICE, self._unfinished(leaf))
-            self._back_propagate(self.values()[0])
+            self._back_propagate(self.values()[0], leaf)
         if self._taps is not None:
             for index in range(len(self._parts)):
                 self._taps.send_back(self._first + index, self._paths[self._first + index])
@@ -322,10 +323,18 @@ class WholeRun:
         call, outcome = self._call, self._outcome
         assert call is not None
         assert isinstance(outcome, Suspended)
-        if call.hooks or call.exported or call.caches or not leaf.requires_grad or self._task.outside is not None:
+        first = GivenUp(call, self._versions, leaf)
+        if not first.can_run_again() or self._task.outside is not None:
             return None
-        thread = self._threads.part_with(_STEP)
-        return Unfinished(thread, call, self._versions, self._found, leaf, self._task.seed, outcome.request)
+        return Unfinished(self._threads.part_with(_STEP), first, self._found, self._task.seed, outcome.request)
+
+    def _parked(self, leaf: Tensor, value: Any) -> Parked | None:  # Any: what the user's function returned
+        """Return what is left to do if the step is given up now."""
+        assert self._call is not None
+        given_up = GivenUp(self._call, self._versions, leaf)
+        if not given_up.can_run_again():
+            return None
+        return Parked([given_up], [value], self._call.sources, self._task.seed, cut=self._found)
 
     def _collect_sides(self, microbatch: int) -> None:
         """Wait for the gradients of a microbatch's side inputs."""
@@ -503,12 +512,12 @@ class WholeRun:
         self._proxies.note_announced()
         self._prepared = {index: each.call for index, each in enumerate(prepared)}
 
-    def _back_propagate(self, value: Any) -> None:  # Any: what the user's function returned
+    def _back_propagate(self, value: Any, leaf: Tensor) -> None:  # Any: what the user's function returned
         task, call = self._task, self._call
         assert call is not None
         self._before_backward()
         if task.outside is not None:
-            task.outside([value], call.sources)
+            task.outside([value], call.sources, functools.partial(self._parked, leaf, value))
             return
         loss = task.loss_of(value)
         self._loss = None if loss is None else loss.detach()

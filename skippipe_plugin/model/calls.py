@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
@@ -22,7 +23,7 @@ from ..driver.capture.suspend import current_thread
 from ..driver.capture.token import check_available
 from ..driver.capture.undo import undo_all
 from ..driver.steps import StepTask
-from ..driver.unfinished import CalledTwice
+from ..driver.unfinished import CalledTwice, Parked
 from ..driver.whole_step import WholeTask
 from ..engine.call import block_seed
 from ..engine.control.values import States
@@ -41,7 +42,8 @@ from .outputs import (
     with_loss,
     without_caches,
 )
-from .several import SeveralCalls, again
+from .parked import train_again
+from .several import SeveralCalls, again, buffers_as_saved
 from .shares import loss_weights
 from .spread import SpreadModel
 from .suspended import Train
@@ -200,7 +202,9 @@ class ModelCalls:
         undo: Callable[[], None] | None,
     ) -> Any:
         self._seen.add(kind)
-        self._noted = None if undo is None else self._spread.pipeline.states.call()
+        pipeline = self._spread.pipeline
+        keeps = undo is not None or pipeline.states.has_buffers or pipeline.proxies.book.keeps
+        self._noted = pipeline.states.call() if keeps else None
         self._states = None if self._noted is None else self._noted.next()
         self.num_calls += 1
         self._batch = object()
@@ -307,7 +311,13 @@ class ModelCalls:
         self, train: Train, merge: Callable[[list[Any]], Any], spare: Train | None, *, draws_on: bool = False
     ) -> Any:
         what = type(self._model).__name__
-        return self.open_step.hand_out(self._entrance, train, merge, what=what, draws_on=draws_on, spare=spare)
+        late: Callable[[Parked], Train] | None = None
+        if not self._several.was_in_vain:
+            steps, noted = self.num_optimizer_steps, self._noted
+            late = functools.partial(train_again, self._spread, steps, self._batch, noted, self._rewinds)
+        return self.open_step.hand_out(
+            self._entrance, train, merge, what=what, draws_on=draws_on, spare=spare, late=late
+        )
 
     def _run_losses(
         self, batch: CutCall, weights: Sequence[float], rewind: Callable[[], None], outside: Callable[..., None]
@@ -414,7 +424,8 @@ class ModelCalls:
     # ----------------------------------------------------------- evaluation
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = self._evaluated(args, kwargs)
+        with nullcontext() if self.open_step.is_free else buffers_as_saved(self._model):
+            output = self._evaluated(args, kwargs)
         if not torch.is_grad_enabled() or any(is_cache(value) for value in (*args, *kwargs.values())):
             return output
         kind = code_of(self._function), len(args), frozenset(kwargs)
@@ -478,7 +489,8 @@ class ModelCalls:
             merging, name = Merging(self._asking, question, self._weight), f"a call of {type(self._model).__name__}"
             return None if merging.goes_whole(self._spread.settings.microbatches, name) else merging
 
-        merging = with_outputs(self._spread, asked)
+        with nullcontext() if self.open_step.is_free else buffers_as_saved(self._model):
+            merging = with_outputs(self._spread, asked)
         return None if merging is None else (batch, merging)
 
     @staticmethod

@@ -80,11 +80,11 @@ class OpenCalls:
     def take_over(self, part: Unfinished, noted: NotedCall) -> None:
         """Take over the first call of a step that did not know of others."""
         entrance = Entrance(of_model=False)
-        given = [part.first.hidden, *part.first.side_inputs]
-        check = _unchanged(given, part.versions)
+        call = part.first.call
+        check = unchanged([call.hidden, *call.side_inputs], part.first.versions)
         run = functools.partial(
             self._run,
-            _entered(part.first, entrance),
+            entered(call, entrance),
             entrance,
             part.seed,
             self._batch,
@@ -94,7 +94,7 @@ class OpenCalls:
             cut=part.cut,
         )
         self._spread.take_same_paths(self._batch)
-        self._step.take_over(entrance, run, part.leaf)
+        self._step.take_over(entrance, run, part.first.leaf)
         self._number = 1
         self._followed.add(1)
 
@@ -119,7 +119,7 @@ class OpenCalls:
         entrance = Entrance(of_model=False)
         given = [call.hidden, *call.side_inputs]
         run = functools.partial(
-            self._run, _entered(call, entrance), entrance, seed, self._batch, _unchanged(given), noted
+            self._run, entered(call, entrance), entrance, seed, self._batch, unchanged(given), noted
         )
         if self._number in self._followed:
             with torch.no_grad():
@@ -175,7 +175,7 @@ def _as_seen(outputs: Sequence[Tensor]) -> list[Tensor]:
     return [result, *(each.as_subclass(Seen) if each.requires_grad else each for each in others)]
 
 
-def _entered(call: StackCall, entrance: Entrance) -> StackCall:
+def entered(call: StackCall, entrance: Entrance) -> StackCall:
     """Return the same call, as the beginning of a graph of its own."""
     (hidden, *sides), _ = entrance.enter((call.hidden, *call.side_inputs), {})
     return dataclasses.replace(call, entered=EnteredStack(hidden), beside=SideInputs(sides))
@@ -188,7 +188,7 @@ def _without_gradients(call: StackCall) -> StackCall:
     return dataclasses.replace(call, entered=EnteredStack(call.hidden.detach()), beside=sides, ambient=ambient)
 
 
-def _unchanged(given: Sequence[Tensor], noted: Sequence[int] = ()) -> Callable[[], None]:
+def unchanged(given: Sequence[Tensor], noted: Sequence[int] = ()) -> Callable[[], None]:
     """Return what raises when one of these was changed in place since, or since its version was ``noted``."""
     noted = noted or versions(given)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..driver.backward import GradientControl
 from ..driver.capture.graphs import check_hooks, comes_from
 from ..driver.capture.suspend import StepThread, new_step_thread
+from ..driver.unfinished import Parked
 from ..engine.errors import SkipPipeError
 from .entrance import Entrance, LoopGraph
 from .outputs import differentiable, gated, is_real, map_tensors, watched
@@ -28,8 +29,8 @@ from .suspended import SuspendedStep, Train
 _ONE_BACKWARD: Final = (
     "this loss belongs to {which} call of the model, whose gradients are {state}: a pipeline takes one backward for "
     "each training call of the model, and before the next one, unless the first batch makes several calls already. Let "
-    "every batch make them (with a weight of 0 where one should not count), put the inputs into one batch, or add the "
-    "losses before backward"
+    "every batch make them (with a weight of 0 where one should not count), compute the loss in the loop, from what "
+    "the model returns without labels, put the inputs into one batch, or add the losses before backward"
 )
 _GIVEN_UP: Final = (
     "the workers have given up the call of the model that this loss belongs to: they were needed before its backward, "
@@ -60,6 +61,8 @@ class _Call:
     """Whether gradients come of all outputs that may carry one, since it was not known which would."""
     spare: Train | None = None
     """Runs it once more, should others follow before it goes back."""
+    late: Callable[[Parked], Train] | None = None
+    """Makes that of a step that waits, where it was not foreseen."""
 
     def add(self, gradients: list[Tensor | None]) -> None:
         """Note gradients of its outputs, which may come in parts."""
@@ -70,6 +73,7 @@ class _Call:
     def end(self, given_up: str = "") -> None:
         """Take no gradients any more."""
         self.is_over, self.given_up, self.again, self.spare = True, given_up, None, None
+        self.late = None
 
 
 class OpenStep:
@@ -104,7 +108,12 @@ class OpenStep:
             What tells, when that batch is over, whether they have come; None where it is not so.
         """
         last = self._last
-        if last is None or last.is_over or last.spare is None or last.graph() is None:
+        if last is None or last.is_over or last.graph() is None:
+            return None
+        if last.spare is None and last.suspended is not None and last.late is not None:
+            parked = last.suspended.parked()
+            last.spare = None if parked is None else last.late(parked)
+        if last.spare is None:
             return None
         last.again, last.spare = last.spare, None
         return lambda: last.is_over and not last.given_up
@@ -151,6 +160,7 @@ class OpenStep:
         draws_on: bool = False,
         repeats: bool = False,
         spare: Train | None = None,
+        late: Callable[[Parked], Train] | None = None,
     ) -> Any:
         """Start a step that waits for the gradients of its outputs, and return these.
 
@@ -162,13 +172,16 @@ class OpenStep:
             draws_on: Whether the step's code draws from the random state of the code around it.
             repeats: Whether it may be repeated.
             spare: Runs it once more, should others follow.
+            late: Makes that of what is left of the step then, where there is none.
         """
         self._thread = self._thread or new_step_thread()
         suspended = SuspendedStep(self._thread, self._device, draws_on=draws_on)
         outputs = suspended.start(train)
         self._gradients.window.pause()
         graph = _Graph()
-        call = self._last = _Call(entrance, weakref.ref(graph), train if repeats else None, suspended, spare=spare)
+        call = self._last = _Call(
+            entrance, weakref.ref(graph), train if repeats else None, suspended, spare=spare, late=late
+        )
         carrying = [tensor for output in outputs for tensor in differentiable(output)]
         if not carrying:
             self._give_up("nothing")
@@ -269,7 +282,7 @@ class OpenStep:
         """Let no call wait any longer: what comes changes what they were computed with, and ``why`` says what it is."""
         self.make_room(why)
         for call in self._open_calls():
-            call.spare = None
+            call.spare = call.late = None
             if call.again is not None:
                 call.end(why)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import torch
@@ -57,6 +58,8 @@ class SeveralCalls:
     ) -> None:
         self.is_open = self.is_running = False
         """Whether calls run so; whether one does now."""
+        self.was_in_vain = False
+        """Whether calls ran so once and need not have: nothing has gone back through the first one."""
         self._spread = spread
         self._step = step
         self._model = model
@@ -92,6 +95,7 @@ class SeveralCalls:
         if self._was_needed is not None and self._step.is_free:
             self.is_open, self._was_needed = self._was_needed(), None
             if not self.is_open:
+                self.was_in_vain = True
                 log.info(_NOT_NEEDED, type(self._model).__name__)
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any, seed: int, num_steps: int) -> Any:
@@ -131,6 +135,11 @@ class SeveralCalls:
             self.is_running = False
 
 
+def buffers_as_saved(model: nn.Module) -> AbstractContextManager[None]:
+    """Return what code runs in that brings a model's buffers back: graphs may have saved them as they are again."""
+    return _unsafe_preserve_version_counter(tuple(buffer for buffer in model.buffers() if not is_remote(buffer)))
+
+
 def again(train: Train, undo: Callable[[], None], model: nn.Module, device: torch.device, given: Any) -> Train:
     """Return what runs a call of the model once more, with all as it was, and leaves no trace but gradients.
 
@@ -142,10 +151,9 @@ def again(train: Train, undo: Callable[[], None], model: nn.Module, device: torc
         given: What the model was called with.
     """
     ambient = Ambient.current(device_types(device))
-    buffers = tuple(buffer for buffer in model.buffers() if not is_remote(buffer))
 
     def run(outside: Callable[..., None]) -> None:
-        with _unsafe_preserve_version_counter(buffers):  # others may have saved them, as they are again
+        with buffers_as_saved(model):
             bring_back = undo_all(model, device, given)
             undo()
             try:

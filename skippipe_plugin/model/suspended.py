@@ -15,6 +15,7 @@ from torch import Tensor
 from ..driver.capture.graphs import check_hooks, goes_past
 from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
 from ..driver.capture.switches import Snapshot, switch_on
+from ..driver.unfinished import Parked
 from ..engine.call import Ambient, device_types
 from ..engine.device import random_states, set_random_states
 from ..engine.returned import tensors_in
@@ -44,6 +45,8 @@ class SuspendedStep:
         self._gradients: Sequence[Tensor | None] | None = None
         self.sources: Sequence[Tensor] = ()
         """What the blocks were given, if its graph goes back after that of the outputs."""
+        self.parked: Callable[[], Parked | None] = lambda: None
+        """Tells what is left to do if the step is given up while it waits."""
         self._loop_states: list[Tensor] = []
         self._begun: Snapshot | None = None
         """What the loop had switched on around its call of the model, and may have left before its backward."""
@@ -93,14 +96,20 @@ class SuspendedStep:
         set_random_states(self._device, states)
         switch_on(since)
 
-    def _back_propagate(self, outputs: Sequence[Any], sources: Sequence[Tensor] = ()) -> None:
+    def _back_propagate(
+        self,
+        outputs: Sequence[Any],
+        sources: Sequence[Tensor] = (),
+        parked: Callable[[], Parked | None] = lambda: None,
+    ) -> None:
         """In the step's thread: hand the outputs over, wait for their gradients, and go back from there.
 
         Args:
             outputs: By microbatch, or of the whole batch.
             sources: What the blocks were given, if one graph has both.
+            parked: Tells what is left to do if the step is given up.
         """
-        self.sources = sources
+        self.sources, self.parked = sources, parked
         if self._gradients is None:  # a step that a lost worker interrupted on its way back has them already
             self._wait(outputs)
         assert self._gradients is not None

@@ -280,6 +280,19 @@ def test_loops(block: type[Kept], losses: Losses) -> None:
     assert_same(looped(losses), functools.partial(Net, block), optimizer=gently, num_microbatches=1)
 
 
+def later(net: Any, x: Tensor) -> Iterator[Tensor]:
+    """A second call in some of the batches."""
+    yield from twice(net, x) if float(x[0, 1]) > 0 else [F.mse_loss(net(x), goal(x))]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_loops_that_call_them_once_more_in_later_batches(block: type[Kept]) -> None:
+    assert [float(x[0, 1]) > 0 for x in DATA.split(8)].index(True) > 0
+    for settings in ({}, {"driver_stage": True}):
+        options: dict[str, Any] = {"num_microbatches": 1, **settings}
+        assert_same(looped(later), functools.partial(Net, block), optimizer=gently, **options)
+
+
 def test_loops_that_could_replace_workers() -> None:
     for losses in (twice, own_losses):
         options: dict[str, Any] = {"num_microbatches": 1, "recovery": RecoveryPolicy(spares=0)}

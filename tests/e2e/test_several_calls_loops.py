@@ -1,6 +1,7 @@
 """Loops of plain torch and of accelerate that call the blocks several times before a backward: as in one process."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -260,10 +261,11 @@ def test_in_any_layout(schedule: str) -> None:
     assert_same(looped(own_losses), Model, optimizer=adamw, driver_stage=True)
 
 
-@pytest.mark.parametrize("losses", [contrastive, own_losses])
-def test_loops_of_accelerate(losses: Losses) -> None:
+@pytest.mark.parametrize("name", ["contrastive", "own_losses", "later"])
+def test_loops_of_accelerate(name: str) -> None:
     def fit(kind: str) -> tuple[list[float], dict[str, Tensor]]:
         torch.manual_seed(0)
+        losses = {"contrastive": contrastive, "own_losses": own_losses, "later": Later(contrastive)}[name]
         with loops.accelerator(kind, gradient_accumulation_steps=2) as current:
             model = Model()
             model, optimizer = current.prepare(model, adamw(model))
@@ -338,20 +340,96 @@ def test_what_nothing_goes_back_through_leaves_calls_cut(
     assert sizes == [4, 0, 4, 4, 4]
 
 
-class Later:
-    """A second call that only a later batch makes."""
+def again_and_again(model: Any, x: Tensor) -> Tensor:
+    return F.mse_loss(model(x), goal(x)) + sum(model(x * factor).pow(2).mean() for factor in (1.5, 0.5))
 
-    def __init__(self) -> None:
-        self.num = 0
+
+LATE = [contrastive, triplet, fed_back, bootstrapped, evaluated_between, unused, again_and_again]
+
+
+class Later:
+    """Calls that only some batches make, beginning with the third one."""
+
+    def __init__(self, losses: Losses, usual: Losses = alone) -> None:
+        self.losses, self.usual, self.num = losses, usual, 0
 
     def __call__(self, model: Any, x: Tensor) -> Tensor:
         self.num += 1
-        return alone(model, x) if self.num < 3 else contrastive(model, x)
+        return self.usual(model, x) if self.num % 3 else self.losses(model, x)
 
 
-def test_a_second_call_that_only_a_later_batch_makes_is_refused() -> None:
+@pytest.mark.parametrize("settings", [*SETTINGS, {"driver_stage": True}], ids=["auto", "stack", "one", "driver"])
+@pytest.mark.parametrize("losses", LATE, ids=lambda losses: losses.__name__)
+def test_calls_that_only_a_later_batch_makes(
+    losses: Losses, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        return looped(Later(losses))(model, optimizer)
+
+    with caplog.at_level(logging.WARNING):
+        assert_same(loop, Model, optimizer=adamw, **settings)
+    assert caplog.text.count(SAID) == 1
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=["auto", "stack"])
+def test_of_a_model_that_is_cut(settings: dict[str, Any]) -> None:
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        return looped(Later(contrastive))(model, optimizer)
+
+    assert_same(loop, Plain, optimizer=adamw, **settings)
+
+
+def test_of_loops_with_an_encoder_in_front() -> None:
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        torch.manual_seed(1)
+        encoder, later = nn.Linear(4, 4).to(DEVICE), Later(contrastive)
+        seen = []
+        for x in BATCHES:
+            loss = later(model, encoder(x))
+            loss.backward()
+            seen += [float(loss.detach()), float(encoder.weight.grad.norm())]
+            optimizer.step()
+            optimizer.zero_grad()
+            encoder.zero_grad()
+        return seen
+
+    assert_same(loop, Plain, optimizer=adamw)
+
+
+def test_what_the_blocks_got_may_not_change_until_their_backward() -> None:
+    class Keeps(Plain):
+        def encoded(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            self.entered = self.embed(x) * 1
+            return functools.reduce(lambda h, block: block(h, mask), self.blocks, self.entered)
+
+    def losses(model: Any, x: Tensor) -> Tensor:
+        made = model(x)
+        model.entered.detach().add_(1)
+        return F.mse_loss(made, goal(x)) + model(x.flip(1)).pow(2).mean()
+
+    with pytest.raises(SkipPipeError, match="was changed in place"):
+        run(looped(Later(losses)), True, Keeps, adamw, num_microbatches=1)
+
+
+@pytest.mark.parametrize("nth", [3, 4, 5])
+def test_a_worker_that_is_lost_in_such_a_batch_is_replaced(nth: int) -> None:
+    """The third batch has its first call twice, and another one in between."""
+
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        return looped(Later(contrastive))(model, optimizer)
+
+    with Injector(Kill(At(Phase.TRAINING, nth=nth), who=2)) as injector:
+        found = run(loop, True, Plain, adamw, replicas=2, recovery=RecoveryPolicy(spares=1))
+    assert [each.done for each in injector.report] == [True]
+    expected = run(loop, False, Plain, adamw)
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("losses", [own_losses, own_and_other])
+def test_those_beside_a_loss_of_the_models_own_are_refused(losses: Losses) -> None:
+    """Its step is over, and gradients are there of which nobody knows yet what they are multiplied with."""
     with pytest.raises(SkipPipeError, match="unless the first batch makes several calls already"):
-        run(looped(Later()), True, Model, adamw)
+        run(looped(Later(losses, own_loss)), True, Model, adamw)
 
 
 def test_microbatches_of_the_batch_are_refused() -> None:
