@@ -69,10 +69,13 @@ def noted_call(spread: SpreadModel, *, is_first: bool, is_cut: bool) -> tuple[No
         is_first: Whether the step is the first of its kind.
         is_cut: Whether it runs once for each microbatch.
     """
-    pipeline, may_go_on = spread.pipeline, not is_cut and spread.settings.drivers == 1
-    call = pipeline.states.call()
-    keeps = pipeline.states.has_buffers or pipeline.proxies.book.keeps
-    return call, call.next() if is_first or (may_go_on and keeps) else None
+    pipeline = spread.pipeline
+    states = pipeline.states
+    if is_cut and not is_first:
+        return NotedCall(0), None  # it does not go on
+    call = states.call()
+    is_noted = is_first or (spread.settings.drivers == 1 and (states.has_buffers or pipeline.proxies.book.keeps))
+    return call, call.next() if is_noted else None
 
 
 def begun_step(called: CalledTwice, noted: NotedCall, undo: Callable[[], None] | None) -> Begun | None:
