@@ -19,7 +19,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class Bytes(Callback):
 class Calls(Callback):
     """Counts the calls of the stack in one process."""
 
-    def __init__(self, blocks: str | None) -> None:
+    def __init__(self, blocks: str | Sequence[str] | None) -> None:
         self._blocks, self.num = blocks, 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -175,7 +175,11 @@ def examine(name: str, entry: Entry, layouts: list[tuple[int, str]]) -> Row:
             if entry.can_skip(workers)
         ]
     except (SkipPipeError, PartitionError) as error:
-        return Row(name, entry.blocks or "", refused=str(error))
+        return Row(
+            name,
+            " + ".join([entry.blocks] if isinstance(entry.blocks, str) else entry.blocks or ()),
+            refused=str(error),
+        )
     microbatches = (STEPS - 1) * NUM_MICROBATCHES
     return Row(
         **{

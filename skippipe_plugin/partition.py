@@ -43,7 +43,8 @@ class BlockStack:
     """Name the consecutive blocks of one container, in the order in which they are called."""
 
     container_name: str
-    """Dotted name of the list, dict or `nn.Sequential` in the root module; "" for the root itself."""
+    """Dotted name of the list, dict or `nn.Sequential` in the root module; "" for the root itself. Of several stacks,
+    all names."""
     names: tuple[str, ...]
     """Dotted names of the blocks in the root module."""
     blocks: tuple[nn.Module, ...]
@@ -60,7 +61,7 @@ class BlockStack:
         return f"{self.container_name or '(the model itself)'}: {shown} ({_count(self.blocks):,} parameters)"
 
 
-def find_blocks(model: nn.Module, blocks: str | None = None) -> BlockStack:
+def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None) -> BlockStack:
     """Find the stack of blocks that the pipeline stages are cut from.
 
     The stack is the run of consecutive modules of one class, in an `nn.ModuleList`, an
@@ -79,13 +80,14 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> BlockStack:
         blocks: The dotted name of the container, with an optional slice as its last part
             (`"model.layers.2:10"`), for a model where the choice above is not the right one. With a
             number of times (`"model.layers*3"`, or `"model.layer*6"` for a single module) the modules are
-            called so often, one after the other and then again.
+            called so often, one after the other and then again. A list names several stacks, in the order in
+            which every forward calls them: `["model.encoder", "model.decoder"]`.
 
     Returns:
         The stack, with names relative to `model`.
 
     Raises:
-        PartitionError: If there is no stack, or none of the given name.
+        PartitionError: If there is no stack, or none of the given name, or two names have a module in common.
 
     Example:
         >>> body = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(4)))
@@ -94,8 +96,10 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> BlockStack:
     """
     containers = list(_containers(model))
     orders = _orders(model, containers)
-    if blocks is not None:
+    if isinstance(blocks, str):
         return _named_stack(model, containers, orders, blocks)
+    if blocks is not None:
+        return _joined([_named_stack(model, containers, orders, each) for each in blocks], blocks)
     candidates = _candidates(containers, orders)
     uncalled = _uncalled_run(containers)
     if uncalled is not None and not _is_better(candidates, uncalled):
@@ -327,6 +331,25 @@ def _named_stack(
                 return _stack(container_name, [(key, module)] * times)
     raise PartitionError(
         f"blocks={blocks!r} names no list, dict or nn.Sequential of modules. {_looked_at(containers)}."
+    )
+
+
+def _joined(stacks: Sequence[BlockStack], blocks: Sequence[str]) -> BlockStack:
+    """Return several stacks as one, whose blocks are called one after the other."""
+    if not stacks:
+        raise PartitionError(f"blocks={list(blocks)} names no stack; {_NAME_IT}.")
+    seen: dict[int, str] = {}
+    for stack in stacks:
+        names = dict(zip(map(id, stack.blocks), stack.names, strict=True))
+        if again := names.keys() & seen.keys():
+            raise PartitionError(
+                f"blocks={list(blocks)} names {names[min(again)]} twice; every stack stands there once."
+            )
+        seen |= names
+    return BlockStack(
+        " + ".join(stack.container_name for stack in stacks),
+        tuple(name for stack in stacks for name in stack.names),
+        tuple(block for stack in stacks for block in stack.blocks),
     )
 
 

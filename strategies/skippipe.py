@@ -100,7 +100,8 @@ class SkipPipeStrategy(OptimizingStrategy):
             or ``"sum"`` (losses add up). By default that is found out by trying the step before the first batch.
         replicas: How many workers hold each stage.
         drivers: How many processes run the Trainer, each on its own share of the data.
-        blocks: The name of the block stack, such as ``"model.layers"``, or ``"model.layer*6"``; found when None.
+        blocks: The name of the block stack, such as ``"model.layers"``, or ``"model.layer*6"``, or of several, in the
+            order in which every forward calls them: ``["model.encoder", "model.decoder"]``. None: the largest one.
         driver_stage: Whether the driver holds the first stage itself, so that N processes make N stages.
         gradient_scale: Whether the gradient of a stage is the mean over all microbatches of the batch (``"batch"``)
             or over those that visited the stage (``"visit"``); the same when nothing is skipped.
@@ -133,7 +134,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         microbatch_weight: MicrobatchWeight | None = None,
         replicas: int = 1,
         drivers: int = 1,
-        blocks: str | None = None,
+        blocks: str | Sequence[str] | None = None,
         driver_stage: bool = False,
         gradient_scale: GradientScale = "batch",
         paths: PathConfig | None = None,

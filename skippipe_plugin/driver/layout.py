@@ -58,19 +58,19 @@ class Layout:
         return [block for stage in self.stages_of(rank) for block in self.blocks(stage)]
 
     def shaping_stages(
-        self, forms: Sequence[TensorSpec] | Sequence[Form], exporting: Collection[int] = ()
+        self, forms: Sequence[TensorSpec] | Sequence[Form], needed: Collection[int] = ()
     ) -> tuple[int, ...]:
         """Return the stages that every path must visit.
 
         Args:
             forms: Around the blocks: of what crosses there, whose shapes or types a stage may change.
-            exporting: The blocks of which code after the stack uses what they return.
+            needed: Blocks that every path runs: code after the stack uses what they return, or another stack begins.
         """
         stages = enumerate(self.stage_blocks, start=1)
         return tuple(
             stage
             for stage, blocks in stages
-            if not forms[blocks.start].is_like(forms[blocks.stop]) or any(block in exporting for block in blocks)
+            if not forms[blocks.start].is_like(forms[blocks.stop]) or any(block in needed for block in blocks)
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -39,7 +40,7 @@ class PipelineSettings:
     microbatch_weight: MicrobatchWeight | None = None
     replicas: int = 1
     drivers: int = 1
-    blocks: str | None = None
+    blocks: str | Sequence[str] | None = None
     driver_stage: bool = False
     gradient_scale: GradientScale = "batch"
     paths: PathConfig = field(default_factory=PathConfig)

@@ -392,8 +392,9 @@ class SpreadModel:
     def _learn_forms(self, planner: PathPlanner) -> None:
         if planner.required is None:
             pipeline = self.pipeline
-            forms, exporting = pipeline.forms, pipeline.proxies.exporting
-            shaping = pipeline.layout.shaping_stages(forms, exporting) if forms else None
+            forms, proxies = pipeline.forms, pipeline.proxies
+            needed = proxies.exporting | proxies.entrances
+            shaping = pipeline.layout.shaping_stages(forms, needed) if forms else None
             planner.required = self._broadcast(shaping)
 
     def rebalance_experts(self, loads: Mapping[str, Sequence[float]], steps: int) -> tuple[dict[str, Move], float]:

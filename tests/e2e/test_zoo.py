@@ -12,8 +12,10 @@ LAYOUTS = [(workers, schedule) for workers in (1, 2, 4) for schedule in ("gpipe"
 SKIPPING = [(name, *layout) for name in EXACT for layout in LAYOUTS if ZOO[name].can_skip(layout[0])]
 QUICK = (
     "t5",
+    "t5 both",
     "whisper",
     "clip",
+    "clip both",
     "llava",
     "qwen2-vl",
     "dit",

@@ -139,6 +139,29 @@ def torch_encoder() -> nn.Module:
         (DictGPT, "transformer.h"),
     ],
 )
+def test_several_stacks_are_one_after_the_other() -> None:
+    model = nn.Transformer(8, 2, 2, 3, 16)
+    stack = find_blocks(model, ["encoder.layers", "decoder.layers.1:3"])
+    assert stack.names == ("encoder.layers.0", "encoder.layers.1", "decoder.layers.1", "decoder.layers.2")
+    assert stack.blocks == (*model.encoder.layers, *model.decoder.layers[1:])
+    assert str(stack).startswith("encoder.layers + decoder.layers: 2 x TransformerEncoderLayer, 2 x Transf")
+    assert find_blocks(model, ["decoder.layers"]) == find_blocks(model, "decoder.layers")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "error"),
+    [
+        ([], "names no stack"),
+        (["encoder.layers", "encoder.layers"], r"names encoder\.layers\.0 twice"),
+        (["encoder.layers.0:2", "encoder.layers.1:2"], r"names encoder\.layers\.1 twice"),
+        (["encoder.layers", "body"], "'body' names no list"),
+    ],
+)
+def test_stacks_that_cannot_be_joined(blocks: list[str], error: str) -> None:
+    with pytest.raises(PartitionError, match=error):
+        find_blocks(nn.Transformer(8, 2, 2, 2, 16), blocks)
+
+
 def test_the_layer_stack_of_known_models(build, container) -> None:
     model = build()
     stack = find_blocks(model)

@@ -22,7 +22,7 @@ class Entry:
 
     make: Callable[[], LightningModule]
     data: Callable[[int], Batch]
-    blocks: str | None = None
+    blocks: str | Sequence[str] | None = None
     """As the strategy takes it; None where it finds the stack itself."""
     callbacks: Callable[[], list[Callback]] = list
     collate: Callable[[Sequence[Batch]], Batch] | None = None
@@ -34,11 +34,19 @@ class Entry:
 
     def can_skip(self, num_stages: int) -> bool:
         """Whether a third of so many stages, rounded, may be skipped."""
-        return num_stages > (3 if self.trees else 1) and not self.visits_all
+        is_one_stack = self.blocks is None or isinstance(self.blocks, str)  # what follows paths knows no code between
+        return num_stages > (3 if self.trees else 1) and not self.visits_all and is_one_stack
 
     def loader(self, samples: int, batch_size: int) -> DataLoader[Any]:
         """Load batches of the first so many samples."""
         return loader(self.data(samples), batch_size, collate_fn=self.collate)
+
+
+_T5: Final = ("model.encoder.block", "model.decoder.block")
+_BART: Final = ("model.model.encoder.layers", "model.model.decoder.layers")
+_TRANSFORMER: Final = ("model.transformer.encoder.layers", "model.transformer.decoder.layers")
+_CLIP: Final = ("model.vision_model.encoder.layers", "model.text_model.encoder.layers")
+_LLAVA: Final = ("model.model.vision_tower.encoder.layers", "model.model.language_model.layers")
 
 
 def _ema() -> list[Callback]:
@@ -60,6 +68,12 @@ ZOO: Final[Mapping[str, Entry]] = {
     "clip text": Entry(
         lambda: modules.Contrastive(pretrained.clip()), modules.captions, "model.text_model.encoder.layers"
     ),
+    "t5 both": Entry(lambda: modules.Task(pretrained.t5()), modules.translations, _T5, trees=True),
+    "bart both": Entry(lambda: modules.Task(pretrained.bart()), modules.translations, _BART),
+    "whisper both": Entry(lambda: modules.Task(pretrained.whisper()), modules.speech, _BART),
+    "nn.Transformer both": Entry(lambda: modules.Translation(networks.EncoderDecoder()), modules.pairs, _TRANSFORMER),
+    "clip both": Entry(lambda: modules.Contrastive(pretrained.clip()), modules.captions, _CLIP),
+    "llava both": Entry(lambda: modules.Task(pretrained.llava()), modules.conversations, _LLAVA),
     "llava": Entry(lambda: modules.Task(pretrained.llava()), modules.conversations),
     "qwen2-vl": Entry(
         lambda: modules.Task(pretrained.qwen2_vl()),

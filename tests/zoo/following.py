@@ -26,11 +26,13 @@ class Following(Callback):
 
     Args:
         schedules: Whose paths, by the number of the batch.
-        blocks: The name of the stack; None as the strategy finds it.
+        blocks: The stack, as the strategy takes it.
         trees: Whether blocks return more than a tensor, and get all of that from the one before.
     """
 
-    def __init__(self, schedules: Sequence[Schedule], blocks: str | None = None, *, trees: bool = False) -> None:
+    def __init__(
+        self, schedules: Sequence[Schedule], blocks: str | Sequence[str] | None = None, *, trees: bool = False
+    ) -> None:
         self._schedules, self._name, self._trees = schedules, blocks, trees
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:

@@ -113,6 +113,9 @@ class BlockProxies:
         """True while the driver holds no weights of its remote blocks."""
         self._usual: UsualCall | None = None
         """The last call, where others may be like it."""
+        parents = [name.rpartition(".")[0] for name in names]
+        self.entrances = frozenset(block for block in range(1, len(names)) if parents[block] != parents[block - 1])
+        """The blocks with which further stacks begin; they may get nothing of what others have returned."""
         self._mains = [Made(block, 0) for block in range(len(blocks))]
         self._exported: set[Made] = set()
         """What else of what blocks return the driver's code has asked for."""
@@ -265,9 +268,12 @@ class BlockProxies:
         """Raise when the code that ``owner`` (a step thread) runs left the stack before its last block."""
         call = self._open.pop(owner, None)
         if call is not None:
+            instead = "layer drop and early exits must be switched off"
+            if call.due in self.entrances:
+                instead = "name the stacks only that every forward calls with blocks=..."
             raise SkipPipeError(
                 f"only the first {call.due} of {len(self.blocks)} blocks were called "
-                f"({self.names[call.due]} was not): layer drop and early exits must be switched off"
+                f"({self.names[call.due]} was not): {instead}"
             )
 
     def forget_open_calls(self) -> None:
@@ -397,9 +403,12 @@ class BlockProxies:
 
     def _out_of_order(self, call: StackCall | None, block: int) -> SkipPipeError:
         expected = call.due if call is not None else 0
+        instead = "Name another stack with blocks=..., or train without the pipeline"
+        if self.entrances:
+            instead = "List the stacks of blocks=[...] in that order, and only those that every forward calls once"
         return SkipPipeError(
             f"{self.names[block]} was called where {self.names[expected]} was expected: the blocks of a pipeline "
-            "are called once each, in order. Name another stack with blocks=..., or train without the pipeline"
+            f"are called once each, in order. {instead}"
         )
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackCall:
@@ -476,7 +485,7 @@ class BlockProxies:
             template = taker.template(position, args, kwargs)
         except SkipPipeError as refusal:
             error = refusal
-        if position is None and not taker.has_met_tokens:
+        if position is None and not taker.has_met_tokens and block not in self.entrances:
             raise SkipPipeError(
                 f"{self.names[block]} was not called with what {self.names[block - 1]} returned: code between the "
                 "blocks changes the hidden states (or activation checkpointing wraps a block from outside). Move that "
@@ -530,14 +539,14 @@ class BlockProxies:
         """Return what ``block`` makes of what enters it in this call."""
         mode = call.asked_in[call.modes[block].training[0]]
         template = call.templates[call.block_template[block]]
-        beside = self._entering(call, block, template) if template.repeats else ()
+        beside = self._entering(call, block, template) if template.repeats or template.hidden is None else ()
         ask = not self._is_in_step or (bool(beside) and not self._is_announced)
         return self.book.output(block, call.specs[block], mode, lambda: self._ask(call, block), ask=ask, beside=beside)
 
     def _entering(self, call: StackCall, block: int, template: Template) -> tuple[Hashable, ...]:
         """Return what its output's form depends on, of what ``block`` gets of others beside its hidden states."""
         found: list[Hashable] = [call.spec_of(block, each) for each in passed_to(template)]
-        if template.computes:
+        if template.computes or template.hidden is None:
             found += [str((template.args, template.kwargs))]
             found += [TensorSpec.of(call.side_inputs[slot]) for slot in sorted(template.slots())]
         return tuple(found)

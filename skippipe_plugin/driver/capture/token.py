@@ -295,6 +295,8 @@ class HiddenToken(Tensor):
             instead = (
                 f', or say in blocks="...*N" how often {name} is called ({len(self._origin.names)} times were expected)'
             )
+        if name.rpartition(".")[0] != following.rpartition(".")[0]:
+            instead = ", or name with blocks=... only stacks that every forward calls"
         raise SkipPipeError(
             f"code between the blocks of a pipeline needs {which} output of {name} ({operation}), but that stays on "
             f"a worker: here stands a placeholder that can only be passed on to {following}, and nothing may leave it "
@@ -334,8 +336,8 @@ def named_parts(names: Sequence[str], first: int, last: int) -> str:
     >>> named_parts(["net.0", "net.1", "net.2", "net.3"], 1, 1)
     'blocks="net.0:2" or blocks="net.2:4"'
     """
-    if len(set(names)) < len(names):
-        return ""  # of one module there is no part
+    if len(set(names)) < len(names) or len({name.rpartition(".")[0] for name in names}) > 1:
+        return ""  # of one module, or of several stacks
     container, _, key = names[0].rpartition(".")
     start, prefix = int(key) if key.isdigit() else 0, f"{container}." if container else ""
     ranges = [(0, first + 1), (last + 1, len(names))]
