@@ -170,6 +170,12 @@ class Template:
         self.fill(note)
         return frozenset(found)
 
+    def has_cache(self) -> bool:
+        """Whether a key-value cache stands in it."""
+        found: list[Any] = []
+        self.fill(lambda leaf: found.append(leaf) if isinstance(leaf, CacheRef) else leaf)
+        return bool(found)
+
     def earlier(self) -> frozenset[Earlier]:
         """Return what stands in it for tensors that blocks before have returned."""
         if not self.repeats:

@@ -67,5 +67,6 @@ def check_outputs(stage: int, outputs: Tensors, leaves: Hop) -> None:
         if output.shape != spec.shape or output.dtype != spec.dtype:
             raise SkipPipeError(
                 f"stage {stage} was expected to return {spec} but returned {TensorSpec.of(output)}: its blocks "
-                "change the form of the hidden states in a way that depends on the data"
+                "change the form of the hidden states in a way that depends on the data, or on a key-value cache "
+                "(T5's bias of positions). Let them keep it; generate with use_cache=False"
             )

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from skippipe_plugin.engine.channel import Channel
+from skippipe_plugin.engine.errors import SkipPipeError
+from tests.zoo import modules, pretrained
 
 from . import zoo
 from .models import tokens
@@ -97,6 +99,56 @@ def test_other_ways_to_generate(name: str, case: str) -> None:
 
     data = loader(prompts(), batch_size=4)
     assert torch.equal(predict(make, data, 3), predict(make, data, 1))
+
+
+class Translating(LightningModule):
+    """An encoder-decoder that writes in ``predict_step``."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        self.model, self.options = ENCODER_DECODERS[name](), options
+        self.model.generation_config.eos_token_id = None
+        for parameter in self.model.parameters():  # as they are, it writes one token again and again
+            nn.init.normal_(parameter, std=0.5)
+
+    def predict_step(self, batch: Tensor) -> Tensor:
+        return self.model.generate(batch, max_new_tokens=LENGTH, **self.options)  # type: ignore[no-any-return]
+
+
+ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
+    "bart": pretrained.bart,
+    "whisper": pretrained.whisper,
+    "t5": pretrained.t5,
+}
+
+
+def sources(name: str) -> DataLoader[Any]:
+    data = modules.speech(6)["input_features"] if name == "whisper" else modules.translations(6)["input_ids"]
+    return loader(data, batch_size=4)
+
+
+@pytest.mark.parametrize("case", ["greedy", *BEAMS])
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_encoder_decoders(name: str, case: str) -> None:
+    """Their cache is two: of the decoder's own tokens, and of what the encoder has made."""
+
+    def make() -> Translating:
+        return Translating(name, **BEAMS.get(case, {"do_sample": False}))
+
+    data = sources(name)
+    plain = predict(make, data, 1)
+    assert len(plain.unique()) > 2
+    for count in (1, 2):
+        assert torch.equal(predict(make, data, 3, num_microbatches=count), plain)
+
+
+def test_a_bias_that_grows_with_the_cache_is_refused_with_its_way_out() -> None:
+    data = sources("t5")
+    with pytest.raises(SkipPipeError, match=r"or on a key-value cache \(T5's .*use_cache=False"):
+        predict(lambda: Translating("t5", do_sample=False), data, 3)
+    options = {"do_sample": False, "use_cache": False}
+    found, plain = (predict(lambda: Translating("t5", **options), data, devices) for devices in (3, 1))
+    assert torch.equal(found, plain)
 
 
 class Padded(Writer):

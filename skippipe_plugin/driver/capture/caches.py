@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 import torch
-from torch import Tensor
 
 from ...engine.call import CacheOp, CacheUse
 from ...engine.errors import SkipPipeError
@@ -141,14 +140,21 @@ class CacheLedger:
                 known.pop(key, None)
         return freed
 
-    def count(self, cache: Any, hidden: Tensor, num_blocks: int) -> None:
+    def count(self, cache: Any, shape: Sequence[int], device: torch.device, num_blocks: int) -> None:
         """Let the driver's cache know how many tokens passed, with keys and values of one byte per token.
 
         Without any, a cache would take itself to be empty, and the masks of padded prompts would be too short.
+
+        Args:
+            cache: The driver's.
+            shape: Of the hidden states that the blocks made: samples, tokens, ...
+            device: Where those are.
+            num_blocks: How many blocks have a part in it.
         """
-        nothing = torch.zeros(hidden.shape[0], 1, hidden.shape[1], 1, dtype=torch.bool, device=hidden.device)
+        nothing = torch.zeros(shape[0], 1, shape[1], 1, dtype=torch.bool, device=device)
+        counting = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder, beside that of its encoder
         for layer in range(num_blocks):
-            cache.update(nothing, nothing, layer)
+            counting.update(nothing, nothing, layer)
 
     def _enter(self, cache: Any, empty: Any) -> int:
         key = self._keys[cache] = next(self._next)

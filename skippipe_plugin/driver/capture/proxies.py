@@ -328,7 +328,8 @@ class BlockProxies:
             self._hooks.blocks[event.block].run(event, call.hooks[event.block], call.seen)
         if not call.ambient.grad:
             for cache in call.caches.values():
-                self.ledger.count(cache, call.hidden, len(self.blocks))
+                first, *others = call.caching
+                self.ledger.count(cache, call.specs[first + 1].shape, call.hidden.device, 1 + len(others))
         for made, token in call.tokens.items():
             token.becomes(call.values[call.exported.index(made)])
         for deferral in call.deferrals:

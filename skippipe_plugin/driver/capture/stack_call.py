@@ -161,6 +161,12 @@ class StackCall:
             return ()
         return tuple(slot for slot, tensor in enumerate(self.side_inputs) if tensor.device.type == "cpu")
 
+    @property
+    def caching(self) -> list[int]:
+        """The blocks that got a key-value cache."""
+        has_cache = [template.has_cache() for template in self.templates]
+        return [block for block, index in enumerate(self.block_template) if has_cache[index]]
+
     def used(self) -> list[Made]:
         """Return the tensors beside the hidden states that blocks return and that others or the code after them use.
 
