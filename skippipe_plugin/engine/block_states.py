@@ -103,6 +103,8 @@ class BlockStates:
         self._bring_back()
         if order is None and not repeats and not may_repeat:
             self._open = None
+            if self._first is not None and not self._noted:
+                self._free()
             return
         order = order or States()
         self._know(order.weights)
@@ -144,15 +146,17 @@ class BlockStates:
 
     def forget(self) -> None:
         """After an optimizer step: no call of before runs once more."""
-        if not self._noted:
-            return
-        self._noted = {number: state for number, state in self._noted.items() if not number}
-        self._open = self._open or None
-        if not self._noted:
-            for cell in self._cells.values():
-                cell.forget()
+        if self._noted:
+            self._noted = {number: state for number, state in self._noted.items() if not number}
+            self._open = self._open if self._open in self._noted else None
 
     # ---------------------------------------------------------------- pieces
+
+    def _free(self) -> None:
+        """Hold no copies: steps note nothing any more."""
+        self._first = None
+        for cell in self._cells.values():
+            cell.forget()
 
     def _bring_back(self) -> None:
         latest, self._latest = self._latest, None

@@ -1,5 +1,7 @@
 """What a step leaves in blocks is taken back when it does not count, and found again when it runs once more."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -130,6 +132,17 @@ def test_calls_that_begin_again_take_all_of_it_back(module: Counts) -> None:
         runs.begin(States(note=1))
         runs.begin(States(note=2))
     assert seen == [before, before]
+
+
+def test_copies_are_freed_when_steps_note_nothing_any_more(module: Counts) -> None:
+    runs = Runs(module)
+    runs.begin(States(note=1))
+    runs.states.end()
+    runs.states.forget()
+    copies = [weakref.ref(cell._last[1]) for cell in runs.states._cells.values() if cell._last[1] is not None]
+    assert copies
+    runs.states.begin(None, repeats=False, may_repeat=False)
+    assert all(copy() is None for copy in copies)
 
 
 def test_what_is_not_needed_is_forgotten(module: Counts) -> None:
