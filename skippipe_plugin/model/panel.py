@@ -56,13 +56,17 @@ class StartPanel:
     seats: Sequence[Seat]
     """By rank."""
     prediction: str = "unknown"
+    others: Sequence[str] = ()
+    """Other stacks of the model."""
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("rank", "where", "device", "stage", "blocks", "parameters")]
         rows += [row for rank in range(self.layout.size) for row in self._rows(rank)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         table = [_line(row, widths) for row in rows]
-        return "\n".join([self._title(), *table, f"Step time and bubble: {self.prediction}"])
+        others = f"On the driver: {', '.join(self.others)} (blocks=[...] spreads several stacks)"
+        lines = [self._title(), *table, f"Step time and bubble: {self.prediction}"]
+        return "\n".join([*lines, others] if self.others else lines)
 
     def _title(self) -> str:
         drivers = f", {self.layout.num_drivers} drivers" if self.layout.num_drivers > 1 else ""
@@ -98,6 +102,7 @@ def start_panel(spread: SpreadModel, model: nn.Module, blocks: Sequence[nn.Modul
         schedule=f"{name}, {schedule.num_microbatches} microbatches{where}{_skipping(settings.skip_ratio)}",
         rest_parameters=num_parameters(model) - num_parameters(nn.ModuleList(blocks)),
         seats=[_seat(spread, rank) for rank in range(pipeline.layout.size)],
+        others=pipeline.proxies.other_stacks,
         prediction=_prediction(settings, schedule, spread.planner.cost if spread.planner is not None else None),
     )
 
