@@ -316,6 +316,27 @@ def test_evaluation() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+class Validating(Heads):
+    """Uses what every block returns in validation only."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return (self.head(self.layers(batch[0])[-1]) - batch[1]).square().mean()
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val", torch.stack(self.layers(batch[0])).pow(2).mean())
+
+
+@pytest.mark.parametrize("where", ["batch", "stack"])
+def test_evaluation_that_is_the_first_to_use_them_logs_once(where: str) -> None:
+    """The step begins again when they are asked for, and what it logged then is forgotten."""
+    found = []
+    for devices in (3, 1):
+        settings = {"num_microbatches": 2, "microbatches": where} if devices > 1 else None
+        done = train(Validating, data(), devices, settings)
+        found += done.trainer.validate(done.module, data(), verbose=False)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 class Returning(Heads):
     def predict_step(self, batch: Any, index: int) -> Any:
         return self.layers(batch[0])
