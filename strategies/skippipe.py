@@ -560,14 +560,11 @@ class SkipPipeStrategy(OptimizingStrategy):
         cut = self._cut_step(name, batch, rest, kwargs)
         if cut is None or not cut.is_cut:
             whole = WholeStep(module, name, args, kwargs, self.root_device)
-            undo = self._firsts.undo(name, whole.note_state)
-            return with_outputs(self._running(), lambda: self._evaluate_whole(whole), undo)
+            running, undo = self._running(), self._firsts.undo(name, whole.note_state)
+            logged = whole.logging()(lambda: running.evaluate(self._whole_task(whole))[0])
+            return with_outputs(running, logged, undo)
         evaluate = self._running().evaluate
         return cut.run(lambda task: (evaluate(task), None), self._seed(), self._rewinder(module), self.gather_objects)
-
-    def _evaluate_whole(self, whole: WholeStep) -> Any:
-        with whole.logging():
-            return self._running().evaluate(self._whole_task(whole))[0]
 
     def _whole_task(self, whole: WholeStep, share: float = 1.0) -> WholeTask:
         assert self._asking is not None

@@ -76,7 +76,7 @@ class WholeStep:
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Log what the step logs."""
+        """Log what the step logs; as a decorator for each call, so that one that begins again logs once."""
         with noting(self._module, self._log):
             yield
         for logged in self._late:
