@@ -17,6 +17,7 @@ from torch import nn
 from ..driver.capture.held import Held
 from ..driver.capture.randomness import RandomStates
 from ..driver.capture.rewind import rewinder
+from ..driver.capture.switches import Snapshot
 from ..sharing import parameters_outside
 
 _UNEVEN: Final = 0.1
@@ -51,8 +52,10 @@ def untouched(
         others: By name, what else the code can reach and is looked into.
     """
     states, rewind, held = RandomStates(device), rewinder(module), Held(module, others or {})
+    before = Snapshot(stacks=False)
 
     def restore() -> None:
+        before.take_back()
         held.restore()
         rewind()
         states.set()

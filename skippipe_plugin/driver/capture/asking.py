@@ -19,6 +19,7 @@ from .cutting import NO_DIMENSION, CallForm, Cut, NotCuttable, are_numbers, find
 from .growing import holds_iterators, sample_counts, with_more_samples
 from .stack_call import StackCall
 from .suspend import StepThread, Suspended
+from .switches import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ def ask(
         NotCuttable: No question has an answer.
     """
     found: dict[int, Cut] = {}
+    before = Snapshot(stacks=False)
     counts = dict.fromkeys(question.num_samples for question in asked)
     reasons = {
         count: NO_DIMENSION.format(shape=list(form.forms[0]), count=count)
@@ -163,6 +165,7 @@ def ask(
             reasons.setdefault(-count, str(error))
         finally:
             thread.abandon()
+            before.take_back()  # a question that failed has not switched off what it had switched on
             undo()
     if found:
         return list(found.items())

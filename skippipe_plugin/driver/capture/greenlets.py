@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 
 from ...engine.call import Ambient
-from ...engine.errors import none_swallowed
+from ...engine.errors import SkipPipeError, none_swallowed
 from .patience import Patience, StepBlocked, blocked, cpu_seconds, is_blocked
 from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
 from .switches import Changes, Snapshot, getsignal, profiler_is_on, switch_on
@@ -81,9 +81,11 @@ class GreenletStep(StepThread):
         finally:
             ALARM.running = outer
         torch.clear_autocast_cache()  # casts belong to the graph of the function that made them
-        if isinstance(outcome, Suspended):
-            self._changes = before.take_back() if before is not None else ()
-        else:
+        is_given_up = isinstance(item, StepAbandoned) or isinstance(outcome, SkipPipeError)
+        if before is not None and (is_given_up or isinstance(outcome, Suspended)):
+            changes = before.take_back()  # of what was given up nothing stays, even where it does not clean up
+            self._changes = () if is_given_up else changes
+        if not isinstance(outcome, Suspended):
             self._child = None
             if not isinstance(item, StepAbandoned):  # it runs again, and is to find what it found
                 adopt_context(self._context)

@@ -17,7 +17,7 @@ import torch
 
 from ...engine.call import Ambient
 from ...engine.device import current, make_current
-from ...engine.errors import none_swallowed
+from ...engine.errors import SkipPipeError, none_swallowed
 from .patience import Patience, blocked, cpu_seconds, is_blocked, stack_of
 from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
 from .switches import Changes, Snapshot, switch_on
@@ -87,9 +87,12 @@ class ThreadStep(StepThread):
         switch_on(changes)
         self._to_thread.put(item)
         outcome = self._wait()
-        if isinstance(outcome, Suspended):
-            self._changes = before.take_back()
-        elif not isinstance(item, StepAbandoned):  # it runs again, and is to find what it found
+        is_given_up = isinstance(item, StepAbandoned) or isinstance(outcome, SkipPipeError)
+        if is_given_up or isinstance(outcome, Suspended):
+            changes = before.take_back()  # of what was given up nothing stays, even where it does not clean up
+            self._changes = () if is_given_up else changes
+        # What is abandoned runs again, and is to find what it found.
+        if not isinstance(outcome, Suspended) and not isinstance(item, StepAbandoned):
             adopt_context(self._context)
         if isinstance(outcome, BaseException):
             raise outcome

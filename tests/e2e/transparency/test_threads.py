@@ -289,6 +289,56 @@ def test_what_a_step_leaves_set_is_found_by_the_next() -> None:
     assert contextvars.copy_context().run(fit).module.seen == [0, 1, 2]
 
 
+class LogsIndex(Within):
+    """Logs a number, which gets the default dtype, after what does not clean up when it ends in an error."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: default_dtype())
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("index", index)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append(self.trainer.callback_metrics["index"].dtype)
+
+
+class FailsOnParts(LogsIndex):
+    """Takes no part of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        assert len(x) == 8
+        return out
+
+
+class Alternates(LogsIndex):
+    """Leaves another default dtype than it finds."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        single = torch.get_default_dtype() == torch.float32
+        torch.set_default_dtype(torch.float64 if single else torch.float32)
+        return loss
+
+
+@pytest.mark.parametrize("kind", [LogsIndex, FailsOnParts, Alternates])
+def test_runs_that_are_given_up_leave_nothing_switched_on(kind: type[LogsIndex]) -> None:
+    """They are asked how the batch can be cut, or tried on parts of it, and only then run for good."""
+
+    def fit(devices: int) -> Run:
+        strategy = PIPELINE if devices > 1 else None
+        try:
+            return train(kind, loader(points(24)), devices, strategy, max_steps=3, precision="32-true")
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    plain, piped = fit(1), fit(3)
+    assert_same_run(piped, plain)
+    assert piped.module.seen == plain.module.seen
+
+
 PROFILERS: dict[str, Callable[[], Any]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,

@@ -18,6 +18,7 @@ from skippipe_plugin.driver.capture.suspend import (
     current_thread,
 )
 from skippipe_plugin.engine.call import Ambient
+from skippipe_plugin.engine.errors import SkipPipeError
 
 PLAIN = Ambient(True, False, ())
 
@@ -120,3 +121,28 @@ def test_abandoned_functions_are_unwound(threads: StepThreads) -> None:
     threads.abandon()
     assert log == ["abandoned", "closed"]
     assert threads[0].start(lambda: 1, PLAIN) == Returned(1)
+
+
+def test_functions_that_are_given_up_leave_nothing_switched_on(threads: StepThreads) -> None:
+    """Those that fail by themselves do, as in one process."""
+
+    def function() -> None:
+        torch.set_default_dtype(torch.float64)
+        answer = ask(None)
+        if isinstance(answer, Exception):
+            raise answer
+
+    threads[0].start(function, PLAIN)
+    threads.abandon()
+    assert torch.get_default_dtype() == torch.float32
+    threads[0].start(function, PLAIN)
+    with pytest.raises(SkipPipeError):
+        threads[0].resume(SkipPipeError("no"))
+    assert torch.get_default_dtype() == torch.float32
+    try:
+        threads[0].start(function, PLAIN)
+        with pytest.raises(ValueError, match="mine"):
+            threads[0].resume(ValueError("mine"))
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
