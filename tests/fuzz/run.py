@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .compare import difference, diverges, leftover, refusal, run
 from .grammar import FEATURES
@@ -19,6 +20,8 @@ DEVICES = 3
 """One driver and two workers in every program, so that the workers are reused."""
 MIXED = "bf16-mixed"
 LOW = "bf16-true"
+AUTOCAST = "torch.autocast('cpu', torch.bfloat16"
+"""What a feature enters; torch leaves autocast off, with a warning, when it is asked for float32."""
 TOLERANCES = {"64-true": (1e-7, 1e-10), "32-true": (2e-4, 2e-5), MIXED: (2e-2, 2e-3), LOW: (4e-2, 4e-3)}
 """By precision: how far two numbers may be apart, relative and absolute."""
 Kind = Literal["exact", "refused", "skipped", "WRONG"]
@@ -51,17 +54,44 @@ def judge(features: Sequence[Feature]) -> Verdict:
     rough = "torch.bfloat16" in text  # somewhere inside: differences of rounding are as large
     rtol, atol = TOLERANCES[MIXED if rough else program["TRAINER"]["precision"]]
     wrong = difference(piped.values, plain.values, rtol, atol)
-    if wrong and (MIXED in text or LOW in text):
+    if wrong and (finer := in_single(text)) != text:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            finer = run(load(text.replace(MIXED, "32-true").replace(LOW, "32-true")), 1)
-        if finer.error is not None or difference(plain.values, finer.values, rtol, atol):
+            single = run(load(finer), 1)
+        if single.error is not None or is_rounding(piped.values, plain.values, single.values, rtol, atol):
             return Verdict("skipped", "in one process, too, rounding makes more than what is to be told")
     if not wrong:
         assert piped.module is not None
         assert plain.module is not None
         wrong = leftover(piped.module, plain.module)
     return Verdict("WRONG", wrong) if wrong else Verdict("exact")
+
+
+def in_single(text: str) -> str:
+    """Return a program that computes in float32 what this one lets autocast or its precision compute in 16 bits."""
+    for coarse, fine in ((MIXED, "32-true"), (LOW, "32-true"), (AUTOCAST, f"{AUTOCAST[:-8]}float32")):
+        text = text.replace(coarse, fine)
+    return text
+
+
+def is_rounding(found: Any, expected: Any, single: Any, rtol: float, atol: float) -> bool:
+    """Whether values are no further apart than a few times what one process makes of not rounding to 16 bits.
+
+    Args:
+        found: What the pipeline has left.
+        expected: What one process leaves.
+        single: The same in float32; its numbers count, whatever their types.
+        rtol: What is nothing in any case, relative.
+        atol: The same, absolute.
+    """
+    rounded, exact = (
+        pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.double(), each) for each in (expected, single)
+    )
+    return all(
+        difference(rounded, exact, max(1.0, size / 4) * rtol, max(1.0, size / 4) * atol)
+        for size in (4.0**power for power in range(10))
+        if difference(found, expected, size * rtol, size * atol)
+    )
 
 
 def load(text: str) -> dict[str, Any]:

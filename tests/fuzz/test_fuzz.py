@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
 
 from .compare import difference
 from .grammar import FEATURES
 from .known import KNOWN
 from .program import Feature, conflict, render
-from .run import draw, judge, load, shrink
+from .run import draw, is_rounding, judge, load, shrink
 
 FEATURES_THAT_HOLD = [feature for feature in FEATURES if feature.name not in KNOWN]
 AXES = sorted({feature.axis for feature in FEATURES})
@@ -112,6 +113,20 @@ def test_an_error_that_is_not_ours_is_no_refusal() -> None:
 
 def test_what_one_process_refuses_is_skipped() -> None:
     assert judge((Feature("no", "loss", "A", {"terms": "raise ValueError('no')"}),)).kind == "skipped"
+
+
+def test_a_loss_that_grows_under_autocast_is_skipped() -> None:
+    """One process itself, with autocast and without, is as far apart as the weights' gradients of parts are."""
+    by_name = {feature.name: feature for feature in FEATURES}
+    assert judge((by_name["setter_method"], by_name["autocast_after_the_first_step"])).kind == "skipped"
+
+
+def test_a_wrong_that_rounding_does_not_explain_is_not_skipped() -> None:
+    one, single = {"a": torch.tensor(1.0, dtype=torch.bfloat16)}, {"a": torch.tensor(1.05)}
+    assert is_rounding({"a": one["a"] * 1.1}, one, single, 2e-2, 2e-3)
+    assert not is_rounding({"a": one["a"] * 2}, one, single, 2e-2, 2e-3)
+    assert not is_rounding({"a": one["a"].float()}, one, single, 2e-2, 2e-3)
+    assert not is_rounding({"a": one["a"] * 1.1}, one, {"a": torch.tensor(1.01)}, 2e-2, 2e-3)
 
 
 def test_differences_name_their_place() -> None:
