@@ -12,6 +12,7 @@ See README.md for what the columns mean.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -319,11 +320,16 @@ def main() -> None:
     parser.add_argument(
         "--against", type=Path, metavar="CHECKOUT", help="race another checkout's code instead of torch's"
     )
+    parser.add_argument(
+        "--steps", type=int, help="how many steps a sample has; the first finds other code in the caches"
+    )
     arguments = parser.parse_args()
     chosen = arguments.only or (QUICK if arguments.quick else tuple(PLANS))
     results: dict[str, Any] = {"environment": environment(), "arguments": sys.argv[1:]}
     print(json.dumps(results["environment"]), flush=True)
     local = {key: PLANS[key] for key in chosen if key not in ("wan", "memory")}
+    if arguments.steps:
+        local = {key: dataclasses.replace(plan, steps=arguments.steps) for key, plan in local.items()}
     if arguments.against:
         results |= run_against(local, arguments.against.resolve())
     elif local:
