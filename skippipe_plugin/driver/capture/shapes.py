@@ -72,6 +72,16 @@ class ShapeBook:
         """Whether the forward of a block that was asked writes anything of the block."""
         return any(probe.buffers or probe.weights or probe.writes for probe in self._known.values())
 
+    def written(self, block: int) -> set[str]:
+        """Return the buffers and parameters that the forward of ``block`` writes, as far as its kind was asked."""
+        kind = self._kinds[block]
+        return {
+            name
+            for (known, *_), probe in self._known.items()
+            if known == kind
+            for name in (*probe.buffers, *probe.weights)
+        }
+
     @property
     def written_weights(self) -> set[tuple[int, str]]:
         """Return the parameters (block, name) that forwards write, of kinds of blocks that were asked."""

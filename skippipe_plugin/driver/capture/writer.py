@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from ...engine.call import Beside, Call, Form, Hop
 from ...engine.channel import Buffer
@@ -61,6 +62,13 @@ def _is_real(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
+def _kept(proxies: BlockProxies, block: int) -> str:
+    """Name something that the forward of a block writes, BatchNorm aside, whose rule is documented."""
+    module = proxies.blocks[block]
+    written = sorted(proxies.book.written(block))
+    return next((n for n in written if not isinstance(module.get_submodule(n.rpartition(".")[0]), _NormBase)), "")
+
+
 def _message(opening: Opening | None, news: CallNews, blobs: Sequence[Buffer]) -> Calls | Step:
     return Calls(news, blobs) if opening is None else Step(opening, news, blobs)
 
@@ -91,7 +99,7 @@ class CallWriter:
         seed: int,
     ) -> PreparedCall:
         """Describe ``call`` for the ranks on ``path``."""
-        spec, number = self._numbers.known(proxies.spec(call, self._hops(microbatch, path, call)))
+        spec, number = self._numbers.known(proxies.spec(call, self._hops(microbatch, path, call, proxies)))
         digests = self._digests.digests(call.side_inputs)
         whole = Call(spec, tuple(call.side_inputs), seed, proxies.cache_use(call))
         return PreparedCall(microbatch, whole, number, digests)
@@ -115,13 +123,14 @@ class CallWriter:
                 to_all = to_all_workers(_message(opening, *encode_calls(step, numbered(calls), {}, {}, ())))
             link.send(to_all)
 
-    def _hops(self, microbatch: int, path: Path, call: StackCall) -> tuple[Hop, ...]:
+    def _hops(self, microbatch: int, path: Path, call: StackCall, proxies: BlockProxies) -> tuple[Hop, ...]:
         """Return what crosses between the ranks on ``path``; mostly what it was in the step before."""
         requires_grad = call.ambient.grad and call.hidden.requires_grad
         before = self._hops_before.get(microbatch)
         asked = path, requires_grad, call.ambient.grad, call.forms, tuple(call.modes), call.carried, call.exported
         if before is None or before.asked != asked:
             self._check_forms(microbatch, path, call)
+            self._check_replicas(call, proxies)
             before = self._hops_before[microbatch] = _KnownHops(asked, self._find_hops(path, call, requires_grad))
         return before.hops
 
@@ -135,6 +144,17 @@ class CallWriter:
             requires_grad = requires_grad or (call.ambient.grad and trained)
             hops.append(_hop(forms[blocks.stop], requires_grad))
         return tuple(hops)
+
+    def _check_replicas(self, call: StackCall, proxies: BlockProxies) -> None:
+        """Refuse replicas of blocks that keep something: each would have a part of what one process has."""
+        for stage, _ in self._layout.replica_groups:
+            for block in self._layout.blocks(stage):
+                if call.modes[block].training[0] and (kept := _kept(proxies, block)):
+                    raise SkipPipeError(
+                        f"the forward of {proxies.names[block]} writes {kept}, and stage {stage} has replicas: each "
+                        "would keep what its own microbatches leave there, where one process has all in one place. Use "
+                        "replicas=1"
+                    )
 
     def _check_forms(self, microbatch: int, path: Path, call: StackCall) -> None:
         """A path has to visit the stages that change the form of the hidden states, in their order."""
