@@ -342,9 +342,8 @@ def _joined(stacks: Sequence[BlockStack], blocks: Sequence[str]) -> BlockStack:
     for stack in stacks:
         names = dict(zip(map(id, stack.blocks), stack.names, strict=True))
         if again := names.keys() & seen.keys():
-            raise PartitionError(
-                f"blocks={list(blocks)} names {names[min(again)]} twice; every stack stands there once."
-            )
+            twice = next(name for block, name in names.items() if block in again)
+            raise PartitionError(f"blocks={list(blocks)} names {twice} twice; every stack stands there once.")
         seen |= names
     return BlockStack(
         " + ".join(stack.container_name for stack in stacks),

@@ -25,6 +25,10 @@ Train = Callable[[Callable[..., None]], None]
 """Runs a step whose loss is outside, given what back-propagates into the outputs of its microbatches."""
 
 
+def _nothing() -> Parked | None:
+    return None
+
+
 class SuspendedStep:
     """One step, from its forwards to its gradients; a new one for each batch.
 
@@ -45,7 +49,7 @@ class SuspendedStep:
         self._gradients: Sequence[Tensor | None] | None = None
         self.sources: Sequence[Tensor] = ()
         """What the blocks were given, if its graph goes back after that of the outputs."""
-        self.parked: Callable[[], Parked | None] = lambda: None
+        self.parked = _nothing
         """Tells what is left to do if the step is given up while it waits."""
         self._loop_states: list[Tensor] = []
         self._begun: Snapshot | None = None
@@ -100,7 +104,7 @@ class SuspendedStep:
         self,
         outputs: Sequence[Any],
         sources: Sequence[Tensor] = (),
-        parked: Callable[[], Parked | None] = lambda: None,
+        parked: Callable[[], Parked | None] = _nothing,
     ) -> None:
         """In the step's thread: hand the outputs over, wait for their gradients, and go back from there.
 
@@ -109,9 +113,13 @@ class SuspendedStep:
             sources: What the blocks were given, if one graph has both.
             parked: Tells what is left to do if the step is given up.
         """
-        self.sources, self.parked = sources, parked
+        self.sources = sources
         if self._gradients is None:  # a step that a lost worker interrupted on its way back has them already
-            self._wait(outputs)
+            self.parked = parked
+            try:
+                self._wait(outputs)
+            finally:
+                self.parked = _nothing  # it leads back to this step
         assert self._gradients is not None
         carrying = [tensor for output in outputs for tensor in differentiable(output)]
         if self._of_all:  # when they were handed out, nobody knew which of them would

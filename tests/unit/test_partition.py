@@ -123,22 +123,6 @@ def torch_encoder() -> nn.Module:
 # find_blocks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("build", "container"),
-    [
-        (gpt2, "transformer.h"),
-        (llama, "model.layers"),
-        (qwen3, "model.layers"),
-        (opt, "model.decoder.layers"),
-        (bert, "bert.encoder.layer"),
-        (vit, "vit.layers"),
-        (mixtral, "model.layers"),
-        (t5, "decoder.block"),
-        (lora, "base_model.model.transformer.h"),
-        (torch_encoder, "layers"),
-        (DictGPT, "transformer.h"),
-    ],
-)
 def test_several_stacks_are_one_after_the_other() -> None:
     model = nn.Transformer(8, 2, 2, 3, 16)
     stack = find_blocks(model, ["encoder.layers", "decoder.layers.1:3"])
@@ -162,6 +146,22 @@ def test_stacks_that_cannot_be_joined(blocks: list[str], error: str) -> None:
         find_blocks(nn.Transformer(8, 2, 2, 2, 16), blocks)
 
 
+@pytest.mark.parametrize(
+    ("build", "container"),
+    [
+        (gpt2, "transformer.h"),
+        (llama, "model.layers"),
+        (qwen3, "model.layers"),
+        (opt, "model.decoder.layers"),
+        (bert, "bert.encoder.layer"),
+        (vit, "vit.layers"),
+        (mixtral, "model.layers"),
+        (t5, "decoder.block"),
+        (lora, "base_model.model.transformer.h"),
+        (torch_encoder, "layers"),
+        (DictGPT, "transformer.h"),
+    ],
+)
 def test_the_layer_stack_of_known_models(build, container) -> None:
     model = build()
     stack = find_blocks(model)

@@ -131,10 +131,27 @@ def test_hooks_on_gradients_see_the_whole_backward() -> None:
 NEEDS: dict[str, tuple[Callable[..., Any], str]] = {
     "state_dict": (lambda model, optimizer, inputs: model.state_dict(), r"for state_dict\(\)"),
     "load": (lambda model, optimizer, inputs: model.load_state_dict(model.state_dict()), r"for state_dict\(\)"),
-    "evaluation": (lambda model, optimizer, inputs: model.eval()(inputs), "without gradients or in eval mode"),
     "step": (lambda model, optimizer, inputs: optimizer.step(), r"for optimizer\.step\(\)"),
     "weights": (lambda model, optimizer, inputs: model.blocks[1].norm1.weight.sum(), "in a loop of your own before it"),
 }
+
+
+def test_evaluation_between_them() -> None:
+    """The blocks run once more, when the gradients are there."""
+
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        seen = []
+        for inputs, labels in BATCHES:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model.train()(inputs), labels)
+            with torch.no_grad():
+                seen.append(float(model.eval()(inputs).square().mean()))
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+        return seen
+
+    assert_same(loop)
 
 
 @pytest.mark.parametrize("need", NEEDS)
