@@ -103,7 +103,16 @@ def assert_exact(make: Callable[[], LightningModule], strategy: dict[str, Any], 
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", WHOLE, ids=["one", "two", "stack", "driver"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        WHOLE[0],
+        pytest.param(WHOLE[1], marks=pytest.mark.slow),
+        *WHOLE[2:3],
+        pytest.param(WHOLE[3], marks=pytest.mark.slow),
+    ],
+    ids=["one", "two", "stack", "driver"],
+)
 @pytest.mark.parametrize("more", [consistent, watched, chained])
 def test_in_every_third_batch(more: More, strategy: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     assert_exact(functools.partial(Regular, more), strategy)
@@ -127,7 +136,7 @@ def test_by_chance_in_a_batch_that_is_cut_already_is_refused() -> None:
         fit(Drawn, 3, WHOLE[1])
 
 
-@pytest.mark.parametrize("block", [Normed, Counted, Listed])
+@pytest.mark.parametrize("block", [Counted, *(pytest.param(each, marks=pytest.mark.slow) for each in (Normed, Listed))])
 @pytest.mark.parametrize("more", [consistent, watched])
 def test_of_blocks_that_keep_something(more: More, block: type[Kept]) -> None:
     for strategy in (WHOLE[0], WHOLE[3]):

@@ -127,7 +127,9 @@ def sources(name: str) -> DataLoader[Any]:
     return loader(data, batch_size=4)
 
 
-@pytest.mark.parametrize("case", ["greedy", *BEAMS])
+@pytest.mark.parametrize(
+    "case", ["greedy", "beams", *(pytest.param(each, marks=pytest.mark.slow) for each in BEAMS if each != "beams")]
+)
 @pytest.mark.parametrize("name", ["bart", "whisper"])
 def test_encoder_decoders(name: str, case: str) -> None:
     """Their cache is two: of the decoder's own tokens, and of what the encoder has made."""

@@ -203,7 +203,7 @@ def assert_exact(block: type[Kept], losses: Losses, strategy: dict[str, Any] | N
     assert_same_run(fit(block, losses, 3, strategy, **options), fit(block, losses, 1, **options))
 
 
-BLOCKS = [Normed, Counted, Replaced, Listed, Booked]
+BLOCKS = [Counted, Listed, *(pytest.param(block, marks=pytest.mark.slow) for block in (Normed, Replaced, Booked))]
 
 
 @pytest.mark.parametrize("block", BLOCKS)

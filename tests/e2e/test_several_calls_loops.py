@@ -358,7 +358,11 @@ class Later:
         return self.usual(model, x) if self.num % 3 else self.losses(model, x)
 
 
-@pytest.mark.parametrize("settings", [*SETTINGS, {"driver_stage": True}], ids=["auto", "stack", "one", "driver"])
+@pytest.mark.parametrize(
+    "settings",
+    [SETTINGS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in (*SETTINGS[1:], {"driver_stage": True}))],
+    ids=["auto", "stack", "one", "driver"],
+)
 @pytest.mark.parametrize("losses", LATE, ids=lambda losses: losses.__name__)
 def test_calls_that_only_a_later_batch_makes(
     losses: Losses, settings: dict[str, Any], caplog: pytest.LogCaptureFixture

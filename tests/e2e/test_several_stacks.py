@@ -100,11 +100,11 @@ def spread(make: Callable[[], LightningModule], devices: int = 4, **settings: An
     "settings",
     [
         {},
-        {"schedule": "gpipe"},
+        pytest.param({"schedule": "gpipe"}, marks=pytest.mark.slow),
         {"driver_stage": True},
         {"microbatches": "stack"},
-        {"num_microbatches": 1},
-        {"devices": 9},
+        pytest.param({"num_microbatches": 1}, marks=pytest.mark.slow),
+        pytest.param({"devices": 9}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
