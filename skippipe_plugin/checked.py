@@ -218,6 +218,8 @@ def _mismatch(value: object, option: Any, limits: Range | None) -> str:
         return "" if isinstance(value, option) else _WRONG
     if origin is tuple:
         return _items_problem(value, arguments[0], limits) if isinstance(value, tuple) else _WRONG
+    if origin is collections.abc.Sequence:
+        return _items_problem(value, arguments[0], limits) if isinstance(value, (list, tuple)) else _WRONG
     if origin is not None and isinstance(origin, type) and issubclass(origin, collections.abc.Mapping):
         if not isinstance(value, Mapping):
             return _WRONG
@@ -265,6 +267,8 @@ def _words(option: Any, limits: Range | None) -> str:
         return word if limits is None else f"{word} {limits}"
     if origin is tuple:
         return f"a tuple of {_plural(arguments[0])}"
+    if origin is collections.abc.Sequence:
+        return f"a list of {_plural(arguments[0])}"
     if origin is not None and isinstance(origin, type) and issubclass(origin, collections.abc.Mapping):
         return f"a mapping of {_plural(arguments[0])} to {_plural(arguments[1])}"
     if origin is collections.abc.Callable or getattr(option, "_is_protocol", False):

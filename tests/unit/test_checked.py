@@ -29,7 +29,7 @@ SHAPE: dict[str, tuple[type, ...]] = {
     "microbatch_weight": (str, FunctionType, NONE),
     "replicas": (int,),
     "drivers": (int,),
-    "blocks": (str, NONE),
+    "blocks": (str, list, tuple, NONE),
     "driver_stage": (bool,),
     "gradient_scale": (str,),
     "paths": (PathConfig,),
