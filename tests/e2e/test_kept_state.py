@@ -17,6 +17,7 @@ from skippipe_plugin import RecoveryPolicy
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.testing import At, Injector, Kill, Phase
+from tests.e2e import test_several_calls_loops
 from tests.e2e.modules import loader
 from tests.e2e.support import DEVICE, Run, assert_same_run, train
 from tests.e2e.transparency.plain_loops import assert_same
@@ -132,12 +133,7 @@ def targets_between(net: Any, x: Tensor) -> Iterator[Tensor]:
 
 
 def evaluated_between(net: Any, x: Tensor) -> Iterator[Tensor]:
-    made = net(x)
-    net.eval()
-    with torch.no_grad():
-        targets = net(x.flip(1)) + goal(x)
-    net.train()
-    yield F.mse_loss(made, targets)
+    yield test_several_calls_loops.evaluated_between(net, x)
 
 
 def dropped(net: Any, x: Tensor) -> Iterator[Tensor]:
