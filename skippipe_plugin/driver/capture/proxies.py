@@ -39,7 +39,7 @@ from .shapes import Mode, ShapeBook
 from .stack_call import StackCall, UsualCall, first_tensor, passed_to, position_of, same_arguments
 from .suspend import current_thread
 from .switches import check_modes
-from .token import HiddenToken, Origin
+from .token import HiddenToken, Origin, begins_stack
 from .twins import in_common, made_by_hooks, twin
 from .unavailable import OutputWanted, Unavailable
 
@@ -113,8 +113,7 @@ class BlockProxies:
         """True while the driver holds no weights of its remote blocks."""
         self._usual: UsualCall | None = None
         """The last call, where others may be like it."""
-        parents = [name.rpartition(".")[0] for name in names]
-        self.entrances = frozenset(block for block in range(1, len(names)) if parents[block] != parents[block - 1])
+        self.entrances = frozenset(block for block in range(1, len(names)) if begins_stack(names, block))
         """The blocks with which further stacks begin; they may get nothing of what others have returned."""
         self._mains = [Made(block, 0) for block in range(len(blocks))]
         self._exported: set[Made] = set()

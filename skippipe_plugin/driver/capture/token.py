@@ -295,7 +295,7 @@ class HiddenToken(Tensor):
             instead = (
                 f', or say in blocks="...*N" how often {name} is called ({len(self._origin.names)} times were expected)'
             )
-        if name.rpartition(".")[0] != following.rpartition(".")[0]:
+        if begins_stack(self._origin.names, block + 1):
             instead = ", or name with blocks=... only stacks that every forward calls"
         raise SkipPipeError(
             f"code between the blocks of a pipeline needs {which} output of {name} ({operation}), but that stays on "
@@ -330,13 +330,22 @@ def _is_in_reentrant_checkpoint() -> bool:
     return False
 
 
+def begins_stack(names: Sequence[str], block: int) -> bool:
+    """Whether ``block``, which is not the first, is in another container than the one before it.
+
+    >>> [begins_stack(["encoder.0", "encoder.1", "decoder.0"], block) for block in (1, 2)]
+    [False, True]
+    """
+    return names[block].rpartition(".")[0] != names[block - 1].rpartition(".")[0]
+
+
 def named_parts(names: Sequence[str], first: int, last: int) -> str:
     """Say how the parts of a stack are named that end with block ``first``, or begin after block ``last``.
 
     >>> named_parts(["net.0", "net.1", "net.2", "net.3"], 1, 1)
     'blocks="net.0:2" or blocks="net.2:4"'
     """
-    if len(set(names)) < len(names) or len({name.rpartition(".")[0] for name in names}) > 1:
+    if len(set(names)) < len(names) or any(begins_stack(names, block) for block in range(1, len(names))):
         return ""  # of one module, or of several stacks
     container, _, key = names[0].rpartition(".")
     start, prefix = int(key) if key.isdigit() else 0, f"{container}." if container else ""
