@@ -18,7 +18,7 @@ import pickle
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -243,6 +243,12 @@ class BlockWatch:
         with torch._C.DisableTorchFunctionSubclass():
             versions = tuple([tensor._version for tensor in found.tensors])
         return versions, tuple(map(frozenset, found.sets)), tuple(map(_digest, found.arrays))
+
+
+def named_attributes(block: nn.Module, keys: Iterable[Key]) -> list[str]:
+    """Name attributes as code that has the block does."""
+    paths = [path for path, _ in block.named_modules()]
+    return [".".join(filter(None, (paths[index], name))) for index, name in keys]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from .attributes import attributes_kept
 from .call import Call
 from .device_errors import is_of_device
 from .kept_state import KeptState, Values, others
+from .lasting import in_training, next_outcomes
 
 MIXES: Final = "mixes"
 """A block makes something else of a part of the batch than of all of it."""
@@ -25,6 +26,8 @@ FAILS: Final = "fails"
 """A block fails when it is asked."""
 BENDS: Final = "bends"
 """A block's backward makes something else of a multiple of a gradient than that multiple of what it makes of it."""
+LATER: Final = "what its next forward makes"
+"""Not what a block makes, nor anything that has a name, but what it makes afterwards is another."""
 FACTORS: Final = (2.0**20, 2.0**-20)
 """Multiples that show it: powers of two round nothing, and what cuts gradients off reaches none of both or differs."""
 HALF_FACTORS: Final = (2.0**4, 2.0**-4)
@@ -58,8 +61,16 @@ class Parts:
 
 Run = Callable[[Call, Tensor], Sequence[Tensor]]
 """Calls the block, and returns its result and what else of what it returns is used."""
-_Outcome = tuple[Sequence[Tensor], Values]
-"""What the block gave, and what it has left."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What the block gave, and what it has left."""
+
+    results: Sequence[Tensor]
+    left: Values
+    later: Sequence[Sequence[Tensor]]
+    """What it then makes of the same: it may keep what nothing can name (tensors, lists, objects)."""
 
 
 def difference(module: nn.Module, run: Run, call: Call, hidden: Tensor, parts: Parts) -> str:
@@ -69,8 +80,9 @@ def difference(module: nn.Module, run: Run, call: Call, hidden: Tensor, parts: P
     BatchNorm.
 
     Returns:
-        :data:`MIXES`, :data:`FAILS`, the name of what the block keeps otherwise, or nothing where all is the same;
-        :data:`BENDS` where there are no parts and its backward is not linear.
+        :data:`MIXES`, :data:`FAILS`, the name of what the block keeps otherwise, :data:`LATER` where only later
+        forwards show it, or nothing where all is the same; :data:`BENDS` where there are no parts and its backward is
+        not linear.
     """
     if not parts.calls:
         return _bend(module, run, call, hidden)
@@ -149,45 +161,60 @@ class _Comparison:
         self._state = state
         self._mode: Callable[[], AbstractContextManager[None]] = nullcontext if chance else state.without_chance
         self._shaken: list[str] = []
+        self._earlier: tuple[Call, Tensor] | None = None
 
     def between(self, call: Call, hidden: Tensor, parts: Parts) -> str:
+        """Compare what comes of the block as it is, and of one that has run before: means show in the second only."""
+        found = self._between(call, hidden, parts)
+        if found:
+            return found
+        self._earlier = parts.calls[0], hidden.narrow(parts.enters, 0, parts.rows[0])
+        return self._between(call, hidden, parts)
+
+    def _between(self, call: Call, hidden: Tensor, parts: Parts) -> str:
         before = self._state.read()
         whole = self._whole(call, hidden)
-        self._shaken = self._state.written(before, whole[1])
+        self._shaken = self._state.written(before, whole.left)
         if self._shaken:
             whole = self._whole(call, hidden)
-        found = self._against(whole, parts, hidden)
+        found = self._against(whole, call, parts, hidden)
         if not found or _is_same(whole, self._whole(call, hidden, seed=1)):
             return found
         if not self._module.training:
             return ""  # nothing can be said about it
         with _evaluated(self._module):
             whole = self._whole(call, hidden)
-            found = self._against(whole, parts, hidden)
+            found = self._against(whole, call, parts, hidden)
             return found if found and _is_same(whole, self._whole(call, hidden, seed=1)) else ""
 
     def _whole(self, call: Call, hidden: Tensor, seed: int = 0) -> _Outcome:
         with self._from_the_start(seed):
-            return self._run(call, hidden), self._state.read()
+            results = self._run(call, hidden)
+            return _Outcome(results, self._state.read(), self._later(call, hidden))
 
-    def _against(self, whole: _Outcome, parts: Parts, hidden: Tensor) -> str:
+    def _later(self, call: Call, hidden: Tensor) -> list[Sequence[Tensor]]:
+        return next_outcomes(self._module, lambda: self._run(call, hidden))
+
+    def _against(self, whole: _Outcome, whole_call: Call, parts: Parts, hidden: Tensor) -> str:
         """Compare with the parts, each of which finds what the one before it has left."""
         pieces = torch.split(hidden, list(parts.rows), parts.enters)
         try:
             with self._from_the_start(0):
                 results = [self._run(call, piece) for call, piece in zip(parts.calls, pieces, strict=True)]
-                left = self._state.read()
-            pairs = list(_pairs(whole[0], results, parts))
+                left, later = self._state.read(), self._later(whole_call, hidden)
+            pairs = list(_pairs(whole.results, results, parts))
         except Exception as error:  # the block refuses a part, whatever it says of it
             if is_of_device(error):
                 raise
             return MIXES
-        changed = others(whole[1], left)
+        changed = others(whole.left, left)
         if changed:
             return changed[0]
-        if parts.known_aside and any(each.dtype in (torch.bfloat16, torch.float16) for each in whole[0]):
+        if parts.known_aside and any(each.dtype in (torch.bfloat16, torch.float16) for each in whole.results):
             return ""  # too coarse to tell
-        return "" if all(_are_close(*pair) for pair in pairs) else MIXES
+        if not all(_are_close(*pair) for pair in pairs):
+            return MIXES
+        return "" if all(map(_are_all_close, whole.later, later)) else LATER
 
     def have_same_gradients(self, call: Call, hidden: Tensor, parts: Parts) -> bool:
         """Whether gradients of the parts add up to those of the whole; true where there are none to be compared."""
@@ -224,8 +251,11 @@ class _Comparison:
     def _from_the_start(self, seed: int) -> Iterator[None]:
         self._state.restore()
         self._state.shake(self._shaken)
-        torch.manual_seed(seed)
         with attributes_kept(self._module), self._mode():
+            if self._earlier is not None:
+                with torch.no_grad():
+                    self._run(*self._earlier)
+            torch.manual_seed(seed)
             yield
 
 
@@ -277,8 +307,16 @@ def _made_up_gradient(of: Tensor) -> Tensor:
 
 
 def _is_same(one: _Outcome, other: _Outcome) -> bool:
-    same = all(map(torch.equal, one[0], other[0])) and len(one[0]) == len(other[0])
-    return same and not others(one[1], other[1])
+    runs = zip((one.results, *one.later), (other.results, *other.later), strict=True)
+    return all(_are_equal(*each) for each in runs) and not others(one.left, other.left)
+
+
+def _are_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def _are_all_close(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(_are_close, one, other))
 
 
 def _largest(tensor: Tensor) -> float:
@@ -324,13 +362,6 @@ def _known_aside(module: nn.Module) -> Iterator[None]:
             each.training, each.running_mean, each.running_var = training, mean, var
 
 
-@contextmanager
-def _evaluated(module: nn.Module) -> Iterator[None]:
-    modes = [(each, each.training) for each in module.modules()]
-    for each, _ in modes:
-        each.training = each.training and isinstance(each, _BatchNorm)
-    try:
-        yield
-    finally:
-        for each, training in modes:
-            each.training = training
+def _evaluated(module: nn.Module) -> AbstractContextManager[None]:
+    """Let all but BatchNorm be in evaluation."""
+    return in_training(module, lambda each: each.training and isinstance(each, _BatchNorm))

@@ -37,9 +37,10 @@ class Buffers:
         self._by_name = {name: self._copies[id(each)][1] for name, each in module.named_buffers()}
 
     def changed(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Name the buffers, and the parameters, that are not, bit by bit, what they were."""
+        """Name the buffers, and the parameters, that are new, or not, bit by bit, what they were."""
         now, known = dict(self._module.named_buffers()), self._by_name
         buffers = [name for name in known if name not in now or not have_equal_bits(now[name], known[name])]
+        buffers += [name for name in now if name not in known]
         weights = [name for name, (each, copy) in self._weights.items() if not have_equal_bits(each, copy)]
         return tuple(buffers), tuple(weights)
 

@@ -32,6 +32,8 @@ class Probe:
     """The buffers that the block's forward writes."""
     weights: tuple[str, ...] = ()
     """The parameters that it writes."""
+    lasting: tuple[str, ...] = ()
+    """The plain attributes that it writes in training, where forwards after it, or evaluation, show that."""
 
     @classmethod
     def of(cls, output: Any, inputs: Tensor, *, changed: bool) -> Probe:  # Any: what a block returns

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from .arguments import ArgumentGuard, ArrayInput, CacheRef, Earlier, HiddenAgain, Packed, SideInput, array_of
-from .attributes import BlockWatch, Key, apply_changes, attributes_kept
+from .attributes import BlockWatch, Key, apply_changes, attributes_kept, named_attributes
 from .call import Ambient, BlockMode, Call, CallSpec, Hop, Made, block_seed, made_before
 from .computed import Computed
 from .crossing import Gradients, Kept, Tensors, check_outputs, leaves_of
@@ -28,6 +28,7 @@ from .half import computed_in_half
 from .independence import Parts, difference, uncompiled
 from .kept_state import Buffers
 from .kvcache import CacheShelf
+from .lasting import shows_later
 from .memory_order import from_memory, in_memory, order_of
 from .probes import Probe
 from .process_switches import ProcessSwitches
@@ -313,12 +314,24 @@ class Stage:
             watch, inputs = BlockWatch(module), enters.random(self.device)
             version = inputs._version
             _, carrying = _with_leaves(call, call.spec.carried_by([block]))
+
+            def run(hidden: Tensor) -> Sequence[Tensor]:
+                made = self._call_block(block, carrying, hidden.clone(), {}, CacheShelf.of(call.caches))
+                return [each.detach() for each in tensors_of(made)]
+
             output = self._call_block(block, carrying, inputs, filled={}, shelf=CacheShelf.of(call.caches))
             writes, (buffers, weights) = watch.differences(), before.changed()
             found = Probe.of(output, inputs, changed=inputs._version != version)
             if found.structure.has_numbers and self.company is None:  # perhaps of the values that it got
                 again = self._call_block(block, carrying, -enters.random(self.device), {}, CacheShelf.of(call.caches))
                 found = dataclasses.replace(found, structure=found.structure.agreeing(ReturnStructure.of(again)))
+            if (
+                writes
+                and module.training
+                and self.company is None
+                and shows_later(module, before, run, enters, self.device)
+            ):
+                found = dataclasses.replace(found, lasting=tuple(sorted(named_attributes(module, writes))))
         found = dataclasses.replace(found, buffers=buffers, weights=weights)
         return dataclasses.replace(found, writes=tuple(sorted(writes)), idle=hooks.idle())
 

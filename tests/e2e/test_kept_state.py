@@ -4,9 +4,11 @@ Each call counts once, in the order of the calls, and one that runs once more co
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.testing import At, Injector, Kill, Phase
 from tests.e2e import test_several_calls_loops
 from tests.e2e.modules import loader
-from tests.e2e.support import DEVICE, Run, assert_same_run, train
+from tests.e2e.support import DEVICE, Run, assert_same_losses, assert_same_run, train
 from tests.e2e.transparency.plain_loops import assert_same
 
 DATA = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
@@ -101,7 +103,7 @@ class Sometimes(Kept):
 
 
 class Net(nn.Module):
-    def __init__(self, block: type[Kept]) -> None:
+    def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
         self.blocks = nn.ModuleList([block() for _ in range(4)])
@@ -155,7 +157,7 @@ Losses = Callable[[Any, Tensor], Iterator[Tensor]]
 
 
 class Module(LightningModule):
-    def __init__(self, block: type[Kept], losses: Losses, *, manual: bool) -> None:
+    def __init__(self, block: type[nn.Module], losses: Losses, *, manual: bool) -> None:
         super().__init__()
         self.net, self.losses, self.automatic_optimization = Net(block), losses, not manual
 
@@ -329,3 +331,160 @@ def test_replicas_would_each_keep_a_part() -> None:
                 SkipPipeError, match=r"writes (count|total|book), and stage . has replicas.*Use replicas=1"
             ):
                 fit(block, once, 5, {"num_microbatches": count, "replicas": 2})
+
+
+class Shown(nn.Module):
+    """What it has kept in training shows in evaluation only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.begin()
+
+    def begin(self) -> None: ...
+
+    def note(self, hidden: Tensor) -> None:
+        raise NotImplementedError
+
+    def shown(self) -> Any:
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.training:
+            self.note(hidden.detach())
+        return hidden + torch.tanh(self.linear(hidden)) + (0.0 if self.training else self.shown())
+
+
+class MeanOfInputs(Shown):
+    def begin(self) -> None:
+        self.mean = torch.zeros(8)
+
+    def note(self, hidden: Tensor) -> None:
+        self.mean = 0.9 * self.mean.to(hidden) + 0.1 * hidden.mean(0)
+
+    def shown(self) -> Any:
+        return self.mean
+
+
+class MeanInPlace(MeanOfInputs):
+    def note(self, hidden: Tensor) -> None:
+        self.mean = self.mean.to(hidden)
+        self.mean.mul_(0.9).add_(hidden.mean(0), alpha=0.1)
+
+
+class MeanFromTheFirst(MeanOfInputs):
+    def begin(self) -> None:
+        self.mean: Any = None
+
+    def note(self, hidden: Tensor) -> None:
+        mean = hidden.mean(0)
+        self.mean = mean if self.mean is None else 0.9 * self.mean + 0.1 * mean
+
+
+class MeanInBuffer(MeanFromTheFirst):
+    def begin(self) -> None:
+        self.register_buffer("mean", None, persistent=False)
+
+
+class FewLast(Shown):
+    def begin(self) -> None:
+        self.seen: deque[float] = deque(maxlen=2)
+
+    def note(self, hidden: Tensor) -> None:
+        self.seen.append(float(hidden.mean()))
+
+    def shown(self) -> Any:
+        return sum(self.seen)
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+
+class Metered(Shown):
+    """Keeps a mean of means: that of a batch is not to be told from its microbatches' as long as it is the first."""
+
+    def begin(self) -> None:
+        self.meter = Meter()
+
+    def note(self, hidden: Tensor) -> None:
+        self.meter.total += float(hidden.mean())
+        self.meter.count += 1
+
+    def shown(self) -> Any:
+        return self.meter.total / max(self.meter.count, 1)
+
+
+class InNumpy(Shown):
+    def begin(self) -> None:
+        self.mean = numpy.zeros(8)
+
+    def note(self, hidden: Tensor) -> None:
+        self.mean = 0.9 * self.mean + 0.1 * hidden.mean(0).cpu().numpy()
+
+    def shown(self) -> Any:
+        return torch.as_tensor(self.mean, dtype=torch.float32, device=self.linear.weight.device)
+
+
+class Last(Shown):
+    def begin(self) -> None:
+        self.last: Any = None
+
+    def note(self, hidden: Tensor) -> None:
+        self.last = hidden
+
+    def shown(self) -> Any:
+        return 0.0 if self.last is None else self.last.mean()
+
+
+class Diagnosed(Shown):
+    """Keeps something that nothing reads."""
+
+    def begin(self) -> None:
+        self.norm: Any = None
+
+    def note(self, hidden: Tensor) -> None:
+        self.norm = hidden.norm()
+
+    def shown(self) -> Any:
+        return 0.0
+
+
+class Validated(Module):
+    """Sums up what evaluation makes."""
+
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__(block, once, manual=False)
+        self.seen: list[float] = []
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        self.seen.append(float(self.net(batch).mean()))
+
+
+def validated(block: type[nn.Module], devices: int, strategy: dict[str, Any] | None = None) -> tuple[Run, list[float]]:
+    options: dict[str, Any] = {"max_steps": -1, "max_epochs": 2, "num_sanity_val_steps": 0}
+    data = loader(DATA, 12)  # the last batch is smaller
+    run = train(lambda: Validated(block), data, devices, strategy, val_data=loader(DATA[:16], 8), **options)
+    assert isinstance(run.module, Validated)
+    return run, run.module.seen
+
+
+MORE_SHOWN = [MeanInPlace, MeanFromTheFirst, MeanInBuffer, FewLast, InNumpy, Last]
+SHOWN = [MeanOfInputs, Metered, *(pytest.param(block, marks=pytest.mark.slow) for block in MORE_SHOWN)]
+
+
+@pytest.mark.parametrize("block", SHOWN)
+def test_what_only_evaluation_shows(block: type[Shown]) -> None:
+    (expected, shown), (found, seen) = validated(block, 1), validated(block, 3, {"num_microbatches": 4})
+    assert_same_run(found, expected)
+    assert_same_losses(seen, shown)
+    with pytest.raises(SkipPipeError, match=r"writes (mean|meter|seen|last), and stage . has replicas.*Use replicas=1"):
+        validated(block, 5, {"num_microbatches": 4, "replicas": 2})
+
+
+def test_what_nothing_shows_is_no_reason(caplog: pytest.LogCaptureFixture) -> None:
+    (expected, shown), (found, seen) = validated(Diagnosed, 1), validated(Diagnosed, 5, {"replicas": 2})
+    assert_same_run(found, expected)
+    assert_same_losses(seen, shown)
+    assert "training_step runs once" not in caplog.text

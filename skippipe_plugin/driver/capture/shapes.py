@@ -73,13 +73,16 @@ class ShapeBook:
         return any(probe.buffers or probe.weights or probe.writes for probe in self._known.values())
 
     def written(self, block: int) -> set[str]:
-        """Return the buffers and parameters that the forward of ``block`` writes, as far as its kind was asked."""
+        """Return what of ``block`` its forward writes, as far as its kind was asked.
+
+        Buffers, parameters, and attributes that forwards after it, or evaluation, read.
+        """
         kind = self._kinds[block]
         return {
             name
             for (known, *_), probe in self._known.items()
             if known == kind
-            for name in (*probe.buffers, *probe.weights)
+            for name in (*probe.buffers, *probe.weights, *probe.lasting)
         }
 
     @property
