@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..engine.block_states import BlockStates
-from ..engine.control.values import Opening, States
+from ..engine.control.values import Opening, States, Writes
 from ..engine.stage import Stage
 
 
@@ -74,10 +74,10 @@ class StateControl:
         self._hosted.begin(states, repeats=opening.repeats, may_repeat=self._may_repeat and opening.training)
         return opening
 
-    def end(self, *, training: bool) -> None:
-        """End a step that has come to its end everywhere."""
+    def end(self, *, training: bool) -> Writes:
+        """End a step that has come to its end everywhere; return what forwards here have written."""
         self._is_evaluated = not training
-        self._hosted.end()
+        return self._hosted.end()
 
     @contextmanager
     def counted(self, counts: bool = True) -> Iterator[None]:

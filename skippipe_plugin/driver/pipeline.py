@@ -48,6 +48,7 @@ from .devices import Devices
 from .formation import Formation
 from .forming import Forming
 from .keeper import Keeper, settle_in
+from .late_writes import note_writes
 from .layout import Layout
 from .links import Links
 from .measured import measured_network, measured_timeline
@@ -530,14 +531,13 @@ class Pipeline:
             events = executor.run(programs.compiled[name].of(live), NoFeed())
             done = self.links.expect_all(Done)
         transport.flush()
-        for writes in (*(s.take_writes() for s in self._hosted.values()), *(each.writes for each in done.values())):
-            proxies.note_all_writes(writes)
         if name == TRAINING:
             self.gradients.add_shared(done)
             here = self.routers.tallies.close()
             self.gradients.opened([here, *(each.loads for each in done.values())])
         self.is_announced = False
-        self.states.end(training=name == TRAINING)
+        wrote = self.states.end(training=name == TRAINING)
+        note_writes(proxies, self.layout, [wrote, *(each.writes for each in done.values())], len(live))
         self.mirror.weights.outdate(buffers_only=True)
         if timeline and self.leads:
             remote = {rank: each.timeline for rank, each in done.items()}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .attributes import GONE, Key, copied, own_attributes
-from .control.values import States
+from .control.values import States, Writes
 from .errors import SkipPipeError
 from .stage import Stage
 
@@ -82,6 +82,16 @@ class BlockStates:
             for block, path, part in self._parts()
             for name in part._buffers
         }
+        self._saved = [
+            (block, f"{path}.{name}".lstrip("."), part._buffers, name)
+            for block, path, part in self._parts()
+            if not isinstance(part, _NormBase)  # of which is known that they count
+            for name in part._buffers
+            if name not in part._non_persistent_buffers_set
+        ]
+        """The buffers that checkpoints have."""
+        self._found: list[tuple[Tensor | None, int]] = []
+        """Which they were when the step began, and how often each had been written."""
         self._first: dict[tuple[int, Key], Any] | None = None
         """All attributes as of the first look."""
         self._noted: dict[int, _State] = {}
@@ -100,6 +110,10 @@ class BlockStates:
             repeats: Whether its samples are counted already.
             may_repeat: Whether it may be given up and repeated.
         """
+        self._begin(order, repeats=repeats, may_repeat=may_repeat)
+        self._found = self._look()
+
+    def _begin(self, order: States | None, *, repeats: bool, may_repeat: bool) -> None:
         self._bring_back()
         if order is None and not repeats and not may_repeat:
             self._open = None
@@ -128,9 +142,17 @@ class BlockStates:
                 self._noted[number] = self._take()
             self._open = number
 
-    def end(self) -> None:
-        """End a step."""
+    def end(self) -> Writes:
+        """End a step; return what its forwards have written."""
+        pairs = zip(self._saved, self._found, self._look(), strict=True)
+        buffers = [
+            (block, name)
+            for (block, name, *_), (before, count), (now, counted) in pairs
+            if before is not now or count != counted
+        ]
+        attributes = [each for stage in self._stages.values() for each in stage.take_writes()]
         self._bring_back()
+        return Writes(attributes, buffers)
 
     def keep(self) -> None:
         """Let what the last step has left be what it is: it counts."""
@@ -151,6 +173,9 @@ class BlockStates:
             self._open = self._open if self._open in self._noted else None
 
     # ---------------------------------------------------------------- pieces
+
+    def _look(self) -> list[tuple[Tensor | None, int]]:
+        return [(found := table.get(name), _version(found)) for *_, table, name in self._saved]
 
     def _free(self) -> None:
         """Hold no copies: steps note nothing any more."""

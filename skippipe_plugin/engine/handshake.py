@@ -21,7 +21,7 @@ from typing import Final
 
 from .errors import SkipPipeError
 
-PROTOCOL_VERSION: Final = 8
+PROTOCOL_VERSION: Final = 9
 MAGIC: Final = b"SKPP"
 MAC_BYTES: Final = hashlib.sha256().digest_size
 _NONCE_BYTES: Final = 32

@@ -445,10 +445,9 @@ class Worker:
             membership.sum_over_replicas(self._holdings.experts, self._holdings.stages)
             gathered = self._holdings.end_step(membership.followed)
             self._routers.close()
-        self._holdings.states.end()
+        writes = self._holdings.states.end()
         loads = self._tallies.close()
         timeline = [(str(event.action), event.start_s, event.end_s) for event in events] if first.timeline else []
-        writes = [each for stage in self._holdings.stages.values() for each in stage.take_writes()]
         done = answers.Done(self._step, timeline, writes, loads)
         for source in range(len(self._lines)):
             self._reply(source, done if source else gathered.added_to(done))

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from skippipe_plugin import RecoveryPolicy
@@ -488,3 +488,80 @@ def test_what_nothing_shows_is_no_reason(caplog: pytest.LogCaptureFixture) -> No
     assert_same_run(found, expected)
     assert_same_losses(seen, shown)
     assert "training_step runs once" not in caplog.text
+
+
+LATE = torch.cat([0.5 * DATA[:16], 4 * DATA[16:24], 0.5 * DATA[24:]])
+"""Large values come later than the first batch."""
+
+
+class CountsLarge(Shown):
+    def begin(self) -> None:
+        self.register_buffer("total", torch.zeros(()))
+
+    def note(self, hidden: Tensor) -> None:
+        if hidden.abs().max() > 3.5:
+            self.total += 1
+
+    def shown(self) -> Any:
+        return 0.1 * self.total
+
+
+class CountsLargeAside(CountsLarge):
+    def begin(self) -> None:
+        self.total: Any = 0
+
+
+def late(block: type[nn.Module], devices: int, strategy: dict[str, Any] | None = None, **options: Any) -> Run:
+    options = {"max_steps": -1, "max_epochs": 1, "val_data": loader(DATA[:16], 8), **options}
+    return train(lambda: Validated(block), loader(LATE, 8), devices, strategy, **options)
+
+
+def test_buffers_that_are_first_written_when_batches_are_cut() -> None:
+    with pytest.raises(SkipPipeError, match=r"written total, once for each of 4 microbatches.*num_microbatches=1, or"):
+        late(CountsLarge, 3, {"num_microbatches": 4})
+    assert_same_run(late(CountsLarge, 3, {"num_microbatches": 1}), late(CountsLarge, 1))
+
+
+def test_attributes_that_are_first_written_when_batches_are_cut(caplog: pytest.LogCaptureFixture) -> None:
+    late(CountsLargeAside, 3, {"num_microbatches": 4})
+    [said] = [each.getMessage() for each in caplog.records if "begun to write" in each.getMessage()]
+    assert "net.blocks.0.total" in said
+    assert "With num_microbatches=1 they are" in said
+
+
+class Switched(Shown):
+    """Counts as soon as it is told to."""
+
+    def begin(self) -> None:
+        self.is_on = False
+        self.register_buffer("total", torch.zeros(()))
+
+    def note(self, hidden: Tensor) -> None:
+        if self.is_on:
+            self.total += 1
+
+    def shown(self) -> Any:
+        return 0.1 * self.total
+
+
+class SwitchOn(Callback):
+    """Tells the blocks when so many batches have been."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        for block in module.net.blocks:
+            block.is_on = trainer.global_step >= self.after
+
+
+def test_buffers_that_are_written_from_a_later_batch_on() -> None:
+    """In each epoch the step is tried anew; what replicas would keep is asked once."""
+    options: dict[str, Any] = {"callbacks": [SwitchOn(len(LATE) // 8)], "max_epochs": 2}
+    expected, found = late(Switched, 1, **options), late(Switched, 3, {"num_microbatches": 4}, **options)
+    assert_same_run(found, expected)
+    assert_same_losses(found.module.seen, expected.module.seen)
+    for settings, where in (({"replicas": 2}, "on one replica only.*with replicas=1"), ({}, "once for each of 4")):
+        options["callbacks"] = [SwitchOn(len(LATE) // 8 if settings else 2)]
+        with pytest.raises(SkipPipeError, match=f"written total, {where}"):
+            late(Switched, 5 if settings else 3, {"num_microbatches": 4, **settings}, **options)

@@ -198,24 +198,25 @@ class BlockProxies:
         """The workers know of the step under way, and answer nothing until it is over."""
         self._is_announced = self._is_in_step
 
-    def note_all_writes(self, writes: Iterable[tuple[int, Key]]) -> None:
+    def note_all_writes(self, writes: Iterable[tuple[int, Key]]) -> list[str]:
         """Do what :meth:`note_writes` does, for (block, attribute) pairs, which may have come as JSON."""
-        for block, (index, name) in writes:
-            self.note_writes(block, [(index, name)])
+        return [each for block, (index, name) in writes for each in self.note_writes(block, [(index, name)])]
 
-    def note_writes(self, block: int, keys: Iterable[Key]) -> None:
-        """Close attributes to the driver's code that the block's forward writes where it runs.
+    def note_writes(self, block: int, keys: Iterable[Key]) -> list[str]:
+        """Close attributes to the driver's code that the block's forward writes where it runs; name those that are new.
 
         Raises:
             SkipPipeError: User code sets one of them, too, or the module that has it is part of several blocks.
         """
-        attributes = self._attributes[block]
+        attributes, fresh = self._attributes[block], []
         for key in attributes.leave_to_worker(keys):
             module = attributes.module(key)
             if id(module) in self._in_common and key[1] not in made_by_hooks(module):
                 raise SkipPipeError(_WRITES.format(name=attributes.full_name(key)))
-            self._closed.append(attributes.full_name(key))
+            fresh.append(attributes.full_name(key))
             self._poison.close(attributes.module(key), key[1], written_elsewhere(attributes.full_name(key)))
+        self._closed += fresh
+        return fresh
 
     # --------------------------------------------------------------- calls
 

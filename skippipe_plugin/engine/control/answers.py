@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..channel import Buffer
 from .codec import Control
-from .values import ExpertCost, Loads, TensorEntry, Write
+from .values import ExpertCost, Loads, TensorEntry, Writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Done(Control):
     step: int
     timeline: Sequence[tuple[str, float, float]]
     """Action, start and end, of a step that is recorded."""
-    writes: Sequence[Write]
+    writes: Writes
     loads: Loads
     shared: Sequence[TensorEntry] = ()
     """What the copies here of the driver's tensors have gathered, for the first driver; a name is a number."""

@@ -24,8 +24,16 @@ ExpertCost = tuple[int, str, int, float, int, int]
 """What experts took: block, name, rows, seconds, bytes of a row and of an expert."""
 Written = Literal["weights", "gradients"]
 """What user code may write."""
-Write = tuple[int, tuple[int, str]]
-"""A block, and the attribute of a module of it that its forward has written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writes:
+    """What forwards of blocks have written in a step."""
+
+    attributes: Sequence[tuple[int, tuple[int, str]]] = ()
+    """By block: attributes of modules of it, if they were not reported before."""
+    buffers: Sequence[tuple[int, str]] = ()
+    """By block: the buffers that checkpoints have, those of BatchNorm aside."""
 
 
 @dataclass(frozen=True, slots=True)

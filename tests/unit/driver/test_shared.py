@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from skippipe_plugin.driver.shared import SharedTensors, Values
 from skippipe_plugin.engine.control.answers import Done
 from skippipe_plugin.engine.control.commands import Share
+from skippipe_plugin.engine.control.values import Writes
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.handover import pack_gradients, pack_tensors
 from skippipe_plugin.engine.stage import Stage
@@ -149,7 +150,7 @@ def test_gradients_of_copies_come_together() -> None:
     assert [own[name].grad is None for name in own].count(False) == 1, "what is not shared stays"
     shared, _ = found(model)
     weight.grad = torch.ones(4, 4)
-    shared.add_gradients([gathered.added_to(Done(0, [], [], {}))])
+    shared.add_gradients([gathered.added_to(Done(0, [], Writes(), {}))])
     assert weight.grad.eq(4.0).all()
     own[names[0]].grad = own[names[1]].grad = torch.ones(4, 4)
     assert copies.gather(stages, own, skip={2}).gradients["0"].eq(1.0).all(), "of a replica's stage that one tells"
@@ -173,7 +174,7 @@ def test_sparse_gradients_travel() -> None:
     entries, blobs = pack_gradients({"0": rows})
     shared, _ = found(model)
     for _ in range(2):
-        shared.add_gradients([Done(0, [], [], {}, entries, blobs=blobs)])
+        shared.add_gradients([Done(0, [], Writes(), {}, entries, blobs=blobs)])
     gradient = model.blocks[0].linear.weight.grad
     assert gradient is not None
     assert gradient.is_sparse

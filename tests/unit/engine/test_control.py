@@ -18,7 +18,7 @@ from skippipe_plugin.engine.control.answers import Done, Failed
 from skippipe_plugin.engine.control.codec import Control, Vocabulary
 from skippipe_plugin.engine.control.commands import AskNorm, Clip, Get, Merge, StepOptimizer
 from skippipe_plugin.engine.control.messages import TO_DRIVER, TO_WORKER
-from skippipe_plugin.engine.control.values import StepOrder
+from skippipe_plugin.engine.control.values import StepOrder, Writes
 
 EVERY = [(vocabulary, kind) for vocabulary in (TO_WORKER, TO_DRIVER) for kind in vocabulary.kinds.values()]
 NAMES = [f"{kind.__name__}" for _, kind in EVERY]
@@ -169,7 +169,7 @@ def test_errors_lead_to_the_field(body: Control, at: int, value: Any, told: str)
 
 
 def test_neither_end_takes_what_is_for_the_other() -> None:
-    for vocabulary, body in ((TO_WORKER, Done(1, [], [], {})), (TO_DRIVER, Get("weights"))):
+    for vocabulary, body in ((TO_WORKER, Done(1, [], Writes(), {})), (TO_DRIVER, Get("weights"))):
         other = TO_DRIVER if vocabulary is TO_WORKER else TO_WORKER
         with pytest.raises(ChannelError, match=f"'{type(body).__name__}' is no message that a "):
             vocabulary.decode(Message(*sent(other, body)))
