@@ -20,15 +20,24 @@ class BatchState:
 
     def __init__(self, view: View) -> None:
         self._batch = view.batch
-        self.restore = undo_changes([view.batch, *view.pieces])
-        """Brings all back, whatever was put into it, taken out or written."""
-        self._copies = {path: leaf.detach().clone() for path, leaf in _plain(view.batch)}
+        self._undo = undo_changes([view.batch, *view.pieces])
+        leaves = [leaf for each in (view.batch, *view.pieces) for _, leaf in tensors(each, "batch") if leaf.is_leaf]
+        self._leaves = [(leaf, leaf.requires_grad) for leaf in leaves]
+        self._copies = {path: (leaf.detach().clone(), leaf.requires_grad) for path, leaf in _plain(view.batch)}
         self._keys = _keys(view.batch)
+
+    def restore(self) -> None:
+        """Bring all back, whatever was put into it, taken out or written, or made to require a gradient."""
+        self._undo()
+        for leaf, requires_grad in self._leaves:
+            if leaf.requires_grad != requires_grad:
+                leaf.requires_grad_(requires_grad)
 
     def changed(self) -> str:
         """Name what is another in the batch than it was; nothing where it is as it was."""
         for path, leaf in _plain(self._batch):
-            if path not in self._copies or not _equal(leaf, self._copies[path]):
+            before, required_grad = self._copies.get(path, (None, False))
+            if before is None or not _equal(leaf, before) or leaf.requires_grad != required_grad:
                 return path
         return "the batch" if _keys(self._batch) != self._keys else ""
 

@@ -222,7 +222,18 @@ class Keeping(Model):
         self.kept.append(batch["output"].detach())
 
 
-@pytest.mark.parametrize("make", [Popping, Scaling, ScalingInPlace, Keeping])
+class Sensitive(Model):
+    """Reads the gradient of what it was given."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        batch["x"].requires_grad_()
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        self.kept.append(batch["x"].grad)
+
+
+@pytest.mark.parametrize("make", [Popping, Scaling, ScalingInPlace, Keeping, Sensitive])
 def test_a_step_may_change_its_batch(make: type[Model]) -> None:
     found, expected = both(make, val_data=batches() if make is Popping else None)
     assert_same_run(found, expected)
