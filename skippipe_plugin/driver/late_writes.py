@@ -37,18 +37,22 @@ def note_writes(proxies: BlockProxies, layout: Layout, writes: Sequence[Writes],
         count: The number of microbatches.
 
     Raises:
-        SkipPipeError: A buffer that checkpoints have was written for the first time in a batch that is cut, or by one
-            replica of several.
+        SkipPipeError: A buffer that checkpoints have was written for the first time in a batch that is cut, by one
+            replica of several, or for each of several drivers.
     """
     attributes = [each for report in writes for each in proxies.note_all_writes(report.attributes)]
-    replicated = {block for stage, _ in layout.replica_groups for block in layout.blocks(stage)}
-    if count == 1 and not replicated:
+    drivers, replicated = layout.num_drivers, layout.replicated_blocks
+    reasons = [
+        (count > 1, f"once for each of {count} microbatches", "num_microbatches=1"),
+        (drivers > 1, f"once for each of {drivers} drivers", "drivers=1"),
+        (bool(replicated), "on one replica only", "replicas=1"),
+    ]
+    reasons = [each for each in reasons if each[0]]
+    if not reasons:
         return
-    where = f"once for each of {count} microbatches" if count > 1 else "on one replica only"
-    settings = {"num_microbatches=1": count > 1, "replicas=1": bool(replicated)}
-    instead = " and ".join(name for name, helps in settings.items() if helps)
+    where, instead = reasons[0][1], " and ".join(setting for *_, setting in reasons)
     for block, name in (each for report in writes for each in report.buffers):
-        if (count > 1 or block in replicated) and name not in proxies.book.written(block):
+        if (count > 1 or drivers > 1 or block in replicated) and name not in proxies.book.written(block):
             raise SkipPipeError(_BUFFER.format(block=proxies.names[block], name=name, where=where, instead=instead))
     if attributes:
         more = f" and {len(attributes) - _SHOWN} more" if attributes[_SHOWN:] else ""

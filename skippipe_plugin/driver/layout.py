@@ -83,6 +83,11 @@ class Layout:
         ]
 
     @property
+    def replicated_blocks(self) -> frozenset[int]:
+        """The blocks that several workers hold."""
+        return frozenset(block for stage, _ in self.replica_groups for block in self.blocks(stage))
+
+    @property
     def expert_sets(self) -> list[tuple[int, list[tuple[int, ...]]]]:
         """The stages whose experts are spread, with the sets of ranks of which each holds all experts together."""
         size = self.expert_parallel

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 _ALONE: Final = "of {total} samples some have one, on which a BatchNorm inside of the blocks ({name}) cannot train"
 _SEES: Final = (
     "BatchNorm inside of the blocks (%s) takes its statistics from microbatches of %s samples, as under gradient "
-    "accumulation, where one process takes them from all %d. microbatches='stack' or num_microbatches=1 gives it the "
+    "accumulation, where one process takes them from all %d%s. microbatches='stack' or num_microbatches=1 gives it the "
     "batch, but then one stage works at a time"
 )
 
@@ -41,12 +41,13 @@ class BatchStatistics:
         name = self._first() if min(sizes) == 1 else ""
         return _ALONE.format(name=name, total=sum(sizes)) if name else ""
 
-    def tell(self, sizes: Sequence[int]) -> None:
-        """Say once that microbatches are what they see."""
+    def tell(self, sizes: Sequence[int], drivers: int) -> None:
+        """Say once that microbatches are what they see; each of several drivers has a batch of its own."""
         if not self._is_told and (name := self._first()):
             self._is_told = True
             span = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{max(sizes)}"
-            log.warning(_SEES, name, span, sum(sizes))
+            others = " and those of the other drivers" if drivers > 1 else ""
+            log.warning(_SEES, name, span, sum(sizes), others)
 
     def _first(self) -> str:
         """Name the first that looks at its batch."""

@@ -80,6 +80,10 @@ _WHOLE: Final = (
     "%s runs once, on the whole batch, of which only what enters the blocks is cut: every forward comes before the "
     "loss, and the head has the whole batch at once. The reason: %s"
 )
+_OF_EACH: Final = (
+    ". There are {count} drivers, each with a batch of its own: what looks at all samples sees those of one driver, as "
+    "under DistributedDataParallel. drivers=1 gives it all of them"
+)
 
 
 class Merging:
@@ -166,13 +170,13 @@ class Merging:
             refusal = lacking[0]
         if refusal is None:
             if self.answer is not None:
-                self.asking.statistics.tell(self.question.view.sizes)
+                self.asking.statistics.tell(self.question.view.sizes, len(refusals))
             return False
         if where == "batch":
             raise refusal
         if self._is_news():
             reason = str(refusal).partition(". Run the step once")[0]
-            log.warning(_WHOLE, name, reason)
+            log.warning(_WHOLE, name, reason + (_OF_EACH.format(count=len(refusals)) if refusals[1:] else ""))
         return True
 
     def _is_news(self) -> bool:

@@ -28,8 +28,8 @@ _MOST_COUNTS: Final = 8
 _MOST_ASKED: Final = 3
 """Of how many of them the user's code is asked."""
 _NOT_CUT: Final = (
-    "the blocks get whole batches, so one stage works at a time: %s. Results are those of one process; docs/limits.md "
-    "says how a batch can be cut"
+    "the blocks get whole batches, so one stage works at a time: %s. What they make is what one process makes of "
+    "this batch; docs/limits.md says how a batch can be cut"
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -23,6 +24,15 @@ from ..links import Links
 from .proxies import BlockProxies
 from .side_inputs import Digests, Outbox, PreparedCall, SpecNumbers, numbered
 from .stack_call import StackCall
+
+_OF_REPLICAS: Final = (
+    "stage {stage} has replicas: each would keep what its own microbatches leave there, where one process has all in "
+    "one place. Use replicas=1"
+)
+_OF_DRIVERS: Final = (
+    "there are {count} drivers: it would be written once for the batch of each, where one process writes it once for "
+    "all of them. Use drivers=1"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +140,7 @@ class CallWriter:
         asked = path, requires_grad, call.ambient.grad, call.forms, tuple(call.modes), call.carried, call.exported
         if before is None or before.asked != asked:
             self._check_forms(microbatch, path, call)
-            self._check_replicas(call, proxies)
+            self._check_kept(call, proxies)
             before = self._hops_before[microbatch] = _KnownHops(asked, self._find_hops(path, call, requires_grad))
         return before.hops
 
@@ -145,16 +155,14 @@ class CallWriter:
             hops.append(_hop(forms[blocks.stop], requires_grad))
         return tuple(hops)
 
-    def _check_replicas(self, call: StackCall, proxies: BlockProxies) -> None:
-        """Refuse replicas of blocks that keep something: each would have a part of what one process has."""
-        for stage, _ in self._layout.replica_groups:
-            for block in self._layout.blocks(stage):
-                if call.modes[block].training[0] and (kept := _kept(proxies, block)):
-                    raise SkipPipeError(
-                        f"the forward of {proxies.names[block]} writes {kept}, and stage {stage} has replicas: each "
-                        "would keep what its own microbatches leave there, where one process has all in one place. Use "
-                        "replicas=1"
-                    )
+    def _check_kept(self, call: StackCall, proxies: BlockProxies) -> None:
+        """Refuse replicas of blocks that keep something, and several drivers: one process has all in one place."""
+        replicated, drivers = self._layout.replicated_blocks, self._layout.num_drivers
+        for block in range(len(call.modes)) if drivers > 1 else sorted(replicated):
+            if call.modes[block].training[0] and (kept := _kept(proxies, block)):
+                stage = self._layout.stage_of_block(block)
+                why = _OF_REPLICAS.format(stage=stage) if block in replicated else _OF_DRIVERS.format(count=drivers)
+                raise SkipPipeError(f"the forward of {proxies.names[block]} writes {kept}, and {why}")
 
     def _check_forms(self, microbatch: int, path: Path, call: StackCall) -> None:
         """A path has to visit the stages that change the form of the hidden states, in their order."""
