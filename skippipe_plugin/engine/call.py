@@ -170,6 +170,8 @@ class CacheUse:
     keys: tuple[int, ...] = ()
     """By slot: the driver's number of the cache."""
     ops: tuple[CacheOp, ...] = ()
+    turns: tuple[int, ...] = ()
+    """By slot: how many calls have had the cache before. One with the number of another is that one, run once more."""
 
 
 NO_CACHES: Final = CacheUse()

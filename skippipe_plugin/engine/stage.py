@@ -382,12 +382,13 @@ class Stage:
         yield from self._writes.items()
 
     def _run_blocks(self, call: Call, notes: _Notes, hidden: Tensor, kept: Kept) -> Tensor:
-        self._shelf.apply(call.caches.ops)
+        self._shelf.begin(call.caches)
         if notes.plain and not self._careful:
             try:
                 return self._run_each(call, notes, hidden, kept)
             except RuntimeError as error:
                 self._expect_changes(next(iter(self.blocks)), error)
+                self._shelf.begin(call.caches)
         return self._run_each(call, notes, inner(hidden), kept)
 
     def _expect_changes(self, block: int, error: RuntimeError) -> None:

@@ -11,8 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.channel import Channel
 from skippipe_plugin.engine.errors import SkipPipeError
+from skippipe_plugin.testing import At, Fault, Injector, Kill, Phase, Reset, Stop
 from tests.zoo import modules, pretrained
 
 from . import zoo
@@ -280,3 +282,69 @@ def test_caches_are_freed_after_each_generation() -> None:
     assert len(sizes.values) == 4
     assert [caches for caches, _ in sizes.values] == [0] * 4
     assert sizes.values[1] == sizes.values[3]
+
+
+class Telling(Writer):
+    """Generates between two steps, by weights with which each token depends on all before it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(zoo.gpt2(), **options)
+        for parameter in self.model.parameters():
+            nn.init.normal_(parameter, std=0.5)
+
+    def predict_step(self, batch: Tensor) -> Tensor:
+        return self.model(input_ids=batch).logits  # type: ignore[no-any-return]
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self.write("between steps", prompts(2))
+
+
+class InStep(Telling):
+    """Generates in a step, which begins anew."""
+
+    def predict_step(self, batch: Tensor) -> Tensor:
+        return self.write("in a step", batch)
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        pass
+
+
+def written(make: Callable[[], Writer], devices: int = 1, *faults: Fault, replicas: int = 1) -> list[Tensor]:
+    """Return what is generated, while faults happen at the moment of a token."""
+    torch.manual_seed(0)
+    module = make()
+    callbacks = [StageRecovery()] if devices > 1 else []
+    strategy = {"num_microbatches": 1, "replicas": replicas} if devices > 1 else {}
+    with Injector(*faults) as injector:
+        trainer_for(devices, strategy, callbacks=callbacks).predict(module, loader(prompts(2), 2))
+    assert [each.done for each in injector.report] == [True] * len(faults)
+    return next(iter(module.written.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["greedy", "beams"])
+@pytest.mark.parametrize("nth", [2, 5])
+def test_a_connection_breaks_between_two_tokens(case: str, nth: int) -> None:
+    """In the first call and in a later one: a stage that has the tokens already does not add them once more."""
+
+    def make() -> Writer:
+        return Telling(**BEAMS.get(case, {"do_sample": False}))
+
+    stop = Stop(At(Phase.VALIDATING, nth, action="0F0"), 2, 1.0)
+    reset = Reset(At(Phase.VALIDATING, nth, action="0F0", delay_s=0.6), (1, 2))
+    for found, expected in zip(written(make, 3, stop, reset), written(make), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+def test_a_worker_is_lost_between_two_tokens() -> None:
+    """It takes keys and values with it: a step begins anew with its generation, and other code is told to."""
+
+    def in_step() -> Writer:
+        return InStep(do_sample=False)
+
+    lost = Kill(At(Phase.VALIDATING, 5, action="0F0"), 1)
+    (found,), (expected,) = written(in_step, 5, lost, replicas=2), written(in_step)
+    assert torch.equal(found, expected)
+    with pytest.raises(SkipPipeError, match="begin the generation anew"):
+        written(lambda: Telling(do_sample=False), 3, lost)

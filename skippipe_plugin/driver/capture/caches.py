@@ -88,6 +88,8 @@ class CacheLedger:
         self._ops: dict[int, list[CacheOp]] = {}
         self._empty: dict[int, Any] = {}
         """What each was before it held anything."""
+        self._turns: dict[int, int] = {}
+        """How many calls have had each."""
         self._original: dict[int, int] = {}
         """Of which cache one is a copy that no worker has made yet."""
         self._freed: list[int] = []
@@ -112,7 +114,15 @@ class CacheLedger:
 
     def emptied(self, keys: Sequence[int]) -> CacheUse:
         """Return how to found caches like ``keys`` with nothing in them, to ask what blocks do with one."""
-        return CacheUse(tuple(keys), tuple(CacheOp(key, CREATE, (self._empty[key],)) for key in keys))
+        return CacheUse(
+            tuple(keys), tuple(CacheOp(key, CREATE, (self._empty[key],)) for key in keys), turns=(0,) * len(keys)
+        )
+
+    def use(self, keys: Sequence[int]) -> CacheUse:
+        """Count a call with the caches ``keys``; return what the workers need to know of it."""
+        turns = tuple(self._turns.get(key, 0) for key in keys)
+        self._turns.update((key, turn + 1) for key, turn in zip(keys, turns, strict=True))
+        return CacheUse(tuple(keys), self.take_ops(keys), turns)
 
     def take_ops(self, keys: Sequence[int]) -> tuple[CacheOp, ...]:
         """Return what happened to the caches ``keys`` since the last call, and to those that they are copies of."""
@@ -136,7 +146,7 @@ class CacheLedger:
             if key in self._original:
                 pending = self._ops[self._original[key]]
                 pending[:] = [op for op in pending if op.method != COPY or op.args[0] != key]
-            for known in (self._ops, self._empty, self._original):
+            for known in (self._ops, self._empty, self._turns, self._original):
                 known.pop(key, None)
         return freed
 

@@ -262,7 +262,9 @@ class BlockProxies:
             return NO_CACHES
         for cache in call.unkept:
             close(cache, WITH_GRADIENTS)
-        return CacheUse(tuple(call.caches), self.ledger.take_ops(list(call.caches)))
+        if call.cache_use is None:
+            call.cache_use = self.ledger.use(list(call.caches))
+        return call.cache_use
 
     def check_complete(self, owner: object) -> None:
         """Raise when the code that ``owner`` (a step thread) runs left the stack before its last block."""

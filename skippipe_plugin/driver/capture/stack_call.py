@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...engine.arguments import Earlier, SideInput, Template
-from ...engine.call import Ambient, BlockMode, Form, Made
+from ...engine.call import Ambient, BlockMode, CacheUse, Form, Made
 from ...engine.probes import Probe
 from ...engine.returned import ReturnStructure, tensors_in
 from ...engine.taps import TapEvent
@@ -59,6 +59,8 @@ class StackCall:
     seen: list[Tensor] = field(default_factory=list)
     """The tensors in that."""
     caches: dict[int, Any] = field(default_factory=dict)  # Any: transformers' Cache
+    cache_use: CacheUse | None = None
+    """What the workers are told of them, once that is known: the same when the call is run once more after a loss."""
     unkept: list[Any] = field(default_factory=list)  # Any: the same
     """Caches that stay empty, since gradients are on."""
     asked_in: tuple[Mode, Mode] = (Mode(False, False), Mode(False, True))
