@@ -195,8 +195,14 @@ class Moves(Callback):
     def __init__(self, folder: Path, moves: str) -> None:
         self.folder = folder
         self.moves = [(what, int(step)) for what, _, step in (move.partition("@") for move in moves.split(","))]
+        self.has_begun = False
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if (
+            not self.has_begun
+        ):  # who came back to another driver is used while there are steps, however busy the host is
+            self.has_begun = True
+            self.await_joined(trainer)
         for number, (what, step) in enumerate(self.moves):
             done = self.folder / f"move{number}"
             if step == trainer.global_step and not done.exists():
@@ -221,7 +227,13 @@ class Moves(Callback):
         with (self.folder / "pids").open("a") as file:
             file.write(f"{process.pid}\n")
         wait_for(lambda: len(job.joined()) > there)
-        trainer.strategy._spread.pipeline.keeper._warm_spares()  # type: ignore[attr-defined]
+        self.await_joined(trainer)
+
+    def await_joined(self, trainer: Trainer) -> None:
+        """Wait until all that are idle are awake, and have imported what they will need."""
+        job, keeper = trainer.strategy._job, trainer.strategy._spread.pipeline.keeper  # type: ignore[attr-defined]
+        wait_for(lambda: all(link.is_awake for link in job.resting()))
+        keeper._warm_spares()
         wait_for(lambda: all(link.warm for link in job.idle()))
 
     def leave(self, links: Sequence[Any]) -> None:
@@ -231,9 +243,9 @@ class Moves(Callback):
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "what the script waits for did not come"
         time.sleep(0.02)
 
 
