@@ -111,8 +111,8 @@ class Continuation:
         self._spread, self._remote = spread, remote
         state = DriverState(trainer.lightning_module, remote)
         step = recalled.step if recalled is not None else 0
-        self._mirror = DriverMirror(spread.links, state, self._outcome, self._fit, step)
-        spread.pipeline.gradients.send_step = self._mirror.commit
+        mirror = self._mirror = DriverMirror(spread.links, state, self._outcome, self._fit, step)
+        spread.pipeline.gradients.send_step, spread.pipeline.gradients.stand = mirror.commit, lambda: mirror.stand
         trainer.fit_loop.__dict__["_load_combined_loader_states"] = self._before_iterators
         epoch_loop.__dict__["on_run_start"] = self._on_epoch_start
         epoch_loop.__dict__["on_advance_end"] = self._on_batch_end

@@ -15,7 +15,7 @@ from ..engine import gradients, phases
 from ..engine.control.answers import Done, NormPowers, Unscaled
 from ..engine.control.codec import Control
 from ..engine.control.commands import AskNorm, Clip, Merge, Pass, StepOptimizer, Unscale
-from ..engine.control.values import Opening, StepOrder, Zero
+from ..engine.control.values import Opening, Stand, StepOrder, Zero
 from ..engine.errors import SkipPipeError
 from ..engine.gradients import GradientWindow
 from ..engine.stage import Stage
@@ -62,6 +62,8 @@ class GradientControl:
         """By block stage: how many microbatches of all drivers visited it in the last training step."""
         self.send_step: Callable[[StepOrder, bytes], None] = functools.partial(_send_step, links)
         """Sends the workers the command to step, and the settings for it."""
+        self.stand: Callable[[], Stand] = Stand
+        """Returns the last optimizer step, where they are numbered."""
         self.copies = copies
         """What user code sees of the workers' gradients."""
         self.pending_clip: tuple[float | None, float | None] = (None, None)

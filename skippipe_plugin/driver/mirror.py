@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..engine.control.codec import Control
 from ..engine.control.commands import StepOptimizer
 from ..engine.control.keeping import Kept, Prepare, Settle, Store, Stored
-from ..engine.control.values import Record, StepOrder
+from ..engine.control.values import Record, Stand, StepOrder
 from ..engine.handover import pack_object
 from .capture.remote import is_remote
 from .links import Link, Links
@@ -115,6 +115,11 @@ class DriverMirror:
         self._base: Mapping[str, Any] = {}
 
     @property
+    def stand(self) -> Stand:
+        """The last optimizer step that is committed."""
+        return Stand(self._fit, self._step)
+
+    @property
     def started(self) -> bool:
         """Whether the workers have everything."""
         return bool(self._base)
@@ -133,7 +138,7 @@ class DriverMirror:
         self._store("tensors", {**self.state.trained(), "outcome": pending})
         noted = self._step if pending is None else self._step - 1
         self._store("progress", {"changed": {}, **progress}, step=noted)
-        self._ask_all(Settle(self._step))
+        self._ask_all(Settle(self.stand))
 
     def note(self, progress: Mapping[str, Any]) -> None:
         """Store what the next driver has to know at the end of a batch; it survives when :meth:`commit` returns."""
@@ -143,7 +148,7 @@ class DriverMirror:
         """Let every worker step its optimizer, such that all or none of them do, also when this driver dies."""
         self._step += 1
         order = replace(order, step=self._step)
-        self._ask_all(Prepare())
+        self._ask_all(Prepare(self.stand))
         record = {**self.state.trained(), "outcome": self._outcome(), "hyperparameters": hyperparameters}
         self._store("tensors", record, order=order)
         self._links.broadcast(StepOptimizer(order, hyperparameters))

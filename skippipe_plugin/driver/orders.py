@@ -122,6 +122,7 @@ def order(
         parts=parts,
         compile=pipeline.sender.compilation,
         blobs=blobs,
+        stand=pipeline.gradients.stand(),
     )
 
 

@@ -33,7 +33,10 @@ class Fits:
         self._lost = processes.attempt > 0
         if self._lost:
             _await(pool, processes, roll)
-            self._recalled = recall(pool.idle())
+            present = pool.idle()
+            self._recalled = recall(present)
+            for ticket in [link.ticket for link in present if link.gone and link.ticket]:
+                processes.kill(ticket)  # whoever gave no sign of life; no harm if it has ended
         roll.is_over = True
 
     def next(self) -> tuple[int, Recalled | None, dict[str, Any] | None]:
@@ -58,7 +61,7 @@ class Fits:
 
     def settle(self) -> None:
         """Everything stands anew on the workers that are used: the others may forget what they hold."""
-        for link in self._pool.idle():
+        for link in self._pool.resting():  # who gives no sign of life now may wake up
             drop(link)
 
 

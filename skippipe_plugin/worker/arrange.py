@@ -53,6 +53,7 @@ def arrange(holdings: Holdings, order: Arrange, parcel: Parcel, device: torch.de
     holdings.states = BlockStates(holdings.stages)
     if not kept:
         holdings.forget_step()  # one of an earlier run, whose gradients are not those that come
+    holdings.stand = holdings.whole = order.stand
     holdings.norms = dict(order.norms)
     holdings.estimates = (holdings.estimates & kept) | set(order.estimates)
     _fill(arrived, parcel)

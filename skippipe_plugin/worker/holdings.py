@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..engine.classes import check_fingerprints
 from ..engine.compilation import Compilation
 from ..engine.control.answers import State
 from ..engine.control.commands import Clip, Load, Merge, Overwrite, Share
-from ..engine.control.values import ExpertCost, Opening, StepOrder, What
+from ..engine.control.values import ExpertCost, Opening, Stand, StepOrder, What
 from ..engine.gradients import GradientWindow
 from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
 from ..engine.optimizer import ParameterKey, Settings, StageOptimizer
@@ -39,8 +40,10 @@ class Holdings:
         """By stage: the L2 norm of its gradient in the last optimizer step, before the clipping of all together."""
         self.estimates: set[int] = set()
         """The blocks that were rebuilt from their neighbours and have not taken an optimizer step since."""
-        self.step = -1
-        """The number of the last optimizer step, where the driver numbers them."""
+        self.stand = Stand()
+        """The last optimizer step, where the driver numbers them."""
+        self.whole = Stand()
+        """The last one whose gradients were whole."""
         self._optimizer: StageOptimizer | None = None
         self._stepped = False
         """Whether the gradients have been used by an optimizer step: they can be read until the next step begins."""
@@ -57,7 +60,8 @@ class Holdings:
         self.experts.cut(sent.stage, blocks, sent.experts)
         Compilation.unpack(sent.compile).compile(blocks)
         if sent.first:
-            self.stages, self.norms, self.step, self._optimizer = {}, {}, -1, None
+            self.stages, self.norms, self._optimizer = {}, {}, None
+            self.stand = self.whole = Stand()
             self.estimates = set()
             self._stepped = False
             self.copies = SharedCopies()
@@ -163,7 +167,7 @@ class Holdings:
         factors = [factor for stage, factor in order.lr_factors if stage in self.stages]
         self._optimizer.step(Settings.loads(settings), lr_factor=max(factors, default=1.0))
         self.estimates = set()
-        self.step = order.step
+        self.stand = replace(self.stand, step=order.step)
         self.states.forget()
         if not order.keep:
             self._stepped = True  # what follows is a new accumulation window

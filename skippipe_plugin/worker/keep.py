@@ -27,6 +27,7 @@ from ..engine.control.keeping import (
     LetGo,
     NoteEstimates,
     OneRecord,
+    Part,
     Prepare,
     Records,
     Retain,
@@ -35,6 +36,7 @@ from ..engine.control.keeping import (
     Stored,
     Summary,
 )
+from ..engine.control.values import Stand
 from ..engine.errors import SkipPipeError
 from ..engine.parcel import KeptRecord, Parcel, pack_records
 from .arrange import arrange
@@ -76,7 +78,7 @@ class Keep:
 
     def add_to(self, handlers: Handlers) -> None:
         """Obey all messages of :mod:`skippipe_plugin.engine.control.keeping`, but for those that end what is kept."""
-        handlers.on(Prepare, lambda _: Kept())  # all that came before is done
+        handlers.on(Prepare, self.prepare)
         handlers.on(Store, self.store)
         handlers.on(Settle, self.settle)
         handlers.on(AskRecords, self.records)
@@ -99,7 +101,12 @@ class Keep:
     def settle(self, command: Settle) -> Kept:
         """Forget what the last driver has left."""
         self._retained, self._parting = (), None
-        self.holdings.step = command.step
+        self.holdings.stand = self.holdings.whole = command.stand
+        return Kept()
+
+    def prepare(self, command: Prepare) -> Kept:
+        """Note that an optimizer step is due: all that came before is done."""
+        self.holdings.whole = command.stand
         return Kept()
 
     def records(self, _: AskRecords) -> Records:
@@ -129,7 +136,7 @@ class Keep:
         """Return what is left of the last driver."""
         records = {name: record for kept in self._last for name, (record, _) in kept.records.items()}
         return Summary(
-            blocks=[list(kept.holdings.blocks()) for kept in self._last],
+            parts=[Part(list(kept.holdings.blocks()), kept.holdings.stand, kept.holdings.whole) for kept in self._last],
             records={name: (record.fit, record.step) for name, record in records.items()},
             results=[record.fit for record, _ in self._results.values()],
         )
@@ -148,9 +155,12 @@ class Keep:
         return self._last[question.part].holdings.state(question.what, question.blocks)
 
     def finish_step(self, command: FinishStep) -> Kept:
-        """Do the optimizer step that the last driver was about to command."""
-        holdings = self._last[0].holdings
-        if holdings.stages and holdings.step < command.order.step:
+        """Do the optimizer step that the last driver was about to command, unless it is not this worker's.
+
+        Who was cut off before may lack a part of its gradients, or belong to another fit.
+        """
+        holdings, due = self._last[0].holdings, Stand(command.fit, command.order.step)
+        if holdings.stages and holdings.whole == due and holdings.stand.step < due.step:
             holdings.step_optimizer(command.order, command.settings)
         return Kept()
 

@@ -15,12 +15,14 @@ from skippipe_plugin.engine.control.keeping import (
     FinishStep,
     GetRetained,
     LetGo,
+    Part,
+    Prepare,
     Retain,
     Settle,
     Store,
     Summary,
 )
-from skippipe_plugin.engine.control.values import Record, StepOrder
+from skippipe_plugin.engine.control.values import Record, Stand, StepOrder
 from skippipe_plugin.engine.handover import pack_blocks, pack_object, pack_tensors, unpack_object, unpack_tensors
 from skippipe_plugin.engine.optimizer import OptimizerPlan, settings_of
 from skippipe_plugin.engine.parcel import Parcel
@@ -51,18 +53,34 @@ def weight(keep: Keep) -> nn.Parameter:
     return next(iter(keep.holdings.blocks()[0].parameters()))
 
 
-def finish(step: int) -> FinishStep:
-    return FinishStep(StepOrder(None, None, "", False, False, [], step), SETTINGS.dumps())
+def finish(step: int, fit: int = 1) -> FinishStep:
+    return FinishStep(StepOrder(None, None, "", False, False, [], step), fit, SETTINGS.dumps())
 
 
 def test_a_step_that_was_commanded_twice_is_taken_once() -> None:
     keep = holding(2.0)
+    keep.settle(Settle(Stand(1, 6)))
+    keep.prepare(Prepare(Stand(1, 7)))
     keep.finish_step(finish(7))
     weight(keep).grad = torch.ones(1, 1)
     keep.finish_step(finish(7))
     assert float(weight(keep).detach()) == 1.5
+    keep.prepare(Prepare(Stand(1, 8)))
     keep.finish_step(finish(8))
     assert float(weight(keep).detach()) == 1.0
+
+
+def test_a_step_is_not_taken_with_gradients_that_are_not_its() -> None:
+    """A worker that was cut off has those of an earlier step, or a part of them, or is in another fit."""
+    keep = holding(2.0)
+    keep.settle(Settle(Stand(1, 6)))
+    keep.finish_step(finish(7))
+    keep.prepare(Prepare(Stand(1, 7)))
+    keep.finish_step(finish(8))
+    keep.finish_step(finish(7, fit=2))
+    assert float(weight(keep).detach()) == 2.0
+    (left,) = keep.summary(AskSummary()).parts
+    assert (left.stand, left.whole) == (Stand(1, 6), Stand(1, 7))
 
 
 def test_what_is_retained_stays_until_all_is_settled() -> None:
@@ -74,11 +92,11 @@ def test_what_is_retained_stays_until_all_is_settled() -> None:
     keep.retain(Retain())  # a second driver that is lost on the way changes nothing
     keep.store(stored("base", fit=1, step=3, data=b"newer"))
     summary = keep.summary(AskSummary())
-    assert summary.blocks == [[0]]
+    assert [part.blocks for part in summary.parts] == [[0]]
     assert set(summary.records) == {"base", "tensors", "progress"}
     assert keep.record(AskRecord("base")).blobs == [b"data"]
-    keep.settle(Settle(3))
-    assert keep.summary(AskSummary()).blocks == [[]]
+    keep.settle(Settle(Stand(1, 3)))
+    assert keep.summary(AskSummary()).parts == [Part([], Stand(1, 3), Stand(1, 3))]
 
 
 def order(stages: list[Any], arriving: dict[int, float], records: dict[str, Any]) -> Arrange:
@@ -93,14 +111,14 @@ def order(stages: list[Any], arriving: dict[int, float], records: dict[str, Any]
         records=records,
     )
     parts, blobs = parcel.pack()
-    return Arrange(stages, [], {}, 1, [], [], parts, b"", blobs)
+    return Arrange(stages, [], {}, 1, [], [], Stand(1, 3), parts, b"", blobs)
 
 
 def found(keep: Keep) -> dict[int, float]:
     """What a driver that comes anew gathers: each block, from whichever part of what is left."""
     blocks: dict[int, float] = {}
-    for part, held in enumerate(keep.summary(AskSummary()).blocks):
-        state = keep.retained(GetRetained(part, "weights", held))
+    for number, part in enumerate(keep.summary(AskSummary()).parts):
+        state = keep.retained(GetRetained(number, "weights", part.blocks))
         blocks |= {int(name[0]): float(tensor) for name, tensor in unpack_tensors(state.tensors, state.blobs).items()}
     return blocks
 
@@ -142,7 +160,7 @@ def test_results_outlast_other_stages() -> None:
     keep.store(stored("base", fit=2, step=0, data=b""))
     keep.forget()
     keep.retain(Retain())
-    assert keep.summary(AskSummary()) == Summary([[0]], {}, [1])
+    assert keep.summary(AskSummary()) == Summary([Part([0], Stand(), Stand())], {}, [1])
     assert keep.record(AskRecord("result1")).blobs == [b"end"]
 
 

@@ -11,19 +11,22 @@ from torch import Tensor
 
 from ...engine.control.answers import State
 from ...engine.control.keeping import AskRecord, AskSummary, FinishStep, GetRetained, Kept, OneRecord, Retain, Summary
-from ...engine.control.values import StepOrder
+from ...engine.control.values import Stand, StepOrder
 from ...engine.errors import SkipPipeError, StageLostError
 from ...engine.handover import unpack_object, unpack_tensors
 from ...engine.optimizer import ParameterKey
 from ...engine.wire import decode_optimizer_state, tensor_key
 from ...recovery import Neighbour, RebuildRule
 from ..links import Link, Links
+from .heartbeat import Heartbeat
 from .neighbours import Source, neighbour_of, rebuilt_weights, source_of
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _RECORDS: Final = ("base", "tensors", "progress")
+_SILENT_S: Final = 10.0
+"""How long a worker may give no sign of life while it is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,8 @@ class Recalled:
 def recall(links: Sequence[Link]) -> Recalled | None:
     """Gather the state of the last driver, and let the workers retain it; None when there is no whole record of it.
 
+    What a worker holds that stands elsewhere than the record was cut off from the run, and is not used.
+
     Args:
         links: The idle workers, the survivors among them.
     """
@@ -63,9 +68,10 @@ def _recall(links: Sequence[Link]) -> Recalled | None:
         return None
     (fit, step, noted), holder = max(stands)
     tensors, order = _record(links[holder], "tensors")
-    if step > noted and order is not None:
+    now = Stand(fit, step)
+    if order is not None:
         for link in links:
-            link.ask(FinishStep(order, tensors["hyperparameters"]), Kept)
+            link.ask(FinishStep(order, fit, tensors["hyperparameters"]), Kept)
     base, progress = _record(links[holder], "base")[0], _record(links[holder], "progress")[0]
     weights: dict[str, Tensor] = {}
     optimizer: dict[ParameterKey, Mapping[str, Any]] = {}
@@ -73,8 +79,15 @@ def _recall(links: Sequence[Link]) -> Recalled | None:
     living: list[tuple[Sequence[int], float]] = []
     estimates: set[int] = set()
     for rank, summary in summaries.items():
-        for part, held in enumerate(summary.blocks):
-            blocks = sorted(set(held) - found)
+        for part, held in enumerate(summary.parts):
+            is_current = held.stand == now or (order is not None and held.whole == now)
+            if held.blocks and not is_current:
+                log.warning(
+                    "blocks %s on a worker are of optimizer step %d of fit %d, and the last driver was at step %d of "
+                    "fit %d: the worker was cut off from it, and they are not used",
+                    *(sorted(held.blocks), held.stand.step, held.stand.fit, step, fit),
+                )
+            blocks = sorted(set(held.blocks) - found) if is_current else []
             found |= set(blocks)
             if blocks:
                 state = links[rank].ask(GetRetained(part, "weights", blocks), State)
@@ -177,10 +190,13 @@ def _surviving(links: Sequence[Link], ask: Callable[[Sequence[Link]], _T]) -> _T
         for rank, link in enumerate(present):
             link.forget_answers()
             board.add(rank, (), link)
+        heartbeat = Heartbeat(board, _SILENT_S)
         try:
             return ask(present)
         except StageLostError:
             log.warning("a worker was lost while what the last driver has left was gathered; looking at the others")
+        finally:
+            heartbeat.close()
 
 
 def _stands(summary: Summary) -> list[tuple[int, int, int]]:

@@ -20,6 +20,7 @@ from .values import (
     PackedBlocks,
     Parts,
     Prints,
+    Stand,
     StepOrder,
     TensorEntry,
     What,
@@ -123,6 +124,8 @@ class Arrange(Control):
     """By stage: the norm of its last gradient."""
     estimates: Sequence[int]
     """The blocks that come which were rebuilt from others."""
+    stand: Stand
+    """The last optimizer step that all of it has taken."""
     parts: Parts
     """What comes."""
     compile: Buffer

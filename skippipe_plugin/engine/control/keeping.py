@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from ..channel import Buffer
 from .codec import Control
-from .values import Record, RecordEntry, StepOrder, What
+from .values import Record, RecordEntry, Stand, StepOrder, What
 
 
 @dataclass(frozen=True, slots=True)
 class Prepare(Control):
-    """Say when all that came before is done."""
+    """Say when all that came before is done: the gradients of an optimizer step are whole."""
+
+    stand: Stand
+    """That step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +32,8 @@ class Store(Control):
 class Settle(Control):
     """Everything of this driver stands: forget what the last one has left."""
 
-    step: int
-    """How many optimizer steps are done."""
+    stand: Stand
+    """Which optimizer step was done last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,10 @@ class GetRetained(Control):
 
 @dataclass(frozen=True, slots=True)
 class FinishStep(Control):
-    """Take the optimizer step that the last driver was about to command, if that has not been done."""
+    """Take the optimizer step that the last driver was about to command, where it is due and has not been taken."""
 
     order: StepOrder
+    fit: int
     settings: Buffer
 
 
@@ -120,11 +124,21 @@ class Records(Control):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A part of what is left of the last driver."""
+
+    blocks: Sequence[int]
+    stand: Stand
+    """The last optimizer step that they have taken."""
+    whole: Stand
+    """The optimizer step whose gradients are here, whole, whether it was taken or not."""
+
+
+@dataclass(frozen=True, slots=True)
 class Summary(Control):
     """What is left of the last driver."""
 
-    blocks: Sequence[Sequence[int]]
-    """By part."""
+    parts: Sequence[Part]
     records: Mapping[str, tuple[int, int]]
     """By name: fit and optimizer step."""
     results: Sequence[int]

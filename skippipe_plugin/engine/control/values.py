@@ -120,6 +120,16 @@ class StepOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class Stand:
+    """How far something is in training; whatever stands elsewhere than the run was cut off from it."""
+
+    fit: int = 0
+    """Of the script, from 1; 0 where they are not numbered."""
+    step: int = -1
+    """The optimizer step."""
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """A part of what the driver itself holds, as a worker keeps it."""
 

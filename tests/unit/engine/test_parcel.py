@@ -9,7 +9,7 @@ from skippipe_plugin.engine.channel import ChannelError, Message
 from skippipe_plugin.engine.control.commands import Arrange
 from skippipe_plugin.engine.control.keeping import Records
 from skippipe_plugin.engine.control.messages import TO_DRIVER, TO_WORKER
-from skippipe_plugin.engine.control.values import Record, StepOrder
+from skippipe_plugin.engine.control.values import Record, Stand, StepOrder
 from skippipe_plugin.engine.parcel import Parcel, pack_records, unpack_records
 
 ORDER = StepOrder(None, 0.5, "drop", True, False, [(1, 1.1)])
@@ -24,7 +24,7 @@ PARCEL = Parcel(
     records={"base": (RECORD, [b"r", b"", b"r"]), "empty": (Record("empty", 1, 2, True, []), [])},
 )
 PARTS, BLOBS = PARCEL.pack()
-WITHOUT_PARTS = ([(1, [0], [])], [], {}, 1, [], [])
+WITHOUT_PARTS = ([(1, [0], [])], [], {}, 1, [], [], Stand())
 
 
 def arrived(parts: Any, blobs: list[bytes]) -> Arrange:

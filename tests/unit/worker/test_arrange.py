@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from skippipe_plugin.engine.classes import fingerprints
 from skippipe_plugin.engine.control.commands import Arrange, Load, Merge
-from skippipe_plugin.engine.control.values import Opening, StepOrder
+from skippipe_plugin.engine.control.values import Opening, Stand, StepOrder
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.handover import pack_blocks
 from skippipe_plugin.engine.optimizer import OptimizerPlan, settings_of
@@ -81,7 +81,7 @@ def order(source: Holdings, target: Holdings, stages: dict[int, Sequence[int]], 
         records={},
     ).pack()
     keep = [block for block in wanted if block not in moving]
-    fields = Arrange([(stage, own, []) for stage, own in stages.items()], keep, {}, 1, [], [], parts, b"", [])
+    fields = Arrange([(stage, own, []) for stage, own in stages.items()], keep, {}, 1, [], [], Stand(), parts, b"", [])
     return fields, Parcel.unpack(parts, [bytes(blob) for blob in blobs])  # as after the wire: memory of its own
 
 
@@ -167,7 +167,7 @@ def test_blocks_that_come_later_are_of_the_drivers_classes() -> None:
         records={},
     )
     parts, blobs = parcel.pack()
-    fields = Arrange([(1, [0], [])], [], fingerprints(blocks.values()), 1, [], [], parts, b"", blobs)
+    fields = Arrange([(1, [0], [])], [], fingerprints(blocks.values()), 1, [], [], Stand(), parts, b"", blobs)
     arrange(Holdings(), fields, parcel, CPU)
     patched = {owner: dict(entries) for owner, entries in fingerprints(blocks.values()).items()}
     patched["torch.nn.modules.linear:Linear"]["forward"] = "another"
