@@ -7,7 +7,7 @@ again when the call runs once more for its gradients, or from its beginning.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -45,6 +45,8 @@ class StateControl:
         self._counts = False
         self._is_evaluated = False
         """Whether the last step was none of training, and is over."""
+        self._num_evaluations = self._evaluation = 0
+        """How many there were, and the number of the one whose first step is to come."""
 
     def own(self, blocks: Sequence[nn.Module], hosted: Mapping[int, Stage], *, may_repeat: bool) -> None:
         """Take charge of blocks, of which some are on this driver; lost steps are repeated if ``may_repeat``."""
@@ -58,18 +60,32 @@ class StateControl:
         self._alive.add(call)
         return call
 
-    def begin(self, opening: Opening, states: States | None, weights: Collection[tuple[int, str]]) -> Opening:
+    def new_evaluation(self) -> int:
+        """Number an evaluation that may have to begin again; 0 where nobody repeats what is lost."""
+        self._num_evaluations += self._may_repeat
+        return self._num_evaluations
+
+    def evaluate(self, number: int) -> None:
+        """Begin an evaluation, or begin it again: the step that comes is its first one."""
+        self._evaluation = number
+
+    def begin(
+        self, opening: Opening, states: States | None, weights: Callable[[], Collection[tuple[int, str]]]
+    ) -> Opening:
         """Begin a step; return its announcement with what it wants.
 
         Args:
             opening: The announcement.
             states: What it wants.
-            weights: The parameters that forwards write.
+            weights: Returns the parameters that forwards write.
         """
         self._is_evaluated = False
+        evaluation, self._evaluation = self._evaluation, 0
+        if states is None and evaluation and not opening.training:
+            states = States(evaluation=evaluation)
         if states is not None:
             oldest = min((call.number for call in self._alive), default=states.note)
-            states = replace(states, oldest=oldest, weights=sorted(weights))
+            states = replace(states, oldest=oldest, weights=sorted(weights()))
             opening = replace(opening, states=states)
         self._hosted.begin(states, repeats=opening.repeats, may_repeat=self._may_repeat and opening.training)
         return opening

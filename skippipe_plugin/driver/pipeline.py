@@ -443,11 +443,13 @@ class Pipeline:
         ``choose`` is called as by :meth:`train`; the schedule is that of ``name``.
         """
         self.mirror.settle()
+        number = self.states.new_evaluation()
         with Noted(task.sizes):
-            return self.surviving(lambda: self._evaluate(task, choose, name), rewind=task.rewinder())
+            return self.surviving(lambda: self._evaluate(task, choose, name, number), rewind=task.rewinder())
 
-    def _evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None], name: str) -> list[Any]:
+    def _evaluate(self, task: StepTask | WholeTask, choose: Callable[[], None], name: str, number: int) -> list[Any]:
         self.heal()
+        self.states.evaluate(number)
         run = self._step_run(task, self._ambient())
         with run.explained():
             self._answer(run, choose, name)
@@ -515,7 +517,7 @@ class Pipeline:
         opening = Opening(name, list(live), schedule.backward, timeline, proxies.ledger.take_freed(), scale=scale)
         if name == TRAINING:
             opening = self.gradients.opening(opening)
-        opening = self.states.begin(opening, run.states, proxies.book.written_weights if run.states else ())
+        opening = self.states.begin(opening, run.states, lambda: proxies.book.written_weights)
         # As many ahead of their turns as have had them: twice the hidden states on the driver, not all of them. What is
         # measured shows each embedding in its place, and what it takes.
         coming = [] if timeline else [each for each in programs.embedded[name] if each in live]

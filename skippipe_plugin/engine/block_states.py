@@ -25,6 +25,8 @@ _LOST: Final = (
     "keep from one forward to the next (buffers, counters) as it was then; a worker that knew it was lost in between. "
     "Go on from the last checkpoint"
 )
+_EVALUATION: Final = -1
+"""Where it is noted what there was when the last evaluation began."""
 _Value = tuple[Tensor | None, Tensor | None, int]
 """A tensor, a copy of it, and the version that it is of."""
 
@@ -95,6 +97,8 @@ class BlockStates:
         self._first: dict[tuple[int, Key], Any] | None = None
         """All attributes as of the first look."""
         self._noted: dict[int, _State] = {}
+        self._evaluation = 0
+        """The number of the last evaluation."""
         self._open: int | None = None
         """What is to be brought back if the step is given up."""
         self._latest: _State | None = None
@@ -123,6 +127,9 @@ class BlockStates:
         order = order or States()
         self._know(order.weights)
         with torch.no_grad():
+            if order.evaluation:
+                self._begin_evaluation(order.evaluation)
+                return
             if order.start or repeats:
                 number = order.start or order.note
                 if order.start and not repeats and number not in self._noted and self._keeps_any():
@@ -141,6 +148,14 @@ class BlockStates:
             else:
                 self._noted[number] = self._take()
             self._open = number
+
+    def _begin_evaluation(self, number: int) -> None:
+        """Begin the first step of an evaluation, or begin it again: all of its steps are repeated then."""
+        begins_again, self._evaluation, self._open = number == self._evaluation, number, None
+        if begins_again and _EVALUATION in self._noted:
+            self._put(self._noted[_EVALUATION])
+        else:
+            self._noted[_EVALUATION] = self._take()
 
     def end(self) -> Writes:
         """End a step; return what its forwards have written."""

@@ -1,15 +1,19 @@
 """Workers are lost again and again as they take over: the run goes on, or ends and says why."""
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.driver.recovery import losses
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import stop_workers
-from skippipe_plugin.testing import At, Delay, Injector, Kill, Phase, Stop
+from skippipe_plugin.testing import At, Delay, Injector, Kill, Phase, Reset, Stop
 
-from .support import Run, assert_same_weights
-from .test_recovery import assert_counted, run
+from .models import Transformer, tokens
+from .modules import loader
+from .support import Run, assert_same_weights, train
+from .test_recovery import BATCH, STEPS, Counting, assert_counted, run, sgd
 
 pytestmark = pytest.mark.slow
 
@@ -72,3 +76,37 @@ def test_paused_spares_are_not_taken(delay_s: float) -> None:
     assert injector.num_done == 4
     assert_counted(found)
     assert len(recovery.events) == 1
+
+
+class Counted(nn.Module):
+    """Counts its samples, also in evaluation."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.seen.add_(float(len(hidden)))
+        return self.block(hidden)  # type: ignore[no-any-return]
+
+
+def counting() -> nn.Module:
+    net = Transformer(depth=6)
+    net.blocks = nn.ModuleList(map(Counted, net.blocks))
+    return net
+
+
+def test_a_step_of_evaluation_that_is_repeated_counts_once_in_blocks() -> None:
+    """Also in those stages that had done their part of it when a connection broke."""
+    validation = {"val_data": loader(tokens(2 * BATCH), BATCH), "val_check_interval": 4}
+    stop = Stop(At(Phase.VALIDATING, 3, action="0F0"), 2, 1.0)
+    reset = Reset(At(Phase.VALIDATING, 3, action="0F0", delay_s=0.6), (1, 2))
+    with Injector(stop, reset) as injector:
+        found, _ = run(recovery=StageRecovery(spares=0), net=counting, **validation)
+    assert [each.done for each in injector.report] == [True, True], injector.report
+    alone = train(
+        lambda: Counting(counting(), sgd), loader(tokens(STEPS * BATCH), BATCH), 1, max_steps=STEPS, **validation
+    )
+    assert all(float(value) > STEPS * BATCH for name, value in alone.weights.items() if name.endswith(".seen"))
+    assert_same_weights(found.weights, alone.weights)

@@ -48,6 +48,8 @@ class States:
     """The least number that is still needed."""
     weights: Sequence[tuple[int, str]] = ()
     """The parameters (block, name) that forwards write."""
+    evaluation: int = 0
+    """The number of the evaluation that begins, if it may have to begin again; then what it has left is taken back."""
 
 
 @dataclass(frozen=True, slots=True)

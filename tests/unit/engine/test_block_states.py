@@ -1,5 +1,6 @@
 """What a step leaves in blocks is taken back when it does not count, and found again when it runs once more."""
 
+import copy
 import weakref
 
 import pytest
@@ -157,3 +158,27 @@ def test_what_is_not_needed_is_forgotten(module: Counts) -> None:
     runs.states.forget()
     with pytest.raises(SkipPipeError, match="was lost in between"):
         runs.begin(States(start=3))
+
+
+def test_an_evaluation_that_begins_again_leaves_what_one_leaves(module: Counts) -> None:
+    """It is several steps, of which any may be given up; the next evaluation goes on from what it has left."""
+    module.eval()
+    runs, twin = Runs(module), copy.deepcopy(module)
+
+    def evaluate(number: int, *samples: int) -> None:
+        for step, each in enumerate(samples):
+            order = States(evaluation=number, weights=[(0, "book")]) if step == 0 else None
+            runs.states.begin(order, repeats=False, may_repeat=False)
+            runs.stage._watches.setdefault(0, BlockWatch(module))
+            module(torch.randn(each, 3))
+            runs.states.end()
+
+    evaluate(1, 4, 5)
+    evaluate(1, 4)
+    evaluate(1, 4, 5, 6)
+    evaluate(2, 7)
+    evaluate(2, 8, 9)
+    for each in (4, 5, 6, 8, 9):
+        twin(torch.randn(each, 3))
+    assert (module.seen, module.num, float(module.total)) == (twin.seen, twin.num, float(twin.total))
+    assert torch.equal(module.book, twin.book)
