@@ -138,7 +138,7 @@ class StageKeeper:
                 rewind()
             else:
                 for missing in self._missing.values():
-                    missing.steps_around += 1
+                    missing.steps_around += not whole  # others read, or evaluate
                 self._losses.forget()
                 return result
 
