@@ -1,7 +1,8 @@
 """Move blocks between workers from one step to the next, so that workers may join and leave a run.
 
 What is decided stands in :mod:`skippipe_plugin.driver.resizing`; here it is carried out. Only blocks whose worker
-changes travel, with weights, buffers, accumulated gradients and optimizer state, so nothing of the training changes.
+changes travel, with weights, buffers, attributes that forwards have written, accumulated gradients and optimizer state,
+so nothing of the training changes.
 
 A move has two halves. First everything that must travel is fetched and nothing is changed: a loss up to here is one of
 the old layout. Then each worker of the new layout has an order, which says what it holds from now on and brings what it

@@ -35,6 +35,8 @@ class Cargo:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """What is accumulated."""
     optimizer: dict[ParameterKey, dict[str, Any]] = field(default_factory=dict)  # Any: the optimizer class defines it
+    attributes: dict[str, Tensor] = field(default_factory=dict)
+    """What forwards have written into the blocks' attributes, packed."""
     norms: dict[int, float] = field(default_factory=dict)
     """By stage of the layout that it was fetched in: the norm of its last gradient."""
     estimates: set[int] = field(default_factory=set)
@@ -46,6 +48,7 @@ class Cargo:
             {name: tensor for name, tensor in self.weights.items() if tensor_key(name)[0] in blocks},
             {name: tensor for name, tensor in self.gradients.items() if tensor_key(name)[0] in blocks},
             {key: state for key, state in self.optimizer.items() if key[0] in blocks},
+            {name: tensor for name, tensor in self.attributes.items() if tensor_key(name)[0] in blocks},
             estimates=self.estimates.intersection(blocks),
         )
 
@@ -58,7 +61,8 @@ def num_bytes(order: Arrange) -> int:
 def fetch(sources: Mapping[Link, Collection[int]]) -> Cargo:
     """Ask each worker for everything that belongs to some of its blocks."""
     cargo = Cargo()
-    kinds: tuple[What, ...] = ("weights", "gradients", "optimizer")
+    parts = {"weights": cargo.weights, "gradients": cargo.gradients, "attributes": cargo.attributes}
+    kinds: tuple[What, ...] = ("weights", "gradients", "attributes", "optimizer")
     asked = {(link, what): link.send(Get(what, sorted(blocks))) for link, blocks in sources.items() for what in kinds}
     for link, blocks in sources.items():
         for what in kinds:
@@ -69,7 +73,7 @@ def fetch(sources: Mapping[Link, Collection[int]]) -> Cargo:
                 tensors = unpack_tensors(state.tensors, state.blobs)
                 cargo.norms.update(state.norms)
                 cargo.estimates.update(set(state.estimates) & set(blocks))
-                (cargo.weights if what == "weights" else cargo.gradients).update(tensors)
+                parts[what].update(tensors)
     return cargo
 
 
@@ -107,6 +111,7 @@ def order(
         weights=pack_tensors(share.weights),
         gradients=pack_tensors(share.gradients),
         optimizer=encode_optimizer_state(share.optimizer),
+        attributes=pack_tensors(share.attributes),
         plan=pipeline.optimizer_plan,
         records=records or {},
     )

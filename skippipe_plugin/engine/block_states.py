@@ -7,6 +7,7 @@ the first time, and leaves what there is by then.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,10 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .attributes import GONE, Key, copied, own_attributes
+from .attributes import GONE, Key, apply_changes, copied, named_attributes, own_attributes, pack_changes
 from .control.values import States, Writes
+from .device import HOST
 from .errors import SkipPipeError
 from .stage import Stage
+from .wire import tensor_key, tensor_name
+
+log = logging.getLogger(__name__)
 
 _LOST: Final = (
     "a call of the blocks that others have followed runs once more when its gradients are there, with what the blocks "
@@ -27,6 +32,9 @@ _LOST: Final = (
 )
 _EVALUATION: Final = -1
 """Where it is noted what there was when the last evaluation began."""
+_PACKED: Final = "attributes"
+_OF_HOST: Final = " on the host"
+_STAYS: Final = "what a block's forward has written into %s (block %d) cannot travel with the block: %s"
 _Value = tuple[Tensor | None, Tensor | None, int]
 """A tensor, a copy of it, and the version that it is of."""
 
@@ -187,6 +195,22 @@ class BlockStates:
             self._noted = {number: state for number, state in self._noted.items() if not number}
             self._open = self._open if self._open in self._noted else None
 
+    def packed_attributes(self) -> dict[str, Tensor]:
+        """Return what forwards have written into attributes, for :func:`put_attributes`; what cannot travel is said."""
+        packed: dict[str, Tensor] = {}
+        blocks = self._blocks()
+        for block, keys in (each for stage in self._stages.values() for each in stage.written() if each[1]):
+            try:
+                text, tensors = pack_changes({key: self._attribute(block, key) for key in sorted(keys)}, blocks[block])
+            except Exception as error:
+                log.warning(_STAYS, ", ".join(named_attributes(blocks[block], sorted(keys))), block, error)
+                continue
+            packed[tensor_name(block, _PACKED)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            for number, tensor in enumerate(tensors):
+                where = _OF_HOST if tensor.device == HOST else ""
+                packed[tensor_name(block, f"{number}{where}")] = tensor.detach()
+        return packed
+
     # ---------------------------------------------------------------- pieces
 
     def _look(self) -> list[tuple[Tensor | None, int]]:
@@ -267,6 +291,26 @@ class BlockStates:
         """List the modules of all blocks by the numbers that attributes have."""
         blocks = self._blocks().items()
         return [(block, index, part) for block, each in blocks for index, part in enumerate(each.modules())]
+
+
+def put_attributes(blocks: Mapping[int, nn.Module], packed: Mapping[str, Tensor], device: torch.device) -> None:
+    """Let blocks have what :meth:`BlockStates.packed_attributes` has told of others.
+
+    Args:
+        blocks: By their numbers in the stack.
+        packed: Of these blocks.
+        device: Where they live.
+    """
+    texts: dict[int, Tensor] = {}
+    tensors: dict[int, list[Tensor]] = {}
+    for name, tensor in packed.items():
+        block, local = tensor_key(name)
+        if local == _PACKED:
+            texts[block] = tensor
+        else:
+            tensors.setdefault(block, []).append(tensor if local.endswith(_OF_HOST) else tensor.to(device))
+    for block, text in texts.items():
+        apply_changes(blocks[block], text.numpy().tobytes(), tensors.get(block, []))
 
 
 def _version(tensor: Tensor | None) -> int:

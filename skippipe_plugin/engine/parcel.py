@@ -24,6 +24,8 @@ class Parcel:
     gradients: PackedTensors
     optimizer: PackedTensors
     """Its state, as ``encode_optimizer_state`` returns it."""
+    attributes: PackedTensors
+    """What forwards have written into the blocks' attributes, as ``BlockStates.packed_attributes`` tells of it."""
     plan: Buffer | None
     """What it is built from; None where there is none yet."""
     records: Mapping[str, KeptRecord]
@@ -34,9 +36,9 @@ class Parcel:
         entries, blobs = pack_records(self.records.values())
         plan = [] if self.plan is None else [self.plan]
         (structure, first), (weights, second), (gradients, third) = self.structure, self.weights, self.gradients
-        optimizer, fourth = self.optimizer
-        fields = Parts(structure, weights, gradients, optimizer, self.plan is not None, entries)
-        return fields, [*first, *second, *third, *fourth, *plan, *blobs]
+        (optimizer, fourth), (attributes, fifth) = self.optimizer, self.attributes
+        fields = Parts(structure, weights, gradients, optimizer, attributes, self.plan is not None, entries)
+        return fields, [*first, *second, *third, *fourth, *fifth, *plan, *blobs]
 
     @classmethod
     def unpack(cls, parts: Parts, blobs: Sequence[Buffer]) -> Parcel:
@@ -47,12 +49,14 @@ class Parcel:
         """
         # The structure and what is no tensor of the optimizer's state are a blob each, before those of the tensors.
         counts = [1 + len(parts.structure[0]), len(parts.weights), len(parts.gradients), 1 + len(parts.optimizer)]
-        structure, weights, gradients, optimizer, plan, records = _shares([*counts, int(parts.has_plan)], blobs)
+        counts += [len(parts.attributes), int(parts.has_plan)]
+        structure, weights, gradients, optimizer, attributes, plan, records = _shares(counts, blobs)
         return cls(
             structure=(parts.structure, structure),
             weights=(parts.weights, weights),
             gradients=(parts.gradients, gradients),
             optimizer=(parts.optimizer, optimizer),
+            attributes=(parts.attributes, attributes),
             plan=plan[0] if plan else None,
             records=unpack_records(parts.records, records),
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..engine.block_states import BlockStates
+from ..engine.block_states import BlockStates, put_attributes
 from ..engine.classes import check_fingerprints
 from ..engine.compilation import Compilation
 from ..engine.control.commands import Arrange
@@ -57,6 +57,7 @@ def arrange(holdings: Holdings, order: Arrange, parcel: Parcel, device: torch.de
     holdings.norms = dict(order.norms)
     holdings.estimates = (holdings.estimates & kept) | set(order.estimates)
     _fill(arrived, parcel)
+    put_attributes(arrived, unpack_tensors(*parcel.attributes), device)
     if parcel.plan is not None:
         holdings.build_optimizer(parcel.plan)
         holdings.load_optimizer_state(state | decode_optimizer_state(*parcel.optimizer))

@@ -206,6 +206,8 @@ class Holdings:
     def _named(self, what: What) -> dict[str, Tensor]:
         if what == "standing":
             return {}
+        if what == "attributes":
+            return self.states.packed_attributes()
         return self._tensors() if what == "weights" else self._gradients(used=what == "last_gradients")
 
     def overwrite(self, sent: Overwrite | Share) -> None:

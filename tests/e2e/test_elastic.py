@@ -19,6 +19,7 @@ from skippipe_plugin.driver.moving import Mover
 from skippipe_plugin.driver.pipeline import Pipeline
 from skippipe_plugin.strategies import NetworkConfig
 
+from . import test_kept_state
 from .models import Transformer, tokens
 from .modules import LanguageModel, loader
 from .support import Run, assert_same_run, train
@@ -261,3 +262,51 @@ def test_a_stage_that_is_lost_after_a_move_is_rebuilt(play, monkeypatch) -> None
     assert stages(recovery)[0] == (2, 3)
     assert [(event.stages, event.source) for event in recovery.events] == [((2,), "neighbours")]
     assert found.trainer.global_step == STEPS
+
+
+class Remembers(test_kept_state.Kept):
+    """Keeps numbers, a list and a mean in attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+        self.mean: torch.Tensor | None = None
+
+    def factor(self, hidden: torch.Tensor) -> Any:
+        self.seen.append(float(hidden.mean()))
+        self.mean = hidden.mean(0) if self.mean is None else 0.9 * self.mean + 0.1 * hidden.mean(0)
+        return sum(self.seen) + self.mean
+
+
+def remember(devices: int, *callbacks: Callback) -> Run:
+    samples = torch.randn(20 * 8, 4, generator=torch.Generator().manual_seed(0))
+    return train(
+        lambda: test_kept_state.Module(Remembers, test_kept_state.once, manual=False),
+        loader(samples, 8),
+        devices,
+        {"num_microbatches": 2} if devices > 1 else None,
+        callbacks=callbacks,
+        max_steps=20,
+    )
+
+
+@pytest.mark.slow
+def test_what_forwards_have_written_into_attributes_moves_too(play) -> None:
+    recovery = StageRecovery(spares=0, elastic=True)
+    found = remember(3, recovery, play(joins={2: 1}, leaves={10: 1}))
+    assert stages(recovery) == [(2, 3), (3, 2)]
+    assert_same_run(found, remember(1))
+
+
+class Leave(Callback):
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            os.kill(trainer.strategy._spread.links[1].pid, signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_it_moves_to_who_takes_over_from_a_worker_that_leaves() -> None:
+    recovery = StageRecovery(spares=1)
+    found = remember(3, recovery, Leave())
+    assert [event.source for event in recovery.events] == ["relieved"]
+    assert_same_run(found, remember(1))

@@ -107,6 +107,7 @@ def order(stages: list[Any], arriving: dict[int, float], records: dict[str, Any]
         weights=pack_tensors(weights),
         gradients=pack_tensors({}),
         optimizer=encode_optimizer_state({}),
+        attributes=([], []),
         plan=None,
         records=records,
     )

@@ -18,7 +18,7 @@ Loads = Mapping[str, Sequence[int]]
 """By router: the visits of each expert."""
 Zero = Literal["", "drop", "fill"]
 """How accumulated gradients are zeroed first, if they are."""
-What = Literal["weights", "gradients", "last_gradients", "optimizer", "standing"]
+What = Literal["weights", "gradients", "last_gradients", "optimizer", "attributes", "standing"]
 """What of the blocks is asked for or sent."""
 ExpertCost = tuple[int, str, int, float, int, int]
 """What experts took: block, name, rows, seconds, bytes of a row and of an expert."""
@@ -158,6 +158,8 @@ class Parts:
     gradients: Sequence[TensorEntry]
     optimizer: Sequence[TensorEntry]
     """Of its state."""
+    attributes: Sequence[TensorEntry]
+    """What forwards have written into them."""
     has_plan: bool
     """Whether what the optimizer is built from comes too."""
     records: Sequence[RecordEntry]

@@ -20,6 +20,7 @@ PARCEL = Parcel(
     weights=([ENTRY], [b"w"]),
     gradients=([], []),
     optimizer=([ENTRY], [b"rest", b"o"]),
+    attributes=([ENTRY], [b"a"]),
     plan=b"plan",
     records={"base": (RECORD, [b"r", b"", b"r"]), "empty": (Record("empty", 1, 2, True, []), [])},
 )

@@ -77,6 +77,7 @@ def order(source: Holdings, target: Holdings, stages: dict[int, Sequence[int]], 
         weights=(weights.tensors, weights.blobs),
         gradients=(gradients.tensors, gradients.blobs),
         optimizer=(optimizer.tensors, optimizer.blobs),
+        attributes=([], []),
         plan=plan,
         records={},
     ).pack()
@@ -163,6 +164,7 @@ def test_blocks_that_come_later_are_of_the_drivers_classes() -> None:
         weights=([], []),
         gradients=([], []),
         optimizer=encode_optimizer_state({}),
+        attributes=([], []),
         plan=None,
         records={},
     )
