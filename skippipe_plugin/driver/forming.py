@@ -95,16 +95,22 @@ class Forming:
             waiting=self._links.waiting,
         )
         self._links.check()  # a failure from now on finds this transport and wakes it
-        if self._rank == 0:
-            self._choose_devices()
-            for link in self._links:
-                link.send(self._command(link, store_host, store_port, may_leave=may_leave, step=step))
         try:
+            if self._rank == 0:
+                self._choose_devices()
+                for link in self._links:
+                    link.send(self._command(link, store_host, store_port, may_leave=may_leave, step=step))
             self._connect(transport)
         except ConnectionsBroken as error:
             apart = transport.unreached()
+            self.give_up()
             if len(apart) == _PAIR:
                 raise self._links.breaks.apart(apart) from error
+            raise
+        except (
+            BaseException
+        ):  # Ctrl-C too: whoever has heard of it would wait for this driver, and the next run for them
+            self.give_up()
             raise
         transport.leave_store()
 
