@@ -24,7 +24,7 @@ from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, back_propagate_all, inner
 from ..schedule import Path
 from .capture import own_gradients
-from .capture.graphs import AroundTheBlocks, check_hooks
+from .capture.graphs import AroundTheBlocks, Ends, check_hooks, is_over
 from .capture.notes import Noted
 from .capture.proxies import BlockProxies
 from .capture.side_inputs import PreparedCall
@@ -85,10 +85,10 @@ class StepTask:
     """By microbatch: its number of samples, where several are cut from one batch."""
     rewind: Callable[[], None] = lambda: None
     """Undoes what the functions have changed on the driver, before they run once more."""
-    outside: Callable[[Sequence[Any], Sequence[Tensor], Callable[[], Parked | None]], None] | None = None
+    outside: Callable[[Sequence[Any], Ends, Callable[[], Parked | None]], None] | None = None
     """Back-propagates into what the functions returned, when the loss is computed outside of them; it may wait. It is
-    also told what the blocks were given in one of them: its graph may take another backward afterwards; and what tells
-    what is left to do if the step is given up."""
+    also told where their graphs end at the blocks (of what these were given, that in one of them), and what tells what
+    is left to do if the step is given up."""
 
     loss_is_sum: bool = False
     """Whether this driver's loss is the sum of the weighted ones as they are, instead of their mean."""
@@ -367,6 +367,7 @@ class StepRun:
                 detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outcome.value)
                 self._outcomes[index] = Returned(detached)
         self._send_back(microbatch)
+        is_over(leaf)
         return gradient_of(leaf)
 
     @property
@@ -378,11 +379,14 @@ class StepRun:
         assert len(self._leaves) == len(self._task.functions), "the schedule goes back before all losses"
         if any(call.spec.ambient.is_half for call in self._calls.values()):
             self._around.look_for_half(each for each in pytree.tree_leaves(self.values()) if isinstance(each, Tensor))
-        self._task.outside(self.values(), next(map(self._sources, self._hidden), ()), self._parked)
+        ends = Ends(next(map(self._sources, self._hidden), ()), tuple(self._leaves.values()))
+        self._task.outside(self.values(), ends, self._parked)
         leaves, self._leaves = self._leaves, {}
         self._requests.clear()
         for microbatch in leaves:
             self._send_back(microbatch)
+        for leaf in leaves.values():
+            is_over(leaf)
         return {microbatch: gradient_of(leaf) for microbatch, leaf in leaves.items()}
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> None:

@@ -28,7 +28,7 @@ from ..schedule import Path
 from .capture import own_gradients
 from .capture.asking import CutBook, Question, ask
 from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of, likely_cuts
-from .capture.graphs import check_hooks, goes_past
+from .capture.graphs import Ends, check_hooks, goes_past, is_over
 from .capture.microbatch import split_sizes
 from .capture.proxies import BlockProxies
 from .capture.side_inputs import PreparedCall
@@ -83,10 +83,9 @@ class WholeTask:
     """Names what of the step's backward is not linear in the loss, if anything; see :class:`StepTask`."""
     framed: Callable[[], AbstractContextManager[None]] = nullcontext
     """What the function runs in when the step is repeated after its end; what it logs then is dropped."""
-    outside: Callable[[Sequence[Any], Sequence[Tensor], Callable[[], Parked | None]], None] | None = None
+    outside: Callable[[Sequence[Any], Ends, Callable[[], Parked | None]], None] | None = None
     """Back-propagates into what the function returned, when the loss is computed outside of it; it may wait. It is also
-    told what the blocks were given, whose graph takes another backward afterwards, and what tells
-    what is left to do if the step is given up."""
+    told where its graph ends at the blocks, and what tells what is left to do if the step is given up."""
     states: States | None = None
     """What it wants of the blocks' states."""
 
@@ -294,6 +293,7 @@ class WholeRun:
         if self._taps is not None:
             for index in range(len(self._parts)):
                 self._taps.send_back(self._first + index, self._paths[self._first + index])
+        is_over(leaf)
         gradient = gradient_of(leaf)
         pieces = [None] * len(self._parts) if gradient is None else self._split(gradient)
         return {self._first + index: piece for index, piece in enumerate(pieces)}
@@ -517,7 +517,7 @@ class WholeRun:
         assert call is not None
         self._before_backward()
         if task.outside is not None:
-            task.outside([value], call.sources, functools.partial(self._parked, leaf, value))
+            task.outside([value], Ends(call.sources, (leaf,)), functools.partial(self._parked, leaf, value))
             return
         loss = task.loss_of(value)
         self._loss = None if loss is None else loss.detach()

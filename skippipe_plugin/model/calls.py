@@ -18,6 +18,7 @@ from ..driver.block_states import NotedCall
 from ..driver.capture.asking import questions
 from ..driver.capture.batches import Cutter
 from ..driver.capture.caches import is_cache
+from ..driver.capture.graphs import Ends
 from ..driver.capture.rewind import rewinder
 from ..driver.capture.suspend import current_thread
 from ..driver.capture.token import check_available
@@ -54,8 +55,9 @@ from .weight import MicrobatchWeight, view_of
 
 _HAS_A_LOSS: Final = (
     "backward went through an output of the model other than its loss, but the model computed a loss itself, so the "
-    "backward of all microbatches ran when it was called. Use the returned loss alone, or call the model without "
-    "labels and compute the whole loss from its outputs"
+    "backward of all microbatches ran when it was called. Use the returned loss alone; call the model without "
+    "labels and compute the whole loss from its outputs; or use microbatches='stack', with which the model runs once "
+    "on the whole batch, and all of it goes back with the loop's backward"
 )
 _OUTPUT: Final = ("output",)
 Kind = tuple[Hashable, int, frozenset[str]]
@@ -209,7 +211,7 @@ class ModelCalls:
         self.num_calls += 1
         self._batch = object()
         if cut is None:
-            return self._train_whole(kind, args, kwargs, undo)
+            return self._train_whole(args, kwargs, undo)
         batch, merging = cut
         rewind = rewinder(self._model) if self._rewinds or kind not in self._outside else _nothing
         rewind = self._entrance.undone_with(rewind)
@@ -359,46 +361,22 @@ class ModelCalls:
         given = with_outputs(self._spread, lambda: self._asking.look(asked, (args, kwargs)))
         return given is not None and LOSS not in given
 
-    def _train_whole(
-        self, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], undo: Callable[[], None] | None
-    ) -> Any:
-        """The model runs once on the whole batch; only what enters its blocks is cut."""
-        if not self._outside.setdefault(kind, False):
-            try:
-                return self._train_whole_inside(args, kwargs, undo)
-            except _LossIsOutside:
-                (undo or _nothing)()
-                self._outside[kind] = True
+    def _train_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any], undo: Callable[[], None] | None) -> Any:
+        """The model runs once on the whole batch; only what enters its blocks is cut.
+
+        A loss that it returns goes back with the loop's own, like its other outputs and whatever else it has left.
+        """
         run = functools.partial(self._run_whole_outside, args, kwargs)
         spare = self._spare(undo, (args, kwargs), run)
         return self._hand_out(run, lambda outputs: outputs[0], spare, draws_on=True)
-
-    def _train_whole_inside(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], undo: Callable[[], None] | None
-    ) -> Any:
-        function = functools.partial(self._run_with_loss, (args, kwargs))
-        kind, asked = code_of(self._function), functools.partial(self._results, self._function, (args, kwargs))
-        bends = functools.partial(self._asking.bend, kind, asked)
-        task = self._whole_task(
-            function, args, kwargs, loss_of=lambda value: value[1], scale=self._scale(), bends=bends
-        )
-        [(output, _)], loss = self._spread.train(task, self.num_optimizer_steps, self._batch, states=self._states)
-        assert loss is not None
-        run = functools.partial(self._run_whole_outside, args, kwargs, loss_alone=True)
-        loss = self.open_step.watched(self._entrance, loss, self._spare(undo, (args, kwargs), run))
-        return with_loss(guarded(map_tensors(torch.Tensor.detach, output), _HAS_A_LOSS), loss)
 
     def _run_whole_outside(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        outside: Callable[[Sequence[Any], Sequence[Tensor]], None],
-        *,
-        loss_alone: bool = False,
+        outside: Callable[[Sequence[Any], Ends, Callable[[], Parked | None]], None],
     ) -> None:
         function: Callable[[], Any] = functools.partial(self._function, *args, **kwargs)
-        if loss_alone:
-            function = functools.partial(self._loss_alone, (args, kwargs))
         task = self._whole_task(function, args, kwargs, outside=outside)
         self._spread.train(task, self.num_optimizer_steps, self._batch, states=self._states)
 

@@ -22,7 +22,7 @@ from ..driver.capture.suspend import StepThread, new_step_thread
 from ..driver.unfinished import Parked
 from ..engine.errors import SkipPipeError
 from .entrance import Entrance, LoopGraph
-from .outputs import differentiable, gated, is_real, map_tensors, watched
+from .outputs import gated, is_real, map_tensors, watched
 from .spread import SpreadModel
 from .suspended import SuspendedStep, Train
 
@@ -35,6 +35,19 @@ _ONE_BACKWARD: Final = (
 _GIVEN_UP: Final = (
     "the workers have given up the call of the model that this loss belongs to: they were needed before its backward, "
     "for {why}. Do that before the model is called, or after loss.backward()"
+)
+
+
+_LEFT: Final = (
+    "the loss uses a tensor that the model has left beside what it returned (in an attribute, in a list, by a hook), "
+)
+_LEFT_BEFORE: Final = (
+    f"{_LEFT}in a call that has to run once more, since another one came before the backward: the gradient of what it "
+    "left the first time would be lost. Let the model return it, or make one call with both inputs"
+)
+_LEFT_OF_PARTS: Final = (
+    f"{_LEFT}of which each microbatch has left its own. Let the model return it, or use microbatches='stack', with "
+    "which it runs once, on the whole batch"
 )
 
 
@@ -63,6 +76,8 @@ class _Call:
     """Runs it once more, should others follow before it goes back."""
     late: Callable[[Parked], Train] | None = None
     """Makes that of a step that waits, where it was not foreseen."""
+    is_anew: bool = False
+    """Whether ``again`` runs the user's code anew, whose graph from before counts no more."""
 
     def add(self, gradients: list[Tensor | None]) -> None:
         """Note gradients of its outputs, which may come in parts."""
@@ -110,12 +125,14 @@ class OpenStep:
         last = self._last
         if last is None or last.is_over or last.graph() is None:
             return None
-        if last.spare is None and last.suspended is not None and last.late is not None:
-            parked = last.suspended.parked()
-            last.spare = None if parked is None else last.late(parked)
-        if last.spare is None:
+        parked = None if last.suspended is None or last.late is None else last.suspended.parked()
+        if parked is not None and last.late is not None:
+            last.again = last.late(parked)
+        elif last.spare is not None:
+            last.again, last.is_anew = last.spare, True
+        else:
             return None
-        last.again, last.spare = last.spare, None
+        last.spare = None
         return lambda: last.is_over and not last.given_up
 
     def begin(self, why: str = "") -> bool:
@@ -182,13 +199,16 @@ class OpenStep:
         call = self._last = _Call(
             entrance, weakref.ref(graph), train if repeats else None, suspended, spare=spare, late=late
         )
-        carrying = [tensor for output in outputs for tensor in differentiable(output)]
+        carrying = suspended.carrying
         if not carrying:
             self._give_up("nothing")
             raise SkipPipeError(
                 f"{what} was called for training, but nothing it returned carries a gradient; "
                 "return a loss or differentiable outputs, or call it under torch.no_grad() or after model.eval()"
             )
+        for result in suspended.ends.results:
+            follow: Any = result.register_post_accumulate_grad_hook
+            follow(functools.partial(self._receive_past, weakref.ref(call), len(carrying)))
         gates = iter(gated(carrying, functools.partial(self._receive, call, graph)))
         opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
         return merge(opened)
@@ -243,8 +263,9 @@ class OpenStep:
             return False
         self._gradients.window.resume()
         entered = [each for call in waiting for each in call.entrance.tensors]
-        sources = [each for call in waiting if call.suspended is not None for each in call.suspended.sources]
-        keeps = self._graph.keeps_graph(outputs, [*entered, *sources])
+        steps = [call.suspended for call in waiting if call.suspended is not None]
+        own = [each for step in steps for each in (*step.ends.sources, *step.carrying)]
+        keeps = self._graph.keeps_graph(outputs, [*entered, *own])
         if keeps:
             check_hooks(outputs, entered)
         return keeps
@@ -318,6 +339,18 @@ class OpenStep:
         """A backward of the user's has reached the outputs."""
         self._check(call)
         call.add(gradients)
+
+    def _receive_past(self, ref: weakref.ref[_Call], num_outputs: int, result: Tensor) -> None:
+        """A backward of the user's has reached what the blocks have returned, past the outputs."""
+        call = ref()
+        if call is None or (call.is_over and not call.given_up):  # its own way back
+            return
+        self._check(call)
+        if call.suspended is not None and len(call.suspended.ends.results) > 1:
+            raise SkipPipeError(_LEFT_OF_PARTS)
+        if call.is_anew:
+            raise SkipPipeError(_LEFT_BEFORE)
+        call.add([None] * num_outputs)
 
     def _receive_leaf(self, call: _Call, graph: _Graph, leaf: Tensor) -> None:
         """The same, where what they have computed with is a leaf."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..driver.block_states import NotedCall
+from ..driver.capture.graphs import Ends
 from ..driver.capture.suspend import suspend_here
 from ..driver.steps import StepTask
 from ..driver.unfinished import GivenUp, Parked
@@ -41,7 +42,7 @@ def train_again(
     def run(outside: Callable[..., None]) -> None:
         for check in checks:
             check()
-        outside(parked.values, parked.sources)
+        outside(parked.values, Ends(parked.sources))
         entrance = Entrance(of_model=False)
         task = _task(parked, entrance, repeats=repeats)
         spread.train(task, num_steps, batch, states=None if noted is None else noted.next())

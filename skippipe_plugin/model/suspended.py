@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..driver.capture.graphs import check_hooks, goes_past
+from ..driver.capture.graphs import Ends, check_hooks, goes_past
 from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
 from ..driver.capture.switches import Snapshot, switch_on
 from ..driver.unfinished import Parked
@@ -47,8 +47,10 @@ class SuspendedStep:
         self._draws_on = draws_on
         self._of_all = of_all
         self._gradients: Sequence[Tensor | None] | None = None
-        self.sources: Sequence[Tensor] = ()
-        """What the blocks were given, if its graph goes back after that of the outputs."""
+        self.ends = Ends()
+        """Where the step's graph ends at the blocks."""
+        self.carrying: Sequence[Tensor] = ()
+        """The outputs' differentiable tensors, while it waits for their gradients."""
         self.parked = _nothing
         """Tells what is left to do if the step is given up while it waits."""
         self._loop_states: list[Tensor] = []
@@ -62,6 +64,7 @@ class SuspendedStep:
         outcome = self._thread.start(lambda: train(self._back_propagate), Ambient.current(device_types(self._device)))
         assert isinstance(outcome, Suspended), "a step ended without asking for gradients"
         outputs: list[Any] = outcome.request
+        self.carrying = [tensor for output in outputs for tensor in differentiable(output)]
         return outputs
 
     def finish(self, gradients: Sequence[Tensor | None]) -> None:
@@ -103,17 +106,17 @@ class SuspendedStep:
     def _back_propagate(
         self,
         outputs: Sequence[Any],
-        sources: Sequence[Tensor] = (),
+        ends: Ends,
         parked: Callable[[], Parked | None] = _nothing,
     ) -> None:
         """In the step's thread: hand the outputs over, wait for their gradients, and go back from there.
 
         Args:
             outputs: By microbatch, or of the whole batch.
-            sources: What the blocks were given, if one graph has both.
+            ends: Where the step's graph ends at the blocks.
             parked: Tells what is left to do if the step is given up.
         """
-        self.sources = sources
+        self.ends = ends
         if self._gradients is None:  # a step that a lost worker interrupted on its way back has them already
             self.parked = parked
             try:
@@ -127,9 +130,9 @@ class SuspendedStep:
         pairs = zip(carrying, self._gradients, strict=True)
         used = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None and tensor.requires_grad]
         tensors = [tensor for tensor, _ in used]
-        again = goes_past(tensors, *sources)
+        again = goes_past(tensors, *ends.sources)
         if again:
-            check_hooks(tensors, sources)
+            check_hooks(tensors, ends.sources)
         if used:
             torch.autograd.backward(tensors, [gradient for _, gradient in used], retain_graph=again)
 

@@ -92,7 +92,7 @@ def test_two_backwards_for_one_call(current: Accelerator, inside: bool) -> None:
 def test_backward_through_other_outputs_than_the_loss(current: Accelerator) -> None:
     model, optimizer = prepared(current)
     outputs = model(X, labels=Y)
-    with pytest.raises(SkipPipeError, match="Use the returned loss alone, or call the model without labels"):
+    with pytest.raises(SkipPipeError, match="Use the returned loss alone; call the model without labels"):
         current.backward(outputs["loss"] + outputs["logits"].square().mean())
     optimizer.zero_grad()
     step(current, model, optimizer)

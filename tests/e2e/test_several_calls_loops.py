@@ -430,10 +430,18 @@ def test_a_worker_that_is_lost_in_such_a_batch_is_replaced(nth: int) -> None:
 
 
 @pytest.mark.parametrize("losses", [own_losses, own_and_other])
-def test_those_beside_a_loss_of_the_models_own_are_refused(losses: Losses) -> None:
+def test_those_beside_a_loss_of_the_models_own_are_refused_where_it_is_cut(losses: Losses) -> None:
     """Its step is over, and gradients are there of which nobody knows yet what they are multiplied with."""
     with pytest.raises(SkipPipeError, match="unless the first batch makes several calls already"):
-        run(looped(Later(losses, own_loss)), True, Model, adamw)
+        run(looped(Later(losses, own_loss)), True, Plain, adamw)
+
+
+@pytest.mark.parametrize("losses", [own_losses, own_and_other])
+def test_those_beside_a_loss_of_a_model_that_runs_once(losses: Losses) -> None:
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        return looped(Later(losses, own_loss))(model, optimizer)
+
+    assert_same(loop, Model, optimizer=adamw)
 
 
 def test_microbatches_of_the_batch_are_refused() -> None:

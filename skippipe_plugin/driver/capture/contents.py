@@ -70,7 +70,7 @@ def _refill(value: Any, contents: Any) -> None:
     if isinstance(value, Tensor):
         with torch.no_grad():
             if value.layout is not torch.strided or not torch.equal(value, contents):
-                value.copy_(contents)
+                value.data.copy_(contents)  # no write that graphs of the caller would count
         return
     if callable(contents):
         contents()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -14,6 +15,36 @@ from ...engine.half import computed_in_half
 
 _Node = Any
 """A node of autograd's graph: torch's own stubs do not agree on its type."""
+
+
+_LEFT: Final = (
+    "the loss uses a tensor that the model has left beside what it returned (in an attribute, in a list, by a hook), "
+    "and the blocks have gone back already: its gradient would be lost. Use one backward for all that a call has "
+    "given; let the model return it, or add it to the loss that it returns; or detach it, where its value is all that "
+    "counts. In a loop, with microbatches='stack', a model goes back with the loop's backward only, also where it "
+    "returns its loss"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Where the driver's graph ends at the blocks, on both sides of them."""
+
+    sources: Sequence[Tensor] = ()
+    """What they were given, if its graph goes back after that of what follows them."""
+    results: Sequence[Tensor] = ()
+    """What they have returned: leaves, which get its gradient."""
+
+
+def is_over(result: Tensor) -> None:
+    """Refuse gradients that reach what the blocks have returned from now on: they have gone back."""
+    if result.requires_grad:
+        follow: Any = result.register_hook
+        follow(_refuse_late)
+
+
+def _refuse_late(gradient: Tensor) -> None:
+    raise SkipPipeError(_LEFT)
 
 
 def root_of(tensor: Tensor) -> GradientEdge | None:

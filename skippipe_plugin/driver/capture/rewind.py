@@ -17,13 +17,12 @@ def rewinder(module: nn.Module) -> Callable[[], None]:
 
     Parameters need none of this: they change in the optimizer's step only. Remote ones are the workers' own.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not is_remote(buffer)]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if not is_remote(buffer)]
     metrics = metric_states(module)
 
     def rewind() -> None:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        for buffer, value in buffers:
+            buffer.data.copy_(value)  # by .data: counted as a write, it would break graphs that have used the buffer
         set_metric_states(module, metrics)
 
     return rewind
