@@ -407,6 +407,8 @@ class BlockProxies:
     def _out_of_order(self, call: StackCall | None, block: int) -> SkipPipeError:
         expected = call.due if call is not None else 0
         instead = "Name another stack with blocks=..., or train without the pipeline"
+        if block > expected:
+            instead = f"Leave out no block by chance (layerdrop=0.0). {instead}"
         if self.entrances:
             instead = "List the stacks of blocks=[...] in that order, and only those that every forward calls once"
         return SkipPipeError(
