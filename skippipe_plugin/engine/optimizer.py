@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -41,6 +42,18 @@ class Settings:
     """What the optimizer keeps on itself, by name."""
     closure: bool = False
     """Whether the step is given a closure: only when that has run are gradients there."""
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    """What optimizers make numbers of their own in; blocks may have another around them."""
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Let the process have what an optimizer looks at beside itself."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.default_dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
     def dumps(self) -> bytes:
         """Return the settings as they travel."""
@@ -48,6 +61,7 @@ class Settings:
             self.groups,
             self.attributes,
             self.closure,
+            self.default_dtype,
         )  # objects of classes take longer, and this is for every step
         try:
             return pickle.dumps(plain)
@@ -88,10 +102,11 @@ class StageOptimizer:
         for group in self._optimizer.param_groups:
             if lr_factor != 1.0 and "lr" in group:
                 group["lr"] = group["lr"] * lr_factor  # of the driver's rate, so it never compounds
-        if settings.closure:
-            step_with_closure(self._optimizer)
-        else:
-            self._optimizer.step()
+        with settings.in_force():
+            if settings.closure:
+                step_with_closure(self._optimizer)
+            else:
+                self._optimizer.step()
 
     def switch(self, method: str, settings: Settings) -> None:
         """Call ``train`` or ``eval`` of an optimizer that has them."""
@@ -202,7 +217,7 @@ def build(plan: OptimizerPlan, groups: Sequence[Sequence[nn.Parameter]]) -> Opti
         for values, parameters in zip(plan.settings.groups, groups, strict=True)
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plan.settings.in_force():
             try:
                 optimizer = plan.cls(full, **arguments)
             except Exception:  # it may refuse keys that it adds itself

@@ -98,3 +98,18 @@ def test_a_call_outside_of_steps_finds_what_is_set_by_then() -> None:
         train(lambda: Sampling(Looking), data, devices, precision="64-true", max_epochs=1) for devices in (3, 1)
     )
     torch.testing.assert_close(ours.module.sampled, alone.module.sampled)
+
+
+def test_optimizers_make_numbers_of_their_own_as_in_one_process() -> None:
+    class Adaptive(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+        def on_train_end(self) -> None:
+            self.state = self.optimizers().state_dict()["state"]  # type: ignore[union-attr]
+
+    data = DataLoader([torch.ones(4, 4, dtype=torch.float64)] * 2, batch_size=None)
+    ours, alone = (
+        train(lambda: Adaptive(Casting), data, devices, precision="64-true", max_epochs=1) for devices in (3, 1)
+    )
+    torch.testing.assert_close(ours.module.state, alone.module.state)  # dtypes, too: steps are float32 in both
