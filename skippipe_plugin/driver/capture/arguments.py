@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from ...engine.arguments import (
@@ -45,6 +46,11 @@ _IN_PLACE: Final = (
     "{what} was changed in place between the call of {block} and the end of the blocks. Blocks of a pipeline run after "
     "the code around them, so {block} would get the changed value; make a new tensor instead (x = x + 1 in place of "
     "x += 1)"
+)
+
+PADDED: Final = (
+    "{name} is called with {kind}, which cannot be sent to a worker: give the blocks the padded tensor ({pad}) and the "
+    "lengths or a mask, and pack inside of the block"
 )
 
 Part = SideInput | ArrayInput | HiddenAgain | Earlier | Computed
@@ -167,6 +173,10 @@ class ArgumentTaker:
             return {key: self._take(item) for key, item in value.items()}
         if is_cache(value):
             return self._cache(value)
+        if isinstance(value, PackedSequence):
+            raise SkipPipeError(
+                PADDED.format(name=self._name, kind="a PackedSequence", pad="torch.nn.utils.rnn.pad_packed_sequence")
+            )
         if pytree._get_node_type(value) in pytree.SUPPORTED_NODES:
             return pytree.tree_map(self._take, value, is_leaf=is_cache)
         if isinstance(value, Unavailable):
@@ -217,6 +227,10 @@ class ArgumentTaker:
                 f"argument {self._argument} of {self._name} has no values here (it is on the meta device, or a weight "
                 "of a block that is on a worker); pass a tensor of the driver's (weight.detach().clone(), made before "
                 "the blocks are called), or let the block use a weight of its own"
+            )
+        if value.is_nested:
+            raise SkipPipeError(
+                PADDED.format(name=self._name, kind="a nested tensor", pad="torch.nested.to_padded_tensor")
             )
         if value.layout is not torch.strided or value.is_quantized:
             raise SkipPipeError(

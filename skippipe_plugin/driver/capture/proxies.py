@@ -36,7 +36,7 @@ from .hooks import StackHooks
 from .ordinary import copied, reduced
 from .poison import Poison
 from .shapes import Mode, ShapeBook
-from .stack_call import StackCall, UsualCall, first_tensor, passed_to, position_of, same_arguments
+from .stack_call import StackCall, UsualCall, entering, passed_to, position_of, same_arguments
 from .suspend import current_thread
 from .switches import check_modes
 from .token import HiddenToken, Origin, begins_stack
@@ -419,9 +419,7 @@ class BlockProxies:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackCall:
         refuse_captured_parts(self.names[0])
         check_modes(self.names[0])
-        hidden = first_tensor(args, kwargs)
-        if hidden is None:
-            raise SkipPipeError(f"{self.names[0]} was called without a tensor of hidden states")
+        hidden = entering(self.names[0], args, kwargs)
         if not self._fresh or current_thread() is None:  # outside of steps anything may have happened since
             for attributes in self._attributes:
                 attributes.refresh_flags()

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ...engine.arguments import Earlier, SideInput, Template
 from ...engine.call import Ambient, BlockMode, CacheUse, Form, Made
+from ...engine.errors import SkipPipeError
 from ...engine.probes import Probe
 from ...engine.returned import ReturnStructure, tensors_in
 from ...engine.taps import TapEvent
 from ...engine.transport import TensorSpec
-from .arguments import SideInputs
+from .arguments import PADDED, SideInputs
 from .deferred import Deferral
 from .entered import EnteredStack
 from .hooks import Running
@@ -239,8 +240,17 @@ def with_sides(template: Template, first: int) -> Template:
     return template.with_leaves(lambda leaf: slots[leaf] if isinstance(leaf, Earlier) else leaf)
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the hidden states among the arguments of the first block."""
+def entering(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states among the arguments of the first block, which has a name."""
+    hidden = _first_tensor(args, kwargs)
+    if hidden is None:
+        raise SkipPipeError(f"{name} was called without a tensor of hidden states")
+    if hidden.is_nested:
+        raise SkipPipeError(PADDED.format(name=name, kind="a nested tensor", pad="torch.nested.to_padded_tensor"))
+    return hidden
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     if args and isinstance(args[0], Tensor):
         return args[0]
     if isinstance(kwargs.get("hidden_states"), Tensor):

@@ -11,8 +11,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import rnn
 from torch.optim import AdamW
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
+
+from skippipe_plugin.engine.errors import SkipPipeError
 
 from ..support import DEVICE, Run, assert_same_run, train
 from .plain_loops import assert_same
@@ -257,3 +260,59 @@ def test_so_they_do_in_loops(make: Callable[[], nn.Module], inside: bool, length
         return seen
 
     assert_same(loop, make, optimizer=lambda model: AdamW(model.parameters(), lr=1e-2, eps=1e-4))
+
+
+# ------------------------------------------------- what has no dense form
+
+
+class Recurring(nn.Module):
+    """Gets what its model gives it: a packed sequence, a nested tensor, or a padded one with lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, h: Any, lengths: Tensor | None = None) -> Any:
+        if lengths is None:
+            return self.layer(h)[0] if isinstance(h, rnn.PackedSequence) else h * 2
+        packed = rnn.pack_padded_sequence(h, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return h + rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True, total_length=h.shape[1])[0]
+
+
+class Unpadded(LightningModule):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.blocks = nn.ModuleList(Recurring() for _ in range(4))
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        x, lengths = batch
+        h: Any = self.embed(x)
+        if self.form == "packed":
+            h = rnn.pack_padded_sequence(h, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        elif self.form == "nested":
+            h = torch.nested.nested_tensor([row[:n] for row, n in zip(h, lengths, strict=True)], layout=torch.jagged)
+        for block in self.blocks:
+            h = block(h, lengths) if self.form == "padded" else block(h)
+        assert self.form == "padded", "it is refused before"
+        return self.head(h).square().mean()
+
+    def configure_optimizers(self) -> AdamW:
+        return AdamW(self.parameters(), lr=0.01)
+
+
+def train_unpadded(form: str, devices: int) -> Run:
+    x = torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(x, torch.arange(8) % 5 + 1), batch_size=4)
+    return train(partial(Unpadded, form), data, devices, PIPELINE if devices > 1 else None, max_steps=2)
+
+
+@pytest.mark.parametrize(("form", "called"), [("packed", "a PackedSequence"), ("nested", "a nested tensor")])
+def test_what_has_no_dense_form_says_so(form: str, called: str) -> None:
+    with pytest.raises(SkipPipeError, match=rf"blocks\.0 is called with {called}.* give the blocks the padded tensor"):
+        train_unpadded(form, 3)
+
+
+def test_the_padded_tensor_is_exact() -> None:
+    assert_same_run(train_unpadded("padded", 3), train_unpadded("padded", 1))
