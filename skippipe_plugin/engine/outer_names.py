@@ -62,6 +62,8 @@ def counts(read: Collection[str], name: str, value: Any) -> bool:  # Any: whatev
 
     ``read`` is of :func:`readable_names`.
     """
+    if name == "__slotnames__":  # Python notes it there, when an object is copied or pickled for the first time
+        return False
     is_function = isinstance(value, (types.FunctionType, staticmethod, classmethod))
     return not is_function or name in read or (name.startswith("__") and name.endswith("__"))
 
