@@ -8,6 +8,7 @@ that it stays what it is in one process: the weight itself.
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ Fingerprint = tuple[Any, ...]  # Any: shape, type, order in memory and a sum ove
 
 
 def _uses(tensor: Tensor) -> int:
+    tensor = tensor if tensor.layout is torch.strided else tensor._values()
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
@@ -77,6 +79,8 @@ def fingerprint(tensor: Tensor | None) -> Fingerprint | None:
     """Tell tensors of other values apart, whoever has written them."""
     if tensor is None:
         return None
+    if tensor.layout is torch.sparse_coo:  # the gradient of an embedding
+        return tuple(tensor.shape), fingerprint(tensor._indices()), fingerprint(tensor._values())
     return tuple(tensor.shape), tensor.dtype, order_of(tensor), zlib.crc32(tensor_blob(tensor.detach()))
 
 
@@ -92,6 +96,17 @@ class WeightCopies:
         self._workers = workers
         self._slots = slots
         self._copies: dict[str, _Copy] = {}
+        self._noted: weakref.WeakSet[NotedWeights] = weakref.WeakSet()
+
+    def noted(self) -> NotedWeights:
+        """Note what there is now, to bring it back."""
+        noted = NotedWeights(self, dict(self._copies))
+        self._noted.add(noted)
+        return noted
+
+    def label(self, name: str) -> str:
+        """Return what users call one."""
+        return self._slots[name].label
 
     def value(self, slot: Slot) -> Tensor:
         """Return the copy of one, fetching its block when there is none."""
@@ -113,13 +128,24 @@ class WeightCopies:
 
     def set_value(self, slot: Slot, value: Tensor) -> None:
         """Let the user's tensor be the copy, as after ``parameter.data = value``."""
+        self._check_form(slot, value)
+        name = tensor_name(slot.block, slot.name)
+        known = self._copies.get(name)
+        self._copies[name] = _Copy(value.detach(), None if known is None else known.print)
+
+    def write(self, slot: Slot, value: Tensor) -> None:
+        """Write all of one, as user code does with ``copy_``."""
+        self._check_form(slot, value)
+        self.overwritten(slot)
+        self.value(slot).data.copy_(value)
+
+    def _check_form(self, slot: Slot, value: Tensor) -> None:
         if value.shape != slot.form.shape or value.dtype != slot.form.dtype:
             raise SkipPipeError(
                 f"{slot.label} is {slot.form.dtype} of shape {tuple(slot.form.shape)} on a worker and cannot "
                 f"become {value.dtype} of shape {tuple(value.shape)}: a worker's tensors keep their form. Change it "
                 "before the Trainer's fit (accelerate: before prepare), or set precision=... on the Trainer"
             )
-        self._copies[tensor_name(slot.block, slot.name)] = _Copy(value.detach(), None)
 
     def written(self) -> dict[str, Tensor]:
         """Return what user code has written and the workers do not have yet."""
@@ -136,9 +162,34 @@ class WeightCopies:
                     f"shape {tuple(value.shape)} now: a worker's tensors keep their form"
                 )
         if written:
+            for noted in self._noted:
+                noted.keep(self.fetched(written.keys() - noted.kept.keys()))
             self._workers.put("weights", written)
             for name in written:
                 self._copies[name].print = fingerprint(self._copies[name].value)
+
+    def fetched(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return what the workers have of some, whatever user code has written here."""
+        fetched = self._workers.fetch("weights", {tensor_key(name)[0] for name in names}) if names else {}
+        return {name: _like(self._slots[name].form, fetched[name]) for name in names}
+
+    def bring_back(self, before: Mapping[str, _Copy], values: Mapping[str, Tensor]) -> None:
+        """Let the copies be ``before`` again, of ``values`` where those are others than the workers'."""
+        others = {name for name, copy in self._copies.items() if copy is not before.get(name)}
+        changed = self.written().keys() | values.keys() | others
+        rewritten = {name for name in changed - values.keys() if name in before and before[name].is_written}
+        values = {**values, **self.fetched(rewritten)}
+        with torch.no_grad():
+            for name in changed:
+                copy = before.get(name)
+                if copy is not None and copy.value is not None:
+                    self._copies[name] = copy
+                    if name in values:
+                        copy.value.copy_(values[name])
+                elif name in values:
+                    self._copies[name] = _Copy(values[name].clone(), None)
+                else:
+                    del self._copies[name]
 
     def outdate(self, *, buffers_only: bool = False) -> None:
         """Note that the workers may have changed what they hold: refresh the copies in use, forget the others.
@@ -182,6 +233,36 @@ class WeightCopies:
         for name, tensor in self._workers.fetch("weights", blocks).items():
             if name not in self._copies and name in self._slots:
                 self._copies[name] = _Copy.of(_like(self._slots[name].form, tensor))
+
+
+class NotedWeights:
+    """What all weights were at a moment: of those that user code has written since, and the workers may have by now.
+
+    Args:
+        weights: The copies.
+        copies: Those that there are, by name.
+    """
+
+    def __init__(self, weights: WeightCopies, copies: Mapping[str, _Copy]) -> None:
+        self.name = "self"
+        self._weights = weights
+        self._copies = copies
+        self.kept = {name: value.detach().clone() for name, value in weights.written().items()}
+        """Values that the workers did not have then, or have no more."""
+
+    def keep(self, values: Mapping[str, Tensor]) -> None:
+        """Keep what the workers are about to lose."""
+        self.kept |= values
+
+    def restore(self) -> None:
+        """Bring everything back."""
+        self._weights.bring_back(self._copies, self.kept)
+
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
+        """Return, by name, what user code has written since and the workers do not have."""
+        for name, value in self._weights.written().items():
+            if name not in self.kept or not torch.equal(value, self.kept[name]):
+                yield f"{self.name}.{self._weights.label(name)}", value.detach().clone()
 
 
 class GradientCopies:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,25 @@ from ..engine.control.commands import Get, Overwrite, Share
 from ..engine.control.values import Written, Zero
 from ..engine.device import free_bytes
 from ..engine.errors import SkipPipeError
-from ..engine.handover import find_again, let_go, pack_tensors, unpack_tensors
+from ..engine.handover import find_again, let_go, pack_gradients, pack_tensors, unpack_gradients, unpack_tensors
 from ..engine.wire import block_tensors, tensor_key, tensor_name
 from .accumulation import Accumulation
 from .capture.remote import Slot, detach, reattach
-from .copies import GradientCopies, WeightCopies
+from .copies import GradientCopies, NotedWeights, WeightCopies
 from .layout import Layout
 from .links import Links
 from .shards import ExpertShards
 from .shared import SharedTensors, Values
 
 _T = TypeVar("_T")
+
+
+_LENT: Final = (
+    "another tensor stands in the place of {name} in a training step (torch.func.functional_call), and its block is on "
+    "a pipeline's worker, which would train the parameter itself. Compute the weight inside of the block "
+    "(torch.nn.utils.parametrize); for a teacher, call a copy of the module that was made between steps "
+    "(copy.deepcopy). In validation, test and predict steps, and for modules around the blocks, it is exact"
+)
 
 
 class Gradients(Protocol):
@@ -99,6 +108,8 @@ class Mirror:
         self._slots: dict[str, Slot] = {}
         self._tensors: dict[str, Tensor] = {}
         self._structure = _Structure()
+        self._lent: dict[str, _Lent] = {}
+        """Parameters in whose places other tensors stand for a while, by ``"<block>\\t<name>"``."""
         self.weights = WeightCopies(self, self._slots)
         self.gradients = GradientCopies(self)
         self.shared = SharedTensors(self)
@@ -135,13 +146,14 @@ class Mirror:
         lost: list[int] = []
         copies, recurrent = self.weights.take(), [module for block in self._blocks for module in let_go(block)]
         for name, tensor in self._tensors.items():
-            value = copies.get(name, weights.get(name))
+            value = self._lent[name].value if name in self._lent else copies.get(name, weights.get(name))
             if value is None or value.shape != tensor.shape:
                 value = torch.full(tensor.shape, float("nan")).to(tensor.dtype)
                 lost.append(tensor_key(name)[0])
             reattach(tensor, value)
         find_again(recurrent)
         self._blocks = ()
+        self._lent.clear()
         self._tensors.clear()
         self._slots.clear()
         self._structure = _Structure()
@@ -157,15 +169,29 @@ class Mirror:
 
     def value(self, slot: Slot) -> Tensor:
         self._check_seen(slot)
-        return self.weights.value(slot)
+        return self.weights.value(slot) if (lent := self._own_value(slot)) is None else lent
 
     def overwritten(self, slot: Slot) -> None:
         self._check_seen(slot)
-        self.weights.overwritten(slot)
+        if self._own_value(slot) is None:
+            self.weights.overwritten(slot)
 
     def set_value(self, slot: Slot, value: Tensor) -> None:
         self._check_seen(slot)
-        self.weights.set_value(slot, value)
+        if (lent := self._own_value(slot)) is None:
+            self.weights.set_value(slot, value)
+        else:
+            lent.copy_(value)
+
+    def _own_value(self, slot: Slot) -> Tensor | None:
+        """Return what a parameter is in whose place another tensor stands; None for all others."""
+        if self._lent:
+            self._take_replaced(may_lend=True)
+        lent = self._lent.get(tensor_name(slot.block, slot.name))
+        return None if lent is None else lent.value
+
+    def noted(self) -> NotedWeights:
+        return self.weights.noted()
 
     def _check_seen(self, slot: Slot) -> None:
         """Raise while an optimizer's own code runs, which changes weights here before the workers change theirs."""
@@ -185,9 +211,13 @@ class Mirror:
 
     # ------------------------------------------------------------- the pipeline
 
-    def settle(self) -> None:
-        """Let the workers have all that user code has written; called before anything runs there."""
-        self._take_replaced()
+    def settle(self, *, may_lend: bool = False) -> None:
+        """Let the workers have all that user code has written; called before anything runs there.
+
+        Args:
+            may_lend: Whether other tensors may stand in the places of parameters: nothing is trained then.
+        """
+        self._take_replaced(may_lend)
         self.weights.flush()
         self.shared.flush()
 
@@ -228,28 +258,25 @@ class Mirror:
                 command = Share(copies, *pack_tensors({number: values[int(number)][1] for number in copies}))
                 (link.tell if host.links.recovering else link.send)(command)
 
-    def _take_replaced(self) -> None:
-        """Take up buffers that were replaced by others; nothing else can be."""
+    def _take_replaced(self, may_lend: bool) -> None:
+        """Take up buffers that were replaced by others, and what stands in for parameters; nothing else can be."""
         if not self._structure.has_changed():
             return
         for label, own, known in self._structure.changed():
-            self._check_replaced(label, own, known)
+            self._check_replaced(label, own, known, may_lend)
         self._structure.look()
 
-    def _check_replaced(self, label: str, own: dict[str, Any], known: tuple[Any, ...]) -> None:
+    def _check_replaced(self, label: str, own: dict[str, Any], known: tuple[Any, ...], may_lend: bool) -> None:
         by_id = {id(tensor): name for name, tensor in self._tensors.items()}
+        by_id |= {id(lent.to): name for name, lent in self._lent.items()}
         present = tuple(own.values())
         for old, new in zip(known, present, strict=False):
             if old is new:
                 continue
             name = by_id.get(id(old))
-            if name is None or type(new) is not Tensor:
+            if name is None or not (type(new) is Tensor or new is self._tensors[name]):
                 break
-            slot = self._slots[name]
-            self.weights.set_value(slot, new)
-            detach(new, self, slot.block, slot.name, slot.label)
-            reattach(old, self.weights.value(slot))
-            self._tensors[name], self._slots[name] = new, new.__dict__["_skippipe_slot"]
+            self._replace(name, new, may_lend)
         else:
             if len(known) == len(present):
                 return
@@ -260,6 +287,24 @@ class Mirror:
             "(accelerate: before prepare), or write new values into what is there: parameter.data = ..., copy_(), "
             "load_state_dict(...) without assign=True"
         )
+
+    def _replace(self, name: str, new: Tensor, may_lend: bool) -> None:
+        """Let another tensor stand where a remote one did, or that one again."""
+        old, slot = self._tensors[name], self._slots[name]
+        if new is old:
+            self.weights.write(slot, self._lent.pop(name).value)
+            return
+        before = self._lent[name].value if name in self._lent else self.weights.value(slot).detach().clone()
+        if not issubclass(slot.cls, nn.Parameter):
+            self.weights.set_value(slot, new)
+            detach(new, self, slot.block, slot.name, slot.label)
+            reattach(old, before)
+            self._tensors[name], self._slots[name] = new, new.__dict__["_skippipe_slot"]
+        elif may_lend:
+            self.weights.write(slot, new.detach())
+            self._lent[name] = _Lent(new, before)
+        else:
+            raise SkipPipeError(_LENT.format(name=slot.label))
 
     # -------------------------------------------------------------- workers
 
@@ -287,12 +332,13 @@ class Mirror:
     def _ask(self, what: str, blocks: Collection[int]) -> dict[str, Tensor]:
         phases.reach(phases.Phase.SAVING)
         host, parts = self._host, dict[int, dict[str, Tensor]]()
+        unpack = unpack_tensors if what == "weights" else unpack_gradients
         for stage in sorted({host.layout.stage_of_block(block) for block in blocks}):
             own = [block for block in host.layout.blocks(stage) if block in blocks]
             for rank in host.layout.whole_set(stage, host.links):
                 question = Get("weights" if what == "weights" else "last_gradients", own)
                 state = host.links[rank].ask(question, State)
-                parts.setdefault(rank, {}).update(unpack_tensors(state.tensors, state.blobs))
+                parts.setdefault(rank, {}).update(unpack(state.tensors, state.blobs))
         return _where_it_fits(host.shards.join(parts), self.device)
 
     def put(self, what: Written, tensors: Mapping[str, Tensor], *, absent: Collection[str] = ()) -> None:
@@ -311,9 +357,18 @@ class Mirror:
             }
             gone = [name for name in absent if tensor_key(name)[0] in blocks]
             if own or gone or zero:
-                entries, blobs = pack_tensors(own)
+                entries, blobs = (pack_tensors if what == "weights" else pack_gradients)(own)
                 command = Overwrite(what, entries, gone, zero, blobs)
                 (link.tell if host.links.recovering else link.send)(command)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """A parameter in whose place another tensor stands, as ``torch.func.functional_call`` puts it there."""
+
+    to: Tensor
+    value: Tensor
+    """What it is itself."""
 
 
 class _Structure:

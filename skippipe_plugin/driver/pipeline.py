@@ -442,7 +442,7 @@ class Pipeline:
 
         ``choose`` is called as by :meth:`train`; the schedule is that of ``name``.
         """
-        self.mirror.settle()
+        self.mirror.settle(may_lend=True)
         number = self.states.new_evaluation()
         with Noted(task.sizes):
             return self.surviving(lambda: self._evaluate(task, choose, name, number), rewind=task.rewinder())
@@ -462,7 +462,7 @@ class Pipeline:
             choose()
             while self._anybody(live := run.waiting()):
                 self._check_unwatched(live)
-                self.mirror.settle()
+                self.mirror.settle(may_lend=True)
                 self._execute(name, run, live)
         except BaseException as error:
             self._give_up(error)

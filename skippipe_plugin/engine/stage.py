@@ -539,7 +539,8 @@ class Stage:
         for child, training in zip(module.modules(), mode.training, strict=True):
             child.training = training
         for parameter, requires_grad in zip(module.parameters(), mode.requires_grad, strict=True):
-            parameter.requires_grad_(requires_grad)
+            if isinstance(parameter, nn.Parameter):  # on a driver's stage a tensor of the user's may stand in for one
+                parameter.requires_grad_(requires_grad)
         if mode.hooks:
             self._recorder.apply(block, module, mode.hooks)
         if block in self._watches:

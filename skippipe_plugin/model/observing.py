@@ -24,7 +24,7 @@ from .kinks import WHY as BENDS
 from .slopes import Slopes
 from .spread import SpreadModel
 from .traceless import Untouched
-from .trials import LOSS, Question, Results, Trials, named
+from .trials import LOSS, Left, Question, Results, Trials, named
 
 _ROUNDING: Final = 2e-5
 _DOUBLE_ROUNDING: Final = 1e-10
@@ -85,10 +85,11 @@ class Observing:
         answer.hooks |= fakes.are_watched
         if isinstance(parts, Exception):
             return self._with_batch_alone(question, draw, trace, parts)
-        drawn = [part.mode.drawn for part in parts]
-        if draw < 2:
+        drawn, by_turns = [part.mode.drawn for part in parts], {}
+        if draw < 2 and not answer.crossing:
             results = [part.results for part in parts]
-            answer.crossing = answer.crossing or self._trials.crossing(question, draw, results, drawn, trace.restore)
+            answer.crossing = self._trials.crossing(question, draw, results, drawn, trace.restore)
+            by_turns = trace.changes()
         whole = self._run(
             question.whole, fakes.of_whole, Neutral(drawn, features=marked), fakes.made[-1], trace.restore
         )
@@ -104,8 +105,8 @@ class Observing:
             view.rounding = _DOUBLE_ROUNDING
         if answer.blocks is None:
             answer.blocks = difference_of_blocks(self._spread, fakes, view.sizes)
-        if changes and not answer.left:
-            answer.left = self._trials.left_behind(question, draw, drawn, changes, trace)
+        if (changes or by_turns) and not answer.left:
+            answer.left = self._trials.left_behind(question, draw, drawn, Left(changes, by_turns), trace)
         return Observed(whole, tuple(parts), tuple(fakes.dims))
 
     def _run_pieces(

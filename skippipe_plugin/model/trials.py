@@ -49,6 +49,20 @@ class Question:
     """Why the batch is the only piece, where it cannot be cut."""
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a step has left, by name."""
+
+    of_batch: Mapping[str, Any]
+    by_turns: Mapping[str, Any]
+    """When its microbatches took turns: what each brings back, another may have found changed."""
+
+    def differently(self, in_parts: Mapping[str, Any], tolerance: float) -> set[str]:
+        """Name what microbatches leave otherwise, one after the other or by turns; of the latter no backward ran."""
+        found = _others(self.of_batch, in_parts, tolerance)
+        return found | (_others(self.of_batch, self.by_turns, tolerance) & self.by_turns.keys())
+
+
 def named(key: Key) -> str:
     """Return how users call a result."""
     return {"loss": "the loss", "output": "the output"}.get(key[0]) or f"self.log({key[1]!r})"
@@ -161,7 +175,7 @@ class Trials:
         question: Question,
         draw: int,
         drawn: Sequence[Sequence[Tensor]],
-        changes: Mapping[str, Any],
+        left: Left,
         trace: Untouched,
     ) -> str:
         """Name what is another when the step has run for each microbatch than when it has run for the batch.
@@ -170,7 +184,7 @@ class Trials:
             question: The step.
             draw: The draw of hidden states.
             drawn: By microbatch: what random functions gave it.
-            changes: What the batch has left.
+            left: What the batch has left.
             trace: What the step finds.
         """
         fakes = Fakes(question.view.sizes, draw)
@@ -178,10 +192,10 @@ class Trials:
             resume = _go_on if index else trace.restore
             part = self.run(piece, functools.partial(fakes.of_piece, index), Neutral([drawn[index]]), resume)
             self.slopes(part, fakes.made[index])
-        found = _others(changes, trace.changes(), question.view.rounding)
+        found = left.differently(trace.changes(), question.view.rounding)
         if found:  # times and the like are others whenever a step runs
             self.slopes(self.run(question.whole, fakes.of_whole, Neutral(drawn), trace.restore), fakes.made[-1])
-            found -= _others(changes, trace.changes(), question.view.rounding)
+            found -= _others(left.of_batch, trace.changes(), question.view.rounding)
         return min(found, default="")
 
     def run(

@@ -19,7 +19,14 @@ from ..engine.control.answers import State
 from ..engine.control.commands import Clip, Load, Merge, Overwrite, Share
 from ..engine.control.values import ExpertCost, Opening, Stand, StepOrder, What
 from ..engine.gradients import GradientWindow
-from ..engine.handover import materialize, pack_tensors, unpack_blocks, unpack_tensors
+from ..engine.handover import (
+    materialize,
+    pack_gradients,
+    pack_tensors,
+    unpack_blocks,
+    unpack_gradients,
+    unpack_tensors,
+)
 from ..engine.optimizer import ParameterKey, Settings, StageOptimizer
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, encode_optimizer_state, tensor_key
@@ -196,7 +203,7 @@ class Holdings:
         named = self._named(what)
         if only is not None:
             named = {name: tensor for name, tensor in named.items() if tensor_key(name)[0] in only}
-        return State(*self._standing(), *pack_tensors(named))
+        return State(*self._standing(), *(pack_tensors if what == "weights" else pack_gradients)(named))
 
     def _standing(self) -> tuple[list[tuple[int, float]], list[int], list[tuple[int, list[int]]]]:
         """Return the norms of the last gradients, the estimates, and the blocks of stages."""
@@ -219,8 +226,9 @@ class Holdings:
         self.zero(sent.zero)
         for name in sent.absent:
             own[name].grad = None
+        unpack = unpack_tensors if sent.what == "weights" else unpack_gradients
         with torch.no_grad():
-            for name, tensor in unpack_tensors(sent.tensors, sent.blobs).items():
+            for name, tensor in unpack(sent.tensors, sent.blobs).items():
                 if sent.what == "weights":
                     own[name].copy_(tensor)
                 else:

@@ -50,8 +50,15 @@ class CopiedTensor:
     value: Tensor
     copy: Tensor | None
     version: int | None
+    memory: Tensor
+    """Its memory, which code may exchange for another tensor's."""
+
+    def _is_elsewhere(self) -> bool:
+        return self.value.data_ptr() != self.memory.data_ptr() or self.value.shape != self.memory.shape
 
     def _is_another(self) -> bool:
+        if self.value.shape != self.memory.shape:
+            return True
         if self.copy is None:
             return _version(self.value) != self.version
         if self.value.numel() > LARGE and _version(self.value) == self.version:
@@ -59,6 +66,8 @@ class CopiedTensor:
         return not torch.equal(self.value, self.copy)
 
     def restore(self) -> None:
+        if self._is_elsewhere():
+            self.value.data = self.memory
         if not self._is_another():
             return
         if self.copy is None:
@@ -67,17 +76,40 @@ class CopiedTensor:
         self.value.data.copy_(self.copy)
 
     def changes(self) -> Iterator[tuple[str, Any]]:
-        if self._is_another():
+        if self._is_elsewhere() or self._is_another():
             yield self.name, self.value.detach().clone()
 
 
 def tensor_copy(name: str, value: Tensor, *, is_copied: bool) -> CopiedTensor:
     """Note a tensor."""
-    return CopiedTensor(name, value, value.detach().clone() if is_copied else None, _version(value))
+    copy = value.detach().clone() if is_copied else None
+    return CopiedTensor(name, value, copy, _version(value), value.detach())
 
 
 def _version(value: Tensor) -> int | None:
     return None if value.is_inference() else value._version
+
+
+@dataclass(slots=True)
+class CopiedFlag:
+    """Whether a parameter is trained."""
+
+    name: str
+    value: Tensor
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, name: str, value: Tensor) -> CopiedFlag:
+        """Note it."""
+        return cls(name, value, value.requires_grad)
+
+    def restore(self) -> None:
+        if self.value.requires_grad != self.requires_grad and self.value.is_leaf:
+            self.value.requires_grad_(self.requires_grad)
+
+    def changes(self) -> Iterator[tuple[str, Any]]:
+        if self.value.requires_grad != self.requires_grad:
+            yield f"{self.name}.requires_grad", self.value.requires_grad
 
 
 @dataclass(slots=True)

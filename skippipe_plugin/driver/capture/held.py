@@ -25,6 +25,7 @@ from . import copies
 from .copies import Copied, joined
 from .iterators import Place, Replayed, is_opaque, watched
 from .outer_state import code_of, entries, is_users
+from .remote import Source, is_remote, slot_of
 
 _DEPTH: Final = 4
 """How deep containers and objects are looked into."""
@@ -38,8 +39,10 @@ _OTHERS: Final = frozenset(
     )
 )
 """Objects of these packages are not looked into."""
-_APART: Final = frozenset({"_trainer", "_fabric", "_parameters", "_modules"})
-"""What modules keep apart, and what is no value of theirs."""
+_APART: Final = frozenset({"_trainer", "_fabric"})
+"""What is no value of a module's."""
+_ENTRIES: Final = ("_parameters", "_modules")
+"""What modules keep apart, by the names of their attributes: code may put others there for a while."""
 _OURS: Final = "_skippipe_"
 """So begin attributes of the user's objects that hold something of ours."""
 _PLAIN: Final = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
@@ -70,8 +73,8 @@ class Held:
     def __init__(self, module: nn.Module, others: Mapping[str, Any], most_copied: int = 1 << 26) -> None:
         self._seen: dict[int, Any] = {}
         self._copies: list[Copied] = []
-        self._empty: list[tuple[str, str, dict[Any, Any]]] = []
-        """Name, attribute and dictionaries that torch keeps in modules and that hold nothing."""
+        self._empty: list[tuple[str, dict[Any, Any]]] = []
+        """By the name of what would be in them: dictionaries that torch keeps in modules and that hold nothing."""
         self._places: list[Place] = []
         self._seen_kinds: set[int] = set()
         self._names: set[tuple[int, str]] = set()
@@ -90,9 +93,9 @@ class Held:
                 place.rewind()
             for each in self._copies:
                 each.restore()
-            for _, _, hooks in self._empty:
-                if hooks:
-                    hooks.clear()
+            for _, own in self._empty:
+                if own:
+                    own.clear()
 
     def changes(self) -> dict[str, Any]:
         """Return by name what is another than it was; what is gone is None."""
@@ -100,9 +103,9 @@ class Held:
         for each in self._copies:
             if each.name:
                 found.update(each.changes())
-        for name, key, hooks in self._empty:
-            if hooks and name:
-                found |= {joined(joined(name, key), each): copies.kept(hook) for each, hook in hooks.items()}
+        for name, own in self._empty:
+            if own and name:
+                found |= {joined(name, key): copies.kept(item) for key, item in own.items()}
         return found | {place.name: num for place in self._places if (num := place.num_taken())}
 
     def release(self) -> None:
@@ -156,12 +159,20 @@ class Held:
             self._note_object(value, depth, name)
 
     def _note_tensor(self, value: Tensor, name: str) -> None:
+        if is_remote(value):
+            self._note_source(slot_of(value).source)
         if type(value) not in (Tensor, nn.Parameter) or value.is_meta or value.layout != torch.strided:
             return
         is_large = value.numel() > copies.LARGE
         fits = not is_large or value.numel() <= self._left_to_copy
         self._left_to_copy -= value.numel() if is_large and fits else 0
         self._copies.append(copies.tensor_copy(name, value, is_copied=fits))
+
+    def _note_source(self, source: Source) -> None:
+        """Note the tensors that have their values on workers, which code may write, too."""
+        if id(source) not in self._seen:
+            self._seen[id(source)] = source
+            self._copies.append(source.noted())
 
     def _note_container(
         self, value: Any, depth: int, name: str, hidden: frozenset[str] = frozenset(), *, watches: bool = True
@@ -214,16 +225,27 @@ class Held:
         attributes = part.__dict__
         for each in (attributes, *(attributes[key] for key in _APART & attributes.keys())):
             self._seen[id(each)] = each
+        for key in _ENTRIES:
+            self._note_entries(attributes[key], name)
         for key in copies.TORCHS & attributes.keys():  # most are empty: of hooks, buffers
             if isinstance(hooks := attributes[key], dict) and not hooks and id(hooks) not in self._seen:
                 self._seen[id(hooks)] = hooks
-                self._empty.append((name, key, hooks))
+                self._empty.append((joined(name, key), hooks))
         self._note_container(attributes, depth, name, hidden, watches=is_here)
         for key, parameter in part._parameters.items():
             if parameter is not None and id(parameter) not in self._seen:
                 self._seen[id(parameter)] = parameter
                 self._note_tensor(parameter, joined(name, key))
+                self._copies.append(copies.CopiedFlag.of(joined(name, key), parameter))
         self._note_classes(part, depth)
+
+    def _note_entries(self, own: dict[str, Any], name: str) -> None:
+        """Note which parameters or modules stand in a module; what they are is noted of each."""
+        self._seen[id(own)] = own
+        if own:
+            self._copies.append(copies.container_copy(name, own, frozenset()))
+        else:
+            self._empty.append((name, own))
 
     def _note_object(self, value: Any, depth: int, name: str) -> None:
         kind = type(value)

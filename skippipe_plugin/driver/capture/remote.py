@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ...engine.errors import SkipPipeError
 from ...engine.handover import swap_memory
+from .copies import Copied
 
 Function = Callable[..., Any]  # Any: whatever torch's functions take and return
 _SLOT: Final = "_skippipe_slot"
@@ -43,6 +44,9 @@ class Source(Protocol):
 
     def set_value(self, slot: Slot, value: Tensor) -> None:
         """Let ``value`` be that copy from now on."""
+
+    def noted(self) -> Copied:
+        """Note what all of its tensors are, to bring that back."""
 
     def gradient(self, slot: Slot) -> Tensor | None:
         """Return the accumulated gradient, or None as one process would."""

@@ -149,3 +149,43 @@ def test_clipping_by_the_norm(look: Callable[[Any], None], hook: str, settings: 
     piped, plain = fit(3), fit(1)
     assert_same_run(piped, plain)
     assert piped.module.seen == pytest.approx(plain.module.seen, rel=1e-5)
+
+
+class Looked(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 8, sparse=True)
+
+    def forward(self, h: Tensor, numbers: Tensor) -> Tensor:
+        return super().forward(h) + self.table(numbers)
+
+
+class LookingUp(Looking):
+    def __init__(self, look: Callable[[Any], None]) -> None:
+        super().__init__("on_before_optimizer_step", look)
+        self.blocks = nn.ModuleList(Looked() for _ in range(4))
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        h = self.embed(batch["x"])
+        for block in self.blocks:
+            h = block(h, batch["y"])
+        return F.cross_entropy(self.head(h), batch["y"])
+
+    def configure_optimizers(self) -> SGD:
+        return SGD(self.parameters(), lr=0.05)
+
+
+def test_sparse_gradients_are_read_and_written() -> None:
+    def look(module: Any) -> None:
+        for block in module.blocks:
+            gradient = block.table.weight.grad
+            assert gradient.is_sparse
+            module.seen.append(float(gradient.to_dense().norm()))
+            block.table.weight.grad = gradient * 0.5
+
+    plain, found = (
+        train(partial(LookingUp, look), loader(points(24)), devices, strategy, max_steps=3)
+        for devices, strategy in ((1, None), (3, {"num_microbatches": 4}))
+    )
+    assert_same_run(found, plain)
+    assert found.module.seen == pytest.approx(plain.module.seen, rel=1e-5)
