@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ...engine.arguments import Earlier, SideInput, Template
 from ...engine.call import Ambient, BlockMode, CacheUse, Form, Made
@@ -242,6 +243,10 @@ def with_sides(template: Template, first: int) -> Template:
 
 def entering(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the hidden states among the arguments of the first block, which has a name."""
+    if any(isinstance(each, PackedSequence) for each in (*args, *kwargs.values())):
+        raise SkipPipeError(
+            PADDED.format(name=name, kind="a PackedSequence", pad="torch.nn.utils.rnn.pad_packed_sequence")
+        )
     hidden = _first_tensor(args, kwargs)
     if hidden is None:
         raise SkipPipeError(f"{name} was called without a tensor of hidden states")
