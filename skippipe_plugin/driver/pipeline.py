@@ -315,12 +315,12 @@ class Pipeline:
         Returns:
             The names of the blocks that could not be brought back because their worker is gone: they hold NaN.
         """
-        proxies = self._proxies
-        if proxies is None:
+        if (proxies := self._proxies) is None:
             return []
-        weights, shared = self.remote.last(self), self.mirror.shared
+        weights: dict[str, Tensor] = {}
         try:
-            shared.check_alike(weights)
+            weights = self.remote.last(self)
+            self.mirror.shared.check_alike(weights)
         finally:  # whatever that says, the model is whole
             lost = self.mirror.give_back(weights)
             proxies.remove()

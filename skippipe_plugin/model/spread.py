@@ -45,6 +45,7 @@ from ..partition import cut, driver_share, estimate_costs, other_stacks
 from ..schedule import CostModel, Schedule, Timeline, fit_costs, forward_only, gpipe, swap_ends
 from ..sharing import check_hidden_references
 from .elastic import ElasticShapes, check_elastic
+from .interrupts import interrupts_follow
 from .padding import keep_padding_empty
 from .settings import PipelineSettings
 from .skipping import PathPlanner
@@ -192,6 +193,10 @@ class SpreadModel:
         Args:
             keep: Whether they go on holding what they hold: a driver that is started again may need it.
         """
+        with interrupts_follow():
+            self._bring_back(keep=keep)
+
+    def _bring_back(self, *, keep: bool) -> None:
         pipeline, self._pipeline = self._pipeline, None
         try:
             if pipeline is not None:

@@ -1,5 +1,7 @@
-"""A run that ends before it has begun leaves workers that are free."""
+"""A run that ends before it has begun leaves workers that are free; one that ends as it ends leaves a whole model."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -10,10 +12,11 @@ from skippipe_plugin.engine.control.commands import Warm
 from skippipe_plugin.engine.handover import pack_blocks
 from skippipe_plugin.engine.phases import Moment, Phase
 from skippipe_plugin.job.job import driver_jobs
+from skippipe_plugin.model.interrupts import interrupts_follow
 
 from .models import Transformer, tokens
 from .modules import LanguageModel, loader
-from .support import train
+from .support import assert_same_weights, train
 
 
 class StopError(Exception):
@@ -41,3 +44,42 @@ def test_workers_do_not_wait_for_a_driver_that_has_stopped_as_it_connected() -> 
         assert time.monotonic() < deadline, "a worker is at something else"
         time.sleep(0.02)
     assert raised.tb is not None, "what the run had is there still"
+
+
+def test_ctrl_c_as_the_weights_come_back_leaves_the_model_whole() -> None:
+    """The run ends as Lightning lets an interrupted one end, by ``SystemExit``."""
+    expected = train(lambda: LanguageModel(Transformer()), loader(tokens(8)), 1).weights
+    made: list[LanguageModel] = []
+
+    def make() -> LanguageModel:
+        made.append(LanguageModel(Transformer()))
+        return made[-1]
+
+    def press(moment: Moment) -> None:
+        if moment.phase is Phase.ENDING:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with phases.watching(press), pytest.raises((KeyboardInterrupt, SystemExit)):
+            train(make, loader(tokens(8)), 3)
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    assert_same_weights(made[-1].state_dict(), expected)
+    assert train(lambda: made[-1], loader(tokens(8)), 3).losses, "it can be trained again"
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    done = []
+
+    def press_twice() -> None:
+        with interrupts_follow():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("first")
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("second")
+
+    with pytest.raises(KeyboardInterrupt):
+        press_twice()
+    assert done == ["first"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
