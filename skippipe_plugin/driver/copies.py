@@ -176,7 +176,8 @@ class WeightCopies:
     def bring_back(self, before: Mapping[str, _Copy], values: Mapping[str, Tensor]) -> None:
         """Let the copies be ``before`` again, of ``values`` where those are others than the workers'."""
         others = {name for name, copy in self._copies.items() if copy is not before.get(name)}
-        changed = self.written().keys() | values.keys() | others
+        written = self.written().keys()
+        changed = written | values.keys() | others
         rewritten = {name for name in changed - values.keys() if name in before and before[name].is_written}
         values = {**values, **self.fetched(rewritten)}
         with torch.no_grad():
@@ -188,7 +189,7 @@ class WeightCopies:
                         copy.value.copy_(values[name])
                 elif name in values:
                     self._copies[name] = _Copy(values[name].clone(), None)
-                else:
+                elif name in written:
                     del self._copies[name]
 
     def outdate(self, *, buffers_only: bool = False) -> None:

@@ -101,11 +101,16 @@ def divided(model: Any, optimizer: torch.optim.Optimizer, factor: float = 1 / DI
     return seen
 
 
-@pytest.mark.parametrize("cut", ["batch", "stack"])
 @pytest.mark.parametrize("where", WHERE)
-def test_a_loop_that_divides_its_loss_is_refused_where_a_backward_bends(where: str, cut: str) -> None:
+def test_a_loop_that_divides_its_loss_is_refused_where_a_backward_bends(where: str) -> None:
     with pytest.raises(SkipPipeError, match=r"multiplied \(by 0\.25\) between the step and its backward"):
-        run(divided, True, functools.partial(Net, where), microbatches=cut)
+        run(divided, True, functools.partial(Net, where), microbatches="batch")
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_it_is_exact_where_the_call_runs_once(where: str) -> None:
+    """It goes back with the loop's backward."""
+    assert_same(divided, functools.partial(Net, where), microbatches="stack")
 
 
 @pytest.mark.parametrize("where", ["before", "behind"])
