@@ -159,7 +159,7 @@ def test_with_what_the_trainer_does(options: dict[str, Any]) -> None:
     assert_same_run(found, expected, **tolerances)
 
 
-@pytest.mark.parametrize("nth", [3, 4, 5])
+@pytest.mark.parametrize("nth", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_worker_that_is_lost_on_the_way_is_replaced(nth: int) -> None:
     """The third step has the first call twice, and two others in between."""
     strategy = {"num_microbatches": 2, "microbatches": "stack", "replicas": 2}

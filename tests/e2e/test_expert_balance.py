@@ -93,6 +93,7 @@ def test_without_a_method_experts_are_watched_and_left_alone() -> None:
     assert min(violations(watching)) > 0.9
 
 
+@pytest.mark.slow
 def test_the_auxiliary_loss_evens_out_too() -> None:
     config = ExpertConfig(auxiliary_loss=1.0)
     balancer = LoadBalancer(stages=False, experts="loss", expert_config=config)

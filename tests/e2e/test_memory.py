@@ -104,7 +104,7 @@ def free_memory(width: int) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("run", [a_fit, a_failed_fit, a_plain_loop, free_memory])
+@pytest.mark.parametrize("run", [a_fit, a_failed_fit, a_plain_loop, pytest.param(free_memory, marks=pytest.mark.slow)])
 def test_what_a_run_took_is_given_back(run: Callable[[int], None]) -> None:
     stop_workers()  # with others left of tests before, the second run would have other ones than the first
     run(_SMALL)

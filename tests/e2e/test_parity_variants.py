@@ -161,6 +161,7 @@ def test_replicas(replicas: int) -> None:
     assert_same_run(pipeline, plain)
 
 
+@pytest.mark.slow
 def test_links_in_pairs() -> None:
     """What NCCL will need: a group for each link, and receives in the sender's order."""
     strategy = {**TWO_WORKERS, "replicas": 2, "network": NetworkConfig(backend="gloo-pairs")}

@@ -212,6 +212,7 @@ def test_neighbours_rebuild_a_stage_by_the_formula(rank: int) -> None:
     assert_counted(result)
 
 
+@pytest.mark.slow
 def test_experts_of_neighbours_are_paired_before_they_are_averaged() -> None:
     settings = {"optimizer": lambda parameters: SGD(parameters, lr=0.0), "net": Own, "stages": 4}
     result, _ = run(At("on_train_batch_start", 3, kill(2)), recovery=StageRecovery(rule="mean"), **settings)

@@ -72,6 +72,7 @@ def test_costs_are_measured_while_nothing_is_skipped() -> None:
     assert [lengths(schedule) for schedule in watch.schedules] == [{4}, {4}, {3}, {3}, {3}, {3}]
 
 
+@pytest.mark.slow
 def test_links_in_pairs_follow_new_paths() -> None:
     """A group for each link, formed when paths first use it: the same losses as with one group."""
     ratios = {0: 0.0, 1: 0.25, 2: 0.5}

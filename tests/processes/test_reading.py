@@ -10,6 +10,7 @@ from tests.processes import reading
 from tests.processes.support import start
 
 
+@pytest.mark.slow
 def test_two_drivers_read_and_write_what_one_process_does(tmp_path: Path) -> None:
     reading.fit(tmp_path, 1, 0)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]

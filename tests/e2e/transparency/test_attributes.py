@@ -309,7 +309,7 @@ class KilledBetween(Callback):
             os.kill(trainer.strategy.worker_pids[self.rank], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_replacement_of_a_lost_worker_hears_of_it(rank: int) -> None:
     options = {"max_steps": 6, "max_epochs": 2, "num_sanity_val_steps": 0}
     plain = fit(lambda *_: None, 1, callbacks=[KilledBetween(None)], **options)
@@ -396,6 +396,7 @@ def test_a_method_replaced_in_the_constructor_goes_along_as_the_refusal_says() -
     assert_same_run(runs[1], runs[0])
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_schedule_has_an_end() -> None:
     """Each step's value is another spec; workers forget those that are not used any more."""
 
