@@ -109,7 +109,8 @@ def test_another_version_says_which(listener: Listener) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         thread = threading.Thread(target=lambda: _greet_as_version_9(other))
         thread.start()
-        with pytest.raises(ChannelError, match=f"speaks protocol 9, this one {PROTOCOL_VERSION}: install one version"):
+        theirs, ours = PROTOCOL_VERSION + 1, PROTOCOL_VERSION
+        with pytest.raises(ChannelError, match=f"speaks protocol {theirs}, this one {ours}: install one version"):
             connect("127.0.0.1", other.getsockname()[1], SECRET)
         thread.join()
 
@@ -117,7 +118,7 @@ def test_another_version_says_which(listener: Listener) -> None:
 def _greet_as_version_9(server: socket.socket) -> None:
     connection, _ = server.accept()
     with connection:
-        connection.sendall(handshake._GREETING.pack(b"SKPP", 9, bytes(32)))
+        connection.sendall(handshake._GREETING.pack(b"SKPP", PROTOCOL_VERSION + 1, bytes(32)))
 
 
 def test_messages_over_the_limit_are_refused_before_they_are_read() -> None:

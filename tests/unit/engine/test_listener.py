@@ -86,8 +86,8 @@ def wait_for(lines: Callable[[], list[str]], count: int) -> list[str]:
         (b"SSH-2.0-OpenSSH_9.9\r\n", "it is not a skippipe process but speaks SSH"),
         (b"\0" * 10_000_000, "it is not a skippipe process"),
         (
-            struct.pack("!4sH32s", MAGIC, 9, bytes(32)),
-            f"it speaks protocol 9, this one {PROTOCOL_VERSION}: install one",
+            struct.pack("!4sH32s", MAGIC, PROTOCOL_VERSION + 1, bytes(32)),
+            f"it speaks protocol {PROTOCOL_VERSION + 1}, this one {PROTOCOL_VERSION}: install one",
         ),
         (GREETING + bytes(32), "it does not know this job's secret"),
         (b"", "it did not prove in time that it knows this job's secret"),
