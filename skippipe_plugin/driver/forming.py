@@ -107,10 +107,8 @@ class Forming:
             if len(apart) == _PAIR:
                 raise self._links.breaks.apart(apart) from error
             raise
-        except (
-            BaseException
-        ):  # Ctrl-C too: whoever has heard of it would wait for this driver, and the next run for them
-            self.give_up()
+        except BaseException:
+            self.give_up()  # whoever has heard of it would wait for this driver, and the next run for them
             raise
         transport.leave_store()
 

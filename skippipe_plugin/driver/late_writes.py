@@ -41,6 +41,9 @@ def note_writes(proxies: BlockProxies, layout: Layout, writes: Sequence[Writes],
             replica of several, or for each of several drivers.
     """
     attributes = [each for report in writes for each in proxies.note_all_writes(report.attributes)]
+    buffers = [each for report in writes for each in report.buffers]
+    if not attributes and not buffers:
+        return
     drivers, replicated = layout.num_drivers, layout.replicated_blocks
     reasons = [
         (count > 1, f"once for each of {count} microbatches", "num_microbatches=1"),
@@ -51,7 +54,7 @@ def note_writes(proxies: BlockProxies, layout: Layout, writes: Sequence[Writes],
     if not reasons:
         return
     where, instead = reasons[0][1], " and ".join(setting for *_, setting in reasons)
-    for block, name in (each for report in writes for each in report.buffers):
+    for block, name in buffers:
         if (count > 1 or drivers > 1 or block in replicated) and name not in proxies.book.written(block):
             raise SkipPipeError(_BUFFER.format(block=proxies.names[block], name=name, where=where, instead=instead))
     if attributes:

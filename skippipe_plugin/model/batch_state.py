@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..driver.capture.contents import undo_changes
+from ..driver.capture.copies import CopiedFlag
 from .counting import View, tensors
 
 
@@ -21,17 +22,16 @@ class BatchState:
     def __init__(self, view: View) -> None:
         self._batch = view.batch
         self._undo = undo_changes([view.batch, *view.pieces])
-        leaves = [leaf for each in (view.batch, *view.pieces) for _, leaf in tensors(each, "batch") if leaf.is_leaf]
-        self._leaves = [(leaf, leaf.requires_grad) for leaf in leaves]
+        held = [each for of in (view.batch, *view.pieces) for each in tensors(of, "batch")]
+        self._flags = [CopiedFlag.of(path, leaf) for path, leaf in held]
         self._copies = {path: (leaf.detach().clone(), leaf.requires_grad) for path, leaf in _plain(view.batch)}
         self._keys = _keys(view.batch)
 
     def restore(self) -> None:
         """Bring all back, whatever was put into it, taken out or written, or made to require a gradient."""
         self._undo()
-        for leaf, requires_grad in self._leaves:
-            if leaf.requires_grad != requires_grad:
-                leaf.requires_grad_(requires_grad)
+        for flag in self._flags:
+            flag.restore()
 
     def changed(self) -> str:
         """Name what is another in the batch than it was; nothing where it is as it was."""

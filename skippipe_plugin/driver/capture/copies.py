@@ -57,8 +57,6 @@ class CopiedTensor:
         return self.value.data_ptr() != self.memory.data_ptr() or self.value.shape != self.memory.shape
 
     def _is_another(self) -> bool:
-        if self.value.shape != self.memory.shape:
-            return True
         if self.copy is None:
             return _version(self.value) != self.version
         if self.value.numel() > LARGE and _version(self.value) == self.version:
@@ -92,7 +90,7 @@ def _version(value: Tensor) -> int | None:
 
 @dataclass(slots=True)
 class CopiedFlag:
-    """Whether a parameter is trained."""
+    """Whether a tensor requires a gradient."""
 
     name: str
     value: Tensor
