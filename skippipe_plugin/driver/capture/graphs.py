@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,6 +25,8 @@ _LEFT: Final = (
     "counts. In a loop, with microbatches='stack', a model goes back with the loop's backward only, also where it "
     "returns its loss"
 )
+_LATE: Final = -1
+"""Where torch has the number of a hook that it has registered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,13 @@ class Ends:
 
 def is_over(result: Tensor) -> None:
     """Refuse gradients that reach what the blocks have returned from now on: they have gone back."""
-    if result.requires_grad:
-        follow: Any = result.register_hook
-        follow(_refuse_late)
+    if not result.requires_grad:
+        return
+    if result._backward_hooks is None:
+        # Not register_hook: a handle of torch's would say to all who count them that hooks on blocks may have come.
+        result._backward_hooks = OrderedDict(((_LATE, _refuse_late),))
+    else:
+        result._backward_hooks[_LATE] = _refuse_late
 
 
 def _refuse_late(gradient: Tensor) -> None:

@@ -117,8 +117,7 @@ def _leave_inference_mode() -> Any:
     return guard
 
 
-def _top_hooks() -> Any:
-    return _autograd._top_saved_tensors_default_hooks(False)
+_top_hooks: Final = functools.partial(_autograd._top_saved_tensors_default_hooks, False)
 
 
 def _pop_hooks() -> Any:
