@@ -12,6 +12,8 @@ import psutil
 import pytest
 import torch
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 DOOR, ROOM = Path(__file__), Path(__file__).parent
 """Two things to lock, that all processes of a run have."""
@@ -48,15 +50,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what the simulated device lacks; let one of two processes that test at once build it."""
-    first = next((item.path for item in items if item.path.parent.name == "device"), None)
-    items.sort(key=lambda item: item.path.parent.name == "device" and item.path != first)
+    """Skip what the simulated device lacks."""
     if config.getoption("--device") == "sim":
         from tests.device.left_out import LEFT_OUT
 
         for item in items:
             if reason := LEFT_OUT.get(item.nodeid):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class _Scopes(LoadFileScheduling):
+    """Gives each test file to one process, and all of the simulated device to the same: it runs them at once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/device" if nodeid.startswith("tests/device/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    return _Scopes(config, log)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

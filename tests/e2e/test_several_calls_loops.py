@@ -144,7 +144,9 @@ def adamw(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["auto", "stack", "one"])
+@pytest.mark.parametrize(
+    "settings", [*SETTINGS[:2], pytest.param(SETTINGS[2], marks=pytest.mark.slow)], ids=["auto", "stack", "one"]
+)
 @pytest.mark.parametrize("losses", LOSSES, ids=lambda losses: losses.__name__)
 def test_several_calls_of_the_model(losses: Losses, settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
@@ -255,7 +257,7 @@ def test_in_mixed_precision_that_is_left_before_the_backward() -> None:
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", [pytest.param("gpipe", marks=pytest.mark.slow), "1f1b"])
 def test_in_any_layout(schedule: str) -> None:
     assert_same(looped(contrastive), Model, optimizer=adamw, schedule=schedule, num_stages=4)
     assert_same(looped(own_losses), Model, optimizer=adamw, driver_stage=True)
@@ -415,7 +417,7 @@ def test_what_the_blocks_got_may_not_change_until_their_backward() -> None:
         run(looped(Later(losses)), True, Keeps, adamw, num_microbatches=1)
 
 
-@pytest.mark.parametrize("nth", [3, 4, 5])
+@pytest.mark.parametrize("nth", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_worker_that_is_lost_in_such_a_batch_is_replaced(nth: int) -> None:
     """The third batch has its first call twice, and another one in between."""
 

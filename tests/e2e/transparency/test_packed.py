@@ -157,6 +157,7 @@ CASES: dict[str, tuple[Callable[[], LightningModule], Callable[..., DataLoader[A
     "targets": (Detector, partial(held, detected)),
 }
 LENGTHS = {"ragged": RAGGED, "even first": EVEN_FIRST, "ones": ONES, "ones first": ONES_FIRST}
+FIRST, *OTHERS = LENGTHS
 
 
 def fit(make: Callable[[], LightningModule], data: DataLoader[Any], devices: int, **settings: Any) -> Run:
@@ -187,7 +188,7 @@ def test_it_is_said_once_that_the_step_runs_once(name: str, is_cut: bool, caplog
     assert len([each for each in said if WHOLE in each]) == (not is_cut)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", [FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
 @pytest.mark.parametrize("name", CASES)
 def test_so_they_do_with_stack(name: str, lengths: str) -> None:
     make, data = CASES[name]
