@@ -11,6 +11,7 @@ from torch import nn
 
 from ...engine.errors import SkipPipeError
 from ...engine.outer_names import OuterName, contents, counts, outer_names, readable_names
+from ..doors import BEFORE_HANDOVER
 
 
 class ClassWatch:
@@ -31,6 +32,11 @@ class ClassWatch:
         self._outer_values = [each.value() for each in self._outer]
         texts = ((each, contents(each.value())) for each in self._outer)
         self._containers = [(each, text) for each, text in texts if text]
+
+    def watch(self, blocks: Iterable[nn.Module]) -> None:
+        """Look at the classes that the blocks have while they are elsewhere, too: ``type(block)`` is of those."""
+        self._classes = list(dict.fromkeys([*self._classes, *map(type, blocks)]))
+        self._before, self._flat = [dict(vars(cls)) for cls in self._classes], self._values()
 
     def check(self) -> None:
         """Look again.
@@ -66,7 +72,7 @@ class ClassWatch:
                     continue
                 raise SkipPipeError(
                     f"{cls.__qualname__}.{name} was changed on the class after the blocks went to their workers, which "
-                    "have the class as it was. Change it before fit, or set an attribute on each block instead"
+                    f"have the class as it was. Change it {BEFORE_HANDOVER}, or set an attribute on each block instead"
                 )
         self._before, self._flat = [dict(vars(cls)) for cls in self._classes], self._values()
 
@@ -75,6 +81,6 @@ def _changed(outer: OuterName) -> SkipPipeError:
     where = "of the script" if outer.module == "__main__" else f"of the module {outer.module}"
     return SkipPipeError(
         f"the global name {outer.name!r} {where}, which the code of {outer.reader} reads, was changed after the blocks "
-        "went to their workers, which have it as it was. Change it before fit, or set an attribute on each block "
-        "instead"
+        f"went to their workers, which have it as it was. Change it {BEFORE_HANDOVER}, or set an attribute on each "
+        "block instead"
     )

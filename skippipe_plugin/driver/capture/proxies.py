@@ -132,6 +132,7 @@ class BlockProxies:
             again = functools.partial(self._called_again, (first, *others))
             block.__dict__["_skippipe_call"] = again if others else functools.partial(self._called, first)
             block.__class__ = _proxy_class(type(block))
+        self._classes.watch(self.blocks)
         return real
 
     def remove(self) -> None:

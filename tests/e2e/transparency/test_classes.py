@@ -139,6 +139,19 @@ def test_a_class_that_changes_during_the_run_is_refused(monkeypatch: pytest.Monk
         fit(lambda: Model(Script, lambda: monkeypatch.setattr(Script, name, value)))
 
 
+class Patching(Model):
+    """Changes the class that its blocks say they have, in the second batch."""
+
+    def on_train_batch_start(self, batch: Tensor, index: int) -> None:
+        if index == 1:
+            type(self.blocks[0]).forward = lambda _, hidden: hidden * 2
+
+
+def test_the_class_that_blocks_say_they_have_is_looked_at_too() -> None:
+    with pytest.raises(SkipPipeError, match=r"Script\.forward was changed on the class.*accelerator\.prepare or"):
+        fit(lambda: Patching(Script))
+
+
 # ----------------------------------------------------------- switches
 
 
