@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..driver.capture.remote import is_remote
 from ..engine.errors import SkipPipeError
 from ..model.settings import PipelineSettings
+from ..partition import BlockStack, find_blocks
 from ..supervisor import supervised
 
 
@@ -28,11 +29,24 @@ def check_fit(module: LightningModule, trainer: Trainer, settings: PipelineSetti
         raise SkipPipeError("training_step(dataloader_iter) cannot be microbatched; take a batch instead")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelPruning):
-            raise SkipPipeError(
-                f"the callback {type(callback).__name__} changes the structure of the blocks while they train, but "
-                "they are on the workers, which keep the structure they were handed; prune the model "
-                "before fit (torch.nn.utils.prune), whose masks the workers apply, or after it"
-            )
+            _check_pruning(callback, find_blocks(module, settings.blocks))
+
+
+def _check_pruning(callback: ModelPruning, stack: BlockStack) -> None:
+    """Raise when layers of the blocks are to be pruned; Lightning has chosen them when it has set the callback up."""
+    names = {
+        module: f"{block_name}.{name}".rstrip(".")
+        for block_name, block in zip(stack.names, stack.blocks, strict=True)
+        for name, module in block.named_modules()
+    }
+    chosen = [f"{names[module]}.{name}" for module, name in callback._parameters_to_prune if module in names]
+    if chosen:
+        raise SkipPipeError(
+            f"the callback {type(callback).__name__} prunes {len(chosen)} weights of the blocks while they train "
+            f"({chosen[0]}, ...), but they are on the workers, which keep the structure they were handed. Prune them "
+            "before fit (torch.nn.utils.prune), whose masks the workers apply, or after it; what is not in the blocks "
+            "may be pruned while it trains: name it with parameters_to_prune=[(module, 'weight'), ...]"
+        )
 
 
 def check_several_calls(settings: PipelineSettings) -> None:

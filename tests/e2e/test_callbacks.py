@@ -129,8 +129,26 @@ def test_callbacks_that_average_all_weights_do_so_as_in_one_process(name: str) -
 
 def test_pruning_while_it_trains_is_refused() -> None:
     pruning = ModelPruning("l1_unstructured", amount=0.5)
-    with pytest.raises(SkipPipeError, match="on the workers"):
+    with pytest.raises(SkipPipeError, match=r"blocks while they train \(model\.blocks\.0\..*on the workers"):
         train(lambda: LanguageModel(Transformer()), loader(tokens(BATCH)), 3, PIPELINE, callbacks=[pruning])
+
+
+class PrunedAround(LanguageModel):
+    """Prunes what is not in its blocks."""
+
+    def configure_callbacks(self) -> ModelPruning:
+        layers = [(self.model.embedding, "weight"), (self.model.head, "weight")]
+        return ModelPruning("l1_unstructured", layers, amount=0.5)
+
+
+def test_pruning_around_the_blocks_is_exact() -> None:
+    def run(devices: int) -> Run:
+        options = {"max_steps": -1, "max_epochs": 3}
+        return train(lambda: PrunedAround(Transformer()), loader(tokens(BATCH * 2)), devices, **options)
+
+    expected = run(1)
+    assert (expected.weights["model.head.weight"] == 0).sum() > 0
+    assert_same_run(run(3), expected)
 
 
 class Penalised(LanguageModel):
