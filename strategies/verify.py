@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..engine.device import kept_random_states
-from ..engine.errors import SkipPipeError
+from ..engine.errors import SkipPipeError, StageLostError
 from ..model.settings import PipelineSettings
 from ..model.skipping import skips
 from ..model.verify import WAYS_OUT, Agreement, Difference, StepEvidence, compare, explain, without_randomness
@@ -130,10 +130,20 @@ class StepCheck:
         """
         with isolate_rng(), kept_random_states(self._device), _silence():
             expected = self._expected()
-            result = compare(self._step(self._pipeline({})), expected)
+            result = compare(self._found(), expected)
             if isinstance(result, Agreement):
                 return result
             raise SkipPipeError(self._complaint(result, expected))
+
+    def _found(self) -> StepEvidence:
+        """Take the step as a pipeline, which replaces nobody: what is lost is looked for here, not in a fit."""
+        try:
+            return self._step(self._pipeline({}))
+        except StageLostError as error:
+            raise StageLostError(
+                f"the step could not be compared: {error.loss}",
+                "Nothing was trained; look at that worker's host (memory?), and check or start the script again",
+            ) from None
 
     def _expected(self) -> StepEvidence:
         """Take the step in one process: in double precision if the module can, where rounding hides nothing."""

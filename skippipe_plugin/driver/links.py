@@ -27,6 +27,7 @@ from ..engine.errors import StageLostError, unpack_exception
 from ..engine.traffic import Transfer
 from ..engine.waiting import Waiting
 from .breaks import Breaks
+from .doors import RECOVERY
 from .keepers import keepers_among
 
 log = logging.getLogger(__name__)
@@ -513,8 +514,8 @@ class Links:
         stage = link.stages[0] if link.stages else "of nobody"  # idle workers hold none
         self._fail(
             StageLostError(
-                f"{link} is gone: {link.how_lost}, so stage {stage} is lost. "
-                "Without the StageRecovery callback a run cannot go on without it; start again from the last checkpoint"
+                f"{link} is gone: {link.how_lost}, so stage {stage} is lost",
+                f"Without {RECOVERY} a run cannot go on without it; start it again, training from the last checkpoint",
             )
         )
 

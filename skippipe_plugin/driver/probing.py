@@ -49,6 +49,6 @@ def holder_of(pipeline: Pipeline, block: int) -> tuple[int, Stage | Link]:
                 return each, pipeline.links[rank]
     raise StageLostError(
         f"what {pipeline.proxies.names[block]} makes of its input must be asked where it runs, but its worker is lost "
-        "and was not replaced yet, and no other block is like it. Let training wait for the replacement "
-        "(StageRecovery(while_missing='wait')), or keep a spare"
+        "and was not replaced yet, and no other block is like it",
+        "Let training wait for the replacement (while_missing='wait'), or keep a spare",
     )

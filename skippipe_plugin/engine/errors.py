@@ -21,7 +21,19 @@ class SkipPipeError(RuntimeError):
 
 
 class StageLostError(SkipPipeError):
-    """A worker is gone: its process ended or its link broke."""
+    """A worker is gone: its process ended or its link broke.
+
+    Args:
+        loss: What was lost and how.
+        advice: What to do now; another one where nothing is trained.
+    """
+
+    def __init__(self, loss: str, advice: str) -> None:
+        super().__init__(loss, advice)
+        self.loss = loss
+
+    def __str__(self) -> str:
+        return ". ".join(map(str, self.args))
 
 
 class GenerationAborted(SkipPipeError):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,29 @@ def test_a_verified_fit_is_an_ordinary_one(caplog: pytest.LogCaptureFixture) -> 
     assert "verified in" in caplog.text
     assert "updated tensors as in one process" in caplog.text
     assert_same_run(verified, train(make, data, 1))
+
+
+class Fatal(nn.Module):
+    """Ends the process that computes it, unless it is this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.home = nn.Linear(16, 16), os.getpid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if os.getpid() != self.home:
+            os._exit(1)
+        return self.linear(x)
+
+
+def test_a_worker_that_is_lost_while_a_step_is_compared() -> None:
+    net = Residual()
+    net.blocks = nn.ModuleList(Fatal() for _ in range(DEPTH))
+    with pytest.raises(
+        SkipPipeError, match=r"could not be compared: worker rank .* is lost\. Nothing was trained"
+    ) as said:
+        _check(Classifier(net, momentum), points(8))
+    assert "checkpoint" not in str(said.value)
 
 
 def test_a_verified_fit_stops_before_the_first_step() -> None:
