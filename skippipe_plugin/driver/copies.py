@@ -25,6 +25,7 @@ from ..engine.memory_order import order_of
 from ..engine.wire import tensor_key, tensor_name
 from .capture.gone import gone
 from .capture.remote import Slot
+from .doors import BEFORE_HANDOVER
 
 _OWN_USES: Final = 2
 """How many uses the memory of a tensor has that nobody else looks at: itself, and who asks."""
@@ -144,7 +145,7 @@ class WeightCopies:
             raise SkipPipeError(
                 f"{slot.label} is {slot.form.dtype} of shape {tuple(slot.form.shape)} on a worker and cannot "
                 f"become {value.dtype} of shape {tuple(value.shape)}: a worker's tensors keep their form. Change it "
-                "before the Trainer's fit (accelerate: before prepare), or set precision=... on the Trainer"
+                f"{BEFORE_HANDOVER}, or let Trainer(precision=...) or autocast say in which precision is computed"
             )
 
     def written(self) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ class ExpertMover:
         if not pipeline.shards.placements:
             raise ValueError(
                 "experts='placement' moves experts between replicas, and none are spread; use "
-                "SkipPipeStrategy(replicas=2, moe=MoEConfig(expert_parallel=2)), or leave 'placement' out"
+                "replicas=2 and moe=MoEConfig(expert_parallel=2), or leave 'placement' out"
             )
         self._pipeline = pipeline
         self._network: NetworkCost | None = None

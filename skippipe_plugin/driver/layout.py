@@ -122,7 +122,7 @@ def device_counts(devices: int, *, replicas: int, drivers: int, driver_stage: bo
             drivers + count * replicas for count in (stages, stages + 1) if drivers + count * replicas >= smallest
         ]
         raise ValueError(
-            f"devices={devices} does not fit drivers={drivers} and replicas={replicas}: devices must be drivers + "
-            f"stages x replicas, such as {' or '.join(map(str, fitting or [smallest]))}"
+            f"devices={devices} does not fit drivers={drivers} and replicas={replicas}: devices (the processes) must "
+            f"be drivers + stages x replicas, such as {' or '.join(map(str, fitting or [smallest]))}"
         )
     return stages + driver_stage

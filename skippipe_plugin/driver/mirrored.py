@@ -25,6 +25,7 @@ from ..engine.wire import block_tensors, tensor_key, tensor_name
 from .accumulation import Accumulation
 from .capture.remote import Slot, detach, reattach
 from .copies import GradientCopies, NotedWeights, WeightCopies
+from .doors import BEFORE_HANDOVER
 from .layout import Layout
 from .links import Links
 from .shards import ExpertShards
@@ -283,8 +284,8 @@ class Mirror:
         changed = next((key for key, value in own.items() if all(value is not each for each in known)), "an entry")
         raise SkipPipeError(
             f"{label}.{changed} was replaced, added or removed while the block is on a pipeline's worker, which has "
-            "the structure that the model had when the blocks were handed over. Change the structure before fit "
-            "(accelerate: before prepare), or write new values into what is there: parameter.data = ..., copy_(), "
+            "the structure that the model had when the blocks were handed over. Change the structure "
+            f"{BEFORE_HANDOVER}, or write new values into what is there: parameter.data = ..., copy_(), "
             "load_state_dict(...) without assign=True"
         )
 

@@ -374,7 +374,7 @@ class RemoteOptimizer:
                 raise SkipPipeError(
                     f"{type(self._optimizer).__name__}.step uses gradients before it calls its closure, which adds to "
                     "them: those are of a part of the accumulated batches only, and workers have the sum. Call the "
-                    "closure first in step(), or do not accumulate gradients (accumulate_grad_batches=1)"
+                    "closure first in step(), or do not accumulate gradients over batches"
                 )
         self._note_settings(closure=closure)
 

@@ -60,7 +60,7 @@ from .resizing import carried_over
 from .routers import RouterControl
 from .shards import ExpertShards
 from .stages import StageSender
-from .steps import NoFeed, StepRun, StepTask
+from .steps import OUTSIDE_OF_STEPS, NoFeed, StepRun, StepTask
 from .tapped import TapExchange
 from .unfinished import CalledTwice
 from .weights import RemoteWeights
@@ -497,10 +497,7 @@ class Pipeline:
         if call.ambient.grad and (
             self.gradients.window.parameters or any(source.requires_grad for source in call.sources)
         ):
-            raise SkipPipeError(
-                "the blocks of the pipeline were called outside of training_step with gradients enabled; "
-                "call them under torch.no_grad(), or inside the step"
-            )
+            raise SkipPipeError(OUTSIDE_OF_STEPS)
         if self._make_room is not None:
             self._make_room("a call of the blocks outside of steps")
         task = StepTask([lambda: suspend_here(call)], [1.0], lambda _: None, self._step, training=False)

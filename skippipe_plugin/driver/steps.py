@@ -31,6 +31,7 @@ from .capture.side_inputs import PreparedCall
 from .capture.stack_call import StackCall
 from .capture.suspend import Outcome, Returned, StepThreads, Suspended
 from .capture.writer import CallWriter
+from .doors import IN_A_STEP
 from .tapped import TapExchange
 from .unfinished import CalledTwice, GivenUp, Parked
 
@@ -54,8 +55,13 @@ CALLED_TWICE: Final = (
     "one batch"
 )
 WITH_GRADIENTS: Final = (
-    "the blocks of the pipeline were called with gradients enabled in validation, test or prediction; "
-    "there is no way back through them outside of training_step. Call them under torch.no_grad()"
+    "the blocks of the pipeline were called with gradients enabled in a step that only evaluates (validation, test, "
+    "prediction, a model called under torch.no_grad()), where there is no way back through them. Call them under "
+    f"torch.no_grad(), or {IN_A_STEP}"
+)
+OUTSIDE_OF_STEPS: Final = (
+    "the blocks of the pipeline were called outside of a training step with gradients enabled; call them under "
+    f"torch.no_grad(), or {IN_A_STEP}"
 )
 
 

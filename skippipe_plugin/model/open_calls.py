@@ -33,7 +33,7 @@ _HOOKS: Final = (
     "a forward hook of yours watches {block} or modules in it, in a step that goes back itself or calls the blocks "
     "several times: what it sees could be part of a loss, and of which call that is cannot be told. Remove the hook "
     "before the step (and register it for validation), return what it collects from the block, or let the step call "
-    "the blocks once, under automatic optimization"
+    "the blocks once (in a LightningModule: under automatic optimization)"
 )
 _CHANGED: Final = (
     "a tensor that the blocks got (shape {shape}) was changed in place after they were called. In a step that goes "

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..checked import COUNT, NUM_PROCESSES, SHARE, checked
 from ..driver.backward import GradientScale
+from ..driver.doors import RECOVERY
 from ..driver.recovery.policy import RecoveryPolicy
 from ..job.network import NetworkConfig
 from ..moe import MoEConfig
@@ -72,8 +73,8 @@ class PipelineSettings:
         if 1 < size == self.replicas:
             raise ValueError(
                 f"with expert_parallel={size} and replicas={size} each expert has one holder, so what a lost worker "
-                f"held exists nowhere else; use replicas={2 * size}, or leave StageRecovery out and resume from a "
-                "checkpoint"
+                f"held exists nowhere else; use replicas={2 * size}, or leave {RECOVERY} "
+                "out and resume from a checkpoint"
             )
         return replace(policy, while_missing="skip") if skips(self.skip_ratio) else policy
 

@@ -44,8 +44,8 @@ class PipelineShape:
         if (self.schedule.num_ranks, len(self.schedule.drivers)) != (num_processes, self.drivers):
             raise ValueError(
                 f"the schedule is for {self.schedule.num_ranks} ranks with {len(self.schedule.drivers)} drivers, not "
-                f"for devices={num_processes} and drivers={self.drivers}; use devices={self.schedule.num_ranks} and "
-                f"drivers={len(self.schedule.drivers)}"
+                f"for devices={num_processes} and drivers={self.drivers}; use devices={self.schedule.num_ranks} "
+                f"(so many processes) and drivers={len(self.schedule.drivers)}"
             )
         return self.schedule.num_stages
 

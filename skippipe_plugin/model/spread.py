@@ -115,7 +115,10 @@ class SpreadModel:
             SkipPipeError: There is none yet, or none any more.
         """
         if self._pipeline is None:
-            raise SkipPipeError("the pipeline is not set up: call this from inside fit, validate, test or predict")
+            raise SkipPipeError(
+                "the pipeline is not set up: call this from inside fit, validate, test or predict (in a loop of your "
+                "own: after accelerator.prepare, or inside of TorchPipeline)"
+            )
         return self._pipeline
 
     @property

@@ -431,6 +431,13 @@ def test_an_error_in_the_loop_leaves_the_model_whole() -> None:
     assert "forward" not in vars(model)
 
 
+def test_a_part_of_the_model_is_no_step() -> None:
+    with opened() as (model, _, _):
+        hidden = model.embedding(BATCHES[0])
+        with pytest.raises(SkipPipeError, match=r"in a loop of your own: by calling the whole model"):
+            nn.Sequential(*model.blocks)(hidden)
+
+
 def test_two_backwards_for_one_call_are_refused() -> None:
     with opened() as (model, optimizer, _):
         loss = next_token_loss(model(BATCHES[0]), BATCHES[0])

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ...engine.attributes import GONE, BlockWatch, Key, pack_changes
 from ...engine.call import BlockMode
 from ...engine.errors import SkipPipeError
+from ..doors import BEFORE_HANDOVER
 
 
 class BlockAttributes:
@@ -118,7 +119,7 @@ class BlockAttributes:
             names = ", ".join(map(self.full_name, values))
             raise SkipPipeError(
                 f"the attribute {names} was set after the blocks went to their workers, and cannot be sent there: "
-                f"{error}. Set it in __init__ or configure_model, or pass it to the block as an argument"
+                f"{error}. Set it {BEFORE_HANDOVER}, or pass it to the block as an argument"
             ) from error
 
     def _values(self) -> dict[Key, Any]:
@@ -145,7 +146,7 @@ class BlockAttributes:
         if what is not None:
             raise SkipPipeError(
                 f"the attribute {self.full_name(key)} was set to {what} after the blocks went to their workers, where "
-                "it would be a copy. Set it in __init__ or configure_model"
+                f"it would be a copy. Set it {BEFORE_HANDOVER}"
             )
 
     def _refuse_other_modules(self) -> None:
@@ -154,7 +155,7 @@ class BlockAttributes:
         other = next(name for name in {**now, **before} if now.get(name) is not before.get(name))
         raise SkipPipeError(
             f"the submodule {other} of {self.name} was added, replaced or removed after the blocks went to their "
-            "workers. Do it in __init__ or configure_model, before fit"
+            f"workers. Do it {BEFORE_HANDOVER}"
         )
 
 

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ...engine.arguments import versions
 from ...engine.errors import SkipPipeError
 from ...engine.taps import HookList, TapEvent, is_capturing, is_librarys, own_hooks
+from ..doors import BEFORE_HANDOVER
 from .suspend import current_thread
 
 _GLOBAL: Final[tuple[dict[int, Any], ...]] = (
@@ -30,8 +31,8 @@ _GLOBAL: Final[tuple[dict[int, Any], ...]] = (
 )
 WATCHED_LATE: Final = (
     "the step has registered a forward hook on a module of the blocks, which is to see the whole batch, but the batch "
-    "is cut already, since no step did so before. Register it before the step (in on_train_batch_start, ...), or let "
-    "the step run once, on the whole batch, with microbatches='stack'"
+    "is cut already, since no step did so before. Register it before the step (in on_train_batch_start, ...; in a loop "
+    "of your own: before the model is called), or let the step run once, on the whole batch, with microbatches='stack'"
 )
 _WATCHED: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -160,7 +161,7 @@ class BlockHooks:
             if is_librarys(hook):
                 raise SkipPipeError(
                     f"the hook {_called(hook)} was registered on {self._full_name(index)} after the blocks went to "
-                    "their workers; it is part of the module's computation. Register it in __init__ or configure_model"
+                    f"their workers; it is part of the module's computation. Register it {BEFORE_HANDOVER}"
                 )
             number = 2 * place + pre
             self.running[index, number] = Running(hook, pre, number_of_torch in with_kwargs)

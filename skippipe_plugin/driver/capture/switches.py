@@ -207,8 +207,8 @@ def profiler_is_on() -> bool:
 
 _PROFILER: Final = (
     "the training step starts torch's profiler before the blocks and stops it after them, but a process has one, which "
-    "would see the code of other steps in between, and nothing of the blocks. Start it around whole steps (a callback, "
-    "or the Trainer's profiler='pytorch'), or inside of the block"
+    "would see the code of other steps in between, and nothing of the blocks. Start it around whole steps (in a "
+    "callback, by Trainer(profiler='pytorch') or in a loop of your own), or inside of the block"
 )
 
 

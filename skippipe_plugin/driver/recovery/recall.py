@@ -17,6 +17,7 @@ from ...engine.handover import unpack_object, unpack_tensors
 from ...engine.optimizer import ParameterKey
 from ...engine.wire import decode_optimizer_state, tensor_key
 from ...recovery import Neighbour, RebuildRule
+from ..doors import RECOVERY
 from ..links import Link, Links
 from .heartbeat import Heartbeat
 from .neighbours import Source, neighbour_of, rebuilt_weights, source_of
@@ -133,8 +134,8 @@ def rebuilt(recalled: Recalled, rule: RebuildRule | None) -> tuple[Recalled, dic
     if rule is None or not recalled.living:
         raise SkipPipeError(
             f"the driver was lost together with every worker that held the blocks {lost}, so the run cannot go on from "
-            "memory; start it again from the last checkpoint. StageRecovery() rebuilds such blocks from the stages "
-            "around them, and replicas (replicas=2) make such a loss less likely"
+            f"memory; start it again from the last checkpoint. {RECOVERY} rebuilds such blocks from the stages around "
+            "them, and replicas (replicas=2) make such a loss less likely"
         )
     weights, sources = dict(recalled.weights), {}
     for run in _runs(lost):
