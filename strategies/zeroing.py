@@ -14,11 +14,13 @@ from ..driver.capture.ordinary import StandIn
 def zero_everywhere(module: LightningModule | None, gradients: GradientControl) -> None:
     """Let ``module.zero_grad()`` zero on the workers too, and let these keep gradients as long as the hooks ask for.
 
-    Lightning's own hooks zero before gradients are added, always; where a hook is overridden nothing is sure.
+    Lightning's own hooks zero before gradients are added, always; where a hook is overridden, or the step itself zeroes
+    (manual optimization), nothing is sure.
     """
     assert module is not None
     hooks = ("optimizer_step", "optimizer_zero_grad")
-    gradients.keeps_stepped = any(is_overridden(hook, module, LightningModule) for hook in hooks)
+    own = any(is_overridden(hook, module, LightningModule) for hook in hooks)
+    gradients.keeps_stepped = own or not module.automatic_optimization
     module.__dict__["zero_grad"] = StandIn(module, "zero_grad", functools.partial(_zero, module, gradients))
 
 

@@ -95,7 +95,6 @@ class GradientControl:
         """Whether a step under way has told the workers of every zeroing so far."""
         self._is_stepped = False
         """Whether the accumulated gradients were stepped with, and nothing has become of them since."""
-        self._had_gradients: list[bool] = []
         self._expected_norm: tuple[float, bool] | None = None
         self._norm_under_way = False
         self._num_norms = 0
@@ -296,24 +295,15 @@ class GradientControl:
         return written
 
     def _settle_stepped(self) -> None:
-        """New gradients come, and nobody has called zero_grad since the last optimizer step.
+        """New gradients come, and nobody has called zero_grad since the last optimizer step: workers add, if they can.
 
-        Gradients here tell whether they were dropped in another way, as by ``parameter.grad = None``.
+        What is dropped in another way (``parameter.grad = None``) was written, and they have heard of it.
         """
         self._is_stepped = False
         if not self.keeps_stepped:
             raise SkipPipeError(
                 "gradients are added to those of the last optimizer step, which the workers have dropped; call "
                 "optimizer.zero_grad() before, or override optimizer_zero_grad in the LightningModule and they are kept"
-            )
-        now = [parameter.grad is not None for parameter in self.window.parameters]
-        kept = [here for here, before in zip(now, self._had_gradients, strict=False) if before]
-        if kept and not any(kept):
-            self._zero = "drop"
-        elif not all(kept) or not kept:
-            raise SkipPipeError(
-                "gradients are added to those of the last optimizer step without zero_grad, and whether those on the "
-                "workers should be kept cannot be seen here; call optimizer.zero_grad() between step and backward"
             )
 
     def norm(self, local: Sequence[Tensor], norm_type: float, *, stepped: bool) -> float:
@@ -364,8 +354,6 @@ class GradientControl:
         self.accumulation.stepped(kept=self.keeps_stepped)
         self._is_stepped = self.copies.present  # a step without any gradient leaves nothing to be dropped
         self.loads.clear()
-        if self.keeps_stepped:
-            self._had_gradients = [parameter.grad is not None for parameter in self.window.parameters]
         if self.keep_norms:
             powers = {stage: gradients.norm_power(held.parameters(), 2.0) for stage, held in self._hosted.items()}
             self.hosted_norms = {stage: power**0.5 / (scale or 1.0) for stage, power in powers.items()}

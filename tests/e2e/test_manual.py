@@ -232,6 +232,49 @@ class TwoOptimizers(Manual):
         return [of_blocks, of_rest], [torch.optim.lr_scheduler.StepLR(each, 2, 0.5) for each in (of_blocks, of_rest)]
 
 
+class ZeroedAtTimes(TwoOptimizers):
+    """Lets gradients of steps wait for further ones: those of one optimizer, of a module, of parameters."""
+
+    def training_step(self, batch: Tensor, index: int) -> Any:
+        of_blocks, of_rest = self.optimizers()  # type: ignore[misc]
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        of_blocks.step()
+        of_rest.step()
+        if index == 1:
+            of_rest.zero_grad()
+        if index == 2:
+            self.net.blocks[1].zero_grad()
+        if index == 3:
+            for parameter in self.net.parameters():
+                parameter.grad = None
+        return loss
+
+
+class Critic(Manual):
+    """A discriminator whose blocks are pipelined, against a generator: zeroed before its own backward only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def training_step(self, batch: Tensor, index: int) -> Any:
+        generators, critics = self.optimizers()  # type: ignore[misc]
+        noise = torch.randn(len(batch), 3, device=self.device)
+        g_loss = -self.net(self.generator(noise)).mean()
+        generators.zero_grad()
+        self.manual_backward(g_loss)
+        generators.step()
+        d_loss = self.net(self.generator(noise).detach()).mean() - self.net(batch).tanh().mean()
+        critics.zero_grad()
+        self.manual_backward(d_loss)
+        critics.step()
+        return {"loss": g_loss.detach() + d_loss.detach()}
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(part.parameters(), lr=1e-2, eps=1e-4) for part in (self.generator, self.net)]
+
+
 class Gan(Manual):
     """A generator, whose blocks are pipelined, against a discriminator, as Lightning's documentation has it."""
 
@@ -316,6 +359,7 @@ def test_a_manual_step_is_that_of_one_process(make: Make, layout: int) -> None:
         *(Clipped, ClippedByValue, TwiceForward, WithClosure, Evaluated, Unused, Noisy, Frozen),
         functools.partial(Gan, toggles=False),
         functools.partial(Gan, graph_of_fakes=False),
+        *(Critic, ZeroedAtTimes),
     ],
     ids=lambda make: getattr(make, "__name__", str(getattr(make, "keywords", ""))),
 )
