@@ -263,7 +263,7 @@ def as_text(kind: str, fields: Mapping[str, Any], answers: int = -1) -> bytes:
 
 def _parse(text: bytearray, blobs: Sequence[Buffer], number: int) -> Message:
     try:
-        fields = json.loads(text)
+        fields = json.loads(text.decode())  # of bytes it would guess the encoding each time
         kind, answers = fields.pop("kind"), fields.pop("answers", -1)
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
         raise ChannelError("a control message is not a JSON object with a kind") from error

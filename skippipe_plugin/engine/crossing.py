@@ -63,7 +63,7 @@ def leaves_of(entering: Tensors, enters: Hop) -> Tensors:
 
 def check_outputs(stage: int, outputs: Tensors, leaves: Hop) -> None:
     """Raise where what leaves a stage has another form than was said."""
-    for output, spec in zip(outputs, (leaves.spec, *(each.spec for each in leaves.beside)), strict=True):
+    for output, spec in zip(outputs, leaves.there, strict=True):
         if output.shape != spec.shape or output.dtype != spec.dtype:
             raise SkipPipeError(
                 f"stage {stage} was expected to return {spec} but returned {TensorSpec.of(output)}: its blocks "

@@ -201,10 +201,8 @@ class Executor:
             return ()
         if self._driver is not None:
             self._driver.announce()
-        came: list[Tensor | None] = []
         try:
-            for each in posted:
-                came.append(None if each is None else each.wait() if forward else each.wait_unless(is_absent))
+            came = [each and (each.wait() if forward else each.wait_unless(is_absent)) for each in posted]
             if instruction.action.op is Op.L:
                 self._transport.confirm()  # user code looks at it
             return tuple(came)

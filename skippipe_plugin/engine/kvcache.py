@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .call import CacheOp, CacheUse
+from .call import NO_CACHES, CacheOp, CacheUse
 from .errors import SkipPipeError
 
 CREATE = "create"
@@ -53,6 +53,8 @@ class CacheShelf:
         Raises:
             SkipPipeError: It has run here, and a cache cannot give back what came with it.
         """
+        if use is NO_CACHES:
+            return
         turns = dict(zip(use.keys, use.turns, strict=True))
         again = [key for key, turn in turns.items() if key in self._begun and self._begun[key].turn == turn]
         for key in again:

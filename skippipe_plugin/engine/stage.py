@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Protocol
@@ -196,16 +196,19 @@ class Stage:
             notes = self._notes = _Notes.of(call.spec, list(self.blocks), leaves)
         if self.witness is not None:
             self.witness.begin(microbatch)
-        with ambient.entered(), kept_random_states(self.device) if fork else nullcontext():
+        with self._as_guest(ambient) if fork else ambient.entered():
             inputs = leaves_of(entering, enters) if ambient.grad else entering
             if notes.carried:
                 self._sides[microbatch], call = _with_leaves(call, notes.carried)
             kept = Kept(notes.kept) if notes.kept or enters.beside else _NOTHING_KEPT
             if kept is not _NOTHING_KEPT:
                 kept.note_entering(next(iter(self.blocks)), enters, [inner(each) for each in inputs])
-            with self._shown(microbatch, notes, kept, grad=ambient.grad) if notes.shows else nullcontext():
+            if notes.shows:
+                with self._shown(microbatch, notes, kept, grad=ambient.grad):
+                    output = self._run_blocks(call, notes, inputs[0], kept)
+            else:
                 output = self._run_blocks(call, notes, inputs[0], kept)
-            outputs = (output, *(kept[made_before(notes.stop, each)] for each in leaves.beside))
+            outputs = (output, *[kept[made_before(notes.stop, each)] for each in leaves.beside])
         check_outputs(self.index, outputs, leaves)
         if ambient.autocast and self._looked_at is not call.spec and output.requires_grad:
             self._looked_at = call.spec
@@ -428,6 +431,11 @@ class Stage:
         if notes.lasting:
             self._settled = call.spec
         return hidden
+
+    @contextmanager
+    def _as_guest(self, ambient: Ambient) -> Iterator[None]:
+        with ambient.entered(), kept_random_states(self.device):
+            yield
 
     @contextmanager
     def _shown(self, microbatch: int, notes: _Notes, kept: Kept, *, grad: bool) -> Iterator[None]:

@@ -143,20 +143,24 @@ class PendingTensor:
     def wait(self) -> Tensor:
         """Block until the tensor is here; raise GenerationAborted when the generation ends first."""
         self._await()
-        if self._staging is not None:
-            placed = self._staging.place(self._buffer)
-        else:
-            placed = self._buffer if self._device.type == "cpu" else self._buffer.to(self._device)
-        return from_memory(placed, self._order) if self._order else placed
+        return self._placed()
 
     def wait_unless(self, is_none: Callable[[Tensor], bool]) -> Tensor | None:
         """Do the same, but return None for a tensor of which that is true, where it came: a device is not asked."""
         self._await()
         if not is_none(self._buffer):
-            return self.wait()
+            return self._placed()
         if self._staging is not None:
             self._staging.let_go(self._buffer)
         return None
+
+    def _placed(self) -> Tensor:
+        """Return what came, where it is wanted."""
+        if self._staging is not None:
+            placed = self._staging.place(self._buffer)
+        else:
+            placed = self._buffer if self._device.type == "cpu" else self._buffer.to(self._device)
+        return from_memory(placed, self._order) if self._order else placed
 
     def _await(self) -> None:
         work = self._work
@@ -330,7 +334,7 @@ class Transport:
         """Post a receive for a tensor of exactly ``spec``."""
         form = spec.in_memory if spec.order else spec
         staging = None if device.type == "cpu" else self._staging
-        buffer = room(staging, form.shape, form.dtype)
+        buffer = torch.empty(form.shape, dtype=form.dtype) if staging is None else room(staging, form.shape, form.dtype)
         if not buffer.numel():
             return PendingTensor(None, buffer, device, self._waiting, order=spec.order)
         try:

@@ -421,31 +421,31 @@ class Worker:
         self._run_step(parts[0].news.step, openings, live)
 
     def _run_step(self, number: int, openings: list[Opening], live: set[int]) -> None:
-        membership = self._membership
+        membership, holdings = self._membership, self._holdings
         self._step, first = number, openings[0]
         self._let_go()
         self._order.start_step()
         self._put_later()
         self._calls = {step: calls for step, calls in self._calls.items() if step >= self._step}
-        for stage in self._holdings.stages.values():
+        for stage in holdings.stages.values():
             stage.forget_caches(key for opening in openings for key in opening.forget_caches)
-        self._holdings.begin_step(first, may_repeat=self._may_leave)
+        holdings.begin_step(first, may_repeat=self._may_leave)
         if first.training:
             self._routers.open(first.scale / max(1, len(live)))
             self._open_tallies(first, live)
         gathered = Gathered()
-        self._holdings.experts.begin_step()
+        holdings.experts.begin_step()
         self._pulled.clear()
-        for stage in self._holdings.stages.values():
+        for stage in holdings.stages.values():
             stage.driver_side = self
-        executor = Executor(membership.transport, self._holdings.stages, self._device, measured=first.timeline)
+        executor = Executor(membership.transport, holdings.stages, self._device, measured=first.timeline)
         events = executor.run(membership.plan(first.program, live), Feed(self))
         if first.training:
-            self._holdings.experts.end_step(events)
-            membership.sum_over_replicas(self._holdings.experts, self._holdings.stages)
-            gathered = self._holdings.end_step(membership.followed)
+            holdings.experts.end_step(events)
+            membership.sum_over_replicas(holdings.experts, holdings.stages)
+            gathered = holdings.end_step(membership.followed)
             self._routers.close()
-        writes = self._holdings.states.end()
+        writes = holdings.states.end()
         loads = self._tallies.close()
         timeline = [(str(event.action), event.start_s, event.end_s) for event in events] if first.timeline else []
         done = answers.Done(self._step, timeline, writes, loads)
@@ -596,4 +596,5 @@ class Worker:
         pairs = self._decoders[source].decode(command.news, command.blobs)
         # Another driver may be a step ahead of the first one's step; aborted steps are never asked for.
         self._calls.setdefault(command.news.step, []).extend(pairs)
-        self._sources.update((microbatch, source) for microbatch, _ in pairs)
+        for microbatch, _ in pairs:
+            self._sources[microbatch] = source

@@ -115,13 +115,14 @@ class Outbox:
 
     def has_all(self, calls: Sequence[PreparedCall]) -> bool:
         """Whether the worker lacks nothing of calls, which it then needs again; as nearly always."""
-        for call in calls:
-            if call.number not in self._specs or not all(map(self._kept.__contains__, call.digests)):
-                return False
-        for call in calls:
-            self._specs.move_to_end(call.number)
-            for digest in call.digests:
-                self._kept.move_to_end(digest)
+        numbers = {call.number for call in calls}  # mostly one
+        digests = dict.fromkeys(itertools.chain.from_iterable([call.digests for call in calls]))
+        if not (numbers <= self._specs.keys() and digests.keys() <= self._kept.keys()):
+            return False
+        for number in numbers:
+            self._specs.move_to_end(number)
+        for digest in digests:
+            self._kept.move_to_end(digest)
         return True
 
     def encode(
