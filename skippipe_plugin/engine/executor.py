@@ -202,7 +202,10 @@ class Executor:
         if self._driver is not None:
             self._driver.announce()
         try:
-            came = [each and (each.wait() if forward else each.wait_unless(is_absent)) for each in posted]
+            if forward:
+                came = [None if each is None else each.wait() for each in posted]
+            else:
+                came = [None if each is None else each.wait_unless(is_absent) for each in posted]
             if instruction.action.op is Op.L:
                 self._transport.confirm()  # user code looks at it
             return tuple(came)
