@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..driver.backward import GradientControl
@@ -15,12 +16,14 @@ def zero_everywhere(module: LightningModule | None, gradients: GradientControl) 
     """Let ``module.zero_grad()`` zero on the workers too, and let these keep gradients as long as the hooks ask for.
 
     Lightning's own hooks zero before gradients are added, always; where a hook is overridden, or the step itself zeroes
-    (manual optimization), nothing is sure.
+    (manual optimization), nothing is sure. StochasticWeightAveraging looks at the data once more for the statistics of
+    BatchNorm, without a backward: Lightning steps at its end with the gradients of the step before.
     """
     assert module is not None
     hooks = ("optimizer_step", "optimizer_zero_grad")
     own = any(is_overridden(hook, module, LightningModule) for hook in hooks)
-    gradients.keeps_stepped = own or not module.automatic_optimization
+    averages = any(isinstance(each, StochasticWeightAveraging) for each in module.trainer.callbacks)  # type: ignore[attr-defined]
+    gradients.keeps_stepped = own or averages or not module.automatic_optimization
     module.__dict__["zero_grad"] = StandIn(module, "zero_grad", functools.partial(_zero, module, gradients))
 
 

@@ -24,7 +24,7 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import SkipPipeStrategy
 
 from .models import Transformer, next_token_loss, tokens
-from .modules import BATCH, LanguageModel, loader, momentum
+from .modules import BATCH, Classifier, LanguageModel, loader, momentum, points
 from .support import Run, assert_same_run, train, trainer_for
 
 PIPELINE: dict[str, Any] = {"num_microbatches": 4}
@@ -123,6 +123,23 @@ def test_callbacks_that_average_all_weights_do_so_as_in_one_process(name: str) -
     def run(devices: int) -> Run:
         data, options = loader(tokens(BATCH * 2)), {"max_steps": -1, "max_epochs": 3, "callbacks": [AVERAGING[name]()]}
         return train(lambda: LanguageModel(Transformer()), data, devices, val_data=loader(tokens(BATCH)), **options)
+
+    assert_same_run(run(3), run(1))
+
+
+class Normalised(Classifier):
+    """Has BatchNorm in its blocks and around them, whose statistics SWA computes anew in an epoch without steps."""
+
+    def __init__(self) -> None:
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh()) for _ in range(4)]
+        super().__init__(nn.Sequential(*blocks, nn.BatchNorm1d(8), nn.Linear(8, 4)), momentum)
+
+
+def test_statistics_of_batches_are_computed_anew_for_averaged_weights() -> None:
+    def run(devices: int) -> Run:
+        options = {"max_steps": -1, "max_epochs": 3, "callbacks": [StochasticWeightAveraging(1e-3, swa_epoch_start=1)]}
+        pipeline = {"num_microbatches": 1} if devices > 1 else None
+        return train(Normalised, loader(points(BATCH * 2)), devices, pipeline, **options)
 
     assert_same_run(run(3), run(1))
 
