@@ -26,11 +26,15 @@ from .outputs import gated, is_real, map_tensors, watched
 from .spread import SpreadModel
 from .suspended import SuspendedStep, Train
 
-_ONE_BACKWARD: Final = (
-    "this loss belongs to {which} call of the model, whose gradients are {state}: a pipeline takes one backward for "
+_GONE: Final = (
+    "this loss belongs to an earlier call of the model, whose gradients are gone: a pipeline takes one backward for "
     "each training call of the model, and before the next one, unless the first batch makes several calls already. Let "
     "every batch make them (with a weight of 0 where one should not count), compute the loss in the loop, from what "
     "the model returns without labels, put the inputs into one batch, or add the losses before backward"
+)
+_ONE_BACKWARD: Final = (
+    "this loss belongs to a call of the blocks whose gradients are added already: a pipeline goes back through each "
+    "call once. Add the losses before backward, or call the model once for each of them"
 )
 _GIVEN_UP: Final = (
     "the workers have given up the call of the model that this loss belongs to: they were needed before its backward, "
@@ -370,9 +374,9 @@ class OpenStep:
         if call.given_up:
             raise SkipPipeError(_GIVEN_UP.format(why=call.given_up))
         if call is not self._last and all(ref() is not call for ref in self._earlier):
-            raise SkipPipeError(_ONE_BACKWARD.format(which="an earlier", state="gone"))
+            raise SkipPipeError(_GONE)
         if call.is_over:
-            raise SkipPipeError(_ONE_BACKWARD.format(which="a", state="added already"))
+            raise SkipPipeError(_ONE_BACKWARD)
 
     def _give_up(self, why: str) -> None:
         """Give up all calls, and note what for."""
