@@ -69,8 +69,8 @@ class DriverPart(Protocol):
 class Executor:
     """One rank of one generation; :meth:`run` executes one step.
 
-    With ``measured`` every action is over on the device before its time is taken: otherwise a device's actions take as
-    long as it takes to start them.
+    With ``timed`` it notes when each action ran: on a device, how long it took to start it. With ``measured`` every
+    action is over on the device before its time is taken.
     """
 
     def __init__(
@@ -80,8 +80,10 @@ class Executor:
         device: torch.device,
         driver: DriverPart | None = None,
         *,
+        timed: bool = False,
         measured: bool = False,
     ) -> None:
+        self._timed = timed or measured
         self._measured = measured
         self._transport = transport
         self._stages = stages
@@ -100,7 +102,7 @@ class Executor:
         """Losses whose gradients are still to come from outside."""
 
     def run(self, plan: Plan, feed: CallFeed) -> list[Event]:
-        """Execute the instructions of a plan in order; return when each ran.
+        """Execute the instructions of a plan in order; return when each ran, if that is noted.
 
         Raises:
             GenerationAborted: The generation ended under the step.
@@ -120,13 +122,10 @@ class Executor:
                 if self._num_unknown or self._driver is not None:
                     self._ready(instruction, feed)
                 taken = self._take(instruction, feed)
-                if self._measured:
-                    synchronize(self._device)
-                start = time.perf_counter()
-                self._execute(instruction, taken)
-                if self._measured:
-                    synchronize(self._device)
-                events.append(Event(self._transport.rank, instruction.action, start, time.perf_counter()))
+                if self._timed:
+                    events.append(self._clocked(instruction, taken))
+                else:
+                    self._execute(instruction, taken)
             self._transport.end_step()
         except GenerationAborted:
             raise
@@ -234,6 +233,15 @@ class Executor:
             elif spec.order:
                 value = in_memory(value, spec.order)
             self._transport.send(value, instruction.sends.rank, instruction.sends.tag)
+
+    def _clocked(self, instruction: Instruction, taken: Gradients) -> Event:
+        if self._measured:
+            synchronize(self._device)
+        start = time.perf_counter()
+        self._execute(instruction, taken)
+        if self._measured:
+            synchronize(self._device)
+        return Event(self._transport.rank, instruction.action, start, time.perf_counter())
 
     def _execute(self, instruction: Instruction, taken: Gradients) -> None:
         if instruction.on_driver:

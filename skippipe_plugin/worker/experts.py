@@ -91,6 +91,11 @@ class SpreadExperts:
             if said[1]:
                 self._measures.add(stage)
 
+    @property
+    def wants_times(self) -> bool:
+        """Whether the step's actions are to be timed: the degree of overlap is on trial."""
+        return bool(self._measures)
+
     def end_step(self, events: Iterable[Event]) -> None:
         """Note what a training step took, where its degree of overlap is on trial."""
         took = dict.fromkeys(self._measures, 0.0)

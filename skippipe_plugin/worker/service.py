@@ -438,7 +438,8 @@ class Worker:
         self._pulled.clear()
         for stage in holdings.stages.values():
             stage.driver_side = self
-        executor = Executor(membership.transport, holdings.stages, self._device, measured=first.timeline)
+        timed, measured = holdings.experts.wants_times, first.timeline
+        executor = Executor(membership.transport, holdings.stages, self._device, timed=timed, measured=measured)
         events = executor.run(membership.plan(first.program, live), Feed(self))
         if first.training:
             holdings.experts.end_step(events)
@@ -596,5 +597,4 @@ class Worker:
         pairs = self._decoders[source].decode(command.news, command.blobs)
         # Another driver may be a step ahead of the first one's step; aborted steps are never asked for.
         self._calls.setdefault(command.news.step, []).extend(pairs)
-        for microbatch, _ in pairs:
-            self._sources[microbatch] = source
+        self._sources |= dict.fromkeys([microbatch for microbatch, _ in pairs], source)

@@ -88,7 +88,7 @@ def test_measured_actions_are_over_on_the_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(executor_module, "synchronize", waited.append)
     transport: Any = types.SimpleNamespace(rank=1, posts_ahead=True, end_step=lambda: None)
     feed: Any = None
-    executor = executor_module.Executor(transport, {}, torch.device("xpu:0"), measured=measured)
+    executor = executor_module.Executor(transport, {}, torch.device("xpu:0"), timed=True, measured=measured)
     monkeypatch.setattr(executor, "_ready", lambda *_: None)
     monkeypatch.setattr(executor, "_take", lambda *_: None)
     monkeypatch.setattr(executor, "_execute", lambda *_: None)
