@@ -281,10 +281,15 @@ class Mirror:
         else:
             if len(known) == len(present):
                 return
-        changed = next((key for key, value in own.items() if all(value is not each for each in known)), "an entry")
+        labels = {tensor: self._slots[name].label for tensor, name in by_id.items()}
+        was = {id(each): labels.get(id(each)) for each in known}
+        now = {f"{label}.{key}": id(value) for key, value in own.items()}
+        other = [each for each, value in now.items() if value not in was or was[value] not in (None, each)]
+        gone = [each for value, each in was.items() if each is not None and value not in now.values()]
+        first = next(iter([*other, *gone, f"a part of {label}"]))
         raise SkipPipeError(
-            f"{label}.{changed} was replaced, added or removed while the block is on a pipeline's worker, which has "
-            "the structure that the model had when the blocks were handed over. Change the structure "
+            f"{first} was replaced, added or removed while the block is on a pipeline's worker, which has the "
+            "structure that the model had when the blocks were handed over. Change the structure "
             f"{BEFORE_HANDOVER}, or write new values into what is there: parameter.data = ..., copy_(), "
             "load_state_dict(...) without assign=True"
         )

@@ -247,16 +247,17 @@ def test_weights_written_inside_of_a_step_are_exact_before_the_blocks_and_refuse
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "named"),
     [
-        lambda block: setattr(block, "norm", nn.LayerNorm(WIDTH)),
-        lambda block: setattr(block.linear, "weight", nn.Parameter(torch.zeros(WIDTH, WIDTH))),
-        lambda block: block.register_buffer("other", torch.zeros(2)),
-        lambda block: setattr(block, "gain", None),
+        (lambda block: setattr(block, "norm", nn.LayerNorm(WIDTH)), "norm"),
+        (lambda block: setattr(block.linear, "weight", nn.Parameter(torch.zeros(WIDTH, WIDTH))), r"linear\.weight"),
+        (lambda block: block.register_buffer("other", torch.zeros(2)), r"blocks\.1\.other"),
+        (lambda block: setattr(block, "gain", None), r"blocks\.1\.gain"),
+        (lambda block: block.linear.register_parameter("first", block.linear._parameters.pop("weight")), "first"),
     ],
 )
-def test_changed_structure_is_refused(change: Callable[[nn.Module], None]) -> None:
-    with pytest.raises(SkipPipeError, match=r"replaced|added"):
+def test_changed_structure_is_refused(change: Callable[[nn.Module], None], named: str) -> None:
+    with pytest.raises(SkipPipeError, match=rf"{named} .*(replaced|added)"):
         fit(hooked("on_train_start", lambda model: change(model.blocks[1])), 3)
 
 
