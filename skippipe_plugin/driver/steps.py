@@ -24,7 +24,7 @@ from ..engine.errors import SkipPipeError
 from ..engine.stage import back_propagate, back_propagate_all, inner
 from ..schedule import Path
 from .capture import own_gradients
-from .capture.graphs import AroundTheBlocks, Ends, check_hooks, is_over
+from .capture.graphs import AroundTheBlocks, Ends, check_parts, is_over
 from .capture.notes import Noted
 from .capture.proxies import BlockProxies
 from .capture.side_inputs import PreparedCall
@@ -365,7 +365,7 @@ class StepRun:
         if loss is not None and weight:  # what counts nothing may be NaN, a mean over no label
             meet = self._around.look([loss], *sources)
             if meet:
-                check_hooks([loss], sources)
+                check_parts([loss], sources, is_hooked=before.request.entered.is_hooked)
             if self._calls[index].spec.ambient.is_half:
                 self._around.look_for_half([loss, *sources])
             back_propagate(loss, torch.full_like(loss, weight * self._task.scale), keep_graph=meet)
@@ -385,7 +385,8 @@ class StepRun:
         assert len(self._leaves) == len(self._task.functions), "the schedule goes back before all losses"
         if any(call.spec.ambient.is_half for call in self._calls.values()):
             self._around.look_for_half(each for each in pytree.tree_leaves(self.values()) if isinstance(each, Tensor))
-        ends = Ends(next(map(self._sources, self._hidden), ()), tuple(self._leaves.values()))
+        is_hooked = any(call.entered.is_hooked for call, _ in self._requests.values())
+        ends = Ends(next(map(self._sources, self._hidden), ()), tuple(self._leaves.values()), is_hooked)
         self._task.outside(self.values(), ends, self._parked)
         leaves, self._leaves = self._leaves, {}
         self._requests.clear()

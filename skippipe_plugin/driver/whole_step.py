@@ -28,7 +28,7 @@ from ..schedule import Path
 from .capture import own_gradients
 from .capture.asking import CutBook, Question, ask
 from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of, likely_cuts
-from .capture.graphs import Ends, check_hooks, goes_past, is_over
+from .capture.graphs import Ends, check_parts, goes_past, is_over
 from .capture.microbatch import split_sizes
 from .capture.proxies import BlockProxies
 from .capture.side_inputs import PreparedCall
@@ -517,14 +517,18 @@ class WholeRun:
         assert call is not None
         self._before_backward()
         if task.outside is not None:
-            task.outside([value], Ends(call.sources, (leaf,)), functools.partial(self._parked, leaf, value))
+            task.outside(
+                [value],
+                Ends(call.sources, (leaf,), call.entered.is_hooked),
+                functools.partial(self._parked, leaf, value),
+            )
             return
         loss = task.loss_of(value)
         self._loss = None if loss is None else loss.detach()
         if loss is not None and task.share:  # what counts nothing may be NaN, a mean over no label
             again = goes_past([loss], *call.sources)
             if again:
-                check_hooks([loss], call.sources)
+                check_parts([loss], call.sources, is_hooked=call.entered.is_hooked)
             back_propagate(loss, torch.full_like(loss, task.share * task.scale), keep_graph=again)
 
     def _joined(self, results: Mapping[int, Tensor]) -> Tensor:

@@ -47,8 +47,10 @@ class Entrance:
         of_model: Whether code here computes with them, and not only blocks elsewhere, which have their own.
     """
 
-    def __init__(self, *, of_model: bool = True) -> None:
+    def __init__(self, *, of_model: bool = True, is_hooked: bool = False) -> None:
         self._of_model = of_model
+        self.is_hooked = is_hooked
+        """Whether a hook was registered before, maybe on a gradient of what they were computed from."""
         self.tensors: list[Tensor] = []
         """As the loop has them."""
         self._leaves: list[Tensor] = []

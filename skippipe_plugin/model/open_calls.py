@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..driver.block_states import NotedCall
 from ..driver.capture.arguments import SideInputs
@@ -58,6 +59,8 @@ class OpenCalls:
         self._counts: Sequence[int] = ()
         self._seed = self._num_steps = self._number = 0
         self._batch = object()
+        self._num_handles = 0
+        """How many hooks torch had registered, of whatever kind, when the batch began."""
         self._followed: set[int] = set()
         """The numbers of calls in a step that others with gradients have followed before their backward."""
 
@@ -72,6 +75,7 @@ class OpenCalls:
         """
         self._counts, self._seed, self._num_steps, self._number = counts, seed, num_steps, 0
         self._batch = object() if batch is None else batch
+        self._num_handles = RemovableHandle.next_id
 
     def expect(self, counts: Sequence[int]) -> None:
         """Expect further calls for the same batch, of other inputs, which may have so many samples."""
@@ -79,8 +83,8 @@ class OpenCalls:
 
     def take_over(self, part: Unfinished, noted: NotedCall) -> None:
         """Take over the first call of a step that did not know of others."""
-        entrance = Entrance(of_model=False)
         call = part.first.call
+        entrance = Entrance(of_model=False, is_hooked=call.entered.is_hooked)
         check = unchanged([call.hidden, *call.side_inputs], part.first.versions)
         run = functools.partial(
             self._run,
@@ -94,6 +98,7 @@ class OpenCalls:
             cut=part.cut,
         )
         self._spread.take_same_paths(self._batch)
+        self._num_handles = RemovableHandle.next_id
         self._step.take_over(entrance, run, part.first.leaf)
         self._number = 1
         self._followed.add(1)
@@ -116,7 +121,8 @@ class OpenCalls:
             self._followed.add(self._number - 1)
         if call.hooks:
             raise SkipPipeError(_HOOKS.format(block=self._spread.pipeline.proxies.names[min(call.hooks)]))
-        entrance = Entrance(of_model=False)
+        is_hooked = call.entered.is_hooked or RemovableHandle.next_id != self._num_handles
+        entrance = Entrance(of_model=False, is_hooked=is_hooked)
         given = [call.hidden, *call.side_inputs]
         run = functools.partial(
             self._run, entered(call, entrance), entrance, seed, self._batch, unchanged(given), noted

@@ -8,6 +8,7 @@ one step at a time: others, if they may be repeated, run once more when their gr
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..driver.backward import GradientControl
-from ..driver.capture.graphs import check_hooks, comes_from
+from ..driver.capture.graphs import check_parts, comes_from, follow_leaf, goes_past
 from ..driver.capture.suspend import StepThread, new_step_thread
 from ..driver.unfinished import Parked
 from ..engine.errors import SkipPipeError
@@ -26,6 +27,8 @@ from .outputs import gated, is_real, map_tensors, watched
 from .spread import SpreadModel
 from .suspended import SuspendedStep, Train
 
+_LOOKS: Final = 5
+"""In how many backwards that is done where no hook is on the way: it takes as long as the graphs are large."""
 _GONE: Final = (
     "this loss belongs to an earlier call of the model, whose gradients are gone: a pipeline takes one backward for "
     "each training call of the model, and before the next one, unless the first batch makes several calls already. Let "
@@ -112,6 +115,8 @@ class OpenStep:
         self._earlier: list[weakref.ref[_Call]] = []
         self._thread: StepThread | None = None
         self._graph = LoopGraph(model)
+        self._num_looked = 0
+        """In how many backwards it was looked whether what enters one call is part of what enters another."""
 
     # ------------------------------------------------------------- forwards
 
@@ -211,8 +216,7 @@ class OpenStep:
                 "return a loss or differentiable outputs, or call it under torch.no_grad() or after model.eval()"
             )
         for result in suspended.ends.results:
-            follow: Any = result.register_post_accumulate_grad_hook
-            follow(functools.partial(self._receive_past, weakref.ref(call), len(carrying)))
+            follow_leaf(result, functools.partial(self._receive_past, weakref.ref(call), len(carrying)))
         gates = iter(gated(carrying, functools.partial(self._receive, call, graph)))
         opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
         return merge(opened)
@@ -236,8 +240,7 @@ class OpenStep:
         self.begin()
         graph = _Graph()
         call = self._last = _Call(entrance, weakref.ref(graph), train, of_all=True)
-        follow: Any = leaf.register_post_accumulate_grad_hook
-        follow(functools.partial(self._receive_leaf, call, graph))
+        follow_leaf(leaf, functools.partial(self._receive_leaf, call, graph))
 
     def watched(self, entrance: Entrance, loss: Tensor, spare: Train | None = None, num_parts: int = 1) -> Tensor:
         """Let a loss, whose step is over, have its place in the graph of the code around it.
@@ -270,8 +273,14 @@ class OpenStep:
         steps = [call.suspended for call in waiting if call.suspended is not None]
         own = [each for step in steps for each in (*step.ends.sources, *step.carrying)]
         keeps = self._graph.keeps_graph(outputs, [*entered, *own])
+        is_hooked = any(call.entrance.is_hooked for call in waiting)
         if keeps:
-            check_hooks(outputs, entered)
+            check_parts(outputs, entered, is_hooked=is_hooked)
+        if is_hooked or self._num_looked < _LOOKS:
+            self._num_looked += 1
+            for first, second in itertools.combinations([call.entrance.tensors for call in waiting], 2):
+                if goes_past(first, *second):
+                    check_parts(first, second, is_hooked=is_hooked)
         return keeps
 
     def complete(self, keep_graph: bool = False) -> None:

@@ -42,7 +42,9 @@ def train_again(
     def run(outside: Callable[..., None]) -> None:
         for check in checks:
             check()
-        outside(parked.values, Ends(parked.sources))
+        outside(
+            parked.values, Ends(parked.sources, is_hooked=any(each.call.entered.is_hooked for each in parked.calls))
+        )
         entrance = Entrance(of_model=False)
         task = _task(parked, entrance, repeats=repeats)
         spread.train(task, num_steps, batch, states=None if noted is None else noted.next())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..driver.capture.graphs import Ends, check_hooks, goes_past
+from ..driver.capture.graphs import Ends, check_parts, goes_past
 from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
 from ..driver.capture.switches import Snapshot, switch_on
 from ..driver.unfinished import Parked
@@ -132,7 +132,7 @@ class SuspendedStep:
         tensors = [tensor for tensor, _ in used]
         again = goes_past(tensors, *ends.sources)
         if again:
-            check_hooks(tensors, ends.sources)
+            check_parts(tensors, ends.sources, is_hooked=ends.is_hooked)
         if used:
             torch.autograd.backward(tensors, [gradient for _, gradient in used], retain_graph=again)
 

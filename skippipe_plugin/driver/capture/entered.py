@@ -23,7 +23,9 @@ from .token import FORM_QUESTIONS, function_name
 class EnteredStack:
     """What entered the first block of one call."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor, *, is_hooked: bool = False) -> None:
+        self.is_hooked = is_hooked
+        """Whether the step had registered a hook by then, maybe on a gradient of what this was computed from."""
         self.hidden = hidden
         """What the blocks get, attached to the driver's graph."""
         self.root = root_of(hidden)

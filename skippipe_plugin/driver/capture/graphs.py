@@ -25,6 +25,21 @@ _LEFT: Final = (
     "counts. In a loop, with microbatches='stack', a model goes back with the loop's backward only, also where it "
     "returns its loss"
 )
+_IN_PARTS: Final = (
+    "the step registers a hook before it calls the blocks (on a gradient, or it is a module's full backward hook), and "
+    "what is computed there goes past the blocks as well, or into several calls of them: such gradients come in two "
+    "parts, one from each way, of which the hook would see each by itself. Where a look is all, let tensors keep their "
+    "gradients (retain_grad()), and read those after the backward; or register the hook behind the blocks, name a part "
+    "of the stack with blocks=... that begins before that place, or train this without the pipeline"
+)
+_BENT: Final = (
+    "the backward of {name}, a function of your own, makes something else of a sum of gradients than of its parts (it "
+    "clips or normalizes, for instance), and what it has computed in front of the blocks goes past them as well, or "
+    "into several calls of them: there the gradient comes in two parts, one from each way. Use it behind the blocks, "
+    "name a part of the stack with blocks=... that begins before it, or train this without the pipeline"
+)
+_LEEWAY: Final = 1e-2
+"""For rounding, in whatever precision: what bends a gradient does so by much more."""
 _LATE: Final = -1
 """Where torch has the number of a hook that it has registered."""
 
@@ -37,6 +52,8 @@ class Ends:
     """What they were given, if its graph goes back after that of what follows them."""
     results: Sequence[Tensor] = ()
     """What they have returned: leaves, which get its gradient."""
+    is_hooked: bool = False
+    """Whether a hook was registered on the way to them."""
 
 
 def is_over(result: Tensor) -> None:
@@ -48,6 +65,12 @@ def is_over(result: Tensor) -> None:
         result._backward_hooks = OrderedDict(((_LATE, _refuse_late),))
     else:
         result._backward_hooks[_LATE] = _refuse_late
+
+
+def follow_leaf(leaf: Tensor, function: Callable[[Tensor], None]) -> None:
+    """Call ``function`` when a gradient has come to a leaf that nobody follows yet; torch counts it with no handle."""
+    assert not leaf._post_accumulate_grad_hooks
+    leaf._post_accumulate_grad_hooks = OrderedDict(((_LATE, function),))
 
 
 def _refuse_late(gradient: Tensor) -> None:
@@ -98,8 +121,17 @@ def reaches(output: Tensor, source: Tensor) -> bool:
     return any(getattr(each, "variable", None) is source for each in ends)
 
 
-def check_hooks(outputs: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    """Refuse a gradient hook on what the blocks were given where ``outputs`` depend on that other than through them."""
+def check_parts(outputs: Sequence[Tensor], sources: Sequence[Tensor], *, is_hooked: bool) -> None:
+    """Refuse what makes other things of a gradient's two parts than of the whole: hooks, and functions that bend it.
+
+    The parts meet in what is before the blocks, where ``outputs`` reach it also past them.
+
+    Args:
+        outputs: What goes back first, in one part.
+        sources: What the blocks were given, of which the other part comes.
+        is_hooked: Whether the step had registered a hook before the blocks were called: torch tells of no node of the
+            graph whether it has one.
+    """
     for source in sources:
         if source._backward_hooks and any(reaches(output, source) for output in outputs):
             hook = next(iter(source._backward_hooks.values()))
@@ -110,6 +142,43 @@ def check_hooks(outputs: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
                 "gradient (retain_grad()), and read that after the backward, or give each way a tensor of its own "
                 "(x * 1) with a hook"
             )
+    if is_hooked:
+        raise SkipPipeError(_IN_PARTS)
+    before = set(_nodes(sources))
+    for node in _nodes(outputs):
+        if node in before and _is_of_user(node) and not _is_additive(node):
+            raise SkipPipeError(_BENT.format(name=type(node)._forward_cls.__name__))
+
+
+def _is_of_user(node: _Node) -> bool:
+    """Whether it is the backward of a function written in Python that is neither torch's nor ours."""
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        return False
+    home = type(node)._forward_cls.__module__.partition(".")[0]  # type: ignore[attr-defined]
+    return home not in ("torch", __name__.partition(".")[0])
+
+
+def _is_additive(node: _Node) -> bool:
+    """Whether a function's backward makes of a sum what it makes of its parts; also where it cannot be asked."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> list[Tensor]:
+        forms = [(form.shape, form.dtype, form.device) for form in node._input_metadata]
+        return [torch.randn(shape, generator=generator).to(device, dtype) for shape, dtype, device in forms]
+
+    def made(gradients: Sequence[Tensor]) -> list[Tensor]:
+        results = node.apply(*[each.clone() for each in gradients])
+        return [each for each in (results if isinstance(results, tuple) else (results,)) if each is not None]
+
+    one, other = drawn(), drawn()
+    with torch.no_grad():
+        try:
+            parts = [a + b for a, b in zip(made(one), made(other), strict=True)]
+            whole = made([a + b for a, b in zip(one, other, strict=True)])
+        except Exception:  # it takes its gradients in its own turn only, and says so if that fails
+            return True
+    pairs = zip(parts, whole, strict=True)
+    return all(torch.allclose(a, b, rtol=0.0, atol=_LEEWAY * float(b.abs().max() or 1)) for a, b in pairs if b.numel())
 
 
 def _nodes(tensors: Iterable[Tensor]) -> Iterator[_Node]:

@@ -437,7 +437,9 @@ class BlockProxies:
         ambient = Ambient.current(self._device_types, self._switches)
         dtypes = ambient.autocast, torch.get_default_dtype()
         asked_in = Mode(ambient.grad, False, dtypes), Mode(ambient.grad, True, dtypes)
-        call = StackCall(EnteredStack(hidden), ambient, asked_in=asked_in, placeholder=hidden)
+        thread = current_thread()
+        is_hooked = thread is not None and thread.has_hooked
+        call = StackCall(EnteredStack(hidden, is_hooked=is_hooked), ambient, asked_in=asked_in, placeholder=hidden)
         call.specs.append(TensorSpec.of(hidden))
         usual = self._usual
         if usual is not None and usual.specs[0] == call.specs[0] and usual.asked_in == asked_in:

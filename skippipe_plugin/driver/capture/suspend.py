@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from torch.utils.hooks import RemovableHandle
+
 from ...engine.call import Ambient
 
 
@@ -66,6 +68,16 @@ class StepThread(ABC):
         """Whether torch's profiler was on when the function was started."""
         self.label = label
         self.others_wait = others_wait
+        self._num_handles = 0
+
+    def count_hooks(self) -> None:
+        """Note how many hooks torch has registered so far, of whatever kind."""
+        self._num_handles = RemovableHandle.next_id
+
+    @property
+    def has_hooked(self) -> bool:
+        """Whether any was registered since, maybe on a gradient."""
+        return RemovableHandle.next_id != self._num_handles
 
     @abstractmethod
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
@@ -102,6 +114,7 @@ class StepThread(ABC):
 def enter_context(thread: StepThread) -> None:
     """Let :func:`current_thread` return ``thread`` in this context."""
     _running.set(thread)
+    thread.count_hooks()
 
 
 def adopt_context(context: contextvars.Context) -> None:

@@ -1,0 +1,170 @@
+"""What is computed in front of the blocks and goes past them, or into several calls: its gradient comes in two parts.
+
+Sums of parts are exact, whatever makes them. What looks at a gradient, or bends it, would find each part by itself.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from skippipe_plugin.engine.errors import SkipPipeError
+from tests.e2e.support import assert_same_run, train
+
+STRATEGIES: list[dict[str, Any]] = [{"num_microbatches": 1}, {"num_microbatches": 4, "microbatches": "stack"}]
+
+
+class Normed(torch.autograd.Function):
+    """Bends the gradient: that of a sum is not the sum of those of its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / (1e-3 + gradient.norm())
+
+
+class Clamped(Normed):
+    """Bends it, though it makes multiples of multiples."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clamp(min=0)
+
+
+class Reversed(Normed):
+    """Does not: what a gradient reversal layer does."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -0.5 * gradient
+
+
+def hooked(x: Tensor) -> Tensor:
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient / (1e-3 + gradient.norm()))
+    return x
+
+
+def kept(x: Tensor) -> Tensor:
+    if x.requires_grad:
+        x.retain_grad()
+    return x
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.tanh(self.linear(hidden))
+
+
+class Model(LightningModule):
+    """Uses what ``way`` says, of which ``look`` has the gradient in its hands."""
+
+    def __init__(self, way: str, look: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.way, self.look = way, look
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.seen: Tensor | None = None
+
+    def stack(self, hidden: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        before = self.embed(batch[0])
+        if self.way in ("around", "two calls", "only through"):
+            before = self.seen = self.look(before)
+        out = self.stack(before * 1)
+        if self.way in ("behind", "chained"):
+            out = self.look(out)
+        if self.way == "around":
+            out = out + before
+        if self.way in ("two calls", "chained"):
+            out = out + self.stack((before if self.way == "two calls" else out) * 0.5)
+        return F.mse_loss(self.head(out), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.005)
+
+
+class Gradients(Callback):
+    """Notes what the tensor has kept after each backward."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, Model)
+        if module.seen is not None and module.seen.is_leaf is False and module.seen.retains_grad:
+            assert module.seen.grad is not None
+            self.values.append(module.seen.grad.detach().cpu())
+
+
+def data() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader(
+        TensorDataset(torch.randn(16, 4, generator=generator), torch.randn(16, 1, generator=generator)), batch_size=8
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=["one", "stack"])
+@pytest.mark.parametrize(
+    ("way", "look"),
+    [
+        ("around", Reversed.apply),
+        ("two calls", Reversed.apply),
+        ("chained", Reversed.apply),
+        ("behind", hooked),
+        ("behind", Normed.apply),
+        ("only through", hooked),
+        ("only through", Normed.apply),
+    ],
+)
+def test_what_comes_whole_or_adds_up_is_exact(way: str, look: Any, strategy: dict[str, Any]) -> None:
+    make = partial(Model, way, look)
+    assert_same_run(train(make, data(), 3, strategy), train(make, data(), 1))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=["one", "stack"])
+@pytest.mark.parametrize("way", ["around", "two calls", "chained"])
+@pytest.mark.parametrize(
+    ("look", "what"),
+    [(hooked, "registers a hook"), (Normed.apply, "backward of Normed"), (Clamped.apply, "backward of Clamped")],
+)
+def test_what_bends_parts_is_refused(way: str, look: Any, what: str, strategy: dict[str, Any]) -> None:
+    with pytest.raises(SkipPipeError, match=what):
+        train(partial(Model, way, look), data(), 3, strategy)
+
+
+def test_hooks_of_modules_are_refused_too() -> None:
+    def make() -> Model:
+        model = Model("around", lambda x: x)
+        model.embed.register_full_backward_hook(lambda *_: None)
+        return model
+
+    with pytest.raises(SkipPipeError, match="full backward hook"):
+        train(make, data(), 3, STRATEGIES[0])
+
+
+@pytest.mark.parametrize("way", ["around", "two calls"])
+def test_tensors_that_keep_their_gradients_have_the_whole(way: str) -> None:
+    ours, one = Gradients(), Gradients()
+    train(partial(Model, way, kept), data(), 3, STRATEGIES[0], callbacks=[ours])
+    train(partial(Model, way, kept), data(), 1, callbacks=[one])
+    assert len(one.values) == len(ours.values) > 0
+    for found, expected in zip(ours.values, one.values, strict=True):
+        torch.testing.assert_close(found, expected)
