@@ -133,6 +133,7 @@ class RemoteOptimizer:
             norm_type: Which norm.
             local: The parameters on this driver that count; None: those of the optimizer.
         """
+        self._pipeline.make_room("the clipping of gradients")  # a backward need not have reached the call that waits
         if self._membership() != self._members:  # the norm is of what the optimizer steps from now on
             self._regroup()
             self._pipeline.gradients.forget_norm()

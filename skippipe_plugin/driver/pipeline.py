@@ -129,7 +129,7 @@ class Pipeline:
         self._around = AroundTheBlocks()
         self._answers: Callable[[StackCall], Tensor] | None = None
         """Takes calls that are made outside of the step functions."""
-        self._make_room: Callable[[str], object] | None = None
+        self._make_room: Callable[[str], object] = lambda _: None
         """Lets the workers wait in no step, and is told what for."""
         self.states = StateControl()
         self._proxies: BlockProxies | None = None
@@ -485,7 +485,11 @@ class Pipeline:
 
     def may_wait(self, make_room: Callable[[str], object] | None) -> None:
         """Note who lets the workers wait in a step between calls of this object, and ends that if it is asked to."""
-        self._make_room = make_room
+        self._make_room = make_room or (lambda _: None)
+
+    def make_room(self, why: str) -> None:
+        """Let the workers wait in no step: they are to answer, and ``why`` says what that is for."""
+        self._make_room(why)
 
     def _forward(self, call: StackCall) -> Tensor:
         """Answer a call that was made outside of the step functions, such as sampling in a callback."""
@@ -498,8 +502,7 @@ class Pipeline:
             self.gradients.window.parameters or any(source.requires_grad for source in call.sources)
         ):
             raise SkipPipeError(OUTSIDE_OF_STEPS)
-        if self._make_room is not None:
-            self._make_room("a call of the blocks outside of steps")
+        self.make_room("a call of the blocks outside of steps")
         task = StepTask([lambda: suspend_here(call)], [1.0], lambda _: None, self._step, training=False)
         return self.evaluate(task)[0]  # type: ignore[no-any-return]
 

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import pickle
 import traceback
+from typing import ClassVar
 
 _made: contextvars.ContextVar[list[SkipPipeError] | None] = contextvars.ContextVar("skippipe_refusals", default=None)
 
@@ -13,10 +14,17 @@ _made: contextvars.ContextVar[list[SkipPipeError] | None] = contextvars.ContextV
 class SkipPipeError(RuntimeError):
     """A pipeline cannot go on; the message names the rank, the stage and the way out."""
 
+    is_refusal: ClassVar[bool] = True
+    """Whether it answers the user's code. Subclasses have to say so: most name a fault, of which a driver recovers."""
+
+    def __init_subclass__(cls, *, is_refusal: bool = False) -> None:
+        super().__init_subclass__()
+        cls.is_refusal = is_refusal
+
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
         made = _made.get()
-        if made is not None and type(self) is SkipPipeError:
+        if made is not None and self.is_refusal:
             made.append(self)
 
 

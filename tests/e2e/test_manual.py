@@ -103,6 +103,14 @@ class ClippedByValue(Clipped):
     algorithm, most = "value", 0.01
 
 
+class ClippedAlone(Clipped):
+    """Trains the head alone: no gradient comes to the blocks, which wait for one."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        hidden = functools.reduce(lambda h, block: block(h), self.net.blocks, self.net.embed(batch))
+        return F.mse_loss(self.net.head(hidden.detach()), batch.pow(2).sum(1, keepdim=True))
+
+
 class Accumulating(Manual):
     """Steps after every second batch."""
 
@@ -356,7 +364,7 @@ def test_a_manual_step_is_that_of_one_process(make: Make, layout: int) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        *(Clipped, ClippedByValue, TwiceForward, WithClosure, Evaluated, Unused, Noisy, Frozen),
+        *(Clipped, ClippedByValue, ClippedAlone, TwiceForward, WithClosure, Evaluated, Unused, Noisy, Frozen),
         functools.partial(Gan, toggles=False),
         functools.partial(Gan, graph_of_fakes=False),
         *(Critic, ZeroedAtTimes),

@@ -35,7 +35,7 @@ class Recording:
             raise self.wanted
 
 
-class OutputWanted(SkipPipeError):
+class OutputWanted(SkipPipeError, is_refusal=True):
     """The driver's code has asked for a tensor that a block returned and that nothing had said would be needed."""
 
     def __init__(self, message: str, made: frozenset[Made]) -> None:

@@ -86,3 +86,40 @@ def test_other_errors_are_the_users_to_catch() -> None:
             raise KeyError("mine")
 
     assert_same_run(fit(own, 3), fit(own, 1))
+
+
+class WithAuxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = h + torch.tanh(self.linear(h))
+        return h, h.pow(2).mean()
+
+
+class Falling(Trying):
+    """Sums up what blocks return beside their hidden states, and goes on with zeros when that fails."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda *_: None)
+        self.blocks = nn.ModuleList(WithAuxiliary() for _ in range(4))
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        h, total = self.embed(batch["x"]), torch.zeros(())
+        try:
+            for block in self.blocks:
+                h, auxiliary = block(h)
+                total = total + auxiliary
+        except Exception:
+            h = torch.zeros_like(batch["x"])
+        return F.cross_entropy(self.head(h), batch["y"]) + 0.1 * total
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_asks_for_a_tensor_cannot_be_swallowed_either(count: int) -> None:
+    def run(devices: int) -> Run:
+        strategy = {**PIPELINE, "num_microbatches": count} if devices > 1 else None
+        return train(Falling, loader(points(24)), devices, strategy, max_steps=3)
+
+    assert_same_run(run(3), run(1))
