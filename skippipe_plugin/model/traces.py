@@ -55,4 +55,11 @@ class SideAxes:
             else:
                 continue
             found = own - own.detach() if found is None else found + (own - own.detach())
-        return found
+        return None if found is None else found * _uneven(made, dim)
+
+
+def _uneven(made: Tensor, dim: int) -> Tensor:
+    """Return factors that differ along the last dimension: what is added evenly, a norm behind takes out again."""
+    if made.ndim - 1 == dim:
+        return torch.ones((), device=made.device)
+    return (torch.rand(made.shape[-1], generator=torch.Generator().manual_seed(0)) + 0.5).to(made.device)

@@ -434,8 +434,17 @@ class NormalisedInside(AdaBlock):
         return super().forward(h, Normalised.apply(c))
 
 
+def normed(self: Model, h: Tensor, c: Any) -> Tensor:
+    return Model.end(self, F.layer_norm(h, (8,)), c)
+
+
 @pytest.mark.parametrize(
-    ("member", "why"), [({"condition": hooked}, "does not follow"), ({"block": NormalisedInside}, "a block")]
+    ("member", "why"),
+    [
+        ({"condition": hooked}, "does not follow"),
+        ({"condition": hooked, "end": normed}, "does not follow"),
+        ({"block": NormalisedInside}, "a block"),
+    ],
 )
 def test_what_is_computed_over_samples_on_the_way_back(
     member: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
