@@ -89,7 +89,7 @@ def test_steps_without_closures(name: str) -> None:
 def test_early_gradients_of_a_part_of_the_batches_are_refused() -> None:
     name = "changes gradients of the step before"
     assert_exact(STEPS["changes gradients"], accumulate_grad_batches=2)
-    with pytest.raises(SkipPipeError, match=r"before it calls its closure.*accumulate_grad_batches=1"):
+    with pytest.raises(SkipPipeError, match=r"before it calls its closure.*do not accumulate"):
         fit(STEPS[name], 3, accumulate_grad_batches=2)
 
 
