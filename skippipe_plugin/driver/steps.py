@@ -452,8 +452,9 @@ class StepRun:
             seed = block_seed(self._task.seed, self._first + index)
             seed_everything(block_seed(seed, _EMBED), self._device)
         start_s = time.monotonic()
+        function = self._proxies.explaining(self._task.functions[index])
         with Noted(self._task.sizes, index):
-            outcome = self._threads[index].start(self._task.functions[index], self._ambient)
+            outcome = self._threads[index].start(function, self._ambient)
         self._took_s.append(time.monotonic() - start_s)
         self._started(index)
         if isinstance(outcome, Returned):

@@ -362,7 +362,7 @@ class WholeRun:
 
     def _start(self) -> None:
         with self._shown():
-            outcome = self._thread.start(self._task.function, self._ambient)
+            outcome = self._thread.start(self._proxies.explaining(self._task.function), self._ambient)
         self._take(outcome)
         if self._task.training and isinstance(self._outcome, Returned) and self._outcome.value is not None:
             raise SkipPipeError(not_called(self._proxies))

@@ -122,6 +122,20 @@ def test_a_step_that_leaves_the_stack_and_uses_nothing_of_it() -> None:
         fit(changed(training_step=training_step))
 
 
+def test_a_step_that_skips_a_block_and_misses_what_a_hook_keeps() -> None:
+    kept: dict[str, Tensor] = {}
+
+    def forward(self: Model, hidden: Tensor) -> Tensor:
+        for block in list(self.blocks)[:-1]:
+            hidden = block(hidden)
+        return self.head(kept["hidden"])
+
+    model = changed(forward=forward)
+    model.blocks[1].register_forward_hook(lambda module, args, output: kept.update(hidden=output))
+    with pytest.raises(SkipPipeError, match=r"KeyError\('hidden'\) when only the first 3 .* Hooks on blocks\.1 run"):
+        fit(model)
+
+
 def test_a_step_that_never_reaches_the_blocks() -> None:
     with pytest.raises(SkipPipeError, match="returned without calling the blocks"):
         fit(changed(training_step=lambda self, batch, batch_idx: self.head(batch[0]).sum()))

@@ -25,6 +25,7 @@ from ...engine.probes import Probe
 from ...engine.process_switches import ProcessSwitches
 from ...engine.returned import ReturnStructure
 from ...engine.transport import TensorSpec
+from . import astray
 from .arguments import ArgumentTaker, is_settled
 from .attributes import BlockAttributes, written_elsewhere
 from .caches import WITH_GRADIENTS, CacheLedger, close
@@ -271,13 +272,21 @@ class BlockProxies:
         """Raise when the code that ``owner`` (a step thread) runs left the stack before its last block."""
         call = self._open.pop(owner, None)
         if call is not None:
-            instead = "layer drop and early exits must be switched off"
-            if call.due in self.entrances:
-                instead = "name the stacks only that every forward calls with blocks=..."
-            raise SkipPipeError(
-                f"only the first {call.due} of {len(self.blocks)} blocks were called "
-                f"({self.names[call.due]} was not): {instead}"
-            )
+            raise astray.left_early(call, self.names, self.entrances)
+
+    def explaining(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Let the errors of a step's function say so where they may come of hooks that have not run yet."""
+
+        def run() -> Any:  # Any: what the function returns
+            try:
+                return function()
+            except Exception as error:
+                call = self._open.get(current_thread())
+                if call is None or not call.hooks or isinstance(error, SkipPipeError):
+                    raise
+                raise astray.failed_early(call, self.names, error) from error
+
+        return run
 
     def forget_open_calls(self) -> None:
         """Drop the calls of a step that was given up."""
@@ -298,7 +307,7 @@ class BlockProxies:
         else:
             found = self._open.get(owner)
             if found is None or block != found.due:
-                raise self._out_of_order(found, block)
+                raise astray.out_of_order(0 if found is None else found.due, block, self.names, self.entrances)
             call = found
         hooks = self._hooks.of(block)
         mode, tensors = self._attributes[block].mode()
@@ -403,18 +412,6 @@ class BlockProxies:
             f"{self.names[block]} changes its input in place, on a worker, and a hook of yours on {watched} may have "
             "kept that tensor, which would not change here. Let the block make a new tensor (x = x * y in place of "
             "x *= y), or remove the hook"
-        )
-
-    def _out_of_order(self, call: StackCall | None, block: int) -> SkipPipeError:
-        expected = call.due if call is not None else 0
-        instead = "Name another stack with blocks=..., or train without the pipeline"
-        if block > expected:
-            instead = f"Leave out no block by chance (layerdrop=0.0). {instead}"
-        if self.entrances:
-            instead = "List the stacks of blocks=[...] in that order, and only those that every forward calls once"
-        return SkipPipeError(
-            f"{self.names[block]} was called where {self.names[expected]} was expected: the blocks of a pipeline "
-            f"are called once each, in order. {instead}"
         )
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackCall:
