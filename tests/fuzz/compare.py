@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from skippipe_plugin.driver.capture.batches import BatchError
 from skippipe_plugin.engine.errors import SkipPipeError
@@ -62,13 +63,21 @@ def metrics_of(trainer: Trainer) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
 
 
-def run(program: Mapping[str, Any], devices: int) -> Left:
-    """Train a program's module, with a pipeline if ``devices`` is more than one."""
+def run(program: Mapping[str, Any], devices: int, *, jitter: float = 0.0) -> Left:
+    """Train a program's module, with a pipeline if ``devices`` is more than one.
+
+    Args:
+        program: Its names.
+        devices: How many.
+        jitter: By what part of themselves its weights begin higher or lower, each by chance.
+    """
     left, watch = Left(), Watch()
     strategy = {**program["STRATEGY"], "verbose": False} if devices > 1 else None
     try:
         seed_everything(0, verbose=False)
         left.module = program["Model"]()
+        if jitter:
+            _shake(left.module, jitter)
         options = {"num_sanity_val_steps": 0, **program["TRAINER"]}
         left.trainer = trainer_for(devices, strategy, callbacks=[watch], **options)
         with limit(HANG_S):
@@ -89,6 +98,14 @@ def run(program: Mapping[str, Any], devices: int) -> Left:
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
     return left
+
+
+def _shake(module: nn.Module, jitter: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not is_lazy(parameter):
+                parameter.mul_(1 + jitter * (2 * torch.randint(2, parameter.shape, generator=draw) - 1))
 
 
 @contextmanager

@@ -123,10 +123,10 @@ def test_a_loss_that_grows_under_autocast_is_skipped() -> None:
 
 def test_a_wrong_that_rounding_does_not_explain_is_not_skipped() -> None:
     one, single = {"a": torch.tensor(1.0, dtype=torch.bfloat16)}, {"a": torch.tensor(1.05)}
-    assert is_rounding({"a": one["a"] * 1.1}, one, single, 2e-2, 2e-3)
-    assert not is_rounding({"a": one["a"] * 2}, one, single, 2e-2, 2e-3)
-    assert not is_rounding({"a": one["a"].float()}, one, single, 2e-2, 2e-3)
-    assert not is_rounding({"a": one["a"] * 1.1}, one, {"a": torch.tensor(1.01)}, 2e-2, 2e-3)
+    assert is_rounding({"a": one["a"] * 1.1}, one, [single], 2e-2, 2e-3)
+    assert not is_rounding({"a": one["a"] * 2}, one, [single], 2e-2, 2e-3)
+    assert not is_rounding({"a": one["a"].float()}, one, [single], 2e-2, 2e-3)
+    assert not is_rounding({"a": one["a"] * 1.1}, one, [{"a": torch.tensor(1.01)}], 2e-2, 2e-3)
 
 
 def test_differences_name_their_place() -> None:
