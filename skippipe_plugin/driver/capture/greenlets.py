@@ -40,19 +40,22 @@ _STAYS_S: Final = 60.0
 
 
 class GreenletStep(StepThread):
-    """One function at a time, each in a greenlet of its own; see :class:`StepThread`."""
+    """One function at a time, one after the other in the same greenlet; see :class:`StepThread`."""
 
     def __init__(self, label: int = 0, others_wait: Callable[[], bool] = lambda: False) -> None:
         super().__init__(label, others_wait)
         self._child: Any = None  # Any: greenlet, which may be missing
+        self._outcome: Outcome | BaseException | None = None
+        """What the greenlet has come to; nothing of it stays there."""
         self._context = contextvars.Context()
         self._changes: Changes = ()
 
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
         self._context, self.profiled = contextvars.copy_context(), profiler_is_on()
-        self._child = greenlet.greenlet(functools.partial(_CALL, *_CUSHION, self._run))
+        if self._child is None or self._child.dead:  # each one maps memory for its frames
+            self._child = greenlet.greenlet(functools.partial(_CALL, *_CUSHION, _serve))
         self._child.gr_context = self._context
-        return self._hand_over((function, ambient), Snapshot())
+        return self._hand_over((self, function, ambient), Snapshot())
 
     def resume(self, answer: Any, *, last: bool = False) -> Outcome:
         before = None if last else Snapshot()
@@ -62,7 +65,8 @@ class GreenletStep(StepThread):
 
     def suspend(self, request: Any) -> Any:
         self.suspended = True
-        answer = self._child.parent.switch(Suspended(request))
+        self._outcome = Suspended(request)
+        answer = self._child.parent.switch()
         self.suspended = False
         if isinstance(answer, StepAbandoned):
             raise answer
@@ -70,23 +74,36 @@ class GreenletStep(StepThread):
 
     def close(self) -> None:
         self.abandon()
-        self._child = None
+        child, self._child = self._child, None
+        if child is not None and not self.suspended:
+            child.parent = greenlet.getcurrent()
+            child.throw()  # it waits for the next function: this ends it
+
+    def run(self, function: Callable[[], Any], ambient: Ambient) -> None:
+        """Run a function to its end. Inside only."""
+        enter_context(self)
+        try:
+            with ambient.entered(), none_swallowed():
+                self._outcome = Returned(function())
+        except BaseException as error:
+            self._outcome = error
 
     def _hand_over(self, item: Any, before: Snapshot | None) -> Outcome:
         child, outer = self._child, ALARM.running
         child.parent = greenlet.getcurrent()
         turn = ALARM.begin(self)
         try:
-            outcome = child.switch(item)
+            child.switch(item)
         finally:
             ALARM.running = outer
+        outcome, self._outcome = self._outcome, None
         torch.clear_autocast_cache()  # casts belong to the graph of the function that made them
         is_given_up = isinstance(item, StepAbandoned) or isinstance(outcome, SkipPipeError)
         if before is not None and (is_given_up or isinstance(outcome, Suspended)):
             changes = before.take_back()  # of what was given up nothing stays, even where it does not clean up
             self._changes = () if is_given_up else changes
         if not isinstance(outcome, Suspended):
-            self._child = None
+            child.gr_context = None
             if not isinstance(item, StepAbandoned):  # it runs again, and is to find what it found
                 adopt_context(self._context)
         if turn.error is not None and not isinstance(outcome, StepBlocked):  # user code has swallowed it
@@ -94,16 +111,17 @@ class GreenletStep(StepThread):
             raise turn.error
         if isinstance(outcome, BaseException):
             raise outcome
-        return outcome  # type: ignore[no-any-return]
+        assert outcome is not None, "it suspends, returns or raises"
+        return outcome
 
-    def _run(self, job: tuple[Callable[[], Any], Ambient]) -> Outcome | BaseException:
-        function, ambient = job
-        enter_context(self)
-        try:
-            with ambient.entered(), none_swallowed():
-                return Returned(function())
-        except BaseException as error:
-            return error
+
+def _serve(job: tuple[GreenletStep, Callable[[], Any], Ambient]) -> None:
+    """Run one function after the other, in a greenlet that keeps nothing of them while it waits for the next."""
+    while True:
+        step, function, ambient = job
+        step.run(function, ambient)
+        del job, step, function, ambient
+        job = greenlet.getcurrent().parent.switch()
 
 
 class Turn:
