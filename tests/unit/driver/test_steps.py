@@ -46,6 +46,9 @@ class Proxies:
     def check_complete(self, thread: object) -> None:
         pass
 
+    def explaining(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        return function
+
     def note_announced(self) -> None:
         """Nothing is asked of workers here."""
 
