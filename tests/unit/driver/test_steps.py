@@ -1,7 +1,7 @@
 """What a driver says of a step, and how far it runs ahead of the schedule to say it in few messages."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
