@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from skippipe_plugin import SkipPipeConfig, SkipPipeError, TorchPipeline
 from tests.e2e.loops import Classifier, accelerator
 from tests.e2e.support import DEVICE
+from tests.grids import all_slow_but
 
 from .plain_loops import BATCHES, assert_same, run
 
@@ -75,8 +76,10 @@ def by_name(both: Any, inputs: Tensor, labels: Tensor) -> Tensor:
 LOSSES = [in_front, also_in_the_loss, loss_inside, loss_inside_and_outside, by_name]
 
 
-@pytest.mark.parametrize("settings", OTHERS, ids=str)
-@pytest.mark.parametrize("loss_of", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("settings", all_slow_but(OTHERS, *OTHERS[::2]), ids=str)
+@pytest.mark.parametrize(
+    "loss_of", all_slow_but(LOSSES, also_in_the_loss, loss_inside_and_outside, by_name), ids=lambda loss: loss.__name__
+)
 def test_what_is_trained_in_front_of_the_model(loss_of: Any, settings: dict[str, Any]) -> None:
     for every in (1, 2):
         (found, weights), (expected, others) = trained(loss_of, True, every, **settings), trained(loss_of, False, every)

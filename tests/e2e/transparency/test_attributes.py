@@ -17,6 +17,7 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.modules import loader
 from tests.e2e.support import assert_same_run, train
 from tests.e2e.zoo import lora_gpt2
+from tests.grids import all_slow_but, slow
 
 DATA = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 
@@ -215,13 +216,26 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize("change", EXACT, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    all_slow_but(
+        EXACT,
+        setting_of_a_submodule,
+        key_of_a_dictionary,
+        tensor_is_written_to,
+        set_and_reset_around_each_call,
+        in_validation_only_and_deleted,
+        layer_is_frozen_with_an_attribute,
+    ),
+    ids=lambda change: change.__name__,
+)
 def test_an_attribute_that_user_code_sets_is_that_of_one_process(change: Callable[[Any, str, int], None]) -> None:
     assert_exact(change)
 
 
 @pytest.mark.parametrize(
-    "change", [scheduled_temperature, setting_of_a_submodule, set_and_reset_around_each_call, item_of_a_dictionary]
+    "change",
+    [slow(scheduled_temperature), slow(setting_of_a_submodule), set_and_reset_around_each_call, item_of_a_dictionary],
 )
 def test_so_it_is_on_the_drivers_own_stage(change: Callable[[Any, str, int], None]) -> None:
     assert_exact(change, {"driver_stage": True})
@@ -280,7 +294,9 @@ class Adapted(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-@pytest.mark.parametrize("change", [adapters_off_in_validation, other_adapter_for_each_batch, scaled_adapters])
+@pytest.mark.parametrize(
+    "change", [slow(adapters_off_in_validation), other_adapter_for_each_batch, slow(scaled_adapters)]
+)
 def test_adapters_of_peft_are_switched_and_scaled(change: Callable[[Any, str], None]) -> None:
     ids = torch.randint(3, 32, (24, 6), generator=torch.Generator().manual_seed(0))
     options = {"max_steps": 6, "num_sanity_val_steps": 0, "val_data": loader(ids)}

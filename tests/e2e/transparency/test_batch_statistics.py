@@ -14,6 +14,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin.engine.errors import SkipPipeError
+from tests.grids import slow
 
 from .. import loops
 from ..support import Run, assert_same_run, train
@@ -83,7 +84,7 @@ def fit(kind: str, devices: int, data: DataLoader[Any], *, validate: bool = True
     return train(partial(Net, BLOCKS[kind]), data, devices, strategy, val_data=val, max_steps=6)
 
 
-@pytest.mark.parametrize("batch_size", [3, 4, 5, 7])
+@pytest.mark.parametrize("batch_size", [slow(3), 4, slow(5), slow(7)])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_with_microbatches_of_one_sample_it_has_the_batch(kind: str, batch_size: int) -> None:
     data = samples(batch_size, 6 * batch_size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from skippipe_plugin.model.merging import Merging
+from tests.grids import slow
 
 from ..support import assert_same_run, train
 from .test_losses import PIPELINE, Model, Step, batches, both, entropy, ids, masked, per_token
@@ -71,7 +72,7 @@ def without(labels: Tensor, number: int) -> Tensor:
     return labels
 
 
-@pytest.mark.parametrize("number", [0, 1, 5])
+@pytest.mark.parametrize("number", [0, slow(1), 5])
 @pytest.mark.parametrize("labels", [even, functools.partial(masked, -100, NUM)], ids=["even", "uneven"])
 @pytest.mark.parametrize("step", [bounded, without_nan, with_penalty, logged(bounded), logged(without_nan)])
 def test_only_a_batch_without_labels_runs_whole(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from skippipe_plugin.engine.errors import SkipPipeError
+from tests.grids import slow
 
 from ..support import Run, assert_same_run, train
 from .test_batch_statistics import Net, samples
@@ -131,7 +132,7 @@ def fit(block: Callable[[], nn.Module], devices: int, **settings: Any) -> tuple[
 
 
 @pytest.mark.parametrize("name", [*MIXING, *KEEPING])
-@pytest.mark.parametrize("microbatches", ["auto", "stack"])
+@pytest.mark.parametrize("microbatches", ["auto", slow("stack")])
 def test_they_get_the_whole_batch(name: str, microbatches: str, caplog: pytest.LogCaptureFixture) -> None:
     block = (MIXING | KEEPING)[name]
     plain, _ = fit(block, 1)

@@ -15,6 +15,7 @@ from torch.optim import SGD
 from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.modules import loader, points
 from tests.e2e.support import Run, assert_same_run, train
+from tests.grids import slow
 
 
 class Block(nn.Module):
@@ -139,7 +140,7 @@ def test_a_norm_that_is_no_number_is_clipped_by_as_in_one_process(value: float) 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("settings", [{}, {"driver_stage": True}], ids=str)
 @pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step"])
-@pytest.mark.parametrize("look", [read, write, scale, weights])
+@pytest.mark.parametrize("look", [slow(read), write, scale, slow(weights)])
 def test_clipping_by_the_norm(look: Callable[[Any], None], hook: str, settings: dict[str, Any]) -> None:
     def fit(devices: int) -> Run:
         strategy = {"num_microbatches": 4, "verbose": False, **settings} if devices > 1 else None

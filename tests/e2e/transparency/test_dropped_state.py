@@ -9,6 +9,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from tests.e2e import own_steps as own
 from tests.e2e.support import assert_same_run
+from tests.grids import slow
 
 from .test_optimizers import assert_same_state
 from .test_own_steps import Model, fit
@@ -58,7 +59,7 @@ class Dropping(Model):
 
 @pytest.mark.parametrize("make", [lambda m: SGD(m.parameters(), lr=0.02, momentum=0.9), lambda m: Adam(m.parameters())])
 @pytest.mark.parametrize("when", [1, 3], ids=["in the run", "at its end"])
-@pytest.mark.parametrize("drop", [replace, clear, pop_one, delete_all, replace_and_write])
+@pytest.mark.parametrize("drop", [slow(replace), clear, pop_one, slow(delete_all), replace_and_write])
 def test_the_state_of_the_workers_is_dropped_too(drop: Drop, when: int, make: Any) -> None:
     model = type("Dropping", (Dropping,), {"drop": staticmethod(drop), "when": when})
     expected, found = fit(make, 1, model), fit(make, 3, model)

@@ -22,6 +22,7 @@ from tests.e2e import optimizers
 from tests.e2e.models import tokens
 from tests.e2e.modules import Pretrained, loader
 from tests.e2e.support import train
+from tests.grids import slow
 from tests.unit.moe.families import build
 
 WIDTH, EXPERTS, MICROBATCHES, COEFFICIENT = 8, 4, 4, 1.0
@@ -130,7 +131,7 @@ SPREAD: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [slow(1), 2])
 @pytest.mark.parametrize("spread", SPREAD)
 def test_the_balancing_loss_counts_the_whole_step(spread: str, accumulate: int) -> None:
     devices, strategy = SPREAD[spread]

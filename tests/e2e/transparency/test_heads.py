@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from skippipe_plugin.accelerate import SkipPipe, SkipPipeConfig
+from tests.grids import all_slow_but, slow
 
 from ..modules import Rows
 
@@ -142,7 +143,7 @@ def assert_exact(name: str, folder: Path, options: dict[str, Any]) -> None:
         torch.testing.assert_close(found[1][key], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", all_slow_but(HEADS, "bert answers", "gpt2", "vit", "bart"))
 def test_heads_of_transformers(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert_exact(name, tmp_path, {})
     assert "computes something else" not in caplog.text  # the gradient of a key's bias is rounding alone
@@ -155,7 +156,7 @@ def test_heads_of_transformers_over_several_batches(name: str, tmp_path: Path) -
     assert_exact(name, tmp_path, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 7})
 
 
-@pytest.mark.parametrize("name", ["llama", "bert classes", "bert masked"])
+@pytest.mark.parametrize("name", ["llama", slow("bert classes"), slow("bert masked")])
 def test_heads_under_autocast_are_cut(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain, found = (run(HEADS[name], tmp_path, pipeline, {"bf16": True}) for pipeline in (False, True))
     assert found[0] == pytest.approx(plain[0], rel=2e-3)  # of a bfloat16, 8e-3 is the next one

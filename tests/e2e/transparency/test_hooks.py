@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.modules import loader
 from tests.e2e.support import assert_same_run, train, trainer_for
+from tests.grids import all_slow_but, slow
 
 DATA = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 
@@ -139,7 +140,11 @@ def squares(seen: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("loss_of", [lambda seen: 0.0, squares], ids=["watched", "in the loss"])
-@pytest.mark.parametrize("watch", WATCHES, ids=lambda watch: watch.__name__)
+@pytest.mark.parametrize(
+    "watch",
+    all_slow_but(WATCHES, output_of_a_block, input_of_a_part, keyword_arguments, a_method),
+    ids=lambda watch: watch.__name__,
+)
 def test_a_hook_sees_what_it_would_see_in_one_process(
     watch: Callable[[Any], Any], loss_of: Callable[[list[Any]], Any]
 ) -> None:
@@ -204,7 +209,12 @@ def all_blocks(model: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("devices", "strategy"),
-    [(3, {"driver_stage": True}), (5, {"replicas": 2}), (3, {"schedule": "gpipe"}), (3, {"num_microbatches": 4})],
+    [
+        (3, {"driver_stage": True}),
+        (5, {"replicas": 2}),
+        slow(3, {"schedule": "gpipe"}),
+        slow(3, {"num_microbatches": 4}),
+    ],
 )
 def test_hooks_on_every_block(devices: int, strategy: dict[str, Any]) -> None:
     assert_exact(lambda: Model(all_blocks, loss_of=squares), devices, **strategy)

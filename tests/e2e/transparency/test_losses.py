@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from skippipe_plugin.engine.errors import SkipPipeError
+from tests.grids import all_slow_but
 
 from ..support import Run, assert_same_run, train
 
@@ -121,7 +122,12 @@ STEPS: dict[str, tuple[Step, Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name",
+    all_slow_but(
+        STEPS, "ignored", "own_ignore_index", "shifted", "mean_over_mask", "sum", "mean_and_penalty", "positions"
+    ),
+)
 def test_losses_are_those_of_one_process(name: str) -> None:
     step, labels = STEPS[name]
     assert_same_run(*both(lambda: Model(step), batches(ids(), labels)))

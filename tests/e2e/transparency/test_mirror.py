@@ -26,6 +26,7 @@ from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import SkipPipeStrategy
 from tests.e2e.support import trainer_for
+from tests.grids import all_slow_but, slow
 
 WIDTH = 8
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -196,12 +197,25 @@ PLACES = [("on_train_batch_end", action) for action in WRITES] + [
 PLACES += [("on_train_batch_start", new_data), ("on_before_optimizer_step", copied), ("on_after_backward", clamped)]
 
 
-@pytest.mark.parametrize(("hook", "action"), PLACES)
+@pytest.mark.parametrize(
+    ("hook", "action"),
+    all_slow_but(
+        PLACES,
+        ("on_train_batch_end", through_views),
+        ("on_train_batch_end", new_buffers),
+        ("on_train_batch_end", foreach),
+        ("on_fit_start", constant),
+        ("on_train_start", half),
+        ("on_train_batch_start", new_data),
+        ("on_before_optimizer_step", copied),
+        ("on_after_backward", clamped),
+    ),
+)
 def test_what_is_written_in_a_hook_reaches_the_workers(hook: str, action: Callable[[Model], None]) -> None:
     checked(hooked(hook, action))
 
 
-@pytest.mark.parametrize("action", [clamped, new_buffers])
+@pytest.mark.parametrize("action", [slow(clamped), new_buffers])
 @pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_start", "on_train_end"])
 def test_what_is_written_between_epochs_reaches_the_workers(hook: str, action: Callable[[Model], None]) -> None:
     checked(hooked(hook, action), max_steps=-1, max_epochs=2, val_check_interval=1.0)
@@ -309,8 +323,8 @@ def compared(model: Model) -> None:
 READS = [saved, statistics, duplicated, duplicated_tensors, compared]
 
 
-@pytest.mark.parametrize("action", READS)
-@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_end", "on_train_end"])
+@pytest.mark.parametrize("action", all_slow_but(READS, statistics, duplicated_tensors, compared))
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_end", slow("on_train_end")])
 def test_what_is_read_in_a_hook_is_what_the_workers_have(hook: str, action: Callable[[Model], None]) -> None:
     checked(hooked(hook, action))
 
@@ -436,7 +450,7 @@ GRADIENTS = [
 ]
 
 
-@pytest.mark.parametrize(("hook", "action", "options"), GRADIENTS)
+@pytest.mark.parametrize(("hook", "action", "options"), all_slow_but(GRADIENTS, *GRADIENTS[1:4], *GRADIENTS[6:8]))
 def test_gradients_are_read_and_written(hook: str, action: Callable[[Model], None], options: Any) -> None:
     checked(hooked(hook, action), **options)
 
@@ -545,7 +559,7 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("driver_stage", [False, True])
+@pytest.mark.parametrize("driver_stage", [False, slow(True)])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_whose_memory_cannot_be_swapped(name: str, driver_stage: bool) -> None:
     if name == "spectral norm":  # its power iteration runs once for each microbatch

@@ -20,6 +20,7 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e import optimizers as own
 from tests.e2e.modules import loader
 from tests.e2e.support import Run, assert_same_run, train
+from tests.grids import all_slow_but, slow
 
 DATA = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 STEPS = 5
@@ -110,7 +111,9 @@ TORCH = {
 }
 
 
-@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize(
+    "name", all_slow_but(TORCH, "nesterov", "AdamW", "fused", "tensor lr", "NAdam", "Rprop", "ASGD", "Adafactor")
+)
 def test_the_optimizers_of_torch_are_exact(name: str) -> None:
     assert_exact(lambda module: TORCH[name](module.parameters()))
 
@@ -140,14 +143,19 @@ OWN: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name",
+    all_slow_but(
+        OWN, "count as a tensor", "count by group", "local function on itself", "trust ratios", "looking ahead"
+    ),
+)
 def test_optimizers_of_others_that_step_each_parameter_by_itself_are_exact(name: str) -> None:
     if name == "state from the constructor":  # made on the driver it would have no values: accelerate's side has them
         pytest.skip("see test_state_that_a_constructor_made_under_accelerate")
     assert_exact(OWN[name])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [slow(1), 2])
 @pytest.mark.parametrize("tensor", [False, True])
 def test_schedulers_change_the_rate_between_steps(tensor: bool, accumulate: int) -> None:
     def make(module: LightningModule) -> dict[str, Any]:
@@ -246,7 +254,7 @@ def test_schedule_free_optimizers_change_weights_everywhere() -> None:
     assert found.module.seen == pytest.approx(expected.module.seen, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "NAdam", "count as a tensor", "looking ahead"])
+@pytest.mark.parametrize("name", [slow("AdamW"), "NAdam", slow("count as a tensor"), "looking ahead"])
 def test_a_checkpoint_is_that_of_one_process_and_resumes_either_way(name: str, tmp_path: Path) -> None:
     make = OWN.get(name) or (lambda module: TORCH[name](module.parameters()))
 
@@ -331,7 +339,7 @@ class DroppingABatchByTheOptimizer(Model):
             self.trainer.optimizers[0].zero_grad()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [slow(1), 2])
 @pytest.mark.parametrize("name", [pytest.param("SGD", marks=pytest.mark.slow), "AdamW"])
 @pytest.mark.parametrize(
     "model",
@@ -544,7 +552,7 @@ ZEROING = ["before", "after", "model", "by hand", "fill", "every second", "never
 
 
 @pytest.mark.parametrize("zero", ZEROING)
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("name", [slow("SGD"), "AdamW"])
 def test_a_loop_zeroes_gradients_when_it_likes(name: str, zero: str) -> None:
     make = lambda model: TORCH[name](model.parameters())  # noqa: E731
     torch.testing.assert_close(loop(make, True, zero), loop(make, False, zero), rtol=1e-4, atol=1e-5)

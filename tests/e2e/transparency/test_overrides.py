@@ -10,6 +10,7 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.models import mlp
 from tests.e2e.modules import Classifier, loader, points
 from tests.e2e.support import Run, assert_same_run, train
+from tests.grids import slow
 
 
 class Base(Classifier):
@@ -99,7 +100,7 @@ EXACT = (
 )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [slow(1), 2])
 @pytest.mark.parametrize("kind", EXACT)
 def test_overrides(kind: type[Classifier], accumulate: int) -> None:
     assert_same_run(run(kind, 3, accumulate), run(kind, 1, accumulate))

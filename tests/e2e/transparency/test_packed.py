@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin.engine.errors import SkipPipeError
+from tests.grids import all_slow_but, slow
 
 from ..support import DEVICE, Run, assert_same_run, train
 from .plain_loops import assert_same
@@ -166,7 +167,7 @@ def fit(make: Callable[[], LightningModule], data: DataLoader[Any], devices: int
     return train(make, data, devices, strategy, val_data=data, **{"max_steps": 8, "max_epochs": 2, **options})
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", all_slow_but(LENGTHS, "ragged", "ones first"))
 @pytest.mark.parametrize("name", CASES)
 def test_they_give_what_one_process_gives(name: str, lengths: str) -> None:
     make, data = CASES[name]
@@ -189,7 +190,7 @@ def test_it_is_said_once_that_the_step_runs_once(name: str, is_cut: bool, caplog
 
 
 @pytest.mark.parametrize("lengths", [FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", all_slow_but(CASES, "pooled behind", "sequences by bounds", "graphs"))
 def test_so_they_do_with_stack(name: str, lengths: str) -> None:
     make, data = CASES[name]
     loader = data(LENGTHS[lengths])
@@ -219,7 +220,7 @@ class Twice(Packed):
         return super().loss(batch) + 0.1 * self({**batch, "x": batch["x"].flip(1)}).pow(2).mean()
 
 
-@pytest.mark.parametrize("lengths", ["even first", "ones first"])
+@pytest.mark.parametrize("lengths", [slow("even first"), "ones first"])
 @pytest.mark.parametrize("block", [(Attending, "bounds"), (AttendingByNumber, "owner")], ids=["bounds", "number"])
 @pytest.mark.parametrize("kind", [Manual, Twice])
 def test_so_they_do_where_steps_are_open(kind: type[Packed], block: tuple[Any, str], lengths: str) -> None:
@@ -242,7 +243,7 @@ class Pooled(nn.Module):
 
 @pytest.mark.parametrize("inside", [True, False], ids=["loss of the model", "loss of the loop"])
 @pytest.mark.parametrize("make", [Pooled, partial(Pooled, Attending, "bounds")], ids=["pooled", "sequences"])
-@pytest.mark.parametrize("lengths", ["ragged", "ones first"])
+@pytest.mark.parametrize("lengths", [slow("ragged"), "ones first"])
 def test_so_they_do_in_loops(make: Callable[[], nn.Module], inside: bool, lengths: str) -> None:
     def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
         seen = []

@@ -29,6 +29,7 @@ from skippipe_plugin.driver.capture import greenlets, os_threads, patience
 from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.modules import loader, points
 from tests.e2e.support import Run, assert_same_run, train, trainer_for
+from tests.grids import all_slow_but, slow
 
 pytest.importorskip("greenlet")
 
@@ -200,13 +201,25 @@ CONTEXTS: dict[str, Callable[[Within], AbstractContextManager[Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.parametrize(
+    "name",
+    all_slow_but(
+        CONTEXTS,
+        "reentrant_lock",
+        "sqlite",
+        "context_variable",
+        "default_dtype",
+        "catch_warnings",
+        "save_on_cpu",
+        "fork_rng",
+    ),
+)
 def test_what_is_entered_around_the_blocks_is_kept(name: str) -> None:
     assert_same_run(run(CONTEXTS[name], 3), run(CONTEXTS[name], 1))
 
 
 @pytest.mark.parametrize("settings", [{"driver_stage": True}, {"num_microbatches": 1}, {"schedule": "gpipe"}])
-@pytest.mark.parametrize("name", ["sqlite", "save_on_cpu", "catch_warnings"])
+@pytest.mark.parametrize("name", ["sqlite", "save_on_cpu", slow("catch_warnings")])
 def test_it_is_kept_in_other_pipelines(name: str, settings: dict[str, Any]) -> None:
     assert_same_run(run(CONTEXTS[name], 3, strategy=settings), run(CONTEXTS[name], 1))
 
@@ -350,7 +363,7 @@ def section(module: Within) -> AbstractContextManager[Any]:
     return module.trainer.profiler.profile("forward")
 
 
-@pytest.mark.parametrize("kind", PROFILERS)
+@pytest.mark.parametrize("kind", all_slow_but(PROFILERS, "advanced", "pytorch"))
 def test_a_section_of_the_trainers_profiler_around_the_blocks(kind: str, tmp_path: Any) -> None:
     options = {"default_root_dir": tmp_path}
     found = run(section, 3, profiler=PROFILERS[kind](), **options)
@@ -404,7 +417,7 @@ def holding(kind: str) -> Callable[[Any], AbstractContextManager[Any]]:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("in_threads", [False, True], ids=["greenlets", "threads"])
-@pytest.mark.parametrize("kind", BLOCKING)
+@pytest.mark.parametrize("kind", all_slow_but(BLOCKING, "lock", "polled"))
 def test_a_step_that_waits_for_another_is_found(kind: str, in_threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greenlets, "AVAILABLE", not in_threads)
     context = holding(kind)

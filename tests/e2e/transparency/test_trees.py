@@ -17,6 +17,7 @@ from skippipe_plugin.testing import At, Injector, Kill, Phase
 from tests.e2e.emulation import Watch
 from tests.e2e.support import DEVICE, assert_same_run, train
 from tests.e2e.transparency import plain_loops
+from tests.grids import all_slow_but
 
 WIDTH = 8
 
@@ -255,7 +256,9 @@ def run(cls: type[Model], workers: int, *callbacks: Any, **strategy: Any) -> Any
     return train(cls, data(), 1 + workers, settings, callbacks=list(callbacks))
 
 
-@pytest.mark.parametrize("name", [*MODELS, *OPEN])
+@pytest.mark.parametrize(
+    "name", all_slow_but([*MODELS, *OPEN], "Bias", "Mappings", "Pairs", "Skips", "Early", "TwiceBias", "ByHand")
+)
 def test_each_is_exact(name: str) -> None:
     cls = (MODELS | OPEN)[name]
     assert_same_run(run(cls, 2), run(cls, 0))

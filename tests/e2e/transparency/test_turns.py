@@ -18,6 +18,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset
 
 from skippipe_plugin.engine.errors import SkipPipeError
+from tests.grids import all_slow_but, slow
 
 from .. import loops
 from ..support import Run, assert_same_run, train
@@ -168,7 +169,7 @@ def test_a_step_finds_what_it_has_left_itself(kind: str, caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     "settings", [{"driver_stage": True}, {"num_microbatches": 2}, {"num_microbatches": 3}], ids=str
 )
-@pytest.mark.parametrize("kind", ["attribute", "list", "depth"])
+@pytest.mark.parametrize("kind", [slow("attribute"), "list", "depth"])
 def test_it_does_in_other_pipelines(kind: str, settings: dict[str, Any]) -> None:
     assert_same_run(fit(kind, 3, **settings), fit(kind, 1))
 
@@ -279,7 +280,7 @@ def run_and_leave(kind: str, devices: int, **settings: Any) -> tuple[Run, Any]:
     return run, left(run.module)
 
 
-@pytest.mark.parametrize("kind", LEFT)
+@pytest.mark.parametrize("kind", all_slow_but(LEFT, "queue", "global list", "dictionary", "object"))
 def test_what_a_step_leaves_is_that_of_one_run(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """In training, validation and prediction."""
     (plain, expected), (piped, found) = run_and_leave(kind, 1), run_and_leave(kind, 3)
