@@ -54,6 +54,7 @@ class GreenletStep(StepThread):
         self._context, self.profiled = contextvars.copy_context(), profiler_is_on()
         if self._child is None or self._child.dead:  # each one maps memory for its frames
             self._child = greenlet.greenlet(functools.partial(_CALL, *_CUSHION, _serve))
+            self._child.switch()  # what it begins with, it keeps
         self._child.gr_context = self._context
         return self._hand_over((self, function, ambient), Snapshot())
 
@@ -115,13 +116,12 @@ class GreenletStep(StepThread):
         return outcome
 
 
-def _serve(job: tuple[GreenletStep, Callable[[], Any], Ambient]) -> None:
+def _serve() -> None:
     """Run one function after the other, in a greenlet that keeps nothing of them while it waits for the next."""
     while True:
-        step, function, ambient = job
+        step, function, ambient = greenlet.getcurrent().parent.switch()
         step.run(function, ambient)
-        del job, step, function, ambient
-        job = greenlet.getcurrent().parent.switch()
+        del step, function, ambient
 
 
 class Turn:

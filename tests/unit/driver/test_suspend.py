@@ -1,7 +1,10 @@
 """Suspended functions keep their own grad mode and autocast, and their exceptions keep their traceback."""
 
 import contextvars
+import functools
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -146,3 +149,42 @@ def test_functions_that_are_given_up_leave_nothing_switched_on(threads: StepThre
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class Kept:
+    """What a function uses."""
+
+
+def test_nothing_of_a_function_stays_where_it_ran(threads: StepThreads) -> None:
+    kept = [Kept() for _ in range(3)]
+    refs = [weakref.ref(each) for each in kept]
+
+    def function(used: Kept, given: Kept) -> Kept:
+        assert ask(used) is None
+        return given
+
+    threads[0].start(functools.partial(function, kept[0], kept[1]), PLAIN)
+    threads[0].resume(None)
+    threads[0].start(functools.partial(ask, kept[2]), PLAIN)
+    threads[0].abandon()
+    kept.clear()
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_what_functions_ran_in_ends_with_the_thread(how: str) -> None:
+    greenlet = pytest.importorskip("greenlet")
+    thread, ran_in = greenlets.GreenletStep(), []
+    for _ in range(2):
+        thread.start(lambda: ran_in.append(greenlet.getcurrent()), PLAIN)
+    first, second = ran_in
+    assert first is second
+    if how == "closed":
+        thread.close()
+        assert first.dead
+    ends = weakref.ref(first)
+    ran_in.clear()
+    del thread, first, second
+    gc.collect()
+    assert ends() is None
