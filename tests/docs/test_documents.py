@@ -13,6 +13,7 @@ from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 from skippipe_plugin.schedule import CostModel, full_schedule, simulate
+from tests.grids import slow
 
 from . import shell
 from .project.my_project import MyLightningModule
@@ -77,7 +78,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+SLOW = [ROOT / "docs/guide" / name for name in ("accelerate.md", "joining.md", "timelines.md")]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [slow(path) if path in SLOW else path for path in DOCUMENTS],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
 def test_code_blocks_run(path: Path, folder: Path) -> None:
     document = parse(path)
     for name in dict.fromkeys(re.findall(r"[\w.-]+", document.text)):

@@ -13,6 +13,8 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
+from tests.grids import all_slow_but
+
 from .models import mlp
 from .modules import BATCH
 from .support import assert_same_run, train
@@ -101,7 +103,11 @@ class Taking(LightningModule):
         return AdamW(self.parameters(), lr=1e-2)
 
 
-@pytest.mark.parametrize(("form", "size"), [*((form, 5) for form in FORMS), ("tuple", BATCH), ("strings", 1)])
+SIZES = [*((form, 5) for form in FORMS), ("tuple", BATCH), ("strings", 1)]
+QUICK = [(form, 5) for form in ("list", "nested", "untyped_namedtuple", "batch_encoding", "strings_in_a_tuple", "none")]
+
+
+@pytest.mark.parametrize(("form", "size"), all_slow_but(SIZES, *QUICK, ("strings", 1)))
 def test_batches(form: str, size: int) -> None:
     build, read = FORMS[form]
     data = DataLoader(

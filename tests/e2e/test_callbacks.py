@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import SkipPipeStrategy
+from tests.grids import all_slow_but
 
 from .models import Transformer, next_token_loss, tokens
 from .modules import BATCH, Classifier, LanguageModel, loader, momentum, points
@@ -118,7 +119,7 @@ AVERAGING = {
 }
 
 
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("name", all_slow_but(AVERAGING, "swa", "averaging"))
 def test_callbacks_that_average_all_weights_do_so_as_in_one_process(name: str) -> None:
     def run(devices: int) -> Run:
         data, options = loader(tokens(BATCH * 2)), {"max_steps": -1, "max_epochs": 3, "callbacks": [AVERAGING[name]()]}

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from tests.grids import all_slow_but, slow
+
 from .models import tokens
 from .modules import BATCH, Configured, loader
 from .support import Run, assert_same_losses, assert_same_weights, train, trainer_for
@@ -50,12 +52,12 @@ def _save(case: str, devices: int, folder: Path, **options: Any) -> str:
 RESUMED = [(3, 1), (1, 3), (3, 2), (2, 4)]
 
 
-@pytest.mark.parametrize(("saved", "resumed"), RESUMED)
+@pytest.mark.parametrize(("saved", "resumed"), all_slow_but(RESUMED, (3, 1), (2, 4)))
 def test_another_number_of_stages_continues_the_run(saved: int, resumed: int, tmp_path: Path) -> None:
     _assert_continues("cosine", saved, resumed, tmp_path)
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [(3, 1), (1, 3)])
+@pytest.mark.parametrize(("saved", "resumed"), [slow(3, 1), (1, 3)])
 @pytest.mark.parametrize("case", ["sgd", "adagrad", "tied"])
 def test_every_optimizer_continues(case: str, saved: int, resumed: int, tmp_path: Path) -> None:
     _assert_continues(case, saved, resumed, tmp_path)

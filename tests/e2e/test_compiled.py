@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.data import DataLoader
 
+from tests.grids import slow
+
 from . import zoo
 from .models import Telling, Transformer, tokens
 from .modules import BATCH, STEPS, LanguageModel, Pretrained, loader
@@ -79,7 +81,9 @@ def uncompiled() -> Run:
 @pytest.mark.parametrize(
     "form",
     [
-        pytest.param(form, marks=pytest.mark.slow if form in ("whole_network", "blocks_wrapped") else ())
+        pytest.param(
+            form, marks=pytest.mark.slow if form in ("whole_network", "network_in_place", "blocks_wrapped") else ()
+        )
         for form in FORMS
     ],
 )
@@ -124,7 +128,7 @@ class Predicting(LightningModule):
         return self.net(batch)
 
 
-@pytest.mark.parametrize("form", ["no", "whole", "in_place", "block", "module"])
+@pytest.mark.parametrize("form", ["no", "whole", "in_place", slow("block"), slow("module")])
 @pytest.mark.parametrize("strategy", [{}, {"driver_stage": True}], ids=["remote", "driver_stage"])
 def test_blocks_are_compiled_where_they_are(form: str, strategy: dict[str, Any]) -> None:
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from skippipe_plugin.callbacks import StageRecovery
+from tests.grids import all_slow_but
 
 from .models import Transformer, tokens
 from .modules import BATCH, STEPS, LanguageModel, Pretrained, loader
@@ -42,7 +43,9 @@ def _one_worker(case: str) -> Run:
     return _run(case, 2, {"schedule": "1f1b"})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", all_slow_but(LAYOUTS, "two_workers_1f1b", "three_workers", "driver_stage", "replicas")
+)
 def test_dropout_is_the_same_in_every_layout(layout: str) -> None:
     assert_same_run(_run("transformer", *LAYOUTS[layout]), _one_worker("transformer"), rtol=1e-6)
 
@@ -106,7 +109,7 @@ def test_all_layouts_have_equal_losses(layout: str) -> None:
         assert _fit(layout).losses == _expected(False)
 
 
-@pytest.mark.parametrize("layout", SIX)
+@pytest.mark.parametrize("layout", all_slow_but(SIX, "two_workers_1f1b", "driver_stage", "replicas"))
 def test_neither_a_lost_worker_nor_a_resume_changes_a_loss(layout: str, tmp_path: Path) -> None:
     """The resume is in another layout, where the sums are the same."""
     recovery = StageRecovery(rule="mean", lr_factor=1.0, spares=1)

@@ -15,6 +15,7 @@ from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.channel import Channel
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.testing import At, Fault, Injector, Kill, Phase, Reset, Stop
+from tests.grids import slow
 from tests.zoo import modules, pretrained
 
 from . import zoo
@@ -94,7 +95,7 @@ BEAMS = {
 
 
 @pytest.mark.parametrize("case", BEAMS)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", slow("llama")])
 def test_other_ways_to_generate(name: str, case: str) -> None:
     def make() -> Writer:
         return Writer(DECODERS[name](), **BEAMS[case])
@@ -132,7 +133,7 @@ def sources(name: str) -> DataLoader[Any]:
 @pytest.mark.parametrize(
     "case", ["greedy", "beams", *(pytest.param(each, marks=pytest.mark.slow) for each in BEAMS if each != "beams")]
 )
-@pytest.mark.parametrize("name", ["bart", "whisper"])
+@pytest.mark.parametrize("name", ["bart", slow("whisper")])
 def test_encoder_decoders(name: str, case: str) -> None:
     """Their cache is two: of the decoder's own tokens, and of what the encoder has made."""
 

@@ -23,6 +23,7 @@ from tests.e2e import test_several_calls_loops
 from tests.e2e.modules import loader
 from tests.e2e.support import DEVICE, Run, assert_same_losses, assert_same_run, train
 from tests.e2e.transparency.plain_loops import assert_same
+from tests.grids import slow
 
 DATA = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 
@@ -205,7 +206,7 @@ BLOCKS = [Counted, Listed, *(pytest.param(block, marks=pytest.mark.slow) for blo
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("losses", [twice, targets_before, dropped])
+@pytest.mark.parametrize("losses", [slow(twice), targets_before, dropped])
 def test_automatic_steps(block: type[Kept], losses: Losses) -> None:
     assert_exact(block, losses)
 
@@ -272,7 +273,7 @@ def gently(model: Any) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("losses", [twice, own_losses, targets_between, dropped])
+@pytest.mark.parametrize("losses", [slow(twice), slow(own_losses), targets_between, dropped])
 def test_loops(block: type[Kept], losses: Losses) -> None:
     assert_same(looped(losses), functools.partial(Net, block), optimizer=gently, num_microbatches=1)
 

@@ -26,6 +26,7 @@ from skippipe_plugin.engine.control.codec import Control
 from skippipe_plugin.engine.control.line import Said
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.moe import MoEConfig
+from tests.grids import all_slow_but
 
 from . import test_moe as mixtures
 from . import test_recovery_accumulation as window
@@ -167,7 +168,7 @@ def assert_same_state(found: Run, expected: Run) -> None:
     assert max(steps[0].values()) < expected.trainer.global_step
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", all_slow_but(STRATEGIES, "1f1b", "driver stage", "replicas"))
 @pytest.mark.parametrize("options", [pytest.param("ordinary", marks=pytest.mark.slow), "norm"])
 def test_one_weight_that_overflows_skips_the_step_of_all(strategy: str, options: str) -> None:
     devices, settings = STRATEGIES[strategy]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import PathConfig
+from tests.grids import slow
 from tests.zoo.following import Following
 
 from .emulation import Watch
@@ -201,7 +202,9 @@ class WithoutGradient(Net):
         return self.encoded(self.embed(batch)).detach().mean()
 
 
-@pytest.mark.parametrize("make", [Unused, Detached, UsedInTurn, OneUnused, AllUnused], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [slow(Unused), Detached, UsedInTurn, slow(OneUnused), AllUnused], ids=lambda make: make.__name__
+)
 def test_a_loss_that_depends_on_nothing_that_a_call_returned(make: Make) -> None:
     assert_exact(make)
 

@@ -5,6 +5,7 @@ import functools
 import pytest
 
 from skippipe_plugin.schedule import FULL_SCHEDULES
+from tests.grids import all_slow_but, slow
 
 from .models import Transformer, mlp, tokens
 from .modules import BATCH, STEPS, Classifier, LanguageModel, Pretrained, loader, points
@@ -31,12 +32,12 @@ def _plain(case: str) -> Run:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("devices", [2, 3, 4])
+@pytest.mark.parametrize("devices", [slow(2), 3, slow(4)])
 def test_a_hand_written_transformer(devices: int, schedule: str) -> None:
     assert_same_run(_run("transformer", devices, schedule), _plain("transformer"))
 
 
-@pytest.mark.parametrize("case", ["mlp", *ZOO])
+@pytest.mark.parametrize("case", all_slow_but(["mlp", *ZOO], "mlp", "gpt2", "mixtral", "vit", "lora"))
 def test_unmodified_models(case: str) -> None:
     assert_same_run(_run(case, 3, "1f1b"), _plain(case))
 

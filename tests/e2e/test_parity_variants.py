@@ -10,6 +10,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from skippipe_plugin.strategies import NetworkConfig
+from tests.grids import all_slow_but, slow
 
 from .models import SignMomentum, Transformer, tokens
 from .modules import BATCH, OPTIMIZERS, STEPS, LanguageModel, Pretrained, adamw, cosine, loader, momentum, two_groups
@@ -40,7 +41,9 @@ MORE_OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *MORE_OPTIMIZERS])
+@pytest.mark.parametrize(
+    "name", all_slow_but([*OPTIMIZERS, *MORE_OPTIMIZERS], "groups", "cosine", "sgd", "amsgrad", "of_ones_own")
+)
 def test_optimizers_and_schedulers(name: str) -> None:
     optimizer = (OPTIMIZERS | MORE_OPTIMIZERS)[name]
     assert_same_run(*both(lambda: LanguageModel(Transformer(), optimizer)))
@@ -109,7 +112,9 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize(
+    "name", all_slow_but(FROZEN, "embedding", "blocks_in_the_middle", "all_blocks", "all_but_the_head")
+)
 def test_frozen_parameters(name: str) -> None:
     assert_same_run(*both(frozen(*FROZEN[name])))
 
@@ -193,7 +198,7 @@ class SkippingLate(LanguageModel):
 
 
 @pytest.mark.parametrize("cls", [Skipping, SkippingLate])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [slow(1), 2])
 @pytest.mark.filterwarnings("ignore:.*returned `None`.*")
 def test_steps_without_a_loss(cls: type[LanguageModel], accumulate: int) -> None:
     options = {"max_steps": -1, "max_epochs": 1, "accumulate_grad_batches": accumulate}

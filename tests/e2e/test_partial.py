@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from skippipe_plugin.schedule import Path, Schedule, list_schedule
+from tests.grids import all_slow_but
 
 from .models import Block, next_token_loss, tokens
 from .modules import loader
@@ -88,7 +89,7 @@ def compare(paths: list[Path], scale: str, replicas: int = 1) -> None:
 
 
 @pytest.mark.parametrize("scale", ["batch", "visit"])
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", all_slow_but(PATHS, "swaps", "skips and swaps", "a stage nobody visits"))
 def test_paths_equal_their_emulation(name: str, scale: str) -> None:
     compare([Path.parse(text) for text in PATHS[name]], scale)
 

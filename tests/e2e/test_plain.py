@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from skippipe_plugin import RecoveryPolicy, SkipPipeConfig, SkipPipeError, TorchPipeline
 from tests.e2e.models import Transformer, next_token_loss, tokens
 from tests.e2e.support import DEVICE
+from tests.grids import all_slow_but, slow
 
 CONFIG = SkipPipeConfig(num_stages=2, num_microbatches=4, verbose=False)
 BATCHES = [tokens(size, seed=seed).to(DEVICE) for seed, size in enumerate([8, 8, 7, 5, 8, 3])]
@@ -246,7 +247,11 @@ LOOPS = (
 )
 
 
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize(
+    "loop",
+    all_slow_but(LOOPS, ordinary, with_dict, clipped, accumulated, evaluated, by_closure, scaled),
+    ids=lambda loop: loop.__name__,
+)
 def test_a_loop_gives_what_it_gives_in_one_process(loop: Loop) -> None:
     assert_same(loop)
 
@@ -261,7 +266,7 @@ def test_a_loop_gives_what_it_gives_in_one_process(loop: Loop) -> None:
     ],
     ids=lambda settings: ", ".join(settings),
 )
-@pytest.mark.parametrize("loop", [ordinary, with_function], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("loop", [slow(ordinary), with_function], ids=lambda loop: loop.__name__)
 def test_settings(loop: Loop, settings: dict[str, Any]) -> None:
     assert_same(loop, config=SkipPipeConfig(**{"num_stages": 2, "num_microbatches": 4, "verbose": False, **settings}))
 

@@ -21,6 +21,7 @@ from skippipe_plugin.driver.pipeline import Pipeline
 from skippipe_plugin.driver.recovery import stage_keeper
 from skippipe_plugin.recovery import Neighbour, rebuild_stage
 from skippipe_plugin.strategies import NetworkConfig, stop_workers
+from tests.grids import slow
 
 from .experts import Own
 from .models import Transformer, tokens
@@ -143,7 +144,7 @@ def assert_counted(result: Run) -> None:
     assert len(result.losses) == STEPS
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize("hook", [slow("on_train_batch_start"), "on_after_backward", slow("on_before_optimizer_step")])
 def test_with_a_replica_nothing_changes(hook: str, undisturbed_replicas: Run) -> None:
     result, recovery = run(At(hook, 4, kill(3)), recovery=StageRecovery(), replicas=2)
     assert [event.source for event in recovery.events] == ["replica"]
@@ -194,7 +195,7 @@ def test_a_stage_is_handed_over_though_its_replica_dies_meanwhile(monkeypatch, u
     assert_same_weights(result.weights, undisturbed_replicas.weights)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [slow(1), 2, slow(3)])
 def test_neighbours_rebuild_a_stage_by_the_formula(rank: int) -> None:
     """With a learning rate of 0 the weights are those of the start, but for the lost stage."""
     still = {"optimizer": lambda parameters: SGD(parameters, lr=0.0)}

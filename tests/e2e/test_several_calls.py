@@ -20,6 +20,7 @@ from skippipe_plugin.strategies.checks import check_several_calls
 from skippipe_plugin.testing import At, Injector, Kill, Phase
 from tests.e2e.modules import loader
 from tests.e2e.support import Run, assert_same_run, train
+from tests.grids import all_slow_but
 
 DATA = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 Make = Callable[[], LightningModule]
@@ -166,7 +167,11 @@ def assert_exact(make: Make, strategy: dict[str, Any] | None = None, **options: 
     assert_same_run(fit(make, 3, strategy or {"num_microbatches": 4}, **options), fit(make, 1, **options))
 
 
-@pytest.mark.parametrize("make", MODULES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    all_slow_but(MODULES, Contrastive, Preferring, Masked, Bootstrapped, Perturbed, Conditioned),
+    ids=lambda make: make.__name__,
+)
 def test_steps_with_several_calls_are_those_of_one_process(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     assert_exact(make)
     said = [record.message for record in caplog.records if "calls the blocks" in record.message]

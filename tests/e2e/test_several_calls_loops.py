@@ -20,6 +20,7 @@ from tests.e2e import loops
 from tests.e2e.support import DEVICE
 from tests.e2e.test_several_calls import Net
 from tests.e2e.transparency.plain_loops import assert_same, run
+from tests.grids import all_slow_but, slow
 
 BATCHES = [torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)).to(DEVICE) for seed in range(4)]
 Losses = Callable[[Any, Tensor], Tensor]
@@ -147,7 +148,11 @@ def adamw(model: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     "settings", [*SETTINGS[:2], pytest.param(SETTINGS[2], marks=pytest.mark.slow)], ids=["auto", "stack", "one"]
 )
-@pytest.mark.parametrize("losses", LOSSES, ids=lambda losses: losses.__name__)
+@pytest.mark.parametrize(
+    "losses",
+    all_slow_but(LOSSES, contrastive, own_and_other, fed_back, evaluated_between, unused, noisy),
+    ids=lambda losses: losses.__name__,
+)
 def test_several_calls_of_the_model(losses: Losses, settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert_same(looped(losses), Model, optimizer=adamw, **settings)
@@ -175,8 +180,8 @@ def own_loss(model: Any, x: Tensor) -> Tensor:
     return model(x, targets=goal(x))["loss"]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["auto", "stack", "one"])
-@pytest.mark.parametrize("losses", [alone, own_loss, contrastive])
+@pytest.mark.parametrize("settings", all_slow_but(SETTINGS, *SETTINGS[:2]), ids=["auto", "stack", "one"])
+@pytest.mark.parametrize("losses", [slow(alone), own_loss, contrastive])
 def test_several_calls_of_the_blocks(
     losses: Losses, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -242,7 +247,7 @@ def with_evaluation(model: Any, optimizer: torch.optim.Optimizer) -> list[float]
     return seen
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["auto", "stack", "one"])
+@pytest.mark.parametrize("settings", all_slow_but(SETTINGS, *SETTINGS[:2]), ids=["auto", "stack", "one"])
 @pytest.mark.parametrize("loop", [each_by_itself, in_front, with_evaluation])
 def test_what_loops_do_with_them(loop: Callable[..., list[float]], settings: dict[str, Any]) -> None:
     assert_same(loop, Model, optimizer=adamw, **settings)
@@ -365,7 +370,9 @@ class Later:
     [SETTINGS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in (*SETTINGS[1:], {"driver_stage": True}))],
     ids=["auto", "stack", "one", "driver"],
 )
-@pytest.mark.parametrize("losses", LATE, ids=lambda losses: losses.__name__)
+@pytest.mark.parametrize(
+    "losses", all_slow_but(LATE, contrastive, fed_back, unused, again_and_again), ids=lambda losses: losses.__name__
+)
 def test_calls_that_only_a_later_batch_makes(
     losses: Losses, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.moe import MoEConfig, MoELayer
+from tests.grids import slow
 
 from .support import Run, assert_same_run, train
 
@@ -146,7 +147,7 @@ MAKERS = [
 SMALL = {"num_microbatches": 4, "verbose": False}
 
 
-@pytest.mark.parametrize(("schedule", "optimizer"), [("1f1b", "adamw"), ("gpipe", "sgd")])
+@pytest.mark.parametrize(("schedule", "optimizer"), [slow("1f1b", "adamw"), ("gpipe", "sgd")])
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_shared_parameter_is_one_in_all_blocks(make: Callable[[], Model], schedule: str, optimizer: str) -> None:
     options = {"gradient_clip_val": 0.5} if optimizer == "sgd" else {}
@@ -154,7 +155,7 @@ def test_a_shared_parameter_is_one_in_all_blocks(make: Callable[[], Model], sche
     assert_same_run(run(make, 3, {**SMALL, "schedule": schedule}, optimizer, **options), one)
 
 
-@pytest.mark.parametrize("make", [one_feedforward, with_the_embedding])
+@pytest.mark.parametrize("make", [slow(one_feedforward), with_the_embedding])
 @pytest.mark.parametrize(
     ("devices", "strategy"),
     [

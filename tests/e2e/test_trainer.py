@@ -30,6 +30,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import NetworkConfig
+from tests.grids import all_slow_but
 
 from .models import Transformer, next_token_loss, tokens
 from .modules import BATCH, LanguageModel, cosine, loader
@@ -293,7 +294,9 @@ def _trace(make: Callable[[], LightningModule], data: Any, **options: Any) -> No
     assert len(traces[0].calls) > 2
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize(
+    "name", all_slow_but(LOOPS, "val_check_interval", "limits", "overfit", "min_steps", "accumulate")
+)
 def test_loops(name: str) -> None:
     _trace(Observed, loader(tokens(BATCH * 5)), val_data=loader(tokens(20, seed=1)), **LOOPS[name])
 

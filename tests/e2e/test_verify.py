@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.engine.gradients import GradientWindow
 from skippipe_plugin.strategies import SkipPipeStrategy
+from tests.grids import all_slow_but
 
 from .models import Transformer, tokens
 from .modules import BATCH, Classifier, LanguageModel, Pretrained, loader, momentum, points, two_groups
@@ -60,7 +61,7 @@ def _first(data: Any) -> Any:
     return next(iter(loader(data)))
 
 
-@pytest.mark.parametrize("case", MODULES)
+@pytest.mark.parametrize("case", all_slow_but(MODULES, "transformer", "dropout", "tied", "classifier", "groups"))
 def test_ordinary_modules_agree(case: str) -> None:
     make, batch = MODULES[case]
     agreement = _check(make(), batch())

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.grids import slow
 from tests.zoo.entries import ZOO
 from tests.zoo.running import run, run_skipping
 
@@ -12,14 +13,11 @@ LAYOUTS = [(workers, schedule) for workers in (1, 2, 4) for schedule in ("gpipe"
 SKIPPING = [(name, *layout) for name in EXACT for layout in LAYOUTS if ZOO[name].can_skip(layout[0])]
 QUICK = (
     "t5",
-    "t5 both",
-    "whisper",
     "clip",
     "clip both",
     "llava",
     "qwen2-vl",
     "dit",
-    "u-net",
     "u-vit",
     "albert",
     "two streams",
@@ -61,7 +59,7 @@ def test_what_every_block_makes_is_used_elsewhere_so_that_none_is_skipped(name: 
 
 
 @pytest.mark.parametrize("costs", ["uniform", "measure"])
-@pytest.mark.parametrize("name", ["t5", "dpo"])
+@pytest.mark.parametrize("name", [slow("t5"), "dpo"])
 def test_each_step_follows_the_paths_that_it_has_planned(name: str, costs: str) -> None:
     """Also the one between whose calls of the blocks costs become known."""
     assert_same_run(*run_skipping(ZOO[name], 4, costs))

@@ -32,6 +32,7 @@ from skippipe_plugin.schedule import (
     list_schedule,
     validate,
 )
+from tests.grids import slow
 
 WIDTH = 3
 HOST = "127.0.0.1"
@@ -214,7 +215,7 @@ def check(schedule: Schedule, make: Callable[..., Transport] = tagged) -> None:
             torch.testing.assert_close(sum(parts), block.weight.grad)
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("name", [slow("gpipe"), "1f1b"])
 @pytest.mark.parametrize("driver_stage", [False, True])
 @pytest.mark.parametrize(("num_stages", "replicas", "drivers"), [(1, 1, 1), (3, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2)])
 def test_full_schedules(name: str, driver_stage: bool, num_stages: int, replicas: int, drivers: int) -> None:

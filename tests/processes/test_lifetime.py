@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from tests.grids import slow
 from tests.processes.support import half_way, plain, start, wait_until, workers_of
 
 pytestmark = pytest.mark.alone
@@ -73,7 +74,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("way", ["early", "forks", "thread"])
+@pytest.mark.parametrize("way", ["early", "forks", slow("thread")])
 def test_workers_end_within_seconds_of_a_parent_that_is_killed(way: str) -> None:
     """While they still import torch; while a fork holds the connection; when another thread has started them."""
     parent = start([sys.executable, "-c", PARENT, way])

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from skippipe_plugin.driver.capture.batches import BatchError
 from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.support import assert_same_run, train
-from tests.grids import all_slow_but
+from tests.grids import all_slow_but, slow
 
 PIPELINE = {"num_microbatches": 4, "verbose": False}
 
@@ -183,7 +183,7 @@ def test_a_batch_with_one_entry_for_each_sample_is_cut(form: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"driver_stage": True}, {"schedule": "gpipe", "num_microbatches": 3}])
-@pytest.mark.parametrize("form", ["pairs", "detection"])
+@pytest.mark.parametrize("form", [slow("pairs"), "detection"])
 def test_it_is_cut_alike_in_other_pipelines(form: str, settings: dict[str, Any]) -> None:
     assert_same_run(run(EXACT[form], 3, **settings), run(EXACT[form], 1))
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_cut_runs_once_and_says_so(form: str, caplog: pytest.LogC
     assert re.search(message, said[0])
 
 
-@pytest.mark.parametrize("form", UNCUT)
+@pytest.mark.parametrize("form", all_slow_but(UNCUT, "numpy_class_weights", "batch_class", "sparse", "packed"))
 def test_who_wants_it_cut_reads_why_not_and_ways_out_that_are_exact(form: str) -> None:
     form_, message = UNCUT[form]
     with pytest.raises(BatchError, match=f"{message}(.|\n)*microbatches='stack' or num_microbatches=1") as caught:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from skippipe_plugin import SkipPipeError
 from skippipe_plugin.accelerate import SkipPipeAccelerator
 from tests.e2e.loops import Classifier, accelerator
+from tests.grids import slow
 
 from .plain_loops import BATCHES, assert_same, run
 
@@ -47,7 +48,7 @@ ZEROES: dict[str, Callable[..., None]] = {
 }
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [slow(1), 2])
 @pytest.mark.parametrize("zero", ZEROES)
 def test_zeroing_between_forward_and_backward(zero: str, every: int) -> None:
     assert_same(partial(zeroed, zero=ZEROES[zero], every=every))

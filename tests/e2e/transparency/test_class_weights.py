@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from tests.grids import all_slow_but
+
 from ..models import TanhBlock
 from ..support import DEVICE, assert_same_run, train
 
@@ -85,7 +87,7 @@ def batches(first: list[int]) -> DataLoader[Any]:
     return DataLoader(found, batch_size=None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("labels", BALANCED)
+@pytest.mark.parametrize("labels", all_slow_but(BALANCED, "of equal weight", "balanced"))
 @pytest.mark.parametrize("name", LOSSES)
 def test_weights_that_show_later(name: str, labels: str) -> None:
     data = batches(BALANCED[labels])

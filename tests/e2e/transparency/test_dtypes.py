@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.e2e.support import assert_same_run, train
+from tests.grids import slow
 
 WIDTH = 8
 
@@ -73,7 +74,7 @@ class Net(LightningModule):
 
 
 @pytest.mark.parametrize("block", [Making, Casting])
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed", "32-true"])
+@pytest.mark.parametrize("precision", [slow("bf16-true"), "64-true", "bf16-mixed", slow("32-true")])
 def test_of_blocks_in_steps_and_outside_of_precision(precision: str, block: type[nn.Module]) -> None:
     batches = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))
     data = DataLoader([*batches], batch_size=None)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.support import assert_same_run, train
+from tests.grids import slow
 
 STRATEGIES: list[dict[str, Any]] = [{"num_microbatches": 1}, {"num_microbatches": 4, "microbatches": "stack"}]
 
@@ -140,7 +141,7 @@ def test_what_comes_whole_or_adds_up_is_exact(way: str, look: Any, strategy: dic
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=["one", "stack"])
-@pytest.mark.parametrize("way", ["around", "two calls", "chained"])
+@pytest.mark.parametrize("way", ["around", "two calls", slow("chained")])
 @pytest.mark.parametrize(
     ("look", "what"),
     [(hooked, "registers a hook"), (Normed.apply, "backward of Normed"), (Clamped.apply, "backward of Clamped")],

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from skippipe_plugin import SkipPipeError
 from tests.e2e.loops import Classifier
+from tests.grids import all_slow_but
 
 from .plain_loops import BATCHES, assert_same, run
 
@@ -86,7 +87,7 @@ WAYS = ["attribute", "before the head", "behind the head", "in front"]
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["loss of the model", "loss of the loop"])
-@pytest.mark.parametrize("what", WAYS)
+@pytest.mark.parametrize("what", all_slow_but(WAYS, "attribute", "before the head", "in front"))
 def test_it_goes_back_with_the_loss(what: str, inside: bool) -> None:
     assert_same(with_what_is_left(inside), left_by(what))
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from tests.grids import slow
+
 from ..support import assert_same_run, train
 
 PIPELINE = {"num_microbatches": 4, "verbose": False}
@@ -78,7 +80,7 @@ def whole(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.parametrize("first", [0, 4])
 @pytest.mark.parametrize("since", [0, 4])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, slow(True)])
 def test_no_mask_for_one_microbatch(causal: bool, since: int, first: int, caplog: pytest.LogCaptureFixture) -> None:
     def make() -> Model:
         return Model(MASKS["a mask"], causal)
@@ -91,7 +93,7 @@ def test_no_mask_for_one_microbatch(causal: bool, since: int, first: int, caplog
     assert ["is None there where the batch's is a tensor" in text for text in whole(caplog)] == [True] * causal
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bool, slow(torch.float32)])
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_of_other_kinds(name: str, dtype: torch.dtype) -> None:
     def make() -> Model:

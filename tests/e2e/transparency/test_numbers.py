@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from tests.e2e.models import mlp
 from tests.e2e.modules import Classifier, loader, points
 from tests.e2e.support import assert_same_run, train, trainer_for
+from tests.grids import slow
 
 NUMBERS: dict[str, Callable[[Trainer], Any]] = {
     "num_devices": lambda trainer: trainer.num_devices,
@@ -91,7 +92,7 @@ class OneCycle(Classifier):
 
 
 @pytest.mark.parametrize("kind", [Decays, OneCycle])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [slow(1), 3])
 def test_schedules_that_follow_from_them(kind: type[Classifier], accumulate: int) -> None:
     options = {"max_steps": -1, "max_epochs": 3, "accumulate_grad_batches": accumulate}
     found, expected = (

@@ -118,7 +118,7 @@ def test_the_optimizers_of_torch_are_exact(name: str) -> None:
     assert_exact(lambda module: TORCH[name](module.parameters()))
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam", "ASGD", "Adafactor"])
+@pytest.mark.parametrize("name", [slow("SGD"), "AdamW", slow("NAdam"), slow("ASGD"), "Adafactor"])
 def test_groups_of_either_side_only(name: str) -> None:
     found, _ = assert_exact(lambda module: TORCH[name](groups(module)))
     assert found.trainer.optimizers[0].param_groups[1]["note"] == "own"
@@ -470,7 +470,7 @@ READS: dict[str, Callable[[Optimizer, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("read", READS)
-@pytest.mark.parametrize("hook", ["on_before_optimizer_step", "on_train_batch_end"])
+@pytest.mark.parametrize("hook", [slow("on_before_optimizer_step"), "on_train_batch_end"])
 def test_state_of_parameters_on_workers_is_not_read_as_nothing(read: str, hook: str) -> None:
     def look(self: Model, *_: Any) -> None:
         READS[read](self.trainer.optimizers[0], self.blocks[0].linear.weight)
@@ -558,7 +558,9 @@ def test_a_loop_zeroes_gradients_when_it_likes(name: str, zero: str) -> None:
     torch.testing.assert_close(loop(make, True, zero), loop(make, False, zero), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name", all_slow_but(OWN, "count as a tensor", "count by group", "state from the constructor", "looking ahead")
+)
 def test_optimizers_of_others_under_accelerate(name: str) -> None:
     torch.testing.assert_close(loop(OWN[name], True), loop(OWN[name], False), rtol=1e-4, atol=1e-5)
 

@@ -13,6 +13,7 @@ from tests.e2e.models import TanhBlock as Block
 from tests.e2e.support import assert_same_run, train
 
 from lightning.pytorch import LightningModule  # isort: skip
+from tests.grids import slow
 
 
 class Model(LightningModule):
@@ -116,7 +117,7 @@ class Encoder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-4)
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", [slow(False), True])
 @pytest.mark.parametrize("left", [False, True])
 def test_an_encoder_leaves_padding_empty_in_evaluation(norm: bool, left: bool) -> None:
     settings = {"num_microbatches": 4}

@@ -14,6 +14,7 @@ from skippipe_plugin import SkipPipeError
 from tests.e2e.models import TanhBlock as Block
 from tests.e2e.modules import loader
 from tests.e2e.support import assert_same_run, train
+from tests.grids import slow
 
 DATA = loader(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), 8)
 
@@ -59,7 +60,7 @@ def fit(replace: Callable[[Any], None], devices: int, **options: Any) -> Any:
     return train(lambda: Model(replace), DATA, devices, strategy, max_steps=8, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 2}], ids=str)
+@pytest.mark.parametrize("options", [slow({}), {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 2}], ids=str)
 @pytest.mark.parametrize("replace", [anew, constructed, and_back])
 def test_another_optimizer_is_stepped_on_the_workers_too(replace: Callable[[Any], None], options: Any) -> None:
     found, expected = fit(replace, 3, **options), fit(replace, 1, **options)

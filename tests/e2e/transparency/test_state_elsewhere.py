@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, Dataset
 
+from tests.grids import all_slow_but
+
 from ..support import assert_same_run, train
 
 Step = Callable[["Module", Tensor], Any]
@@ -217,7 +219,10 @@ def _compare(steps: tuple[Step | None, Step | None], read: Callable[[Module], An
     assert found[1] == pytest.approx(expected[1], rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("place", BEHIND)
+@pytest.mark.parametrize(
+    "place",
+    all_slow_but(BEHIND, "callback", "dataset", "scheduler", "slots", "closure", "namespace", "function", "own metric"),
+)
 def test_what_is_kept_anywhere_is_that_of_one_run(place: str) -> None:
     step, read = BEHIND[place]
     _compare((None, step), read, PIPELINES[0])

@@ -175,7 +175,7 @@ def test_it_does_in_other_pipelines(kind: str, settings: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("way_out", [{"microbatches": "stack"}, {"num_microbatches": 1}], ids=str)
-@pytest.mark.parametrize("kind", ["attribute", "depth", "counter", "numbers of Python"])
+@pytest.mark.parametrize("kind", [slow("attribute"), "depth", "counter", slow("numbers of Python")])
 def test_who_wants_the_batch_cut_reads_why_not_and_a_way_out(kind: str, way_out: dict[str, Any]) -> None:
     with pytest.raises(SkipPipeError, match=f"several of which wait for the blocks at a time, and {NOTICE}"):
         fit(kind, 3, microbatches="batch")

@@ -13,6 +13,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.grids import slow
+
 from ..models import TanhBlock
 from ..support import assert_same_run, train
 
@@ -291,7 +293,7 @@ class Measured(Model):
 
 
 @pytest.mark.parametrize("shares", [False, True])
-@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("checked", [slow(False), True])
 def test_what_metrics_make_of_logits_is_that_of_one_process(shares: bool, checked: bool, caplog: Any) -> None:
     f1 = functools.partial(torchmetrics.F1Score, "multilabel", num_labels=8, validate_args=checked)
     runs = []

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from skippipe_plugin.callbacks import StageRecovery
+from tests.grids import slow
 
 from .. import loops
 from ..support import Run, assert_same_run, train
@@ -168,7 +169,7 @@ def test_what_cannot_be_cut_goes_whole_and_says_so(make: Any, why: str, caplog: 
 
 
 @pytest.mark.parametrize(
-    "strategy", [{}, {"num_microbatches": 1}, {"driver_stage": True}, {"schedule": "gpipe"}], ids=str
+    "strategy", [{}, slow({"num_microbatches": 1}), {"driver_stage": True}, slow({"schedule": "gpipe"})], ids=str
 )
 def test_what_the_step_changes_and_logs_is_that_of_one_run(strategy: dict[str, Any]) -> None:
     piped, plain, _ = both(models.Stateful, max_steps=-1, max_epochs=2, strategy=strategy)

@@ -17,6 +17,7 @@ from skippipe_plugin.driver.capture.unavailable import Unavailable
 from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.modules import loader
 from tests.e2e.support import assert_same_run, train
+from tests.grids import all_slow_but, slow
 
 DATA = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 
@@ -104,7 +105,7 @@ TOUCHES = {
 }
 
 
-@pytest.mark.parametrize("driver_stage", [False, True])
+@pytest.mark.parametrize("driver_stage", [False, slow(True)])
 @pytest.mark.parametrize("what", TOUCHES)
 def test_who_touches_what_forward_writes_reads_why_not(what: str, driver_stage: bool) -> None:
     touch, name = TOUCHES[what]
@@ -215,7 +216,9 @@ USES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    "use", all_slow_but(USES, "times a tensor", "compared", "method", "stacked", "in a function", "in a set of sums")
+)
 def test_any_use_of_a_second_output_is_exact(use: str) -> None:
     make = functools.partial(Twofold, USES[use])
     assert_same_run(fit(make), fit(make, 1))
