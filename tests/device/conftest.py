@@ -56,7 +56,8 @@ def _run_all(session: pytest.Session) -> Outcomes:
     """Run the tests of this folder that are asked for, and return what became of each."""
     asked_for = [item.nodeid for item in session.items if item.path.is_relative_to(HERE)]
     report = session.config.cache.mkdir("sim-device") / f"report-{os.getpid()}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--device", "sim", f"--junitxml={report}", *asked_for]
+    options = ["-q", "-n", "0", "-m", "", "--device", "sim", f"--junitxml={report}"]  # what is slow may be asked for
+    command = [sys.executable, "-m", "pytest", *options, *asked_for]
     run = subprocess.run(
         command, cwd=session.config.rootpath, capture_output=True, text=True, timeout=LIMIT_S, env=_environment()
     )

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from skippipe_plugin import SkipPipeConfig, TorchPipeline
 from tests.e2e.support import trainer_for
+from tests.grids import slow
 
 WIDTH, ROWS = 32, 8
 CONFIG = SkipPipeConfig(num_stages=2, num_microbatches=2, verbose=False)
@@ -139,7 +140,7 @@ def a_failing_block(folder: str) -> None:
         _trainer().fit(module, DataLoader(batches, batch_size=ROWS))
 
 
-@pytest.mark.parametrize("run", [a_fit, a_failed_fit, a_failing_block, a_plain_loop, a_failed_loop])
+@pytest.mark.parametrize("run", [a_fit, slow(a_failed_fit), a_failing_block, a_plain_loop, a_failed_loop])
 def test_nothing_stays(run: Callable[[str], None], tmp_path: Path) -> None:
     gc.collect()
     before = _in_use()

@@ -14,6 +14,7 @@ from skippipe_plugin.strategies.replay import random_state, set_random_state
 from tests.e2e.models import TanhBlock, Transformer, next_token_loss, tokens
 from tests.e2e.modules import BATCH, STEPS, LanguageModel, loader
 from tests.e2e.support import assert_same_run, train
+from tests.grids import slow
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -70,7 +71,7 @@ class Minding(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-@pytest.mark.parametrize("strategy", [{}, {"driver_stage": True}])
+@pytest.mark.parametrize("strategy", [{}, slow({"driver_stage": True})])
 def test_what_is_on_the_host_stays_there(strategy: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     data = DataLoader([torch.randn(8, 4, generator=generator) for _ in range(STEPS)], batch_size=None)
