@@ -19,6 +19,7 @@ from torch import Tensor
 from skippipe_plugin.callbacks import LoadBalancer, PipelineMonitor
 from skippipe_plugin.moe import MoEConfig, MoELayer
 from skippipe_plugin.schedule import Schedule, full_schedule
+from tests.grids import slow
 
 from .emulation import OneBlockPerStage, Watch
 from .models import Block, tokens
@@ -84,7 +85,7 @@ def visits(schedule: Schedule) -> Counter[int]:
     return Counter(visit.rank for path in schedule.paths for visit in path.visits)
 
 
-@pytest.mark.parametrize("skip_ratio", [0.0, {0: 0.5, 12: 0.0}], ids=["exact", "skipping"])
+@pytest.mark.parametrize("skip_ratio", [slow(0.0), {0: 0.5, 12: 0.0}], ids=["exact", "skipping"])
 def test_work_moves_away_from_a_worker_that_becomes_slow(tmp_path: Path, skip_ratio: Any, caplog: Any) -> None:
     forwards, monitor = Forwards(), PipelineMonitor(every_n_steps=5, picture=False)
     with caplog.at_level(logging.INFO, logger="skippipe_plugin"):

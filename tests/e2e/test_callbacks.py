@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.strategies import SkipPipeStrategy
-from tests.grids import all_slow_but
+from tests.grids import all_slow_but, slow
 
 from .models import Transformer, next_token_loss, tokens
 from .modules import BATCH, Classifier, LanguageModel, loader, momentum, points
@@ -77,7 +77,7 @@ def _both(make: Any, callback: Any, **options: Any) -> tuple[Run, Run]:
     return pipeline, train(make, data, 1, callbacks=[callback()], **options)
 
 
-@pytest.mark.parametrize("optimizer", [trainable_adamw, trainable_sgd])
+@pytest.mark.parametrize("optimizer", [slow(trainable_adamw), trainable_sgd])
 def test_blocks_are_unfrozen_in_the_middle_of_a_run(optimizer: Any) -> None:
     pipeline, plain = _both(lambda: LanguageModel(Transformer(), optimizer), Unfreeze)
     assert len(plain.trainer.optimizers[0].param_groups) > 1

@@ -22,6 +22,7 @@ from tests.e2e.test_kept_state import Counted, Kept, Listed, Normed, goal
 from tests.e2e.test_kept_state import Net as KeptNet
 from tests.e2e.test_several_calls import Module as Several
 from tests.e2e.test_several_calls import Net
+from tests.grids import slow
 
 DATA = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
 WHOLE: list[dict[str, Any]] = [
@@ -113,7 +114,7 @@ def assert_exact(make: Callable[[], LightningModule], strategy: dict[str, Any], 
     ],
     ids=["one", "two", "stack", "driver"],
 )
-@pytest.mark.parametrize("more", [consistent, watched, chained])
+@pytest.mark.parametrize("more", [consistent, slow(watched), chained])
 def test_in_every_third_batch(more: More, strategy: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     assert_exact(functools.partial(Regular, more), strategy)
     assert caplog.text.count("calls the blocks 2 times or more") == 1
@@ -137,7 +138,7 @@ def test_by_chance_in_a_batch_that_is_cut_already_is_refused() -> None:
 
 
 @pytest.mark.parametrize("block", [Counted, *(pytest.param(each, marks=pytest.mark.slow) for each in (Normed, Listed))])
-@pytest.mark.parametrize("more", [consistent, watched])
+@pytest.mark.parametrize("more", [slow(consistent), watched])
 def test_of_blocks_that_keep_something(more: More, block: type[Kept]) -> None:
     for strategy in (WHOLE[0], WHOLE[3]):
         assert_exact(functools.partial(Regular, more, block), strategy)

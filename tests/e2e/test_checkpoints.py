@@ -63,7 +63,7 @@ def test_every_optimizer_continues(case: str, saved: int, resumed: int, tmp_path
     _assert_continues(case, saved, resumed, tmp_path)
 
 
-@pytest.mark.parametrize("strategy", [{"replicas": 2}, {"driver_stage": True}], ids=["replicas", "driver_stage"])
+@pytest.mark.parametrize("strategy", [{"replicas": 2}, slow({"driver_stage": True})], ids=["replicas", "driver_stage"])
 def test_layouts_continue(strategy: dict[str, Any], tmp_path: Path) -> None:
     path = _save("cosine", 3, tmp_path, strategy=strategy)
     _compare(_train("cosine", 2, ckpt_path=path), _uninterrupted("cosine"))

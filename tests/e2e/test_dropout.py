@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from skippipe_plugin.callbacks import StageRecovery
-from tests.grids import all_slow_but
+from tests.grids import all_slow_but, slow
 
 from .models import Transformer, tokens
 from .modules import BATCH, STEPS, LanguageModel, Pretrained, loader
@@ -50,7 +50,7 @@ def test_dropout_is_the_same_in_every_layout(layout: str) -> None:
     assert_same_run(_run("transformer", *LAYOUTS[layout]), _one_worker("transformer"), rtol=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["three_workers_1f1b", "driver_stage"])
+@pytest.mark.parametrize("layout", ["three_workers_1f1b", slow("driver_stage")])
 def test_dropout_of_transformers(layout: str) -> None:
     assert_same_run(_run("gpt2", *LAYOUTS[layout]), _one_worker("gpt2"), rtol=1e-6)
 
@@ -101,7 +101,7 @@ def _expected(replicas: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("layout", SIX[1:])
+@pytest.mark.parametrize("layout", all_slow_but(SIX[1:], "three_workers", "driver_stage", "replicas"))
 def test_all_layouts_have_equal_losses(layout: str) -> None:
     if layout == "replicas":
         assert _expected(True) == pytest.approx(_expected(False), rel=1e-6)

@@ -16,6 +16,7 @@ from skippipe_plugin.moe import MoEConfig
 from skippipe_plugin.moe.routing import Routing
 from skippipe_plugin.schedule import expand, full_schedule
 from skippipe_plugin.strategies import PathConfig, SkipPipeStrategy
+from tests.grids import slow
 from tests.unit.moe.families import FAMILIES
 
 from .models import tokens
@@ -29,7 +30,7 @@ def spread(size: int = 2, replicas: int | None = None, **options: Any) -> dict[s
     return {"replicas": replicas or size, "moe": MoEConfig(expert_parallel=size, **options)}
 
 
-@pytest.mark.parametrize("case", ["mixtral", "own"])
+@pytest.mark.parametrize("case", ["mixtral", slow("own")])
 def test_spread_experts_train_and_count_as_one_process(case: str) -> None:
     check(case, 3, **spread())
 

@@ -20,6 +20,7 @@ from skippipe_plugin.model import spread
 from skippipe_plugin.testing import At as Moment
 from skippipe_plugin.testing import Cut, FillDisk, Injector, Phase, Reset, Stop
 from skippipe_plugin.worker import WorkerProcesses
+from tests.grids import slow
 
 from .support import Run, assert_same_losses, assert_same_weights
 from .test_recovery import STEPS, At, assert_counted, kill, run
@@ -70,7 +71,7 @@ def test_a_paused_worker_that_wakes_up_again_changes_nothing(monkeypatch: pytest
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("moment", [Moment(Phase.TRAINING, step=2), Moment(Phase.TRAINING, step=2, action="0B1")])
+@pytest.mark.parametrize("moment", [slow(Moment(Phase.TRAINING, step=2)), Moment(Phase.TRAINING, step=2, action="0B1")])
 def test_a_paused_worker_is_an_error_that_names_it_where_nobody_is_replaced(
     moment: Moment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -104,7 +105,7 @@ class Forgetful:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("nth", [9, 14])  # a hidden state, a gradient
+@pytest.mark.parametrize("nth", [slow(9), 14])  # a hidden state, a gradient
 def test_a_message_that_is_lost_while_all_live(
     nth: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

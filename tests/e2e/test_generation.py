@@ -15,7 +15,7 @@ from skippipe_plugin.callbacks import StageRecovery
 from skippipe_plugin.engine.channel import Channel
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.testing import At, Fault, Injector, Kill, Phase, Reset, Stop
-from tests.grids import slow
+from tests.grids import all_slow_but, slow
 from tests.zoo import modules, pretrained
 
 from . import zoo
@@ -75,7 +75,16 @@ def predict(make: Callable[[], LightningModule], data: DataLoader[Any], devices:
     return torch.cat(trainer_for(devices, strategy).predict(module, data))
 
 
-@pytest.mark.parametrize(("name", "devices"), [*((name, 3) for name in DECODERS), ("gpt2", 4), ("llama", 4)])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    all_slow_but(
+        [*((name, 3) for name in DECODERS), ("gpt2", 4), ("llama", 4)],
+        ("gpt2", 3),
+        ("mixtral", 3),
+        ("lora", 3),
+        ("llama", 4),
+    ),
+)
 def test_greedy_generation_in_predict(name: str, devices: int) -> None:
     def make() -> Writer:
         return Writer(DECODERS[name](), do_sample=False)
@@ -242,7 +251,7 @@ class Traffic(Callback):
         self._monkeypatch.setattr(Channel, "send", counting)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", [slow("gpt2"), "llama"])
 def test_caches_neither_travel_nor_pile_up_in_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``use_cache`` at its default, True, a step sends a few numbers for each microbatch and nothing else."""
     traffic = Traffic(monkeypatch)

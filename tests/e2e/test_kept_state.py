@@ -212,7 +212,7 @@ def test_automatic_steps(block: type[Kept], losses: Losses) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("losses", [targets_between, in_turn, backwards])
+@pytest.mark.parametrize("losses", [slow(targets_between), in_turn, backwards])
 def test_manual_steps(block: type[Kept], losses: Losses) -> None:
     assert_exact(block, losses, manual=True)
 

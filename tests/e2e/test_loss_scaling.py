@@ -302,7 +302,7 @@ def test_a_checkpoint_has_the_scalers_state(devices: int, tmp_path: Path) -> Non
     ("hook", "batch"),
     [
         ("on_train_batch_start", HIT + 1),
-        ("on_before_backward", 2),
+        pytest.param("on_before_backward", 2, marks=pytest.mark.slow),
         pytest.param("on_before_backward", HIT + 1, marks=pytest.mark.slow),
         pytest.param("on_after_backward", HIT + 1, marks=pytest.mark.slow),
         pytest.param("on_before_optimizer_step", 2, marks=pytest.mark.slow),

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from skippipe_plugin import SkipPipeError, TorchPipeline
 from skippipe_plugin.accelerate import SkipPipe, SkipPipeConfig
+from tests.grids import slow
 
 from . import loops
 from .loops import Record
@@ -58,7 +59,7 @@ def assert_same(found: Record, expected: Record) -> None:
 
 @pytest.mark.parametrize(
     "loop",
-    [loops.quicktour, loops.classification, loops.accumulation, loops.by_hand, loops.language],
+    [loops.quicktour, slow(loops.classification), loops.accumulation, slow(loops.by_hand), loops.language],
     ids=lambda loop: loop.__name__,
 )
 def test_loops_of_accelerate(loop: Callable[..., Record]) -> None:

@@ -641,7 +641,7 @@ def test_a_manual_step_can_be_checked(make: Make) -> None:
 @pytest.mark.parametrize(
     ("make", "phase"),
     [
-        (Accumulating, Phase.TRAINING),
+        pytest.param(Accumulating, Phase.TRAINING, marks=pytest.mark.slow),
         (Gan, Phase.MERGING),
         pytest.param(Accumulating, Phase.MERGING, marks=pytest.mark.slow),
         pytest.param(Gan, Phase.TRAINING, marks=pytest.mark.slow),

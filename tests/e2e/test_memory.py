@@ -19,6 +19,7 @@ from skippipe_plugin import SkipPipeConfig, TorchPipeline
 from skippipe_plugin.accelerate import SkipPipeAccelerator
 from skippipe_plugin.strategies import stop_workers
 from skippipe_plugin.worker.memory import give_back
+from tests.grids import slow
 
 from .support import trainer_for
 
@@ -104,7 +105,7 @@ def free_memory(width: int) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("run", [a_fit, a_failed_fit, a_plain_loop, pytest.param(free_memory, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("run", [a_fit, slow(a_failed_fit), a_plain_loop, slow(free_memory)])
 def test_what_a_run_took_is_given_back(run: Callable[[int], None]) -> None:
     stop_workers()  # with others left of tests before, the second run would have other ones than the first
     run(_SMALL)

@@ -143,7 +143,7 @@ class MoreAndMore(Net):
         return self.error(hidden, batch)
 
 
-@pytest.mark.parametrize("make", [ByValue, BySize, UntilStill, MoreAndMore], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [ByValue, slow(BySize), slow(UntilStill), MoreAndMore], ids=lambda make: make.__name__)
 def test_numbers_of_calls_that_differ(make: Make) -> None:
     assert_exact(make)
 

@@ -78,7 +78,7 @@ TRAINER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINER_OPTIONS)
+@pytest.mark.parametrize("name", all_slow_but(TRAINER_OPTIONS, "value", "accumulate", "accumulate_clip"))
 def test_trainer_options(name: str) -> None:
     assert_same_run(*both(lambda: LanguageModel(Transformer(), momentum), **TRAINER_OPTIONS[name]))
 
@@ -156,7 +156,7 @@ def test_the_driver_holds_a_stage_alone_or_with_one_worker(devices: int) -> None
     assert_same_run(pipeline, train(lambda: LanguageModel(Transformer()), data, 1))
 
 
-@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("replicas", [slow(2), 3])
 def test_replicas(replicas: int) -> None:
     strategy = {**TWO_WORKERS, "replicas": replicas}
     devices = {2: 5, 3: 4}[replicas]

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from skippipe_plugin.schedule import Path, Schedule, list_schedule
-from tests.grids import all_slow_but
+from tests.grids import all_slow_but, slow
 
 from .models import Block, next_token_loss, tokens
 from .modules import loader
@@ -94,6 +94,6 @@ def test_paths_equal_their_emulation(name: str, scale: str) -> None:
     compare([Path.parse(text) for text in PATHS[name]], scale)
 
 
-@pytest.mark.parametrize("scale", ["batch", "visit"])
+@pytest.mark.parametrize("scale", [slow("batch"), "visit"])
 def test_replicas_share_the_visits(scale: str) -> None:
     compare([Path.parse(text) for text in ("0: 1@1 2@2", "0: 1@4 3@3", "0: 2@2 3@3", "0: 1@4 2@2 3@3")], scale, 2)

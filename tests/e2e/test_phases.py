@@ -59,7 +59,6 @@ FAULTS: dict[str, Callable[[At, bool], list[Fault]]] = {
 }
 ORDINARY = {
     ("training, backward", "reset"),
-    ("merging", "killed"),
     ("saving", "disk full"),
 }
 """What the ordinary run tries."""

@@ -381,7 +381,7 @@ def test_two_models_at_once() -> None:
     torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("in_function", [False, True])
+@pytest.mark.parametrize("in_function", [slow(False), True])
 def test_a_worker_that_is_lost_is_replaced(in_function: bool) -> None:
     """Between two steps, and between the forwards of a step and its backward."""
 

@@ -4,6 +4,7 @@ import pytest
 
 from skippipe_plugin.schedule import Path, Schedule, Visit, full_schedule, list_schedule
 from skippipe_plugin.strategies import SkipPipeStrategy
+from tests.grids import slow
 
 from .models import Transformer, tokens
 from .modules import BATCH, LanguageModel, loader
@@ -24,7 +25,7 @@ def on_the_driver_last() -> Schedule:
     return list_schedule(placement, paths, driver_in_flight=2)
 
 
-@pytest.mark.parametrize("schedule", [interleaved(), on_the_driver_last()], ids=["interleaved", "driver last"])
+@pytest.mark.parametrize("schedule", [interleaved(), slow(on_the_driver_last())], ids=["interleaved", "driver last"])
 def test_a_schedule_of_ones_own(schedule: Schedule) -> None:
     def run(devices: int, strategy: dict):
         return train(lambda: LanguageModel(Transformer()), loader(tokens(BATCH * 3)), devices, strategy)

@@ -167,7 +167,7 @@ class Drops(Model):
 
 
 @pytest.mark.parametrize("settings", SETTINGS[1:], ids=["stack", "one"])
-@pytest.mark.parametrize("losses", [contrastive, own_losses])
+@pytest.mark.parametrize("losses", [contrastive, slow(own_losses)])
 def test_what_runs_once_more_draws_the_same(losses: Losses, settings: dict[str, Any]) -> None:
     assert_same(looped(losses), Drops, optimizer=adamw, **settings)
 
@@ -469,7 +469,7 @@ def test_a_first_loss_whose_weights_have_changed_is_refused() -> None:
         run(loop, True, Plain, adamw)
 
 
-@pytest.mark.parametrize("losses", [contrastive, own_losses])
+@pytest.mark.parametrize("losses", [contrastive, slow(own_losses)])
 def test_all_calls_of_a_batch_take_the_same_paths_also_when_costs_become_known(
     losses: Losses, monkeypatch: pytest.MonkeyPatch
 ) -> None:

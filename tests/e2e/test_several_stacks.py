@@ -15,6 +15,7 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.partition import cut, estimate_costs, find_blocks
 from skippipe_plugin.schedule import Path
 from skippipe_plugin.strategies import PathConfig
+from tests.grids import all_slow_but
 from tests.zoo.entries import ZOO
 
 from .emulation import Watch
@@ -209,7 +210,7 @@ def _skipped(paths: Sequence[Path], num_stages: int) -> Iterator[int]:
         yield from set(range(1, num_stages + 1)) - set(path.stages)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", all_slow_but(MODELS, "translator"))
 def test_what_is_skipped_hands_on_what_it_got(name: str) -> None:
     """The stage with which the second stack begins is never skipped: what it makes enters there."""
     watch, make = Watch(), MODELS[name]

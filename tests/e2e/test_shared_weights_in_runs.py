@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from skippipe_plugin import SkipPipeConfig, TorchPipeline
 from skippipe_plugin.callbacks import StageRecovery
+from tests.grids import slow
 
 from . import test_elastic as elastic
 from . import test_loss_scaling as scaling
@@ -126,7 +127,7 @@ def test_several_calls_in_a_step(kind: Any) -> None:
     several.assert_exact(make, {"num_microbatches": 2})
 
 
-@pytest.mark.parametrize("make", [one_feedforward, with_the_embedding, one_layer])
+@pytest.mark.parametrize("make", [slow(one_feedforward), with_the_embedding, one_layer])
 @pytest.mark.parametrize("driver_stage", [False, True])
 def test_loops_of_plain_torch(make: Callable[[], Model], driver_stage: bool) -> None:
     def losses(pipe: bool) -> list[float]:

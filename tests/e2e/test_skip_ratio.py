@@ -13,6 +13,7 @@ from lightning.pytorch import seed_everything
 from skippipe_plugin.model.skipping import PathPlanner
 from skippipe_plugin.schedule import CostModel, Path, Schedule, full_schedule, list_schedule
 from skippipe_plugin.strategies import NetworkConfig, PathConfig, SkipPipeStrategy
+from tests.grids import slow
 
 from .emulation import Watch
 from .models import Transformer, tokens
@@ -60,7 +61,9 @@ def test_the_same_costs_and_seed_give_the_same_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "skip_ratio", [{2: 0.25, 4: 0.5, 5: 0}, lambda step: [0, 0, 0.25, 0.25, 0.5, 0][step]], ids=["mapping", "function"]
+    "skip_ratio",
+    [{2: 0.25, 4: 0.5, 5: 0}, slow(lambda step: [0, 0, 0.25, 0.25, 0.5, 0][step])],
+    ids=["mapping", "function"],
 )
 def test_a_ratio_that_changes_with_the_step(skip_ratio: Any) -> None:
     _, watch = run(skip_ratio)
@@ -122,7 +125,7 @@ def test_ratios_that_cannot_be(skip_ratio: Any, message: str) -> None:
         SkipPipeStrategy(skip_ratio=skip_ratio)
 
 
-@pytest.mark.parametrize(("result", "message"), [(1.5, "=1.5 is out of range"), (None, "=None is not a number")])
+@pytest.mark.parametrize(("result", "message"), [slow(1.5, "=1.5 is out of range"), (None, "=None is not a number")])
 def test_a_function_that_returns_no_ratio(result: Any, message: str) -> None:
     with pytest.raises(ValueError, match=r"skip_ratio\(2\)" + message):
         run(lambda step: 0.0 if step < 2 else result)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin.schedule import CostModel, Timeline, full_schedule, messages, simulate
 from skippipe_plugin.strategies import SkipPipeStrategy
+from tests.grids import slow
 
 pytestmark = pytest.mark.alone
 
@@ -51,7 +52,7 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("name", [slow("gpipe"), "1f1b"])
 def test_measured_and_predicted_timelines(name: str) -> None:
     strategy = SkipPipeStrategy(schedule=name, num_microbatches=4)
     strategy.record_timeline = True

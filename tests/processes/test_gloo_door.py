@@ -16,6 +16,7 @@ from skippipe_plugin.engine.c10d import PrefixStore, Store, TCPStore, host_store
 from skippipe_plugin.engine.errors import GenerationAborted
 from skippipe_plugin.engine.gloo_door import open_device
 from skippipe_plugin.engine.transport import TensorSpec, Transport
+from tests.grids import slow
 from tests.processes.support import wait_until
 
 NUMBERS = TensorSpec((4,), torch.float32)
@@ -62,7 +63,7 @@ def files() -> int:
     return psutil.Process().num_fds()
 
 
-@pytest.mark.parametrize("ends", ["in peace", "broken off"])
+@pytest.mark.parametrize("ends", ["in peace", slow("broken off")])
 def test_nobody_is_let_in_once_all_are_there(store: TCPStore, ends: str) -> None:
     count, before, others = 4, files(), listening(os.getpid())
     process = with_partner(store, count)

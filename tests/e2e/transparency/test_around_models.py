@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from skippipe_plugin import SkipPipeConfig, SkipPipeError, TorchPipeline
 from tests.e2e.loops import Classifier, accelerator
 from tests.e2e.support import DEVICE
-from tests.grids import all_slow_but
+from tests.grids import all_slow_but, slow
 
 from .plain_loops import BATCHES, assert_same, run
 
@@ -208,7 +208,7 @@ ASKS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("inside", [slow(False), True])
 @pytest.mark.parametrize("ask", ASKS)
 def test_single_gradients_are_refused(ask: str, inside: bool) -> None:
     def loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:

@@ -74,7 +74,7 @@ def without(labels: Tensor, number: int) -> Tensor:
 
 @pytest.mark.parametrize("number", [0, slow(1), 5])
 @pytest.mark.parametrize("labels", [even, functools.partial(masked, -100, NUM)], ids=["even", "uneven"])
-@pytest.mark.parametrize("step", [bounded, without_nan, with_penalty, logged(bounded), logged(without_nan)])
+@pytest.mark.parametrize("step", [bounded, slow(without_nan), with_penalty, slow(logged(bounded)), logged(without_nan)])
 def test_only_a_batch_without_labels_runs_whole(
     step: Step, labels: Callable[[], Tensor], number: int, cut: list[bool]
 ) -> None:

@@ -16,6 +16,7 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.partition import PartitionError
 from tests.e2e.modules import loader
 from tests.e2e.support import assert_same_run, train, trainer_for
+from tests.grids import all_slow_but, slow
 
 DATA = loader(torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), 8)
 STEPS = 3
@@ -326,7 +327,9 @@ def calling(call: Callable[[nn.Module, Tensor], Tensor], embed: Any = nn.Identit
     return {"stack": stack, "block": Twice}
 
 
-@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    "options", all_slow_but(SETTINGS.values(), SETTINGS["1f1b"], SETTINGS["driver_stage"]), ids=SETTINGS
+)
 @pytest.mark.parametrize("call", AGAIN.values(), ids=AGAIN)
 def test_the_hidden_states_in_two_places(call: Any, options: dict[str, Any]) -> None:
     assert_exact(made(**calling(call)), options)
@@ -393,7 +396,11 @@ def conditioned(self: Model, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [*SETTINGS.values(), {"skip_ratio": 0.0, "replicas": 2}], ids=[*SETTINGS, "replicas"]
+    "options",
+    [
+        pytest.param(options, id=name, marks=pytest.mark.slow if name in ("gpipe", "one microbatch") else ())
+        for name, options in {**SETTINGS, "replicas": {"skip_ratio": 0.0, "replicas": 2}}.items()
+    ],
 )
 @pytest.mark.parametrize(
     "members",
@@ -546,7 +553,7 @@ FROZEN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(options, id=name, marks=() if name in ("1f1b", "driver_stage") else pytest.mark.slow)
+        pytest.param(options, id=name, marks=() if name == "1f1b" else pytest.mark.slow)
         for name, options in {**SETTINGS, "replicas": {"replicas": 2}}.items()
     ],
 )
@@ -638,7 +645,7 @@ ARGUMENTS: dict[str, Callable[[Tensor, int], Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"driver_stage": True}], ids=["workers", "driver_stage"])
+@pytest.mark.parametrize("options", [slow({}), {"driver_stage": True}], ids=["workers", "driver_stage"])
 @pytest.mark.parametrize("make", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_arguments_arrive(make: Any, options: dict[str, Any]) -> None:
     assert_exact(giving(make), options)

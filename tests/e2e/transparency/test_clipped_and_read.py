@@ -77,7 +77,7 @@ def one_block(module: Looking) -> None:
     module.seen.append(0.0 if gradient is None else float(gradient.sum()))
 
 
-@pytest.mark.parametrize("look", [read_blocks, one_block])
+@pytest.mark.parametrize("look", [slow(read_blocks), one_block])
 def test_gradients_that_no_optimizer_has(look: Callable[[Any], None]) -> None:
     """In one process they add up from step to step, since no optimizer zeroes them; workers drop them all."""
     data, pipeline = loader(points(32)), {"num_microbatches": 4, "verbose": False}

@@ -57,7 +57,9 @@ class Dropping(Model):
             type(self).drop(self.trainer.optimizers[0], self)
 
 
-@pytest.mark.parametrize("make", [lambda m: SGD(m.parameters(), lr=0.02, momentum=0.9), lambda m: Adam(m.parameters())])
+@pytest.mark.parametrize(
+    "make", [slow(lambda m: SGD(m.parameters(), lr=0.02, momentum=0.9)), lambda m: Adam(m.parameters())]
+)
 @pytest.mark.parametrize("when", [1, 3], ids=["in the run", "at its end"])
 @pytest.mark.parametrize("drop", [slow(replace), clear, pop_one, slow(delete_all), replace_and_write])
 def test_the_state_of_the_workers_is_dropped_too(drop: Drop, when: int, make: Any) -> None:

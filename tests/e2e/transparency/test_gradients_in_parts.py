@@ -127,11 +127,11 @@ def data() -> DataLoader[Any]:
     ("way", "look"),
     [
         ("around", Reversed.apply),
-        ("two calls", Reversed.apply),
+        slow("two calls", Reversed.apply),
         ("chained", Reversed.apply),
         ("behind", hooked),
-        ("behind", Normed.apply),
-        ("only through", hooked),
+        slow("behind", Normed.apply),
+        slow("only through", hooked),
         ("only through", Normed.apply),
     ],
 )

@@ -103,7 +103,7 @@ HEADS: dict[str, Head] = {
         "model.encoder.layers",
     ),
 }
-ACCUMULATED = {"bert pretraining", "bart", "llama"}
+ACCUMULATED = {"bert pretraining", "bart"}
 """What the ordinary run accumulates."""
 
 
@@ -173,6 +173,6 @@ def test_a_head_in_bfloat16_is_cut_where_the_mask_could_count_too(
     assert "runs once, on the whole batch" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert tags"])
+@pytest.mark.parametrize("name", ["gpt2", slow("bert tags")])
 def test_smoothed_labels(name: str, tmp_path: Path) -> None:
     assert_exact(name, tmp_path, {"label_smoothing_factor": 0.1})

@@ -225,7 +225,7 @@ class Predicting(Model):
         return self(batch)
 
 
-@pytest.mark.parametrize("watch", [output_of_a_block, output_of_a_part, input_of_a_part])
+@pytest.mark.parametrize("watch", [slow(output_of_a_block), output_of_a_part, slow(input_of_a_part)])
 def test_predictions_are_watched_too(watch: Callable[[Any], Any]) -> None:
     """Under inference mode, where torch does not count what is written."""
     found = []

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from skippipe_plugin.model.asking import Asking
 from tests.e2e.models import TanhBlock as Block
 from tests.e2e.support import assert_same_run, train
+from tests.grids import all_slow_but
 
 GENERATOR = torch.Generator().manual_seed(0)
 FEATURES, TARGETS = torch.randn(24, 4, generator=GENERATOR), torch.randint(0, 3, (24,), generator=GENERATOR)
@@ -148,7 +149,12 @@ def both(make: Callable[[], LightningModule], **options: Any) -> tuple[Any, Any]
     return train(make, batches(), 3, pipe, **usual), train(make, batches(), 1, **usual)
 
 
-@pytest.mark.parametrize("kind", LATER)
+@pytest.mark.parametrize(
+    "kind",
+    all_slow_but(
+        LATER, "epoch", "last batch", "a metric", "flag of an object", "criterion", "class weights", "ignored label"
+    ),
+)
 def test_what_a_step_does_later_is_one_processs(kind: str) -> None:
     own = LATER[kind]
     make = type("Kind", (own, Validated), {}) if kind == "a metric" else own

@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from skippipe_plugin.engine.errors import SkipPipeError
-from tests.grids import all_slow_but
+from tests.grids import all_slow_but, slow
 
 from ..support import Run, assert_same_run, train
 
@@ -133,7 +133,9 @@ def test_losses_are_those_of_one_process(name: str) -> None:
     assert_same_run(*both(lambda: Model(step), batches(ids(), labels)))
 
 
-@pytest.mark.parametrize("settings", [{"driver_stage": True}, {"schedule": "gpipe"}, {"num_microbatches": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"driver_stage": True}, slow({"schedule": "gpipe"}), slow({"num_microbatches": 3})]
+)
 def test_labels_count_with_other_settings(settings: dict[str, Any]) -> None:
     step, labels = STEPS["ignored"]
     assert_same_run(*both(lambda: Model(step), batches(ids(), labels), strategy=settings))
@@ -220,7 +222,7 @@ WHOLE: dict[str, Step] = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", all_slow_but(WHOLE, "contrastive", "longest", "normalized"))
 def test_what_does_not_reduce_runs_on_whole_batches(name: str, caplog: pytest.LogCaptureFixture) -> None:
     data, step = batches(ids(), *long_labels()), WHOLE[name]
     found, plain = both(lambda: Model(step, step), data, val_data=data, num_sanity_val_steps=0)
@@ -239,7 +241,7 @@ def test_a_loss_that_is_one_microbatchs_is_no_mean() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("two_means", "the loss of the batch does not follow.*microbatches='stack'.*microbatch_weight"),
+        slow("two_means", "the loss of the batch does not follow.*microbatches='stack'.*microbatch_weight"),
         ("perplexity", "self.log..perplexity.. of the batch does not follow.*microbatches='stack'"),
         ("longest", "a microbatch fails where the batch does not.*microbatches='stack'"),
     ],
@@ -440,7 +442,7 @@ class Even(Model):
         nn.init.zeros_(self.head.bias)
 
 
-@pytest.mark.parametrize("constant", [0.0, 0.05])
+@pytest.mark.parametrize("constant", [slow(0.0), 0.05])
 @pytest.mark.parametrize("step", [mean_of_labels, mean_of_labels_and_samples])
 def test_a_head_that_starts_even_hides_no_rule(step: Step, constant: float) -> None:
     class Model(Even):

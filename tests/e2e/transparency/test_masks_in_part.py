@@ -78,7 +78,7 @@ def whole(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [text for record in caplog.records if "runs once, on the whole" in (text := record.getMessage())]
 
 
-@pytest.mark.parametrize("first", [0, 4])
+@pytest.mark.parametrize("first", [0, slow(4)])
 @pytest.mark.parametrize("since", [0, 4])
 @pytest.mark.parametrize("causal", [False, slow(True)])
 def test_no_mask_for_one_microbatch(causal: bool, since: int, first: int, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from tests.grids import slow
+
 from ..support import assert_same_run, train
 from . import whole_models as models
 from .test_whole import batches
@@ -99,7 +101,7 @@ class Seen(Noisy):
         return functional.cross_entropy(self.head(hidden.mean(1)), batch["y"])
 
 
-@pytest.mark.parametrize("microbatches", ["stack", "batch"])
+@pytest.mark.parametrize("microbatches", ["stack", slow("batch")])
 def test_what_blocks_see(microbatches: str) -> None:
     assert_alike(Seen, microbatches=microbatches)
 

@@ -477,7 +477,7 @@ def test_gradients_are_there_until_the_next_step_and_clipped_like_all() -> None:
 
 
 @pytest.mark.parametrize("method", ["register_hook", "register_post_accumulate_grad_hook"])
-@pytest.mark.parametrize("when", ["__init__", "on_fit_start"])
+@pytest.mark.parametrize("when", [slow("__init__"), "on_fit_start"])
 def test_hooks_on_gradients_are_refused_with_a_way_out(when: str, method: str) -> None:
     def mask(gradient: Tensor) -> Tensor:
         return gradient.clamp(-1e-3, 1e-3)
@@ -504,7 +504,7 @@ def test_hooks_on_gradients_are_refused_with_a_way_out(when: str, method: str) -
     checked(Changed)
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=str)
+@pytest.mark.parametrize("options", [slow({}), {"accumulate_grad_batches": 2}], ids=str)
 def test_hooks_on_gradients_of_what_stays_on_the_driver_get_the_whole_gradient(options: Any) -> None:
     def clamp(bias: Tensor) -> None:
         bias.grad.clamp_(-0.02, 0.02)
@@ -560,7 +560,9 @@ MODULES = {
 
 
 @pytest.mark.parametrize("driver_stage", [False, slow(True)])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", all_slow_but(MODULES, "lstm", "gru cell", "old weight norm", "parametrized", "spectral norm")
+)
 def test_modules_whose_memory_cannot_be_swapped(name: str, driver_stage: bool) -> None:
     if name == "spectral norm":  # its power iteration runs once for each microbatch
         strategy = {"driver_stage": driver_stage, "num_microbatches": 1}
@@ -583,7 +585,9 @@ def failing(hook: str, error: type[Exception]) -> Callable[[], Model]:
     return hooked(hook, fail)
 
 
-@pytest.mark.parametrize("hook", ["on_fit_start", "training_step", "on_before_optimizer_step", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    "hook", ["on_fit_start", "training_step", slow("on_before_optimizer_step"), "on_train_batch_end"]
+)
 @pytest.mark.parametrize("block", [Block, MODULES["gru"]])
 def test_the_model_is_whole_after_an_error(hook: str, block: Callable[[], nn.Module]) -> None:
     class Failing(failing(hook, UserError)):  # type: ignore[misc]

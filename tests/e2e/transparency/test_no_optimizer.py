@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.support import assert_same_run
+from tests.grids import slow
 
 from .test_own_steps import Model, fit
 
@@ -21,7 +22,7 @@ class Zeroing(Reading):
         self.zero_grad()
 
 
-@pytest.mark.parametrize("model", [Model, Reading, Zeroing])
+@pytest.mark.parametrize("model", [Model, slow(Reading), Zeroing])
 def test_it_runs_as_in_one_process(model: type[Model]) -> None:
     expected, found = (fit(lambda _: None, devices, model, max_epochs=2, max_steps=-1) for devices in (1, 3))
     assert_same_run(found, expected)

@@ -128,7 +128,7 @@ def in_turns(model: Any, optimizer: torch.optim.Optimizer, which: Callable[[int]
     return seen
 
 
-@pytest.mark.parametrize("settings", OTHERS, ids=str)
+@pytest.mark.parametrize("settings", all_slow_but(OTHERS, *OTHERS[::2]), ids=str)
 @pytest.mark.parametrize("which", [lambda index: 0, lambda index: index % 2], ids=["first", "in turns"])
 def test_a_head_that_the_loss_does_not_use_has_no_gradient(
     which: Callable[[int], int], settings: dict[str, Any]

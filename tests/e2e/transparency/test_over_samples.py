@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from skippipe_plugin.accelerate import SkipPipeAccelerator, SkipPipeConfig
 from skippipe_plugin.engine.errors import SkipPipeError
 from skippipe_plugin.model.slopes import slopes_of
+from tests.grids import all_slow_but
 
 from ..support import assert_same_run, assert_same_weights, train
 
@@ -245,7 +246,7 @@ def test_what_hooks_on_gradients_leave_is_that_of_one_process(caplog: Any) -> No
     assert "self.seen is then another" in caplog.text
 
 
-@pytest.mark.parametrize("name", BENT)
+@pytest.mark.parametrize("name", all_slow_but(BENT, "flooding", "worst of a list", "hinge", "branch by a number"))
 def test_what_bends_by_a_value_of_all_samples_is_that_of_one_process(name: str, caplog: Any) -> None:
     both(functools.partial(Returning, BENT[name]), caplog)
     assert "of a value that all samples make together goes one way or another" in caplog.text

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.optim import SGD
 
 from skippipe_plugin.callbacks import StageRecovery
-from tests.grids import all_slow_but
+from tests.grids import all_slow_but, slow
 
 from ..modules import loader
 from ..support import Run, assert_same_run, train
@@ -105,7 +105,7 @@ def test_a_stage_that_is_lost_is_rebuilt_and_computes(kind: str) -> None:
         torch.testing.assert_close(one(h), other(h))  # no flat weight or view is stale
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("kind", ["gru", slow("lstm")])
 def test_blocks_that_are_made_on_meta_train(kind: str) -> None:
     found = fit(kind, meta=True)
     assert found.losses[-1] < 2 * found.losses[0]

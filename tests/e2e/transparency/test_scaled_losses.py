@@ -17,6 +17,7 @@ from skippipe_plugin.accelerate import SkipPipeAccelerator
 from tests.e2e.models import TanhBlock as Block
 from tests.e2e.modules import loader
 from tests.e2e.support import DEVICE, assert_same_run, assert_same_weights, train
+from tests.grids import all_slow_but, slow
 
 from .plain_loops import assert_same, run
 
@@ -107,7 +108,7 @@ def test_a_loop_that_divides_its_loss_is_refused_where_a_backward_bends(where: s
         run(divided, True, functools.partial(Net, where), microbatches="batch")
 
 
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("where", all_slow_but(WHERE, "before", "behind", "kept", "module's hook"))
 def test_it_is_exact_where_the_call_runs_once(where: str) -> None:
     """It goes back with the loop's backward."""
     assert_same(divided, functools.partial(Net, where), microbatches="stack")
@@ -176,7 +177,7 @@ class Doubling(Module):
 DATA = loader(torch.cat(BATCHES), 8)
 
 
-@pytest.mark.parametrize("cut", ["batch", "stack"])
+@pytest.mark.parametrize("cut", [slow("batch"), "stack"])
 def test_backward_of_a_module_that_multiplies(cut: str) -> None:
     def fit(make: Callable[[], Any], devices: int) -> Any:
         strategy = {"num_microbatches": 4, "microbatches": cut} if devices > 1 else None

@@ -24,6 +24,7 @@ from tests.e2e import loops
 from tests.e2e.support import DEVICE, assert_same_run, train
 from tests.e2e.test_recovery import Ready
 from tests.e2e.transparency import plain_loops
+from tests.grids import all_slow_but, slow
 
 STEPS = 3
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -173,7 +174,7 @@ def test_mixed_precision(num_microbatches: int, rtol: float, caplog: pytest.LogC
     assert_same_run(found, alone, rtol=rtol, weights_rtol=10 * rtol, weights_atol=0.1 * rtol)
 
 
-@pytest.mark.parametrize("action", ["", "0B0"])
+@pytest.mark.parametrize("action", ["", slow("0B0")])
 def test_a_lost_worker(action: str) -> None:
     """Also in the middle of a step, which begins again: what was sent of it before counts nothing."""
     recovery = StageRecovery()
@@ -359,7 +360,21 @@ CALLED: dict[str, Callable[[], Model]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLED)
+@pytest.mark.parametrize(
+    "name",
+    all_slow_but(
+        CALLED,
+        "by keyword, with a learned gate",
+        "some with it, some without",
+        "in a namespace",
+        "in a closure",
+        "under a checkpoint",
+        "with a prompt that all samples share",
+        "from the host",
+        "with frozen blocks",
+        "what entered the first block",
+    ),
+)
 def test_ways_to_call(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert_exact(CALLED[name])

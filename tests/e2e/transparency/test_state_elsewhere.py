@@ -228,7 +228,7 @@ def test_what_is_kept_anywhere_is_that_of_one_run(place: str) -> None:
     _compare((None, step), read, PIPELINES[0])
 
 
-@pytest.mark.parametrize("place", BEFORE)
+@pytest.mark.parametrize("place", all_slow_but(BEFORE, "teacher", "nested", "generator", "loader", "shuffled"))
 def test_what_changes_before_the_blocks_changes_once(place: str) -> None:
     step, read = BEFORE[place]
     _compare((step, None), read, PIPELINES[0])

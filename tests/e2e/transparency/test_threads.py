@@ -218,7 +218,7 @@ def test_what_is_entered_around_the_blocks_is_kept(name: str) -> None:
     assert_same_run(run(CONTEXTS[name], 3), run(CONTEXTS[name], 1))
 
 
-@pytest.mark.parametrize("settings", [{"driver_stage": True}, {"num_microbatches": 1}, {"schedule": "gpipe"}])
+@pytest.mark.parametrize("settings", [{"driver_stage": True}, {"num_microbatches": 1}, slow({"schedule": "gpipe"})])
 @pytest.mark.parametrize("name", ["sqlite", "save_on_cpu", slow("catch_warnings")])
 def test_it_is_kept_in_other_pipelines(name: str, settings: dict[str, Any]) -> None:
     assert_same_run(run(CONTEXTS[name], 3, strategy=settings), run(CONTEXTS[name], 1))

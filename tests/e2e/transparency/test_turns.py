@@ -157,7 +157,10 @@ def fit(kind: str, devices: int, **settings: Any) -> Run:
     return train(make, data, devices, strategy, val_data=data, max_steps=3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    all_slow_but(KINDS, "attribute of a block", "list", "global dictionary", "class", "depth", "numbers of numpy"),
+)
 def test_a_step_finds_what_it_has_left_itself(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     plain = fit(kind, 1)
     piped = fit(kind, 3)
@@ -167,7 +170,7 @@ def test_a_step_finds_what_it_has_left_itself(kind: str, caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize(
-    "settings", [{"driver_stage": True}, {"num_microbatches": 2}, {"num_microbatches": 3}], ids=str
+    "settings", [{"driver_stage": True}, slow({"num_microbatches": 2}), {"num_microbatches": 3}], ids=str
 )
 @pytest.mark.parametrize("kind", [slow("attribute"), "list", "depth"])
 def test_it_does_in_other_pipelines(kind: str, settings: dict[str, Any]) -> None:
@@ -196,7 +199,7 @@ ALONE: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Tensor, Any], T
 }
 
 
-@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("kind", all_slow_but(ALONE, "another every time", "dropout"))
 def test_steps_that_leave_nothing_are_cut(
     kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.grids import slow
+from tests.grids import all_slow_but, slow
 
 from ..models import TanhBlock
 from ..support import assert_same_run, train
@@ -179,7 +179,19 @@ class _Batches(torch.utils.data.IterableDataset[Batch]):
         yield from self.batches
 
 
-@pytest.mark.parametrize("name", BY_VALUES)
+@pytest.mark.parametrize(
+    "name",
+    all_slow_but(
+        BY_VALUES,
+        "selected",
+        "negatives",
+        "outlying, by a number",
+        "hardest",
+        "clipped, by a list",
+        "hidden states by a number",
+        "different labels",
+    ),
+)
 def test_what_depends_on_values_of_later_batches_is_that_of_one_process(name: str, caplog: Any) -> None:
     assert "runs once, on the whole batch" in both(BY_VALUES[name], features(), caplog)
 
@@ -197,7 +209,7 @@ IS_POSITIVE: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", IS_POSITIVE)
+@pytest.mark.parametrize("name", all_slow_but(IS_POSITIVE, "any", "sum, as a number", "selected", "list", "equal"))
 def test_what_samples_of_each_microbatch_decide_at_first_is_that_of_one_process(name: str, caplog: Any) -> None:
     """Features are divided where any is positive; from the fifth batch on a microbatch has none."""
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from torch.optim import SGD
 from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.modules import loader, points
 from tests.e2e.support import Run, assert_same_run, train
+from tests.grids import slow
 
 
 class Biased(nn.Module):
@@ -51,7 +52,7 @@ def fit(copy: bool, devices: int, **settings: Any) -> Run:
     return train(partial(Sharing, copy), loader(points(24)), devices, strategy, max_steps=3)
 
 
-@pytest.mark.parametrize("settings", [{}, {"driver_stage": True}, {"microbatches": "stack"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, slow({"driver_stage": True}), {"microbatches": "stack"}], ids=str)
 def test_a_weight_is_refused_and_its_copy_exact(settings: dict[str, Any]) -> None:
     with pytest.raises(SkipPipeError, match=r"argument .* of blocks\.0 has no values here"):
         fit(False, 3, **settings)

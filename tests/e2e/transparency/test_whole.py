@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from skippipe_plugin.callbacks import StageRecovery
-from tests.grids import slow
+from tests.grids import all_slow_but, slow
 
 from .. import loops
 from ..support import Run, assert_same_run, train
@@ -94,7 +94,21 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize(
+    "make",
+    all_slow_but(
+        KINDS,
+        models.Contrastive,
+        models.Normed,
+        models.Ctc,
+        models.PerSample,
+        models.Diffusion,
+        models.Quantile,
+        models.Attending,
+        models.Causal,
+        models.SequenceFirst,
+    ),
+)
 def test_the_result_is_that_of_one_process(make: Any) -> None:
     piped, plain, visits = both(make)
     assert_same_run(piped, plain)
