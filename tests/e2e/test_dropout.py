@@ -44,7 +44,7 @@ def _one_worker(case: str) -> Run:
 
 
 @pytest.mark.parametrize(
-    "layout", all_slow_but(LAYOUTS, "two_workers_1f1b", "three_workers", "driver_stage", "replicas")
+    "layout", all_slow_but(LAYOUTS, "two_workers_1f1b", "three_workers_1f1b", "driver_stage_gpipe", "replicas")
 )
 def test_dropout_is_the_same_in_every_layout(layout: str) -> None:
     assert_same_run(_run("transformer", *LAYOUTS[layout]), _one_worker("transformer"), rtol=1e-6)

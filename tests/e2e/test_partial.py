@@ -89,7 +89,7 @@ def compare(paths: list[Path], scale: str, replicas: int = 1) -> None:
 
 
 @pytest.mark.parametrize("scale", ["batch", "visit"])
-@pytest.mark.parametrize("name", all_slow_but(PATHS, "swaps", "skips and swaps", "a stage nobody visits"))
+@pytest.mark.parametrize("name", all_slow_but(PATHS, "skips and swaps", "a stage nobody visits"))
 def test_paths_equal_their_emulation(name: str, scale: str) -> None:
     compare([Path.parse(text) for text in PATHS[name]], scale)
 

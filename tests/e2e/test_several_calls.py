@@ -169,7 +169,7 @@ def assert_exact(make: Make, strategy: dict[str, Any] | None = None, **options: 
 
 @pytest.mark.parametrize(
     "make",
-    all_slow_but(MODULES, Contrastive, Preferring, Masked, Bootstrapped, Perturbed, Conditioned),
+    all_slow_but(MODULES, Contrastive, Masked, Bootstrapped, Perturbed, Conditioned),
     ids=lambda make: make.__name__,
 )
 def test_steps_with_several_calls_are_those_of_one_process(make: Make, caplog: pytest.LogCaptureFixture) -> None:

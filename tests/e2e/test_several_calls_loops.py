@@ -146,7 +146,7 @@ def adamw(model: Any) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(
-    "settings", [*SETTINGS[:2], pytest.param(SETTINGS[2], marks=pytest.mark.slow)], ids=["auto", "stack", "one"]
+    "settings", [SETTINGS[0], *(slow(each) for each in SETTINGS[1:])], ids=["auto", "stack", "one"]
 )
 @pytest.mark.parametrize(
     "losses",
@@ -371,7 +371,7 @@ class Later:
     ids=["auto", "stack", "one", "driver"],
 )
 @pytest.mark.parametrize(
-    "losses", all_slow_but(LATE, contrastive, fed_back, unused, again_and_again), ids=lambda losses: losses.__name__
+    "losses", all_slow_but(LATE, contrastive, fed_back, again_and_again), ids=lambda losses: losses.__name__
 )
 def test_calls_that_only_a_later_batch_makes(
     losses: Losses, settings: dict[str, Any], caplog: pytest.LogCaptureFixture

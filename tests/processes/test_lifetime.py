@@ -33,7 +33,8 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True])
 def test_workers_end_when_the_driver_is_killed(training, stopped: bool) -> None:
     driver, workers = training
     if stopped:  # the kernel ends it, which nobody else could

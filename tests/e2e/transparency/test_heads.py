@@ -103,7 +103,7 @@ HEADS: dict[str, Head] = {
         "model.encoder.layers",
     ),
 }
-ACCUMULATED = {"bert pretraining", "bart"}
+ACCUMULATED = {"bart"}
 """What the ordinary run accumulates."""
 
 

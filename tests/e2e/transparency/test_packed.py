@@ -168,7 +168,9 @@ def fit(make: Callable[[], LightningModule], data: DataLoader[Any], devices: int
 
 
 @pytest.mark.parametrize("lengths", all_slow_but(LENGTHS, "ragged", "ones first"))
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", all_slow_but(CASES, "pooled behind", "sequences by bounds", "sequences by number", "targets")
+)
 def test_they_give_what_one_process_gives(name: str, lengths: str) -> None:
     make, data = CASES[name]
     found, expected = (fit(make, data(LENGTHS[lengths]), devices) for devices in (3, 1))
@@ -190,7 +192,7 @@ def test_it_is_said_once_that_the_step_runs_once(name: str, is_cut: bool, caplog
 
 
 @pytest.mark.parametrize("lengths", [FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
-@pytest.mark.parametrize("name", all_slow_but(CASES, "pooled behind", "sequences by bounds", "graphs"))
+@pytest.mark.parametrize("name", all_slow_but(CASES, "pooled before", "sequences by bounds", "graphs"))
 def test_so_they_do_with_stack(name: str, lengths: str) -> None:
     make, data = CASES[name]
     loader = data(LENGTHS[lengths])

@@ -80,7 +80,7 @@ def fit(kind: str, *callbacks: Any, devices: int = 3, meta: bool = False, **sett
     return train(partial(Net, BLOCKS[kind], meta), data, devices, strategy, max_steps=5, callbacks=list(callbacks))
 
 
-@pytest.mark.parametrize("kind", all_slow_but(BLOCKS, "gru", "parametrized"))
+@pytest.mark.parametrize("kind", all_slow_but(BLOCKS, "gru"))
 def test_a_stage_that_is_handed_over_trains_on_as_if_it_had_stayed(kind: str) -> None:
     recovery = StageRecovery()
     leave = At("on_train_batch_start", 3, kill(2, how=signal.SIGTERM))
@@ -89,7 +89,7 @@ def test_a_stage_that_is_handed_over_trains_on_as_if_it_had_stayed(kind: str) ->
     assert_same_run(found, fit(kind, devices=1))
 
 
-@pytest.mark.parametrize("kind", all_slow_but(BLOCKS, "lstm", "weight norm"))
+@pytest.mark.parametrize("kind", all_slow_but(BLOCKS, "weight norm"))
 def test_a_stage_that_is_lost_is_rebuilt_and_computes(kind: str) -> None:
     recovery = StageRecovery()
     found = fit(kind, recovery, At("on_train_batch_start", 3, kill(2)), Ready(recovery.policy.spares))

@@ -283,7 +283,7 @@ def run_and_leave(kind: str, devices: int, **settings: Any) -> tuple[Run, Any]:
     return run, left(run.module)
 
 
-@pytest.mark.parametrize("kind", all_slow_but(LEFT, "queue", "global list", "dictionary", "object"))
+@pytest.mark.parametrize("kind", all_slow_but(LEFT, "queue", "counter", "global list", "object"))
 def test_what_a_step_leaves_is_that_of_one_run(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """In training, validation and prediction."""
     (plain, expected), (piped, found) = run_and_leave(kind, 1), run_and_leave(kind, 3)
