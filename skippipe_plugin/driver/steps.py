@@ -351,7 +351,7 @@ class StepRun:
         seed_everything(block_seed(block_seed(self._task.seed, microbatch), _LOSS), self._device)
         result = inner(leaf)
         sources = self._sources(index) if self._sides else (self._hidden[index],)
-        with own_gradients.Checked(result, sources):
+        with own_gradients.Checked((result, sources)):
             outcome = self._resume(index, result)
         if isinstance(outcome, Suspended):
             raise CalledTwice(CALLED_TWICE)

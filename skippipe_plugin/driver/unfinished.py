@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..engine.errors import SkipPipeError
+from .capture import own_gradients
 from .capture.cutting import Cut
 from .capture.proxies import BlockProxies
 from .capture.stack_call import StackCall
@@ -71,9 +72,12 @@ class Unfinished:
 
     def finish(self, answer: Callable[[StackCall], Tensor], proxies: BlockProxies) -> Any:  # Any: what it returns
         """Let the function go on to its end, its calls answered; return what it returns."""
-        request = self.request
+        request, calls = self.request, [(self.first.leaf, self.first.call.sources)]
         while True:
-            outcome = self.thread.resume(answer(request))
+            result = answer(request)
+            calls.append((result, request.sources))
+            with own_gradients.Checked(*calls):
+                outcome = self.thread.resume(result)
             request.recording.check()
             if isinstance(outcome, Returned):
                 proxies.check_complete(self.thread)

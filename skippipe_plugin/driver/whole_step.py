@@ -285,7 +285,7 @@ class WholeRun:
         with self._drawing():
             result, call = inner(leaf), self._call
             assert call is not None
-            with own_gradients.Checked(result, call.sources):
+            with own_gradients.Checked((result, call.sources)):
                 self._resume(result)
             if isinstance(self._outcome, Suspended):
                 raise CalledTwice(CALLED_TWICE, self._unfinished(leaf))

@@ -101,10 +101,12 @@ def comes_from(outputs: Iterable[Tensor], is_it: Callable[[_Node], bool]) -> boo
 
 
 def goes_through(outputs: Iterable[Tensor], result: Tensor) -> bool:
-    """Whether ``outputs`` depend on ``result``."""
+    """Whether ``outputs`` depend on ``result``, which may be a leaf."""
     outputs = list(outputs)
     if any(output is result for output in outputs):
         return True
+    if result.is_leaf:
+        return any(reaches(output, result) for output in outputs)
     return result.grad_fn is not None and any(node is result.grad_fn for node in _nodes(outputs))
 
 

@@ -19,12 +19,16 @@ _AUTOGRAD: Final[Any] = torch.autograd  # Any: its own name for the engine is pr
 
 
 class Checked:
-    """Refuse such gradients while user code runs with the blocks' ``result``; ``sources`` are what they were given."""
+    """Refuse such gradients while user code runs with what the blocks have returned.
 
-    __slots__ = ("_original", "_result", "_sources")
+    Args:
+        calls: By call of the blocks: their result, and what they were given.
+    """
 
-    def __init__(self, result: Tensor, sources: Sequence[Tensor]) -> None:
-        self._result, self._sources = result, sources
+    __slots__ = ("_calls", "_original")
+
+    def __init__(self, *calls: tuple[Tensor, Sequence[Tensor]]) -> None:
+        self._calls = calls
         self._original: Any = None  # Any: torch's own
 
     def __enter__(self) -> None:
@@ -35,8 +39,9 @@ class Checked:
         _AUTOGRAD._engine_run_backward = self._original
 
     def _run_backward(self, outputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:  # Any: torch's own
-        if goes_through(outputs, self._result):
-            _check(args[3] if len(args) > 3 else (), kwargs.get("accumulate_grad", False), self._sources)
+        for result, sources in self._calls:
+            if goes_through(outputs, result):
+                _check(args[3] if len(args) > 3 else (), kwargs.get("accumulate_grad", False), sources)
         return self._original(outputs, *args, **kwargs)
 
 

@@ -85,6 +85,26 @@ def test_what_ends_at_the_blocks_is_refused(term: Any, text: str, microbatches: 
         train(lambda: Model(term), data(), 3, {"num_microbatches": 4, "microbatches": microbatches})
 
 
+class Twice(Model):
+    """Computes the term of its first or of its second call when it has made both."""
+
+    def __init__(self, term: Any, call: int) -> None:
+        super().__init__(term)
+        self.call = call
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        inputs = batch[0].clone().requires_grad_()
+        outs = self(inputs), self(0.9 * inputs)
+        return F.mse_loss(sum(outs), batch[1]) + self.term(self, inputs, outs[self.call])
+
+
+@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize("term", [of_the_inputs, of_the_embedding, backward_inside])
+def test_so_it_is_in_the_first_batch_of_a_step_with_two_calls(term: Any, call: int) -> None:
+    with pytest.raises(SkipPipeError, match="inside of the step"):
+        train(lambda: Twice(term, call), data(), 3, {"num_microbatches": 4, "microbatches": "stack"})
+
+
 @pytest.mark.parametrize("microbatches", ["auto", "stack"])
 @pytest.mark.parametrize("term", [of_the_head, before_the_blocks])
 def test_what_does_not_pass_the_blocks_is_exact(term: Any, microbatches: str) -> None:
