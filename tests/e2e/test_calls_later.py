@@ -120,7 +120,7 @@ def test_in_every_third_batch(more: More, strategy: dict[str, Any], caplog: pyte
     assert caplog.text.count("calls the blocks 2 times or more") == 1
 
 
-@pytest.mark.parametrize("make", [Flagged, Valued])
+@pytest.mark.parametrize("make", [slow(Flagged), Valued])
 def test_by_a_flag_or_by_values(make: Callable[[], LightningModule]) -> None:
     for strategy in WHOLE[:2]:
         assert_exact(make, strategy)

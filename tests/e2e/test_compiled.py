@@ -129,7 +129,7 @@ class Predicting(LightningModule):
 
 
 @pytest.mark.parametrize("form", ["no", "whole", "in_place", slow("block"), slow("module")])
-@pytest.mark.parametrize("strategy", [{}, {"driver_stage": True}], ids=["remote", "driver_stage"])
+@pytest.mark.parametrize("strategy", [{}, slow({"driver_stage": True})], ids=["remote", "driver_stage"])
 def test_blocks_are_compiled_where_they_are(form: str, strategy: dict[str, Any]) -> None:
     torch.manual_seed(0)
     net = torch.nn.Sequential(*(Telling(4) for _ in range(4)))

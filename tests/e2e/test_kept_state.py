@@ -217,7 +217,7 @@ def test_manual_steps(block: type[Kept], losses: Losses) -> None:
     assert_exact(block, losses, manual=True)
 
 
-@pytest.mark.parametrize("block", [Normed, Listed])
+@pytest.mark.parametrize("block", [slow(Normed), Listed])
 def test_evaluation_in_between(block: type[Kept]) -> None:
     assert_exact(block, evaluated_between)
     assert_exact(block, twice, val_data=loader(DATA[:16], 8), val_check_interval=2, accumulate_grad_batches=2)
@@ -233,7 +233,7 @@ def test_what_is_kept_in_some_batches_only() -> None:
     assert_exact(Sometimes, twice, {"num_microbatches": 1})
 
 
-@pytest.mark.parametrize("block", [Counted, Listed])
+@pytest.mark.parametrize("block", [slow(Counted), Listed])
 def test_a_run_that_could_replace_workers(block: type[Kept]) -> None:
     for losses in (twice, targets_before, dropped):
         found = fit(block, losses, 3, {"num_microbatches": 2}, callbacks=[StageRecovery(spares=0)])

@@ -249,7 +249,7 @@ LOOPS = (
 
 @pytest.mark.parametrize(
     "loop",
-    all_slow_but(LOOPS, ordinary, with_dict, clipped, accumulated, evaluated, by_closure, scaled),
+    all_slow_but(LOOPS, ordinary, clipped, accumulated, evaluated, scaled),
     ids=lambda loop: loop.__name__,
 )
 def test_a_loop_gives_what_it_gives_in_one_process(loop: Loop) -> None:

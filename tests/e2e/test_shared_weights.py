@@ -148,9 +148,7 @@ SMALL = {"num_microbatches": 4, "verbose": False}
 
 
 @pytest.mark.parametrize(("schedule", "optimizer"), [slow("1f1b", "adamw"), ("gpipe", "sgd")])
-@pytest.mark.parametrize(
-    "make", all_slow_but(MAKERS, one_feedforward, first_and_last, with_the_embedding, with_the_head, one_pruned_layer)
-)
+@pytest.mark.parametrize("make", all_slow_but(MAKERS, first_and_last, with_the_embedding, one_pruned_layer))
 def test_a_shared_parameter_is_one_in_all_blocks(make: Callable[[], Model], schedule: str, optimizer: str) -> None:
     options = {"gradient_clip_val": 0.5} if optimizer == "sgd" else {}
     one = run(make, 1, optimizer=optimizer, **options)

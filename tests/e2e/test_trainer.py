@@ -294,9 +294,7 @@ def _trace(make: Callable[[], LightningModule], data: Any, **options: Any) -> No
     assert len(traces[0].calls) > 2
 
 
-@pytest.mark.parametrize(
-    "name", all_slow_but(LOOPS, "val_check_interval", "limits", "overfit", "min_steps", "accumulate")
-)
+@pytest.mark.parametrize("name", all_slow_but(LOOPS, "val_check_interval", "limits", "min_steps", "accumulate"))
 def test_loops(name: str) -> None:
     _trace(Observed, loader(tokens(BATCH * 5)), val_data=loader(tokens(20, seed=1)), **LOOPS[name])
 

@@ -217,7 +217,9 @@ def check(schedule: Schedule, make: Callable[..., Transport] = tagged) -> None:
 
 @pytest.mark.parametrize("name", [slow("gpipe"), "1f1b"])
 @pytest.mark.parametrize("driver_stage", [False, True])
-@pytest.mark.parametrize(("num_stages", "replicas", "drivers"), [(1, 1, 1), (3, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("num_stages", "replicas", "drivers"), [(1, 1, 1), (3, 1, 1), slow(2, 2, 1), slow(2, 1, 2), (2, 2, 2)]
+)
 def test_full_schedules(name: str, driver_stage: bool, num_stages: int, replicas: int, drivers: int) -> None:
     shape = {"num_stages": num_stages, "replicas": replicas, "drivers": drivers, "driver_stage": driver_stage}
     if driver_stage and num_stages == 1:

@@ -78,7 +78,7 @@ LOSSES = [in_front, also_in_the_loss, loss_inside, loss_inside_and_outside, by_n
 
 @pytest.mark.parametrize("settings", all_slow_but(OTHERS, *OTHERS[::2]), ids=str)
 @pytest.mark.parametrize(
-    "loss_of", all_slow_but(LOSSES, also_in_the_loss, loss_inside_and_outside, by_name), ids=lambda loss: loss.__name__
+    "loss_of", all_slow_but(LOSSES, loss_inside_and_outside, by_name), ids=lambda loss: loss.__name__
 )
 def test_what_is_trained_in_front_of_the_model(loss_of: Any, settings: dict[str, Any]) -> None:
     for every in (1, 2):

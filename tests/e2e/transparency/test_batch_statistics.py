@@ -14,7 +14,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from skippipe_plugin.engine.errors import SkipPipeError
-from tests.grids import slow
+from tests.grids import all_slow_but, slow
 
 from .. import loops
 from ..support import Run, assert_same_run, train
@@ -85,7 +85,7 @@ def fit(kind: str, devices: int, data: DataLoader[Any], *, validate: bool = True
 
 
 @pytest.mark.parametrize("batch_size", [slow(3), 4, slow(5), slow(7)])
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", all_slow_but(BLOCKS, "of features", "without running statistics", "of one pixel"))
 def test_with_microbatches_of_one_sample_it_has_the_batch(kind: str, batch_size: int) -> None:
     data = samples(batch_size, 6 * batch_size)
     piped, plain = fit(kind, 3, data), fit(kind, 1, data)

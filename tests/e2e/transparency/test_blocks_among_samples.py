@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from skippipe_plugin.engine.errors import SkipPipeError
-from tests.grids import slow
+from tests.grids import all_slow_but, slow
 
 from ..support import Run, assert_same_run, train
 from .test_batch_statistics import Net, samples
@@ -154,7 +154,9 @@ def test_who_wants_the_batch_cut_reads_why_not(name: str) -> None:
     assert_same_run(fit(block, 3, num_microbatches=1)[0], fit(block, 1)[0])
 
 
-@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize(
+    "name", all_slow_but(ORDINARY, "dropout", "a layer that is dropped", "attention", "batch norm")
+)
 def test_others_are_cut(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         _, visits = fit(ORDINARY[name], 3)

@@ -139,7 +139,7 @@ def test_a_norm_that_is_no_number_is_clipped_by_as_in_one_process(value: float) 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("settings", [{}, {"driver_stage": True}], ids=str)
-@pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize("hook", [slow("on_after_backward"), "on_before_optimizer_step"])
 @pytest.mark.parametrize("look", [slow(read), write, scale, slow(weights)])
 def test_clipping_by_the_norm(look: Callable[[Any], None], hook: str, settings: dict[str, Any]) -> None:
     def fit(devices: int) -> Run:

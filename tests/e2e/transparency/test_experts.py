@@ -22,7 +22,7 @@ from tests.e2e import optimizers
 from tests.e2e.models import tokens
 from tests.e2e.modules import Pretrained, loader
 from tests.e2e.support import train
-from tests.grids import slow
+from tests.grids import all_slow_but, slow
 from tests.unit.moe.families import build
 
 WIDTH, EXPERTS, MICROBATCHES, COEFFICIENT = 8, 4, 4, 1.0
@@ -132,7 +132,7 @@ SPREAD: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("accumulate", [slow(1), 2])
-@pytest.mark.parametrize("spread", SPREAD)
+@pytest.mark.parametrize("spread", all_slow_but(SPREAD, "two replicas", "gpipe", "driver stage"))
 def test_the_balancing_loss_counts_the_whole_step(spread: str, accumulate: int) -> None:
     devices, strategy = SPREAD[spread]
     found = fit(4, devices, ROUTERS["softmax"], accumulate, **strategy)

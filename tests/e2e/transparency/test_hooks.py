@@ -139,7 +139,7 @@ def squares(seen: list[Any]) -> Any:
     return sum(value.pow(2).mean() for value in seen)
 
 
-@pytest.mark.parametrize("loss_of", [lambda seen: 0.0, squares], ids=["watched", "in the loss"])
+@pytest.mark.parametrize("loss_of", [slow(lambda seen: 0.0), squares], ids=["watched", "in the loss"])
 @pytest.mark.parametrize(
     "watch",
     all_slow_but(WATCHES, output_of_a_block, input_of_a_part, keyword_arguments, a_method),
@@ -151,7 +151,7 @@ def test_a_hook_sees_what_it_would_see_in_one_process(
     assert_exact(lambda: Model(watch, loss_of=loss_of))
 
 
-@pytest.mark.parametrize("when", ["on_fit_start", "batch 1", "training_step", "validation_step"])
+@pytest.mark.parametrize("when", [slow("on_fit_start"), "batch 1", "training_step", slow("validation_step")])
 def test_it_may_be_registered_at_any_time(when: str) -> None:
     assert_exact(lambda: Model(output_of_a_part, when, squares))
 

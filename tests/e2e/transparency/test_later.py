@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from skippipe_plugin.model.asking import Asking
 from tests.e2e.models import TanhBlock as Block
 from tests.e2e.support import assert_same_run, train
-from tests.grids import all_slow_but
+from tests.grids import all_slow_but, slow
 
 GENERATOR = torch.Generator().manual_seed(0)
 FEATURES, TARGETS = torch.randn(24, 4, generator=GENERATOR), torch.randint(0, 3, (24,), generator=GENERATOR)
@@ -239,7 +239,7 @@ class Sensitive(Model):
         self.kept.append(batch["x"].grad)
 
 
-@pytest.mark.parametrize("make", [Popping, Scaling, ScalingInPlace, Keeping, Sensitive])
+@pytest.mark.parametrize("make", [Popping, slow(Scaling), ScalingInPlace, slow(Keeping), Sensitive])
 def test_a_step_may_change_its_batch(make: type[Model]) -> None:
     found, expected = both(make, val_data=batches() if make is Popping else None)
     assert_same_run(found, expected)

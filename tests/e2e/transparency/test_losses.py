@@ -124,9 +124,7 @@ STEPS: dict[str, tuple[Step, Tensor]] = {
 
 @pytest.mark.parametrize(
     "name",
-    all_slow_but(
-        STEPS, "ignored", "own_ignore_index", "shifted", "mean_over_mask", "sum", "mean_and_penalty", "positions"
-    ),
+    all_slow_but(STEPS, "own_ignore_index", "shifted", "mean_over_mask", "sum", "mean_and_penalty"),
 )
 def test_losses_are_those_of_one_process(name: str) -> None:
     step, labels = STEPS[name]

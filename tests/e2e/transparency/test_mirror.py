@@ -203,11 +203,8 @@ PLACES += [("on_train_batch_start", new_data), ("on_before_optimizer_step", copi
         PLACES,
         ("on_train_batch_end", through_views),
         ("on_train_batch_end", new_buffers),
-        ("on_train_batch_end", foreach),
         ("on_fit_start", constant),
-        ("on_train_start", half),
         ("on_train_batch_start", new_data),
-        ("on_before_optimizer_step", copied),
         ("on_after_backward", clamped),
     ),
 )
@@ -323,7 +320,7 @@ def compared(model: Model) -> None:
 READS = [saved, statistics, duplicated, duplicated_tensors, compared]
 
 
-@pytest.mark.parametrize("action", all_slow_but(READS, statistics, duplicated_tensors, compared))
+@pytest.mark.parametrize("action", all_slow_but(READS, statistics, duplicated_tensors))
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_end", slow("on_train_end")])
 def test_what_is_read_in_a_hook_is_what_the_workers_have(hook: str, action: Callable[[Model], None]) -> None:
     checked(hooked(hook, action))

@@ -10,7 +10,7 @@ from skippipe_plugin.engine.errors import SkipPipeError
 from tests.e2e.models import mlp
 from tests.e2e.modules import Classifier, loader, points
 from tests.e2e.support import Run, assert_same_run, train
-from tests.grids import slow
+from tests.grids import all_slow_but, slow
 
 
 class Base(Classifier):
@@ -101,7 +101,9 @@ EXACT = (
 
 
 @pytest.mark.parametrize("accumulate", [slow(1), 2])
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize(
+    "kind", all_slow_but(EXACT, ScalesTheLoss, RunsTheClosureTwice, SkipsSteps, WarmsUp, Clips, StepsItsScheduler)
+)
 def test_overrides(kind: type[Classifier], accumulate: int) -> None:
     assert_same_run(run(kind, 3, accumulate), run(kind, 1, accumulate))
 

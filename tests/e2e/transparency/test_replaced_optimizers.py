@@ -61,7 +61,7 @@ def fit(replace: Callable[[Any], None], devices: int, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("options", [slow({}), {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 2}], ids=str)
-@pytest.mark.parametrize("replace", [anew, constructed, and_back])
+@pytest.mark.parametrize("replace", [anew, slow(constructed), and_back])
 def test_another_optimizer_is_stepped_on_the_workers_too(replace: Callable[[Any], None], options: Any) -> None:
     found, expected = fit(replace, 3, **options), fit(replace, 1, **options)
     assert_same_run(found, expected)

@@ -203,16 +203,7 @@ CONTEXTS: dict[str, Callable[[Within], AbstractContextManager[Any]]] = {
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(
     "name",
-    all_slow_but(
-        CONTEXTS,
-        "reentrant_lock",
-        "sqlite",
-        "context_variable",
-        "default_dtype",
-        "catch_warnings",
-        "save_on_cpu",
-        "fork_rng",
-    ),
+    all_slow_but(CONTEXTS, "reentrant_lock", "sqlite", "context_variable", "default_dtype", "save_on_cpu"),
 )
 def test_what_is_entered_around_the_blocks_is_kept(name: str) -> None:
     assert_same_run(run(CONTEXTS[name], 3), run(CONTEXTS[name], 1))

@@ -134,7 +134,9 @@ def test_random_numbers_go_on_as_in_one_process(num_microbatches: int) -> None:
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("make", [models.Causal, models.Longest, models.Positions, models.SequenceFirst, models.Rotary])
+@pytest.mark.parametrize(
+    "make", [models.Causal, models.Longest, slow(models.Positions), models.SequenceFirst, slow(models.Rotary)]
+)
 def test_as_many_tokens_as_samples(make: Any) -> None:
     piped, plain, visits = both(make, batches(length=8))
     assert_same_run(piped, plain)
