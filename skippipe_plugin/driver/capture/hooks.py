@@ -213,15 +213,18 @@ class StackHooks:
 
 
 class Seen(Tensor):
-    """What a hook on a remote block sees: its own gradient travels back, but nobody else's comes here."""
+    """What has a part of its gradient on workers, where something else was computed of it, too.
+
+    Such is what hooks on blocks see, and what blocks return. The driver's part travels there, and theirs never here.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _OF_GRADIENTS:
             raise SkipPipeError(
-                f"{getattr(func, '__name__', func)} on what a forward hook of a remote block has seen: the gradient "
-                "that comes from the blocks after it stays on the workers. Compute with the tensor, or train without "
-                "the pipeline"
+                f"{getattr(func, '__name__', func)} on what a forward hook of a remote block has seen, or the block "
+                "has returned: a part of its gradient comes from the blocks, and stays on the workers. Compute with "
+                "the tensor, or train without the pipeline"
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

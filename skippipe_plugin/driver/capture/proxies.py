@@ -33,7 +33,7 @@ from .capturing import refuse_captured_parts, shown_to_capturing
 from .classes import ClassWatch
 from .deferred import Forms, defer
 from .entered import EnteredStack
-from .hooks import StackHooks
+from .hooks import Seen, StackHooks
 from .ordinary import copied, reduced
 from .poison import Poison
 from .shapes import Mode, ShapeBook
@@ -335,6 +335,8 @@ class BlockProxies:
         call.entered.close()
         call.beside.check()
         result = self._forward(call)
+        if call.is_in_parts and result.requires_grad:
+            result = result.as_subclass(Seen)
         call.entered.hide()
         for event in call.events:
             self._hooks.blocks[event.block].run(event, call.hooks[event.block], call.seen)

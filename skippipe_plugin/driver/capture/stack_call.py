@@ -151,6 +151,12 @@ class StackCall:
         return (self.hidden, *(self.side_inputs[slot] for slot in self.beside.carrying if self.ambient.grad))
 
     @property
+    def is_in_parts(self) -> bool:
+        """Whether the driver gets more of the last block than its hidden states, maybe something computed of these."""
+        last = len(self.block_template) - 1
+        return bool(self.hooks.get(last)) or any(made.block == last for made in self.exported)
+
+    @property
     def goes_back(self) -> bool:
         """Whether a gradient goes back through the blocks."""
         if not self.ambient.grad:

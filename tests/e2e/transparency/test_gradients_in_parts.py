@@ -169,3 +169,49 @@ def test_tensors_that_keep_their_gradients_have_the_whole(way: str) -> None:
     assert len(one.values) == len(ours.values) > 0
     for found, expected in zip(ours.values, one.values, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class Rated(Block):
+    """Returns something that it has computed of what it returns first."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        hidden = super().forward(hidden)
+        return hidden, hidden.pow(2).mean(-1)
+
+
+class WithRatings(Model):
+    """The loss uses what the last block has returned, and something computed of that inside of the block."""
+
+    def __init__(self, way: str, look: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(way, look)
+        if way == "second output":
+            self.blocks = nn.ModuleList(Rated() for _ in range(4))
+        else:
+            self.blocks[-1].register_forward_hook(lambda module, args, output: self.kept.append(output))
+        self.kept: list[Tensor] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        self.kept.clear()
+        hidden = self.embed(batch[0])
+        for block in self.blocks:
+            hidden = block(hidden)
+            if isinstance(hidden, tuple):
+                hidden, rating = hidden
+                self.kept.append(rating)
+        out = self.look(hidden)
+        return F.mse_loss(self.head(out), batch[1]) + sum(each.pow(2).mean() for each in self.kept)
+
+
+@pytest.mark.parametrize("way", ["second output", "hook on the last block"])
+@pytest.mark.parametrize("look", [hooked, kept])
+def test_so_is_looking_at_what_the_last_block_has_computed_with(way: str, look: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(SkipPipeError, match="a part of its gradient comes from the blocks"):
+        train(lambda: WithRatings(way, look), data(), 3, {"num_microbatches": 1})
+
+
+@pytest.mark.parametrize("way", ["second output", "hook on the last block"])
+def test_what_the_driver_makes_of_it_may_be_looked_at(way: str) -> None:
+    def build() -> WithRatings:
+        return WithRatings(way, lambda tensor: hooked(tensor.clone()))
+
+    assert_same_run(train(build, data(), 3, {"num_microbatches": 1}), train(build, data(), 1))
