@@ -275,10 +275,9 @@ class ModelCalls:
         assert loss is not None
         losses = functools.partial(self._run_losses, batch, found.weights, rewind)
         spare = self._spare(undo, batch.calls, losses)
-        loss = self.open_step.watched(self._entrance, loss, spare, len(functions))
         outputs = [map_tensors(torch.Tensor.detach, output) for output, _ in values]
         merged = guarded(self._merged(merging, outputs), _HAS_A_LOSS)
-        return with_loss(merged, loss)
+        return with_loss(merged, self.open_step.watched(self._entrance, loss, merged, spare, len(functions)))
 
     def _merged(self, merging: Merging, outputs: Sequence[Any]) -> Any:
         """Return the whole batch's output, whose loss is left to the caller."""

@@ -23,7 +23,7 @@ from ..driver.capture.suspend import StepThread, new_step_thread
 from ..driver.unfinished import Parked
 from ..engine.errors import SkipPipeError
 from .entrance import Entrance, LoopGraph
-from .outputs import gated, is_real, map_tensors, watched
+from .outputs import differentiable, gated, is_real, map_tensors, watched
 from .spread import SpreadModel
 from .suspended import SuspendedStep, Train
 
@@ -58,6 +58,14 @@ _LEFT_OF_PARTS: Final = (
 )
 
 
+_INSIDE: Final = (
+    "the gradient of a tensor that the model has returned is looked at (register_hook, retain_grad, torch.autograd."
+    "grad), but a part of it comes of what the model itself has computed of that tensor, such as its loss, and stays "
+    "inside of the call. Do it in the model's forward, compute in the loop what follows from the tensor (the loss from "
+    "outputs without labels), or, if only the loop's part is meant, look at a copy of it (tensor.clone())"
+)
+
+
 class _Graph:
     """Lives as long as a graph that a call has started."""
 
@@ -85,6 +93,32 @@ class _Call:
     """Makes that of a step that waits, where it was not foreseen."""
     is_anew: bool = False
     """Whether ``again`` runs the user's code anew, whose graph from before counts no more."""
+    given: Sequence[weakref.ref[Tensor]] = ()
+    """What it has returned that may carry a gradient, in a fixed order."""
+
+    has_loss: bool = False
+    """Whether its loss was computed inside of it."""
+
+    def check_looks(self, outputs: Sequence[Tensor], inputs: Sequence[Any]) -> None:
+        """Refuse to look at gradients of what it has returned that are not all in the loop.
+
+        Args:
+            outputs: Where a backward begins.
+            inputs: What single gradients are asked for.
+        """
+        for index, ref in enumerate(self.given):
+            tensor = ref()
+            if tensor is None or not (
+                tensor._backward_hooks or tensor.retains_grad or any(each is tensor for each in inputs)
+            ):
+                continue
+            if self._goes_into_others(index) and comes_from(outputs, functools.partial(_belongs_to, [self])):
+                raise SkipPipeError(_INSIDE)
+
+    def _goes_into_others(self, index: int) -> bool:
+        if self.suspended is None:  # nobody knows any more
+            return self.has_loss or len(self.given) > 1
+        return self.suspended.goes_into_others(index, len(self.given))
 
     def add(self, gradients: list[Tensor | None]) -> None:
         """Note gradients of its outputs, which may come in parts."""
@@ -219,7 +253,9 @@ class OpenStep:
             follow_leaf(result, functools.partial(self._receive_past, weakref.ref(call), len(carrying)))
         gates = iter(gated(carrying, functools.partial(self._receive, call, graph)))
         opened = [map_tensors(lambda t: next(gates) if t.requires_grad else t, output) for output in outputs]
-        return merge(opened)
+        merged = merge(opened)
+        call.given = [weakref.ref(tensor) for tensor in differentiable(merged)]
+        return merged
 
     def hand_out_later(self, entrance: Entrance, train: Train, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Return what a call has given already, whose step runs when its gradients are there."""
@@ -242,17 +278,26 @@ class OpenStep:
         call = self._last = _Call(entrance, weakref.ref(graph), train, of_all=True)
         follow_leaf(leaf, functools.partial(self._receive_leaf, call, graph))
 
-    def watched(self, entrance: Entrance, loss: Tensor, spare: Train | None = None, num_parts: int = 1) -> Tensor:
+    def watched(
+        self,
+        entrance: Entrance,
+        loss: Tensor,
+        beside: Any,  # Any: whatever the model returns
+        spare: Train | None = None,
+        num_parts: int = 1,
+    ) -> Tensor:
         """Let a loss, whose step is over, have its place in the graph of the code around it.
 
         Args:
             entrance: What has entered the step.
             loss: Of the batch.
+            beside: What the model has returned with it.
             spare: Runs the step once more, should others follow, and hands out its loss in parts that add up to it.
             num_parts: How many these are.
         """
         graph = _Graph()
-        call = self._last = _Call(entrance, weakref.ref(graph), spare=spare)
+        given = [weakref.ref(tensor) for tensor in differentiable(beside)]
+        call = self._last = _Call(entrance, weakref.ref(graph), spare=spare, given=given, has_loss=True)
         return watched(loss, functools.partial(self._claim, call, graph, num_parts), entrance.tensors, entrance.take())
 
     # ------------------------------------------------------------ backwards
@@ -263,6 +308,8 @@ class OpenStep:
         What it adds to gradients counts with what the step that waits will add.
         """
         calls = self._open_calls()
+        for call in calls:
+            call.check_looks(outputs, inputs)
         if inputs and comes_from(outputs, functools.partial(_belongs_to, calls)):
             self._graph.check_inputs(outputs, inputs, [each for call in calls for each in call.entrance.tensors])
         waiting = [call for call in calls if call.suspended is not None or call.again is not None]

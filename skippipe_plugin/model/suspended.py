@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..driver.capture.graphs import Ends, check_parts, goes_past
+from ..driver.capture.graphs import Ends, check_parts, goes_past, reaches
 from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
 from ..driver.capture.switches import Snapshot, switch_on
 from ..driver.unfinished import Parked
@@ -51,6 +51,7 @@ class SuspendedStep:
         """Where the step's graph ends at the blocks."""
         self.carrying: Sequence[Tensor] = ()
         """The outputs' differentiable tensors, while it waits for their gradients."""
+        self._num_microbatches = 0
         self.parked = _nothing
         """Tells what is left to do if the step is given up while it waits."""
         self._loop_states: list[Tensor] = []
@@ -65,7 +66,20 @@ class SuspendedStep:
         assert isinstance(outcome, Suspended), "a step ended without asking for gradients"
         outputs: list[Any] = outcome.request
         self.carrying = [tensor for output in outputs for tensor in differentiable(output)]
+        self._num_microbatches = len(outputs)
         return outputs
+
+    def goes_into_others(self, index: int, num_outputs: int) -> bool:
+        """Whether one of the differentiable outputs is a part of what another was computed of, or the same tensor.
+
+        Args:
+            index: Which, of those of each microbatch.
+            num_outputs: How many the batch has; if microbatches have others, nothing is known: it may be.
+        """
+        if num_outputs * self._num_microbatches != len(self.carrying):
+            return True
+        first = self.carrying[:num_outputs]
+        return any(reaches(other, first[index]) for at, other in enumerate(first) if at != index)
 
     def finish(self, gradients: Sequence[Tensor | None]) -> None:
         """Run all backwards, given the gradients of the outputs' differentiable tensors, by microbatch.
