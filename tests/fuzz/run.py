@@ -56,10 +56,10 @@ def judge(features: Sequence[Feature]) -> Verdict:
     rough = "torch.bfloat16" in text  # somewhere inside: differences of rounding are as large
     rtol, atol = TOLERANCES[MIXED if rough else program["TRAINER"]["precision"]]
     wrong = difference(piped.values, plain.values, rtol, atol)
-    if wrong and (finer := in_single(text)) != text:
+    if wrong and (rough or in_single(text) != text):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            others = [run(load(finer), 1), run(load(text), 1, jitter=LAST_BIT)]
+            others = [run(load(in_single(text)), 1), run(load(text), 1, jitter=LAST_BIT)]
         if any(other.error is not None for other in others) or is_rounding(
             piped.values, plain.values, [other.values for other in others], rtol, atol
         ):
