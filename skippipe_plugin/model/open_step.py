@@ -43,8 +43,6 @@ _GIVEN_UP: Final = (
     "the workers have given up the call of the model that this loss belongs to: they were needed before its backward, "
     "for {why}. Do that before the model is called, or after loss.backward()"
 )
-
-
 _LEFT: Final = (
     "the loss uses a tensor that the model has left beside what it returned (in an attribute, in a list, by a hook), "
 )
@@ -56,8 +54,6 @@ _LEFT_OF_PARTS: Final = (
     f"{_LEFT}of which each microbatch has left its own. Let the model return it, or use microbatches='stack', with "
     "which it runs once, on the whole batch"
 )
-
-
 _INSIDE: Final = (
     "the gradient of a tensor that the model has returned is looked at (register_hook, retain_grad, torch.autograd."
     "grad), but a part of it comes of what the model itself has computed of that tensor, such as its loss, and stays "
@@ -95,7 +91,6 @@ class _Call:
     """Whether ``again`` runs the user's code anew, whose graph from before counts no more."""
     given: Sequence[weakref.ref[Tensor]] = ()
     """What it has returned that may carry a gradient, in a fixed order."""
-
     has_loss: bool = False
     """Whether its loss was computed inside of it."""
 
