@@ -91,8 +91,8 @@ class _Call:
     """Whether ``again`` runs the user's code anew, whose graph from before counts no more."""
     given: Sequence[weakref.ref[Tensor]] = ()
     """What it has returned that may carry a gradient, in a fixed order."""
-    has_loss: bool = False
-    """Whether its loss was computed inside of it."""
+    inside: frozenset[int] = frozenset()
+    """Which of these have gone into others, or into its loss; as long as its step waits, that knows."""
 
     def check_looks(self, outputs: Sequence[Tensor], inputs: Sequence[Any]) -> None:
         """Refuse to look at gradients of what it has returned that are not all in the loop.
@@ -101,19 +101,18 @@ class _Call:
             outputs: Where a backward begins.
             inputs: What single gradients are asked for.
         """
-        for index, ref in enumerate(self.given):
-            tensor = ref()
-            if tensor is None or not (
-                tensor._backward_hooks or tensor.retains_grad or any(each is tensor for each in inputs)
-            ):
-                continue
-            if self._goes_into_others(index) and comes_from(outputs, functools.partial(_belongs_to, [self])):
-                raise SkipPipeError(_INSIDE)
+        looked_at = {index for index, ref in enumerate(self.given) if _is_looked_at(ref(), inputs)}
+        if looked_at and looked_at & self._inside() and comes_from(outputs, functools.partial(_belongs_to, [self])):
+            raise SkipPipeError(_INSIDE)
 
-    def _goes_into_others(self, index: int) -> bool:
-        if self.suspended is None:  # nobody knows any more
-            return self.has_loss or len(self.given) > 1
-        return self.suspended.goes_into_others(index, len(self.given))
+    def leave_step(self) -> SuspendedStep | None:
+        """Wait in its step no more, and return that."""
+        self.inside = self._inside()
+        suspended, self.suspended = self.suspended, None
+        return suspended
+
+    def _inside(self) -> frozenset[int]:
+        return self.inside if self.suspended is None else self.suspended.inside(len(self.given))
 
     def add(self, gradients: list[Tensor | None]) -> None:
         """Note gradients of its outputs, which may come in parts."""
@@ -198,7 +197,8 @@ class OpenStep:
         last = self._last
         if last is None or last.suspended is None:
             return False
-        suspended, last.suspended = last.suspended, None
+        suspended = last.leave_step()
+        assert suspended is not None
         if last.again is None:
             last.end(why)
         self._abandon(suspended)
@@ -292,7 +292,8 @@ class OpenStep:
         """
         graph = _Graph()
         given = [weakref.ref(tensor) for tensor in differentiable(beside)]
-        call = self._last = _Call(entrance, weakref.ref(graph), spare=spare, given=given, has_loss=True)
+        inside = frozenset(range(len(given)))  # which of them have gone into the loss nobody knows any more
+        call = self._last = _Call(entrance, weakref.ref(graph), spare=spare, given=given, inside=inside)
         return watched(loss, functools.partial(self._claim, call, graph, num_parts), entrance.tensors, entrance.take())
 
     # ------------------------------------------------------------ backwards
@@ -442,6 +443,13 @@ class OpenStep:
         """Give a step up whose forwards are done, and count in the blocks."""
         with self._spread.pipeline.states.counted():
             suspended.abandon()
+
+
+def _is_looked_at(tensor: Tensor | None, inputs: Sequence[Any]) -> bool:
+    """Whether somebody wants the gradient of a tensor that may be gone."""
+    if tensor is None:
+        return False
+    return bool(tensor._backward_hooks) or tensor.retains_grad or any(each is tensor for each in inputs)
 
 
 def _belongs_to(calls: Sequence[_Call], node: Any) -> bool:  # Any: a node of autograd's graph

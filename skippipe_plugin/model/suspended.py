@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..driver.capture.graphs import Ends, check_parts, goes_past, reaches
+from ..driver.capture.graphs import Ends, check_parts, goes_past, of_others
 from ..driver.capture.suspend import Returned, StepThread, Suspended, current_thread
 from ..driver.capture.switches import Snapshot, switch_on
 from ..driver.unfinished import Parked
@@ -69,17 +69,15 @@ class SuspendedStep:
         self._num_microbatches = len(outputs)
         return outputs
 
-    def goes_into_others(self, index: int, num_outputs: int) -> bool:
-        """Whether one of the differentiable outputs is a part of what another was computed of, or the same tensor.
+    def inside(self, num_outputs: int) -> frozenset[int]:
+        """Return which of the batch's differentiable outputs others of them were computed of.
 
         Args:
-            index: Which, of those of each microbatch.
-            num_outputs: How many the batch has; if microbatches have others, nothing is known: it may be.
+            num_outputs: How many the batch has; if microbatches have others, nothing is known: it may be all.
         """
         if num_outputs * self._num_microbatches != len(self.carrying):
-            return True
-        first = self.carrying[:num_outputs]
-        return any(reaches(other, first[index]) for at, other in enumerate(first) if at != index)
+            return frozenset(range(num_outputs))
+        return of_others(self.carrying[:num_outputs])
 
     def finish(self, gradients: Sequence[Tensor | None]) -> None:
         """Run all backwards, given the gradients of the outputs' differentiable tensors, by microbatch.

@@ -123,6 +123,30 @@ def reaches(output: Tensor, source: Tensor) -> bool:
     return any(getattr(each, "variable", None) is source for each in ends)
 
 
+def of_others(tensors: Sequence[Tensor]) -> frozenset[int]:
+    """Return which of some tensors others of them were computed of, or are the same.
+
+    >>> hidden = torch.ones(2, requires_grad=True) * 2
+    >>> of_others([hidden, hidden.sum()])
+    frozenset({0})
+    """
+    found: set[int] = set()
+    for at, other in enumerate(tensors):
+        before = set(_nodes([other]))
+        for index, tensor in enumerate(tensors):
+            if index == at:
+                continue
+            if tensor.grad_fn is None:
+                is_before = reaches(other, tensor)
+            elif tensor.grad_fn is other.grad_fn:  # of a split, for instance
+                is_before = tensor.output_nr == other.output_nr
+            else:
+                is_before = tensor.grad_fn in before
+            if is_before:
+                found.add(index)
+    return frozenset(found)
+
+
 def check_parts(outputs: Sequence[Tensor], sources: Sequence[Tensor], *, is_hooked: bool) -> None:
     """Refuse what makes other things of a gradient's two parts than of the whole: hooks, and functions that bend it.
 

@@ -101,3 +101,26 @@ def test_the_ways_out_are_exact(settings: dict[str, Any]) -> None:
 
     assert_same(loop_over(looks_at_a_copy, own_loss=False), Tagger, **settings)
     assert_same(loop_over(lambda _: lambda: 0.0, own_loss=True), lambda: Tagger(halves=True), **settings)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_so_it_is_with_several_calls(settings: dict[str, Any]) -> None:
+    def loop(name: str) -> Any:
+        def run_loop(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+            seen = []
+            for inputs, labels in BATCHES:
+                classes = labels.reshape(len(inputs), -1)[:, 0].long() % 3
+                first, second = model(inputs[::2]), model(inputs[1::2])
+                halved(first[name])
+                loss = sum(F.cross_entropy(each["logits"], classes[at::2]) for at, each in enumerate((first, second)))
+                loss.backward()
+                seen.append(loss.item())
+                optimizer.step()
+                optimizer.zero_grad()
+            return seen
+
+        return run_loop
+
+    assert_same(loop("logits"), Tagger, **settings)
+    with pytest.raises(SkipPipeError, match="stays inside of the call"):
+        run(loop("hidden"), True, Tagger, **settings)
