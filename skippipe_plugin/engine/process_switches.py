@@ -101,7 +101,7 @@ def _set_precision_of_products(values: tuple[Any, ...]) -> None:
         _C._set_fp32_precision_setter("cuda", "matmul", of_cuda)
 
 
-def _flushes_denormal() -> bool:
+def flushes_denormal() -> bool:
     """Whether this thread takes numbers that are no normal ones for zeros; torch can set that, and not tell it."""
     return _TINY * 0.5 == 0.0
 
@@ -163,7 +163,7 @@ def _all() -> Iterator[Switch]:
     yield Switch("deterministic_warn_only", warns, lambda value: use(uses(), warn_only=value))
     yield from _of_torch("deterministic_fill_uninitialized_memory")
     yield Switch("default_dtype", torch.get_default_dtype, torch.set_default_dtype)
-    yield Switch("flush_denormal", _flushes_denormal, torch.set_flush_denormal)
+    yield Switch("flush_denormal", flushes_denormal, torch.set_flush_denormal)
     yield Switch("precision", _precision, _set_precision, is_quick=False)
     yield from _of_torch("onednn_allow_tf32")
     for kind in ("fp16", "bf16"):

@@ -11,6 +11,7 @@ import contextvars
 import functools
 import operator
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,8 +22,18 @@ import torch
 
 from ...engine.call import Ambient
 from ...engine.errors import SkipPipeError, none_swallowed
+from ...engine.process_switches import flushes_denormal
 from .patience import Patience, StepBlocked, blocked, cpu_seconds, is_blocked
-from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
+from .suspend import (
+    Outcome,
+    Returned,
+    StepAbandoned,
+    StepThread,
+    Suspended,
+    adopt_context,
+    adopt_denormals,
+    enter_context,
+)
 from .switches import Changes, Snapshot, getsignal, profiler_is_on, switch_on
 
 try:
@@ -47,16 +58,25 @@ class GreenletStep(StepThread):
         self._child: Any = None  # Any: greenlet, which may be missing
         self._outcome: Outcome | BaseException | None = None
         """What the greenlet has come to; nothing of it stays there."""
+        self._observers: tuple[Any, Any] = None, None  # Any: a debugger's and a profiler's functions
         self._context = contextvars.Context()
         self._changes: Changes = ()
 
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
         self._context, self.profiled = contextvars.copy_context(), profiler_is_on()
-        if self._child is None or self._child.dead:  # each one maps memory for its frames
-            self._child = greenlet.greenlet(functools.partial(_CALL, *_CUSHION, _serve))
-            self._child.switch()  # what it begins with, it keeps
+        self._keep_one()
         self._child.gr_context = self._context
-        return self._hand_over((self, function, ambient), Snapshot())
+        return self._hand_over((self, function, ambient, flushes_denormal()), Snapshot())
+
+    def _keep_one(self) -> None:
+        """Have a greenlet that waits for a function: the last one, since each maps memory for its frames."""
+        observers = sys.gettrace(), sys.getprofile()  # of which a greenlet knows when it begins
+        if self._child is not None and not self._child.dead and observers == self._observers:
+            return
+        self.close()
+        self._observers = observers
+        self._child = greenlet.greenlet(functools.partial(_CALL, *_CUSHION, _serve))
+        self._child.switch()  # what it begins with, it keeps
 
     def resume(self, answer: Any, *, last: bool = False) -> Outcome:
         before = None if last else Snapshot()
@@ -76,18 +96,20 @@ class GreenletStep(StepThread):
     def close(self) -> None:
         self.abandon()
         child, self._child = self._child, None
-        if child is not None and not self.suspended:
+        if child is not None and not child.dead and not self.suspended:
             child.parent = greenlet.getcurrent()
             child.throw()  # it waits for the next function: this ends it
 
-    def run(self, function: Callable[[], Any], ambient: Ambient) -> None:
+    def run(self, function: Callable[[], Any], ambient: Ambient, flushes: bool) -> None:
         """Run a function to its end. Inside only."""
         enter_context(self)
+        adopt_denormals(flushes)
         try:
             with ambient.entered(), none_swallowed():
                 self._outcome = Returned(function())
         except BaseException as error:
             self._outcome = error
+        self._flushes = flushes_denormal()
 
     def _hand_over(self, item: Any, before: Snapshot | None) -> Outcome:
         child, outer = self._child, ALARM.running
@@ -107,6 +129,7 @@ class GreenletStep(StepThread):
             child.gr_context = None
             if not isinstance(item, StepAbandoned):  # it runs again, and is to find what it found
                 adopt_context(self._context)
+                adopt_denormals(self._flushes)
         if turn.error is not None and not isinstance(outcome, StepBlocked):  # user code has swallowed it
             self.abandon()
             raise turn.error
@@ -119,8 +142,8 @@ class GreenletStep(StepThread):
 def _serve() -> None:
     """Run one function after the other, in a greenlet that keeps nothing of them while it waits for the next."""
     while True:
-        step, function, ambient = greenlet.getcurrent().parent.switch()
-        step.run(function, ambient)
+        step, function, ambient, flushes = greenlet.getcurrent().parent.switch()
+        step.run(function, ambient, flushes)
         del step, function, ambient
 
 

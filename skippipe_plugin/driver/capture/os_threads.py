@@ -18,8 +18,18 @@ import torch
 from ...engine.call import Ambient
 from ...engine.device import current, make_current
 from ...engine.errors import SkipPipeError, none_swallowed
+from ...engine.process_switches import flushes_denormal
 from .patience import Patience, blocked, cpu_seconds, is_blocked, stack_of
-from .suspend import Outcome, Returned, StepAbandoned, StepThread, Suspended, adopt_context, enter_context
+from .suspend import (
+    Outcome,
+    Returned,
+    StepAbandoned,
+    StepThread,
+    Suspended,
+    adopt_context,
+    adopt_denormals,
+    enter_context,
+)
 from .switches import Changes, Snapshot, switch_on
 
 _LOOKS_EVERY_S: Final = 0.5
@@ -39,7 +49,8 @@ class ThreadStep(StepThread):
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
         context = self._context = contextvars.copy_context()
         where = current()  # each thread has its own; a new one begins with the first
-        return self._hand_over(lambda: context.run(self._run, function, ambient, where))
+        flushes = flushes_denormal()
+        return self._hand_over(lambda: context.run(self._run, function, ambient, where, flushes))
 
     def resume(self, answer: Any, *, last: bool = False) -> Outcome:
         changes, self._changes = self._changes, ()
@@ -94,6 +105,7 @@ class ThreadStep(StepThread):
         # What is abandoned runs again, and is to find what it found.
         if not isinstance(outcome, Suspended) and not isinstance(item, StepAbandoned):
             adopt_context(self._context)
+            adopt_denormals(self._flushes)
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -110,11 +122,15 @@ class ThreadStep(StepThread):
                 self._blocked = True
                 raise blocked(stack_of(thread), self.label, waited_s)
 
-    def _run(self, function: Callable[[], Any], ambient: Ambient, where: torch.device) -> Any:
+    def _run(self, function: Callable[[], Any], ambient: Ambient, where: torch.device, flushes: bool) -> Any:
         enter_context(self)
         make_current(where)
-        with ambient.entered(), none_swallowed():
-            return function()
+        adopt_denormals(flushes)
+        try:
+            with ambient.entered(), none_swallowed():
+                return function()
+        finally:
+            self._flushes = flushes_denormal()
 
 
 def _loop(to_thread: queue.SimpleQueue[Any], to_caller: queue.SimpleQueue[Outcome | BaseException]) -> None:

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch.utils.hooks import RemovableHandle
 
 from ...engine.call import Ambient
+from ...engine.process_switches import flushes_denormal
 
 
 class StepAbandoned(BaseException):
@@ -69,6 +71,8 @@ class StepThread(ABC):
         self.label = label
         self.others_wait = others_wait
         self._num_handles = 0
+        self._flushes = False
+        """Whether the last function, when it was over, took numbers that are no normal ones for zeros."""
 
     def count_hooks(self) -> None:
         """Note how many hooks torch has registered so far, of whatever kind."""
@@ -115,6 +119,12 @@ def enter_context(thread: StepThread) -> None:
     """Let :func:`current_thread` return ``thread`` in this context."""
     _running.set(thread)
     thread.count_hooks()
+
+
+def adopt_denormals(flushes: bool) -> None:
+    """Take numbers that are no normal ones for zeros, or not, as is done elsewhere: each thread has its own way."""
+    if flushes_denormal() != flushes:
+        torch.set_flush_denormal(flushes)
 
 
 def adopt_context(context: contextvars.Context) -> None:

@@ -1,6 +1,7 @@
 """Suspended functions keep their own grad mode and autocast, and their exceptions keep their traceback."""
 
 import contextvars
+import cProfile
 import functools
 import gc
 import threading
@@ -188,3 +189,36 @@ def test_what_functions_ran_in_ends_with_the_thread(how: str) -> None:
     del thread, first, second
     gc.collect()
     assert ends() is None
+
+
+def test_numbers_that_are_not_normal_are_what_they_are_outside(threads: StepThreads) -> None:
+    def product() -> float:
+        return (torch.tensor([1e-310], dtype=torch.float64) * 0.5).item()
+
+    try:
+        for flushes in (False, True, False):
+            torch.set_flush_denormal(flushes)
+            result = threads[0].start(product, PLAIN)
+            assert isinstance(result, Returned)
+            assert (result.value == 0.0) is flushes
+        threads[0].start(lambda: torch.set_flush_denormal(True), PLAIN)
+        assert product() == 0.0  # as where it would have run here
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_a_profiler_that_is_switched_on_later_sees_what_functions_call(threads: StepThreads) -> None:
+    def called() -> int:
+        return 3
+
+    threads[0].start(called, PLAIN)
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        threads[0].start(called, PLAIN)
+    finally:
+        profiler.disable()
+    seen = [each.code for each in profiler.getstats()]
+    if isinstance(threads[0], greenlets.GreenletStep):  # profilers look at one thread
+        assert called.__code__ in seen
+    assert threads[0].start(called, PLAIN) == Returned(3)
