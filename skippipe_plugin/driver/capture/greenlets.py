@@ -11,7 +11,6 @@ import contextvars
 import functools
 import operator
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -58,25 +57,16 @@ class GreenletStep(StepThread):
         self._child: Any = None  # Any: greenlet, which may be missing
         self._outcome: Outcome | BaseException | None = None
         """What the greenlet has come to; nothing of it stays there."""
-        self._observers: tuple[Any, Any] = None, None  # Any: a debugger's and a profiler's functions
         self._context = contextvars.Context()
         self._changes: Changes = ()
 
     def start(self, function: Callable[[], Any], ambient: Ambient) -> Outcome:
         self._context, self.profiled = contextvars.copy_context(), profiler_is_on()
-        self._keep_one()
+        if self._child is None or self._child.dead:  # each one maps memory for its frames
+            self._child = greenlet.greenlet(functools.partial(_CALL, *_CUSHION, _serve))
+            self._child.switch()  # what it begins with, it keeps
         self._child.gr_context = self._context
         return self._hand_over((self, function, ambient, flushes_denormal()), Snapshot())
-
-    def _keep_one(self) -> None:
-        """Have a greenlet that waits for a function: the last one, since each maps memory for its frames."""
-        observers = sys.gettrace(), sys.getprofile()  # of which a greenlet knows when it begins
-        if self._child is not None and not self._child.dead and observers == self._observers:
-            return
-        self.close()
-        self._observers = observers
-        self._child = greenlet.greenlet(functools.partial(_CALL, *_CUSHION, _serve))
-        self._child.switch()  # what it begins with, it keeps
 
     def resume(self, answer: Any, *, last: bool = False) -> Outcome:
         before = None if last else Snapshot()

@@ -1,7 +1,6 @@
 """Suspended functions keep their own grad mode and autocast, and their exceptions keep their traceback."""
 
 import contextvars
-import cProfile
 import functools
 import gc
 import threading
@@ -205,20 +204,3 @@ def test_numbers_that_are_not_normal_are_what_they_are_outside(threads: StepThre
         assert product() == 0.0  # as where it would have run here
     finally:
         torch.set_flush_denormal(False)
-
-
-def test_a_profiler_that_is_switched_on_later_sees_what_functions_call(threads: StepThreads) -> None:
-    def called() -> int:
-        return 3
-
-    threads[0].start(called, PLAIN)
-    profiler = cProfile.Profile()
-    profiler.enable()
-    try:
-        threads[0].start(called, PLAIN)
-    finally:
-        profiler.disable()
-    seen = [each.code for each in profiler.getstats()]
-    if isinstance(threads[0], greenlets.GreenletStep):  # profilers look at one thread
-        assert called.__code__ in seen
-    assert threads[0].start(called, PLAIN) == Returned(3)
