@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 from torch import nn
@@ -17,6 +18,14 @@ from skippipe_plugin.model.interrupts import interrupts_follow
 from .models import Transformer, tokens
 from .modules import LanguageModel, loader
 from .support import assert_same_weights, train
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts() -> Iterator[None]:
+    """As in a terminal: what a shell starts in the background ignores it, and so would this process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class StopError(Exception):
