@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.plugins import Precision
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -86,17 +87,21 @@ class OptimizingStrategy(DriversStrategy):
         """Raise when the list of optimizers is another than Lightning and the workers know."""
         check_unreplaced(self.optimizers, [each.optimizer for each in self._lightning_optimizers])
 
-    def _detach_optimizer(self) -> None:
-        """Let the optimizer step what is on this driver alone."""
+    def _release_optimizer(self, precision: Precision) -> RemoteOptimizer | None:
+        """Let Lightning's part step what is on this driver alone; return what steps the rest, for the caller to end.
+
+        Args:
+            precision: What clips and scales.
+        """
         remote, self._remote = self._remote, None
         if remote is None:
-            return
-        clip_locally(self.precision_plugin)
-        scale_locally(self.precision_plugin)
+            return None
+        clip_locally(precision)
+        scale_locally(precision)
         zero_locally(self.lightning_module)
         for wrapper in self._lightning_optimizers:
             wrapper.__dict__.pop("zero_grad", None)
-        remote.detach()
+        return remote
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..checked import COUNT, NUM_PROCESSES, SHARE, checked
 from ..driver.backward import GradientScale
 from ..driver.capture.batches import Cutter
 from ..driver.capture.devices import move_around
+from ..driver.capture.remote import check_is_here
 from ..driver.capture.rewind import rewinder
 from ..driver.devices import Devices
 from ..driver.moving import MoveEvent
@@ -48,7 +49,7 @@ from ..model.panel import start_panel
 from ..model.settings import CutWhere, PipelineSettings, ScheduleName
 from ..model.shares import whole_share
 from ..model.skipping import PathPlanner, SkipRatio
-from ..model.spread import Recovery, SpreadModel
+from ..model.spread import SpreadModel
 from ..model.verify import Agreement
 from ..model.wanted import FirstRuns, with_outputs
 from ..model.weight import MicrobatchWeight
@@ -66,10 +67,10 @@ from .compiled import uncompile
 from .continuation import FROM_MEMORY, Continuation
 from .cut_step import CutStep, PreparedStep, asking_of
 from .cut_step import prepare as prepare_step
+from .gathering import Gather, GatheringStrategy
 from .launcher import SkipPipeLauncher, apply_results, collect_results
 from .loaders import loader_hint
 from .open_steps import begun_step, noted_call, opened_steps
-from .optimizing import OptimizingStrategy
 from .outputs import with_loss, without_loss
 from .verify import Verify, check_step, verify_first
 from .whole_step import WholeStep
@@ -78,7 +79,7 @@ log = logging.getLogger(__name__)
 
 
 @checked(skip_ratio=SHARE, num_microbatches=COUNT, replicas=NUM_PROCESSES, drivers=NUM_PROCESSES)
-class SkipPipeStrategy(OptimizingStrategy):
+class SkipPipeStrategy(GatheringStrategy):
     """Train an unchanged LightningModule as a pipeline of stages on other processes.
 
     ``Trainer(devices=N, strategy=SkipPipeStrategy())`` uses N processes: one driver, which runs the Trainer, the
@@ -111,6 +112,9 @@ class SkipPipeStrategy(OptimizingStrategy):
         verbose: Whether a run says when it starts who holds what, in the manner of Lightning's model summary.
         verify: ``"first"``: before ``fit`` begins, the first batch is trained on in one process and as a pipeline, with
             copies of the module, and a difference is an error (see :meth:`check`); ``"off"`` does not.
+        gather: Whether a run ends with the blocks' weights, and the optimizer's state for them, in the model:
+            ``"always"``; ``"never"``: they stay on the workers, from where the next run of this strategy goes on, and
+            the model reads them there, until :meth:`gather` is called; ``"auto"``: where this host has memory for them.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -142,6 +146,7 @@ class SkipPipeStrategy(OptimizingStrategy):
         moe: MoEConfig | None = None,
         verbose: bool = True,
         verify: Verify = "off",
+        gather: Gather = "auto",
     ) -> None:
         settings = PipelineSettings(
             skip_ratio=skip_ratio,
@@ -161,24 +166,17 @@ class SkipPipeStrategy(OptimizingStrategy):
         )
         chosen = workers_of(settings.network.workers)
         per_device = settings.network.workers_per_device
-        super().__init__(drivers, brings_workers=chosen not in (None, "launched"), per_device=per_device)
-        self.settings = settings
-        """What the next run is set up with; callbacks may replace it before."""
+        brings_workers = chosen not in (None, "launched")
+        super().__init__(drivers, settings, gather, brings_workers=brings_workers, per_device=per_device)
         self.verify = verify
         """Whether a fit compares its first batch with one process."""
-        self.is_probe = False
-        """Whether the run is one of :meth:`check`, which leaves a launcher's workers where they are."""
         self._said = ""
         self._job: DriverJob | None = None
-        self._spread: SpreadModel | None = None
         self._asking: Asking | None = None
-        self._compiled: CompiledParts | None = None
         self._restore_late = False
         self._cutter = Cutter()
-        self._recovery: Recovery | None = None
         self._firsts = FirstRuns()
         self._record_timeline = False
-        self._timeline: Timeline | None = None
 
     # ------------------------------------------------------- what Lightning reads
 
@@ -324,7 +322,8 @@ class SkipPipeStrategy(OptimizingStrategy):
             self.barrier()
         except BaseException as error:
             try:
-                self._bring_back(over=False)  # before the workers of a launcher leave
+                if self._rest is None:
+                    self._bring_back(over=False)  # before the workers of a launcher leave
             except SkipPipeError as another:
                 log.warning("the model could not be brought back whole after the failure: %s", another)
             self._dismiss({"error": f"{type(error).__name__}: {error}"})
@@ -344,7 +343,8 @@ class SkipPipeStrategy(OptimizingStrategy):
         super().setup_environment()
         # The workers import torch while the user's hooks prepare model and data.
         job = self._join()
-        job.prepare(self.num_processes - self.drivers)
+        if self._rest is None:
+            job.prepare(self.num_processes - self.drivers)
         if self.drivers > 1:
             self.form_default_group(job.store)
 
@@ -358,12 +358,18 @@ class SkipPipeStrategy(OptimizingStrategy):
         module = self.lightning_module
         assert module is not None
         self.accelerator.setup(trainer)
+        self._check_gather()
         check_fit(module, trainer, self.settings)
-        if self.verify == "first" and trainer.state.fn == TrainerFn.FITTING:
-            verify_first(self, trainer, module)
-        with self._kept_biases(module):
-            self.model = self.precision_plugin.convert_module(module)
-        self._spread_blocks(module)
+        if self._wake(module):
+            self.model = module
+            self.model_to_device()
+        else:
+            if self.verify == "first" and trainer.state.fn == TrainerFn.FITTING:
+                verify_first(self, trainer, module)
+            with self._kept_biases(module):
+                self.model = self.precision_plugin.convert_module(module)
+            self._spread_blocks(module)
+        self._begin_run(module)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -383,43 +389,18 @@ class SkipPipeStrategy(OptimizingStrategy):
         move_around(self.model, set(self._running().remote_blocks), self.root_device)
 
     @override
-    def teardown(self) -> None:
-        self._bring_back(over=True)
-        super().teardown()
-
-    def _bring_back(self, *, over: bool) -> None:
-        """Make model and optimizer whole again on this driver, and free the workers."""
-        if self._open is not None:  # workers that wait in a step answer nobody
-            self._open.close()
-            self._open = None
-        try:
-            self._detach_optimizer()
-        finally:
-            self._bring_blocks_back()
-        continuation, self._continuation = self._continuation, None
-        if continuation is not None:
-            continuation.detach(over=over)
-
-    def _bring_blocks_back(self) -> None:
-        try:
-            if self._spread is not None:
-                self._timeline = self._spread.timeline or self._timeline
-                self._spread.bring_back(keep=self._continuation is not None)
-        finally:
-            self._spread, self._asking, self._firsts = None, None, FirstRuns()
-            if self._compiled is not None:
-                self._compiled.restore()
-                self._compiled = None
+    def _forget_run(self) -> None:
+        self._asking, self._firsts = None, FirstRuns()
 
     def _spread_blocks(self, module: LightningModule) -> None:
         assert self._job is not None
+        check_is_here(module)
         stack = find_blocks(module, self.settings.blocks)
         blocks, described = originals(stack.blocks), str(stack)
         self._compiled = CompiledParts(module, blocks, uncompile(module))
-        is_manual = not module.automatic_optimization and module.trainer.state.fn == TrainerFn.FITTING
         compilation = self._compiled.compilation
         self._spread = SpreadModel(
-            dataclasses.replace(self.settings, microbatches="stack") if is_manual else self.settings,
+            self.settings,
             num_stages=self.num_stages,
             job=self._job,
             rank=self.global_rank,
@@ -439,13 +420,20 @@ class SkipPipeStrategy(OptimizingStrategy):
             recovery=self._recovery,
             move=self.model_to_device,
         )
-        self._spread.pipeline.collect_timeline = self._record_timeline
-        self._asking = asking_of(module, self._spread, self.root_device)
-        if is_manual:
-            self._open_steps(module)
         if self.settings.verbose and (said := str(start_panel(self._spread, module, blocks, described))) != self._said:
             rank_zero_info(said)
             self._said = said
+
+    def _begin_run(self, module: LightningModule) -> None:
+        """Get ready for the steps of one run, whose blocks are on their workers."""
+        spread = self._running()
+        is_manual = not module.automatic_optimization and module.trainer.state.fn == TrainerFn.FITTING
+        spread.settings = dataclasses.replace(self.settings, microbatches="stack") if is_manual else self.settings
+        spread.pipeline.collect_timeline = self._record_timeline
+        self._forget_run()
+        self._asking = asking_of(module, spread, self.root_device)
+        if is_manual:
+            self._open_steps(module)
 
     # ------------------------------------------------------------ comparison
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from .recovery.heartbeat import Heartbeat
+
 _T = TypeVar("_T")
 
 
 class Keeper(Protocol):
     """Replaces workers that are lost; :mod:`.recovery.stage_keeper` has the one there is."""
 
+    heartbeat: Heartbeat
+    """Asks the workers whether they live."""
     gave_up: bool
     """Whether it has given up: too many were lost."""
 

@@ -12,7 +12,7 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..engine import gradients, phases
 from ..engine.apart import (
@@ -29,7 +29,7 @@ from ..engine.optimizer import OptimizerPlan, ParameterKey, Settings, settings_o
 from ..engine.wire import decode_optimizer_state, encode_optimizer_state, tensor_name
 from .capture.remote import is_remote
 from .optimizer_attributes import check_attributes, check_step_is_of_class, own_code, own_values
-from .optimizer_state import WatchedState
+from .optimizer_state import Retired, WatchedState
 from .own_step import OwnStep
 from .pipeline import Pipeline
 
@@ -91,11 +91,7 @@ class RemoteOptimizer:
 
     def detach(self) -> None:
         """Make the optimizer an ordinary one again, with the state of all parameters: it may be saved after the run."""
-        self._step.detach()
-        for handle in self._handles:
-            handle.remove()
-        for name in ("zero_grad", *_MODES):
-            self._optimizer.__dict__.pop(name, None)
+        self._let_go()
         if not self._pipeline.beyond_help:
             self._follow_state()
         self._state.is_open = True
@@ -106,6 +102,35 @@ class RemoteOptimizer:
             if own is not None:
                 state[parameter] = own  # in the order in which one process would have made them
         del self._step, self._state  # they refer to this object, and all of them to the user's
+
+    def retire(self) -> None:
+        """Leave the workers to another optimizer; what they held of this one's state is gone, as it says if asked."""
+        self._let_go()
+        names = {id(parameter): name for name, parameter in self._named_remote().items()}
+        with self._state.opened():
+            self._optimizer.state = WatchedState(dict(self._state), lambda key: names.get(id(key)), Retired())
+        self._optimizer.register_state_dict_pre_hook(lambda _: Retired.refuse())
+        del self._step, self._state
+
+    def _let_go(self) -> None:
+        self._step.detach()
+        for handle in self._handles:
+            handle.remove()
+        for name in ("zero_grad", *_MODES):
+            self._optimizer.__dict__.pop(name, None)
+
+    def estimate_state_bytes(self, num_bytes: int) -> int:
+        """Return about how much state the workers keep for parameters of ``num_bytes``.
+
+        As much for each byte as the driver's own parameters have, or twice as much where it steps none, as for Adam.
+        """
+        with self._state.opened():
+            states = {parameter: tree_leaves(state) for parameter, state in self._optimizer.state.items() if state}
+        own = sum(parameter.nbytes for parameter in states)
+        if not own:
+            return 0 if self._local() else 2 * num_bytes
+        kept = sum(each.nbytes for leaves in states.values() for each in leaves if isinstance(each, Tensor))
+        return int(num_bytes * kept / own)
 
     def replaced_by(self, optimizer: Optimizer) -> RemoteOptimizer:
         """Make the optimizer an ordinary one, and extend another, with what state it has, in its place."""

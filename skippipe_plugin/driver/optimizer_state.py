@@ -24,6 +24,30 @@ class Elsewhere(Protocol):
         """Drop all entries."""
 
 
+class Retired:
+    """Stands for the workers of an optimizer that they no longer step: a later fit has made another."""
+
+    def take(self, key: Tensor) -> _Entry | None:
+        """Refuse to drop the entry of one parameter."""
+        self.refuse()
+
+    def drop(self) -> None:
+        """Refuse to drop any."""
+        self.refuse()
+
+    @staticmethod
+    def refuse() -> NoReturn:
+        """Say what has become of it.
+
+        Raises:
+            SkipPipeError: Always.
+        """
+        raise SkipPipeError(
+            "the state of this optimizer was on the workers, which step that of a later fit now. Save it before that "
+            "fit (trainer.save_checkpoint, optimizer.state_dict()), or bring it here: trainer.strategy.gather()"
+        )
+
+
 class WatchedState(defaultdict[Tensor, _Entry]):
     """The ``state`` of an optimizer of which a part is elsewhere: reading that part is an error, not an empty dict.
 

@@ -61,7 +61,8 @@ WITH_GRADIENTS: Final = (
 )
 OUTSIDE_OF_STEPS: Final = (
     "the blocks of the pipeline were called outside of a training step with gradients enabled; call them under "
-    f"torch.no_grad(), or {IN_A_STEP}"
+    f'torch.no_grad(), or {IN_A_STEP}. Where they stay on the workers between runs (gather="never"), '
+    "trainer.strategy.gather() brings them into the model, and it trains anywhere"
 )
 
 

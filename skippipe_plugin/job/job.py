@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import cloudpickle
@@ -73,6 +75,10 @@ class DriverJob:
         self._launched = launched
         self._drivers = DriverProcesses()
         self._open: Met | None = None
+        self._resting: list[weakref.finalize[Any, Any]] = []
+        """Notice that nobody refers to a model any more whose blocks stay on workers."""
+        self._deserted: list[Callable[[], None]] = []
+        """Free the workers of such models. Whatever thread notices it may hold any lock, so that is done later."""
 
     def open(self) -> None:
         """Let workers in, and say where."""
@@ -116,6 +122,7 @@ class DriverJob:
         """Start what is missing to have ``num_workers`` idle workers soon; returns at once."""
         if self._launched:
             return
+        self._free_deserted(num_workers)
         missing = self._num_missing(num_workers) if self._meeting.starts_workers else 0
         if self._network.local_workers is not None:
             missing = min(missing, self._network.local_workers - len(self.crew.running()))
@@ -184,6 +191,27 @@ class DriverJob:
     def lend(self, links: Sequence[Link]) -> None:
         """Let these idle workers be used, and no others."""
         self.pool.take(links)
+
+    def free_when_deserted(self, model: object, free: Callable[[], None]) -> Callable[[], object]:
+        """Free the workers of a model once nobody refers to it any more, when workers are needed.
+
+        Args:
+            model: What goes; ``free`` must not refer to it.
+            free: Gives its workers back.
+
+        Returns:
+            Undoes this.
+        """
+        noticed = weakref.finalize(model, self._deserted.append, free)
+        noticed.atexit = False
+        self._resting = [*(each for each in self._resting if each.alive), noticed]
+        return noticed.detach
+
+    def _free_deserted(self, num_workers: int) -> None:
+        if self._num_missing(num_workers) > 0 and any(each.alive for each in self._resting):
+            gc.collect()  # models and Trainers refer to each other
+        while self._deserted:
+            self._deserted.pop()()
 
     def take_back(self, links: Sequence[Link]) -> None:
         """Have these workers idle again; what they hold is of no use any more."""

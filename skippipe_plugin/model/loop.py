@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from ..driver.capture.remote import is_remote
+from ..driver.capture.remote import check_is_here, is_remote
 from ..driver.devices import Devices
 from ..driver.loss_scaling import unscale_everywhere, unscale_locally
 from ..driver.moving import MoveEvent
@@ -97,6 +97,7 @@ class LoopModel:
         """Hand the blocks over to workers; ``say`` gets the start panel."""
         model, config, policy = self.model, self._config, self._config.recovery
         root = getattr(model, "_orig_mod", model)
+        check_is_here(root)
         stack = find_blocks(root, config.blocks)
         blocks, described = originals(stack.blocks), str(stack)
         self._compiled = CompiledParts(model, blocks)

@@ -105,6 +105,8 @@ class SpreadModel:
         self._heartbeat: Heartbeat | None = None
         """Of runs that replace nobody; others have one that does."""
         self._undo: list[Callable[[], None]] = []
+        self._wakes: Callable[[], object] = lambda: None
+        """Ends a rest between runs."""
         self._sizes: Sequence[BlockSize] = ()
 
     @property
@@ -190,6 +192,16 @@ class SpreadModel:
             seed=torch.initial_seed() & 0x7FFFFFFF,
         )
 
+    def rest(self) -> None:
+        """Stay as it is until another run; once nobody can begin one any more, the workers are free."""
+        keeper = self.pipeline.keeper
+        heartbeat = self._heartbeat if keeper is None else keeper.heartbeat
+        self._wakes = self._job.free_when_deserted(self, functools.partial(_free, self._job, self.links, heartbeat))
+
+    def wake(self) -> None:
+        """Go on after a :meth:`rest`."""
+        self._wakes()
+
     def bring_back(self, *, keep: bool = False) -> None:
         """Make the model whole again on this driver, and free the workers.
 
@@ -200,6 +212,7 @@ class SpreadModel:
             self._bring_back(keep=keep)
 
     def _bring_back(self, *, keep: bool) -> None:
+        self.wake()
         pipeline, self._pipeline = self._pipeline, None
         try:
             if pipeline is not None:
@@ -446,6 +459,14 @@ class SpreadModel:
         """Return the names in the model of those blocks that are on workers, by their numbers."""
         hosted = set(self.pipeline.layout.hosted(self._rank))
         return {block: name for block, name in enumerate(self._block_names) if block not in hosted}
+
+
+def _free(job: DriverJob, links: Links, heartbeat: Heartbeat | None) -> None:
+    """Give the workers back of a model that nobody refers to any more."""
+    if heartbeat is not None:
+        heartbeat.close()
+    links.tell_survivors(EndRun(links.generation))
+    job.release(list(links))
 
 
 def _start_alike(model: nn.Module) -> None:

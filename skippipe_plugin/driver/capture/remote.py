@@ -208,6 +208,17 @@ def is_remote(tensor: object) -> TypeGuard[RemoteTensor]:
     return isinstance(tensor, RemoteTensor)
 
 
+def check_is_here(model: nn.Module) -> None:
+    """Raise when a part of ``model`` is on the workers of another pipeline."""
+    remote = next((name for name, parameter in model.named_parameters() if is_remote(parameter)), None)
+    if remote is not None:
+        raise SkipPipeError(
+            f'{remote} is on the workers of another pipeline, whose blocks stay there between runs (gather="never"). '
+            "Go on with that strategy, Trainer(devices=..., strategy=trainer.strategy), or bring the blocks into the "
+            "model first: trainer.strategy.gather()"
+        )
+
+
 @contextmanager
 def unread(module: nn.Module) -> Iterator[None]:
     """Let remote tensors stand for themselves in a ``state_dict`` of which only the names count; nothing is fetched."""

@@ -109,13 +109,13 @@ class StageKeeper:
         self.gave_up = False
         self._warmed: set[int] = set()
         self._attempting = False
-        self._heartbeat = Heartbeat(pipeline.links, policy.heartbeat_s, replacements.resting, replacements.fence)
+        self.heartbeat = Heartbeat(pipeline.links, policy.heartbeat_s, replacements.resting, replacements.fence)
         pipeline.links.recovering = True
         pipeline.gradients.keep_norms = True
 
     def close(self) -> None:
         """Stop watching."""
-        self._heartbeat.close()
+        self.heartbeat.close()
         self._pipeline.links.recovering = False
 
     def attempt(self, action: Callable[[], _T], rewind: Callable[[], None], *, whole: bool) -> _T:
