@@ -19,8 +19,6 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 from typing_extensions import override
 
-from ..driver.capture.devices import move_around
-from ..driver.optimizer import to_device
 from ..engine.device import HOST
 from ..engine.errors import SkipPipeError
 from ..engine.host_memory import available_bytes
@@ -164,7 +162,7 @@ class GatheringStrategy(OptimizingStrategy):
         return weights + (0 if self._remote is None else self._remote.estimate_state_bytes(weights))
 
     def _lie_down(self) -> None:
-        """Leave the blocks on the workers; the rest of the model goes where Lightning has it between runs."""
+        """Leave the blocks on the workers, and the rest of the model on its device."""
         module, spread = self.lightning_module, self._spread
         assert module is not None
         assert spread is not None
@@ -173,9 +171,6 @@ class GatheringStrategy(OptimizingStrategy):
             self._open = None
         self._rest = Rest(module, self._made_of(module), self.precision_plugin)
         spread.rest()
-        for optimizer in self.optimizers:
-            to_device(optimizer, HOST)
-        move_around(module, set(spread.remote_blocks), HOST)
 
     def _made_of(self, module: LightningModule) -> dict[str, Any]:
         """Return what the pipeline of a run follows from, by the names that users know."""

@@ -71,7 +71,7 @@ def all_of(gather: str | None, folder: Path) -> tuple[dict[str, Any], Module, Tr
     found: dict[str, Any] = {"loss": loss_of(trainer, module)}
     found["state"] = {name: value.clone() for name, value in module.state_dict().items()}
     with torch.no_grad():
-        found["called"] = module(torch.ones(2, 8)).clone()
+        found["called"] = module(torch.ones(2, 8, device=module.device)).clone()
     found["predicted"] = torch.cat(trainer.predict(module, batches()))
     file = folder / f"{gather}.ckpt"
     trainer.save_checkpoint(file)
