@@ -43,6 +43,7 @@ class OptimizingStrategy(DriversStrategy):
             self._remote = RemoteOptimizer(
                 self._running().pipeline, far_reaching(self.optimizers), begun=self._settle_for_step
             )
+            self._running().pipeline.gradients.optimizers = lambda: self.optimizers
             zero_everywhere(self.lightning_module, self._running().pipeline.gradients)
             if self._continuation is not None:
                 self._continuation.attach(self._running(), self._remote)

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..engine import gradients, phases
 from ..engine.control.answers import Done, NormPowers, Unscaled
@@ -56,6 +57,9 @@ class GradientControl:
         self, links: Links, formed: HasLayout, copies: GradientCopies, shared: SharedTensors, *, leads: bool
     ) -> None:
         self.scale: GradientScale = "batch"
+        self.optimizers: Callable[[], Sequence[Optimizer]] = tuple
+        """Returns what steps this driver's part of what is trained."""
+        self._own: Callable[[], Sequence[nn.Parameter]] = list
         self.window = GradientWindow([])
         """The gradients of the parameters that live on this driver."""
         self.visit_counts: dict[int, int] = {}
@@ -123,10 +127,25 @@ class GradientControl:
         by_number = {block + 1: factor for block, factor in factors.items()}
         self.lr_factors = carried_over(by_number, single, self._layout.stage_blocks)
 
-    def own(self, parameters: Sequence[nn.Parameter], hosted: Mapping[int, Stage]) -> None:
-        """Take charge of this driver's parameters, those of hosted stages and what blocks share among them."""
-        self.window = GradientWindow(parameters)
+    def all_optimizers(self) -> Sequence[Optimizer]:
+        """Return what steps this driver's part, as of now."""
+        return self.optimizers()
+
+    def own(self, parameters: Callable[[], Sequence[nn.Parameter]], hosted: Mapping[int, Stage]) -> None:
+        """Take charge of this driver's parameters, those of hosted stages and what blocks share among them.
+
+        Args:
+            parameters: Returns those that there are: a model may get layers while it trains.
+            hosted: The stages.
+        """
+        self._own = parameters
+        self.window = GradientWindow(())
+        self.follow()
         self._hosted = hosted
+
+    def follow(self) -> None:
+        """Take charge of what has come to be trained on this driver, also in the middle of a step."""
+        self.window.follow(self._own())
 
     def add_shared(self, done: Mapping[int, Done]) -> None:
         """Add what a step's copies of shared parameters have gathered, in the order of the ranks."""
@@ -194,6 +213,7 @@ class GradientControl:
     def begin_step(self) -> None:
         """Start a training step: gradients that an optimizer step has used are dropped now, unless they are kept."""
         self.copies.hidden = False
+        self.follow()
         if self._is_stepped and not self.keeps_stepped and self.copies.present:
             self.copies.outdate(present=False, gone=True)
 

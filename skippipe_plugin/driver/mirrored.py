@@ -5,9 +5,7 @@ Here the copies meet the pipeline: whom they are fetched from, when they are sen
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
@@ -30,6 +28,7 @@ from .layout import Layout
 from .links import Links
 from .shards import ExpertShards
 from .shared import SharedTensors, Values
+from .structure import Structure
 
 _T = TypeVar("_T")
 
@@ -108,7 +107,7 @@ class Mirror:
         self._host = host
         self._slots: dict[str, Slot] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._structure = _Structure()
+        self._structure = Structure()
         self._lent: dict[str, _Lent] = {}
         """Parameters in whose places other tensors stand for a while, by ``"<block>\\t<name>"``."""
         self.weights = WeightCopies(self, self._slots)
@@ -135,7 +134,7 @@ class Mirror:
             detach(tensor, self, block, local, f"{names[block]}.{local}")
             self._tensors[name] = tensor
             self._slots[name] = tensor.__dict__["_skippipe_slot"]
-        self._structure = _Structure(
+        self._structure = Structure(
             (f"{names[block]}.{path}".rstrip("."), own)
             for block, module in blocks.items()
             for path, part in module.named_modules()
@@ -157,7 +156,7 @@ class Mirror:
         self._lent.clear()
         self._tensors.clear()
         self._slots.clear()
-        self._structure = _Structure()
+        self._structure = Structure()
         self.shared.clear()
         self.gradients.outdate(present=False)
         return list(dict.fromkeys(lost))
@@ -375,37 +374,6 @@ class _Lent:
     to: Tensor
     value: Tensor
     """What it is itself."""
-
-
-class _Structure:
-    """What is in the dictionaries of modules: their tensors and submodules.
-
-    Args:
-        owns: What each is called, and the dictionary.
-    """
-
-    def __init__(self, owns: Iterable[tuple[str, dict[str, Any]]] = ()) -> None:  # Any: tensors, modules, None
-        labelled = list(owns)
-        self._labels = [label for label, _ in labelled]
-        self._owns = [own for _, own in labelled]
-        self.look()
-
-    def look(self) -> None:
-        """Note what is there."""
-        self._known = [tuple(own.values()) for own in self._owns]
-        self._lengths = list(map(len, self._owns))
-        self._flat = list(itertools.chain.from_iterable(self._known))
-
-    def has_changed(self) -> bool:
-        """Whether anything is another than at the last :meth:`look`; this is asked several times a step."""
-        present = itertools.chain.from_iterable(map(dict.values, self._owns))
-        return [*map(len, self._owns)] != self._lengths or not all(map(operator.is_, present, self._flat))
-
-    def changed(self) -> Iterator[tuple[str, dict[str, Any], tuple[Any, ...]]]:
-        """Yield what a dictionary is called that has changed, itself, and what was in it."""
-        for label, own, known in zip(self._labels, self._owns, self._known, strict=True):
-            if len(own) != len(known) or not all(map(operator.is_, own.values(), known)):
-                yield label, own, known
 
 
 def check_hooks(blocks: Mapping[int, nn.Module], names: Sequence[str], staying: Collection[str]) -> None:

@@ -38,7 +38,6 @@ from .capture.graphs import AroundTheBlocks
 from .capture.hooks import WATCHED_LATE
 from .capture.notes import Noted
 from .capture.proxies import BlockProxies
-from .capture.remote import is_remote
 from .capture.stack_call import StackCall
 from .capture.suspend import StepThreads, current_thread, suspend_here
 from .capture.writer import CallWriter
@@ -61,6 +60,7 @@ from .routers import RouterControl
 from .shards import ExpertShards
 from .stages import StageSender
 from .steps import OUTSIDE_OF_STEPS, NoFeed, StepRun, StepTask
+from .structure import OwnParameters
 from .tapped import TapExchange
 from .unfinished import CalledTwice
 from .weights import RemoteWeights
@@ -295,8 +295,7 @@ class Pipeline:
         }
         compilation.compile({block: real[block] for block in self.layout.hosted(self.rank)})
         self.remote.own(proxies.blocks, proxies.names)
-        local = [parameter for parameter in model.parameters() if not is_remote(parameter)]
-        self.gradients.own(local, self._hosted)
+        self.gradients.own(OwnParameters(model, remote.values(), self.gradients.all_optimizers).now, self._hosted)
         self.states.own(proxies.blocks, self._hosted, may_repeat=keep)
         self.model = model
         self.gradients.accumulation.host = self if keep else None
@@ -326,7 +325,7 @@ class Pipeline:
             proxies.remove()
             self._proxies = self.model = self._sender = None
             self._hosted = {}
-            self.gradients.own([], {})
+            self.gradients.own(list, {})
         return [proxies.names[block] for block in lost]
 
     def use_schedule(self, name: str, schedule: Schedule) -> None:
@@ -429,6 +428,7 @@ class Pipeline:
                 raise
             finally:
                 self.in_step = self.is_announced = False
+            self.gradients.follow()
             if self.layout.num_drivers > 1:
                 self.gradients.window.open()
                 sum_over_holders(self.gradients.window.parameters, self._forming.sum_over_drivers)

@@ -24,13 +24,25 @@ class GradientWindow:
     """The gradients of some parameters over one accumulation window."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
+        self.parameters: Sequence[nn.Parameter] = [*parameters]
         self.in_half: set[int] = set()
         """The ids of those whose gradients are computed in float16, and overflow as a whole."""
         self._accumulated: list[Tensor | None] | None = None
         self._new: list[Tensor | None] = []
         self._hooks = GradientHooks()
         self._paused = False
+
+    def follow(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Be that of other parameters; the gradient of one that comes in the middle of a step is all of that step."""
+        if parameters is self.parameters:
+            return
+        if self._accumulated is None:
+            self.parameters, self._new = parameters, []
+            return
+        known = {id(parameter) for parameter in self.parameters}
+        came = [parameter for parameter in parameters if id(parameter) not in known]
+        self.parameters = [*self.parameters, *came]
+        self._accumulated += [None] * len(came)
 
     def open(self) -> None:
         """Start a step: put what is accumulated aside, so that the backward fills ``.grad`` from nothing."""

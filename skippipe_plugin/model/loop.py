@@ -170,6 +170,7 @@ class LoopModel:
             begun=functools.partial(calls.open_step.settle, "optimizer.step()"),
             ended=calls.count_optimizer_step,
         )
+        self.blocks.pipeline.gradients.optimizers = lambda: (optimizer,)
         if self._scaler is not None:
             unscale_everywhere(self._scaler, self._remote)
         if state["state"]:
