@@ -88,6 +88,20 @@ def far_reaching(optimizers: Sequence[Optimizer]) -> Optimizer:
     return (far or list(optimizers))[0]
 
 
+def check_mirrored(optimizers: Sequence[Optimizer], module: LightningModule) -> None:
+    """Raise when a driver that starts again would lack some of what is trained."""
+    known = {id(parameter) for parameter in module.parameters()}
+    for optimizer in optimizers:
+        others = [each for group in optimizer.param_groups for each in group["params"] if id(each) not in known]
+        if others:
+            raise SkipPipeError(
+                f"the {type(optimizer).__name__} steps {len(others)} parameters that {type(module).__name__} does not "
+                f"have (the first of shape {tuple(others[0].shape)}), which a driver that starts again under skippipe "
+                "run would begin anew; make them parameters of the module (self.name = ...), or start the script "
+                "without it"
+            )
+
+
 def same_objects(one: Sequence[object], other: Sequence[object]) -> bool:
     """Whether two sequences hold the very same objects."""
     return len(one) == len(other) and all(map(operator.is_, one, other))

@@ -31,6 +31,7 @@ from ..engine.control.keeping import NoteEstimates
 from ..engine.errors import SkipPipeError, StageLostError
 from ..job.fits import Fits
 from ..model.spread import Recovery, SpreadModel
+from .checks import check_mirrored
 from .replay import RandomState, random_state, set_random_state
 from .snapshot import logged, set_logged, snapshot, whole_checkpoint
 
@@ -107,6 +108,7 @@ class Continuation:
                 "skippipe run cannot bring back experts that are spread over the replicas of a stage; set "
                 "expert_parallel=1, or start this run without skippipe run"
             )
+        check_mirrored(trainer.optimizers, trainer.lightning_module)
         optimizer = trainer.optimizers[0]
         self._spread, self._remote = spread, remote
         state = DriverState(trainer.lightning_module, remote)
