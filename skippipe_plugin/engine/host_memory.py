@@ -10,6 +10,8 @@ from typing import Final
 import psutil
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
+_GIVES_WAY: Final = ("inactive_file", "active_file")
+"""Of what counts as used: copies of files, which the system drops first."""
 
 
 def available_bytes() -> int:
@@ -46,7 +48,7 @@ def left_in_group(group: Path) -> int | None:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
+    return None if limit == "max" else int(limit) - used + sum(int(stat.get(each, 0)) for each in _GIVES_WAY)
 
 
 def _left_of_own() -> Iterator[int]:

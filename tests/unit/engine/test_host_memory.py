@@ -16,7 +16,7 @@ def test_no_more_than_the_host_has() -> None:
 def test_what_a_control_group_leaves(limit: str, left: int | None, tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("400\n")
-    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 50\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 30\nactive_file 20\n")
     assert left_in_group(tmp_path) == left
     assert left_in_group(tmp_path / "none") is None
 
