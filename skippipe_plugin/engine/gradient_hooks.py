@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,17 @@ class GradientHooks:
         taken, self._taken = self._taken, []
         for table, hooks in taken:
             table.update(hooks)
+
+
+@contextmanager
+def no_gradient_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Take the hooks off while gradients are made up, which are nobody's business."""
+    hooks = GradientHooks()
+    hooks.take(list(parameters))
+    try:
+        yield
+    finally:
+        hooks.put_back()
 
 
 def hooked(parameter: nn.Parameter, gradient: Tensor) -> Tensor:

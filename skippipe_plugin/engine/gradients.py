@@ -31,6 +31,8 @@ class GradientWindow:
         self._new: list[Tensor | None] = []
         self._hooks = GradientHooks()
         self._paused = False
+        self._is_part = False
+        """Whether what is merged is a part of one backward's gradients, which hooks see when all parts are there."""
 
     def follow(self, parameters: Sequence[nn.Parameter]) -> None:
         """Be that of other parameters; the gradient of one that comes in the middle of a step is all of that step."""
@@ -50,7 +52,8 @@ class GradientWindow:
             return
         self._paused = False
         self._accumulated = _take(self.parameters)
-        self._hooks.take(self.parameters)
+        if not self._is_part:
+            self._hooks.take(self.parameters)
 
     def close(self) -> None:
         """End a step: keep its gradients aside and put the accumulated ones back."""
@@ -58,8 +61,36 @@ class GradientWindow:
             self._new = []
             return
         self._new = _take(self.parameters)
-        self._hooks.put_back()
+        if not self._is_part:
+            self._hooks.put_back()
         self._restore()
+
+    @contextmanager
+    def in_parts(self) -> Iterator[None]:
+        """Let several passes of the body, and what was added since the step was opened, be one backward for hooks."""
+        if self._is_part:
+            yield
+            return
+        aside = self._accumulated
+        if aside is None:
+            aside = _take(self.parameters)
+            self._hooks.take(self.parameters)
+        else:
+            self._accumulated = [None] * len(aside)
+        parameters, self._is_part = self.parameters, True
+        try:
+            yield
+            if self._accumulated is not None:
+                self.close()
+                self.merge(1.0)
+        finally:
+            self._is_part, self._accumulated, added = False, None, _take(parameters)
+            self._hooks.put_back()
+            for parameter, gradient in zip(parameters, aside, strict=True):
+                parameter.grad = gradient
+        for parameter, gradient in zip(parameters, added, strict=True):
+            if gradient is not None:
+                _add(parameter, gradient)
 
     def pause(self) -> None:
         """Let the code that a step waits for have what is accumulated, with what its own backward has added."""
@@ -115,10 +146,8 @@ class GradientWindow:
         scale_gradients([gradient for _, gradient in pairs], scale)
         if self.in_half:
             let_overflow(gradient for parameter, gradient in pairs if id(parameter) in self.in_half)
-        for parameter, new_gradient in pairs:
-            gradient = hooked(parameter, new_gradient)
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            call_accumulated(parameter)
+        for parameter, gradient in pairs:
+            _add(parameter, gradient)
 
     def zero(self, *, fill: bool = False) -> None:
         """Drop the accumulated gradients, or fill them with zeros."""
@@ -130,6 +159,13 @@ class GradientWindow:
         for parameter, gradient in zip(self.parameters, self._accumulated, strict=True):
             parameter.grad = gradient
         self._accumulated = None
+
+
+def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add a backward's whole gradient, of which hooks make what they like."""
+    gradient = hooked(parameter, gradient)
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    call_accumulated(parameter)
 
 
 def sum_over_holders(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], None]) -> None:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .attributes import attributes_kept
 from .call import Call
 from .device_errors import is_of_device
+from .gradient_hooks import no_gradient_hooks
 from .kept_state import KeptState, Values, others
 from .lasting import in_training, next_outcomes
 
@@ -84,8 +85,11 @@ def difference(module: nn.Module, run: Run, call: Call, hidden: Tensor, parts: P
         forwards show it, or nothing where all is the same; :data:`BENDS` where there are no parts and its backward is
         not linear.
     """
-    if not parts.calls:
-        return _bend(module, run, call, hidden)
+    with no_gradient_hooks(module.parameters()):
+        return _difference(module, run, call, hidden, parts) if parts.calls else _bend(module, run, call, hidden)
+
+
+def _difference(module: nn.Module, run: Run, call: Call, hidden: Tensor, parts: Parts) -> str:
     if call.spec.ambient.grad and any(map(_divides_by_counts, module.modules())):
         return MIXES  # a few samples need not show it
     with _known_aside(module) if parts.known_aside else nullcontext():

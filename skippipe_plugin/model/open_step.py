@@ -11,6 +11,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -334,11 +335,12 @@ class OpenStep:
             self._gradients.window.pause()
             if reached:
                 self._make_room("the backward of an earlier one")
-        for call in reversed(calls):  # the gradient of what entered one may go on through an earlier one
-            if call.gradients is not None:
-                call.entrance.check()
-                self._finish(call)
-                call.entrance.go_back(keep_graph=keep_graph or call is not calls[0])
+        with self._gradients.window.in_parts() if reached else nullcontext():
+            for call in reversed(calls):  # the gradient of what entered one may go on through an earlier one
+                if call.gradients is not None:
+                    call.entrance.check()
+                    self._finish(call)
+                    call.entrance.go_back(keep_graph=keep_graph or call is not calls[0])
 
     def _finish(self, call: _Call) -> None:
         """Go back through one call, and add its gradients."""
