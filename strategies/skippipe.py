@@ -362,7 +362,10 @@ class SkipPipeStrategy(GatheringStrategy):
         check_fit(module, trainer, self.settings)
         if self._wake(module):
             self.model = module
+            uncompile(module)  # Lightning compiles it for each run
             self.model_to_device()
+            if self.verify == "first" and trainer.state.fn == TrainerFn.FITTING:
+                log.info("verify='first' compares nothing now: the blocks are on their workers since the run before")
         else:
             if self.verify == "first" and trainer.state.fn == TrainerFn.FITTING:
                 verify_first(self, trainer, module)

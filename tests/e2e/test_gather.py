@@ -144,6 +144,18 @@ def test_blocks_that_stay_are_where_their_strategy_says() -> None:
     assert loss_of(trainer_for(3, {"num_microbatches": 2}), module) < loss
 
 
+def test_a_compiled_module_stays() -> None:
+    module, _ = fitted(None)
+    expected = loss_of(trainer_for(1), module)
+    seed_everything(1, verbose=False)
+    module, trainer = Module(), trainer_for(3, {"num_microbatches": 2, "gather": "never"}, max_epochs=1)
+    compiled = torch.compile(module, backend="eager")
+    trainer.fit(compiled, batches())
+    assert loss_of(trainer, compiled) == pytest.approx(expected, abs=1e-6)
+    trainer.strategy.gather()
+    assert loss_of(trainer, module) == pytest.approx(expected, abs=1e-6)
+
+
 def test_blocks_come_back_after_a_failure() -> None:
     module, trainer = fitted("never")
     trainer.fit_loop.max_epochs, module.fails = 2, True
