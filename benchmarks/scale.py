@@ -94,7 +94,8 @@ def train(arm: Arm, gigabytes: float) -> None:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.head, self.blocks = nn.Linear(width, 10), None
+            self.head = nn.Linear(width, 10)
+            self.blocks: Any = None
             if not arm.meta:
                 self.blocks = nn.ModuleList(Block() for _ in range(NUM_BLOCKS))
 
@@ -120,7 +121,8 @@ def train(arm: Arm, gigabytes: float) -> None:
                 say("first step" if index == 0 else "last step", self)
 
     torch.set_num_threads(1)
-    module, options = Module(), {"devices": 1}
+    module = Module()
+    options: dict[str, Any] = {"devices": 1}
     say("built", module)
     if arm.workers:
         from skippipe_plugin.strategies import SkipPipeStrategy
