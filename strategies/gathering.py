@@ -16,7 +16,6 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from torch import nn
 from typing_extensions import override
 
 from ..engine.device import HOST
@@ -99,9 +98,10 @@ class GatheringStrategy(OptimizingStrategy):
         Raises:
             SkipPipeError: A run is under way.
         """
-        if self._rest is not None:
+        if (rest := self._rest) is not None:
             self._bring_back(over=True)
-            _move_to_host(self.optimizers, self.lightning_module)
+            _optimizers_to_device(self.optimizers, HOST)
+            rest.module.cpu()
         elif self._spread is not None:
             raise SkipPipeError(
                 "trainer.strategy.gather() brings the blocks back between runs, and one is under way; during a run the "
@@ -130,11 +130,11 @@ class GatheringStrategy(OptimizingStrategy):
             return False
         if module.trainer.state.status == TrainerStatus.INTERRUPTED:
             return False  # after a failure the model is whole
-        num_bytes = self._bytes_elsewhere(spread)
-        if self._gather == "auto" and (free := available_bytes()) > _SPARE * num_bytes:
+        if self._gather == "auto" and self._fits(spread):
             return False
-        why = 'as gather="never" has it' if self._gather == "never" else f"since {_in_words(free)} are free here"
         if not self._is_told:
+            num_bytes, free = self._bytes_elsewhere(spread), _in_words(available_bytes())
+            why = 'as gather="never" has it' if self._gather == "never" else f"since {free} are free here"
             level = logging.INFO if self._gather == "never" else logging.WARNING
             log.log(level, _STAYS, len(spread.remote_blocks), _in_words(num_bytes), why)
             self._is_told = True
@@ -194,24 +194,23 @@ class GatheringStrategy(OptimizingStrategy):
         differing = [name for name, value in self._rest.made_of.items() if now[name] != value]
         if not differing:
             if module.trainer.state.fn == TrainerFn.FITTING:
-                self._retire_optimizer(self._rest.precision)
+                self._retire_optimizer(self._rest)
             self._rest = None
             self._running().wake()
             return True
         before = type(self._rest.module).__name__
-        if self._gather == "never" or not self._fits():
+        if self._gather == "never" or not self._fits(self._running()):
             more = "" if self._gather == "never" else ", where there is memory for them"
             raise SkipPipeError(_DIFFERS.format(model=before, what=" and ".join(differing), more=more))
         self._bring_back(over=True)
         return False
 
-    def _fits(self) -> bool:
-        assert self._spread is not None
-        return available_bytes() > _SPARE * self._bytes_elsewhere(self._spread)
+    def _fits(self, spread: SpreadModel) -> bool:
+        return available_bytes() > _SPARE * self._bytes_elsewhere(spread)
 
-    def _retire_optimizer(self, precision: Precision) -> None:
+    def _retire_optimizer(self, rest: Rest) -> None:
         """Let another optimizer step what is on the workers: each fit makes its own."""
-        remote = self._release_optimizer(precision)
+        remote = self._release_optimizer(rest.module, rest.precision)
         if remote is not None:
             remote.retire()
 
@@ -224,7 +223,8 @@ class GatheringStrategy(OptimizingStrategy):
             self._open = None
         rest, self._rest = self._rest, None
         try:
-            remote = self._release_optimizer(self.precision_plugin if rest is None else rest.precision)
+            module = self.lightning_module if rest is None else rest.module  # another may be about to run
+            remote = self._release_optimizer(module, self.precision_plugin if rest is None else rest.precision)
             if remote is not None:
                 remote.detach()
         finally:
@@ -248,12 +248,6 @@ class GatheringStrategy(OptimizingStrategy):
     def _forget_run(self) -> None:
         """Forget what was found out about the steps of a run."""
         raise NotImplementedError
-
-
-def _move_to_host(optimizers: list[Any], module: nn.Module | None) -> None:
-    _optimizers_to_device(optimizers, HOST)
-    if module is not None:
-        module.cpu()
 
 
 def _in_words(num_bytes: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins import Precision
 from torch.optim import Optimizer
@@ -88,10 +88,11 @@ class OptimizingStrategy(DriversStrategy):
         """Raise when the list of optimizers is another than Lightning and the workers know."""
         check_unreplaced(self.optimizers, [each.optimizer for each in self._lightning_optimizers])
 
-    def _release_optimizer(self, precision: Precision) -> RemoteOptimizer | None:
+    def _release_optimizer(self, module: LightningModule | None, precision: Precision) -> RemoteOptimizer | None:
         """Let Lightning's part step what is on this driver alone; return what steps the rest, for the caller to end.
 
         Args:
+            module: Whose run it was.
             precision: What clips and scales.
         """
         remote, self._remote = self._remote, None
@@ -99,7 +100,7 @@ class OptimizingStrategy(DriversStrategy):
             return None
         clip_locally(precision)
         scale_locally(precision)
-        zero_locally(self.lightning_module)
+        zero_locally(module)
         for wrapper in self._lightning_optimizers:
             wrapper.__dict__.pop("zero_grad", None)
         return remote
