@@ -144,6 +144,18 @@ def test_blocks_that_stay_are_where_their_strategy_says() -> None:
     assert loss_of(trainer_for(3, {"num_microbatches": 2}), module) < loss
 
 
+def test_what_has_rested_is_gathered_whatever_the_trainer_was_given_since() -> None:
+    module, trainer = fitted("never")
+    other = Module()
+    own = vars(other).keys()
+    with pytest.raises(SkipPipeError, match="differs from it in the module"):
+        loss_of(trainer, other)
+    trainer.strategy.gather()
+    assert all(type(each) is nn.Parameter for each in module.parameters())
+    assert "zero_grad" not in vars(module)
+    assert "zero_grad" not in own
+
+
 def test_a_compiled_module_stays() -> None:
     module, _ = fitted(None)
     expected = loss_of(trainer_for(1), module)
