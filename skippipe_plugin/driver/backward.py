@@ -143,6 +143,11 @@ class GradientControl:
         self.follow()
         self._hosted = hosted
 
+    def let_go(self) -> None:
+        """Refer to nothing of the model and its optimizer any more, so that their memory can be freed."""
+        self.optimizers = tuple
+        self.own(list, {})
+
     def follow(self) -> None:
         """Take charge of what has come to be trained on this driver, also in the middle of a step."""
         self.window.follow(self._own())

@@ -325,7 +325,7 @@ class Pipeline:
             proxies.remove()
             self._proxies = self.model = self._sender = None
             self._hosted = {}
-            self.gradients.own(list, {})
+            self.gradients.let_go()
         return [proxies.names[block] for block in lost]
 
     def use_schedule(self, name: str, schedule: Schedule) -> None:

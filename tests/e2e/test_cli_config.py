@@ -65,6 +65,7 @@ STRATEGY = {
     "verbose": False,
     "verify": "first",
     "microbatch_weight": "samples",
+    "gather": "never",
 }
 MONITOR = {"every_n_steps": 20, "folder": "pictures", "picture": False, "trace": True}
 RECOVERY = {
@@ -122,8 +123,8 @@ def test_every_argument_can_be_set_from_a_file(tmp_path: Path) -> None:
     strategy = cli.trainer.strategy
     assert isinstance(strategy, SkipPipeStrategy)
     configs = {"paths": PathConfig(**PATHS), "network": NetworkConfig(**NETWORK), "moe": MoEConfig(**MOE)}
-    found = {name: getattr(strategy.settings, name) for name in STRATEGY.keys() - {"verify"}}
-    assert found | {"verify": strategy.verify} == STRATEGY | configs
+    found = {name: getattr(strategy.settings, name) for name in STRATEGY.keys() - {"verify", "gather"}}
+    assert found | {"verify": strategy.verify, "gather": strategy._gather} == STRATEGY | configs
     by_class = {type(callback): callback for callback in cli.trainer.callbacks}
     monitor, balancer = by_class[PipelineMonitor], by_class[LoadBalancer]
     assert (monitor.every_n_steps, monitor.folder, monitor.picture) == (20, Path("pictures"), False)
