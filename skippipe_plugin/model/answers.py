@@ -70,6 +70,8 @@ class Answer:
     """Whether a batch was asked about whose loss is a number, and another one than 0, as it is without labels."""
     lacked: set[Weighting] = field(default_factory=set)
     """What means may be over, of which a batch that was asked about had nothing."""
+    counts_samples: bool = False
+    """Whether no result is a mean over anything but samples, so that its rules say the same of every batch."""
     num_asked: int = 0
     num_plain: int = 0
     """So many batches since held neither labels nor anything like a mask."""

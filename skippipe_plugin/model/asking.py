@@ -29,7 +29,7 @@ from .fakes import Fakes, Incomparable, Neutral
 from .flips import WHY as TURNS
 from .kinks import COURSE
 from .observing import Observed, Observing, PieceFailed, features_of
-from .reductions import COARSE, MISSING, as_loss, find_plan, mean_weightings, problems, same, without
+from .reductions import COARSE, MISSING, as_loss, counts_samples, find_plan, mean_weightings, problems, same, without
 from .resized import APART, FACTORS, ROUNDING, WHY_APART, resize
 from .resized import WHY as SIZES
 from .slopes import GRADIENT, follows, refuted_by
@@ -141,7 +141,8 @@ class Asking:
         details = self._details.setdefault(question.kind, set())
         detail = question.detail if question.detail in details or len(details) < _MOST_DETAILS else None
         details.add(detail)
-        read = self.clock.shows(self._reads.get(question.kind, frozenset()) - self._fast)
+        reads = self._reads.get(question.kind)
+        read = self.clock.shows(reads - self._fast) if reads else ()
         return question.kind, detail, read, self.surroundings.number(), self._modes()
 
     def _look_at_clock(self, kind: Hashable) -> None:
@@ -288,6 +289,7 @@ class Asking:
         for key, plan in answer.plans.items():
             answer.problems |= problems(plan, named(key))
             answer.lacked |= {each for each in mean_weightings(plan) if question.view.weights(each) is None}
+        answer.counts_samples = all(map(counts_samples, answer.plans.values()))
         answer.num_asked += 1
         answer.watch.learn(question.view, answer.constants)
         answer.outstanding.learn(question.view, answer.watch.landmarks)

@@ -29,6 +29,8 @@ _OPERATORS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
 }
 _STEP: Final = 8
 _VARIED: Final = 2
+_MOST_USUAL: Final = 64
+"""So many combinations of sizes are remembered not to be new."""
 _WATCHED_FLOATS: Final = 1 << 16
 """Larger floating tensors are taken for inputs, not for masks that may change from batch to batch."""
 
@@ -212,6 +214,8 @@ class Watch:
         """By tensor that held one number only: how many batches are still asked about in which it holds several."""
         self._lengths: dict[tuple[str, int], _Lengths] = {}
         """By tensor and dimension beside the samples': the sizes it has had."""
+        self._usual: set[tuple[tuple[str, torch.Size], ...]] = set()
+        """Shapes of all tensors in batches since it learned, of which none is new."""
         self._looks_for_nan = False
         self._numbers: set[str] = set()
         """The tensors in which NaN was not met, by steps that look for it."""
@@ -233,6 +237,7 @@ class Watch:
                 self._plain.setdefault(path, _VARIED)
             elif path in self._plain:
                 self._plain[path] -= 1
+        self._usual.clear()
         for path, dim, size in _sizes(view):
             self._lengths[path, dim] = _Lengths.of(size).with_(self._lengths.get((path, dim)))
         if ("isnan", 0.0) in constants:
@@ -250,13 +255,23 @@ class Watch:
             unseen = [mark for mark in self.landmarks if low <= mark <= high and mark not in self._values[path]]
             if any(_holds(leaf, mark) for mark in unseen):
                 return True
-        nothing = _Lengths(1, 0, frozenset())
-        if any(size not in self._lengths.get((path, dim), nothing) for path, dim, size in _sizes(view)):
+        if self._has_new_lengths(view):
             return True
         open_ = [path for path, left in self._plain.items() if left and path in view.leaves]
         if any(not _is_constant(view.leaves[path]) for path in open_):
             return True
         return any(path in view.leaves and _has_nan(view.leaves[path]) for path in self._numbers)
+
+    def _has_new_lengths(self, view: View) -> bool:
+        shapes = tuple([(path, leaf.shape[1:]) for path, leaf in view.leaves.items()])
+        if shapes in self._usual:
+            return False
+        nothing = _Lengths(1, 0, frozenset())
+        if any(size not in self._lengths.get((path, dim), nothing) for path, dim, size in _sizes(view)):
+            return True
+        if len(self._usual) < _MOST_USUAL:
+            self._usual.add(shapes)
+        return False
 
     def _between(self, low: float, high: float) -> tuple[bool, ...]:
         """By interval between landmarks: whether the smallest or the largest value lies in it."""

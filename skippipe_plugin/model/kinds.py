@@ -18,11 +18,11 @@ def kind_of(value: Any) -> Hashable:
     """Return the structure of a batch, without sizes: batches of one structure are taken to be treated alike."""
     if isinstance(value, Tensor):
         return value.dtype, value.ndim
-    if isinstance(value, (Mapping, UserDict)):
-        return tuple((key, kind_of(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         kinds = [kind_of(item) for item in value]
         return (type(value), *kinds) if len(kinds) <= _FEW else (type(value), frozenset(kinds))
+    if isinstance(value, (Mapping, UserDict)):
+        return tuple((key, kind_of(item)) for key, item in value.items())
     if isinstance(value, bool) or value is None:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -32,14 +32,16 @@ def kind_of(value: Any) -> Hashable:
 
 def detail_of(value: Any) -> Hashable:
     """Return the numbers and texts in a batch that are of no sample: a task's name, for instance."""
+    if isinstance(value, Tensor):
+        return None
+    if isinstance(value, (list, tuple)):
+        return tuple(map(detail_of, value)) if len(value) <= _FEW and not _is_per_sample(value) else None
     if isinstance(value, (str, int)):
         return value
     if isinstance(value, float):
         return (value > 0) - (value < 0)
     if isinstance(value, (Mapping, UserDict)):
         return tuple(detail_of(item) for item in value.values())
-    if isinstance(value, (list, tuple)) and len(value) <= _FEW and not _is_per_sample(value):
-        return tuple(map(detail_of, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return tuple(detail_of(getattr(value, each.name)) for each in dataclasses.fields(value))
     return None

@@ -134,7 +134,7 @@ class Merging:
     @property
     def lacking(self) -> Mapping[str, str]:
         """By name of a result: of what the batch has nothing, which it is a mean over; other drivers' may have some."""
-        if self.answer is None or self.weight is not None:
+        if self.answer is None or self.weight is not None or self.answer.counts_samples:
             return {}
         found = {named(key): counts_nothing(plan, self.question.view) for key, plan in self.answer.plans.items()}
         return {name: why for name, why in found.items() if why}
@@ -191,7 +191,7 @@ class Merging:
         """Ask about this very batch if it tells apart what others did not; what stays open is a problem of its own."""
         answer = self.answer
         assert answer is not None
-        if not self._unsettled(answer):
+        if answer.counts_samples or not self._unsettled(answer):
             return
         lacking = {each for plan in answer.plans.values() for each in self._lacking(plan)}
         if not lacking or lacking - answer.lacked:  # another batch without any of these says nothing more

@@ -256,6 +256,14 @@ def mean_weightings(plan: Plan) -> list[Weighting]:
     return [each for _, child in plan.children for each in mean_weightings(child)]
 
 
+def counts_samples(plan: Plan) -> bool:
+    """Whether its rules give the same for every batch: means over samples, or no mean at all, and no sum beside one."""
+    if isinstance(plan, Each):
+        return all(counts_samples(child) for _, child in plan.children)
+    is_one_kind = len({type(rule) for rule in plan.rules if isinstance(rule, (Mean, Sum))}) < 2
+    return is_one_kind and all(isinstance(each, Samples) for each in mean_weightings(plan))
+
+
 def sharing(plan: Plan | None) -> list[Mean | Sum]:
     """Return the rules that say what share each microbatch has of a result."""
     return [rule for rule in plan.rules if isinstance(rule, (Mean, Sum))] if isinstance(plan, Leaf) else []

@@ -53,10 +53,14 @@ class Surroundings:
         """Return the same number as ever when things are as they were then, and a new one when they never were so."""
         if self._num_names != sum(map(len, self._holders)):
             self._list()
-        now = [_token(holder.get(name)) for holder, name in self._slots]
+        now = self._tokens()
         if now != self._now:
             self._change(now)
         return self._number
+
+    def _tokens(self) -> list[Hashable]:
+        held = [holder.get(name) for holder, name in self._slots]
+        return [value if type(value) in _EXACT else _token(value) for value in held]
 
     def _list(self) -> None:
         """List what is looked at."""
@@ -88,7 +92,7 @@ class Surroundings:
             same_parts &= name != "_modules" or not self._now or self._now[at] == token
         if not calm or not same_parts:
             self._list()
-            now = [_token(holder.get(name)) for holder, name in self._slots]
+            now = self._tokens()
         self._now = now
         key = tuple((id(holder), name, token) for (holder, name), token in zip(self._slots, now, strict=True))
         self._number = self._numbers.setdefault(key, len(self._numbers))

@@ -10,6 +10,7 @@ Where a step may run once, a batch that cannot be told stays whole.
 
 from __future__ import annotations
 
+import itertools
 from collections import UserDict
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .kinds import ATOMS, has_fields, holds_arrays, holds_entries, is_array, is_sequence, names_of, parts
+from .kinds import ATOMS, has_fields, holds_arrays, holds_entries, is_array, is_sequence, names_of, parts, plain_form
 from .microbatch import BatchError, rebuild_mapping, rebuild_sequence, split_sizes
 
 __all__ = ["BatchError", "Cut", "Cutter", "Hint", "split"]
@@ -29,6 +30,8 @@ Reading = Literal["samples", "fields"]
 """What the entries of a list or tuple are."""
 _TRIED: Final = 64
 """How many numbers of samples are tried."""
+_MOST_SEEN: Final = 64
+"""Of so many forms of batches it is remembered how they are cut."""
 _NAMED: Final = 8
 """How many tensors are named in an error."""
 _ONCE: Final = "Run the step once, on the whole batch, with microbatches='stack' or num_microbatches=1 otherwise"
@@ -84,6 +87,8 @@ class Cutter:
         self._known: dict[str, dict[str, Reading]] = {}
         self._refused: dict[Hashable, str] = {}
         """By source and outline of the batches that stay whole: why."""
+        self._seen: dict[Hashable, tuple[list[int], Mapping[str, Reading]]] = {}
+        """By form of a batch and what else its reading follows from: how it is cut, as long as no more is known."""
 
     def cut(
         self, batch: Any, num_microbatches: int, hint: Hint | None = None, source: str = "", *, may_stay: bool = False
@@ -103,23 +108,36 @@ class Cutter:
         """
         if num_microbatches == 1:
             return Cut([batch], [1])
-        outline = source, _outline(batch)
-        if may_stay and outline in self._refused:
-            return Cut([batch], [1], self._refused[outline])
+        if may_stay and self._refused and (refusal := self._refused.get((source, _outline(batch)))):
+            return Cut([batch], [1], refusal)
         try:
-            return self._cut(batch, num_microbatches, hint or Hint(), source)
+            sizes, readings = self._reading(batch, num_microbatches, hint or Hint(), source)
+            return Cut(split(batch, sizes, readings), [*sizes])
         except BatchError as error:
             if not may_stay:
                 raise
-            self._refused[outline] = str(error)
+            self._refused[source, _outline(batch)] = str(error)
             return Cut([batch], [1], str(error))
 
-    def _cut(self, batch: Any, num_microbatches: int, hint: Hint, source: str) -> Cut:
+    def _reading(
+        self, batch: Any, num_microbatches: int, hint: Hint, source: str
+    ) -> tuple[list[int], Mapping[str, Reading]]:
+        """Return how many samples each microbatch has, and what the lists of the batch are."""
+        form = plain_form(batch)
+        follows_from = source, form, num_microbatches, hint
+        if form is not None and (seen := self._seen.get(follows_from)) is not None:
+            return seen
         known = self._known.get(source, {})
         plan = _choose(batch, hint, known)
-        self._known[source] = known | plan.readings
-        sizes = split_sizes(plan.size, num_microbatches)
-        return Cut(split(batch, sizes, plan.readings), sizes)
+        found = split_sizes(plan.size, num_microbatches), plan.readings
+        if plan.readings.items() <= known.items():
+            if len(self._seen) >= _MOST_SEEN:
+                self._seen.clear()
+            self._seen[follows_from] = found
+        else:  # batches may be read otherwise from now on
+            self._known[source] = known | plan.readings
+            self._seen.clear()
+        return found
 
 
 def split(batch: Any, sizes: Sequence[int], readings: Mapping[str, Reading] | None = None) -> list[Any]:
@@ -132,11 +150,8 @@ def split(batch: Any, sizes: Sequence[int], readings: Mapping[str, Reading] | No
         return [batch]
     if readings is None:
         readings = _read(batch, sum(sizes), Hint(), {}).readings
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [
-        _slice(batch, "batch", slice(start, start + size), sum(sizes), readings)
-        for start, size in zip(starts, sizes, strict=True)
-    ]
+    starts = itertools.accumulate(sizes, initial=0)
+    return _sliced(batch, "batch", [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)], sum(sizes), readings)
 
 
 # ------------------------------------------------------------------ reading
@@ -334,22 +349,26 @@ def _outline(batch: Any) -> Hashable:
 # ------------------------------------------------------------------ cutting
 
 
-def _slice(value: Any, path: str, part: slice, total: int, readings: Mapping[str, Reading]) -> Any:
+def _sliced(
+    value: Any, path: str, slices: Sequence[slice], total: int, readings: Mapping[str, Reading]
+) -> Sequence[Any]:
+    """Return, by slice of the samples, what there is of ``value``."""
     if is_array(value):
-        return value[part] if value.ndim else value
+        return [value[part] for part in slices] if value.ndim else [value] * len(slices)
     if isinstance(value, ATOMS):
-        return value
+        return [value] * len(slices)
     if is_sequence(value):
         if readings.get(path, "samples" if len(value) == total else "fields") == "samples":
-            return value[part]
+            return [value[part] for part in slices]
         if path not in readings:
-            return value
-        items = [_slice(item, f"{path}[{i}]", part, total, readings) for i, item in enumerate(value)]
-        return rebuild_sequence(value, items)
+            return [value] * len(slices)
+        columns = [_sliced(item, f"{path}[{i}]", slices, total, readings) for i, item in enumerate(value)]
+        return [rebuild_sequence(value, [*row]) for row in zip(*columns, strict=True)]
     if not has_fields(value):
-        return value
-    cut = [(suffix, _slice(item, path + suffix, part, total, readings)) for suffix, item in parts(value)]
-    return _rebuilt(value, [item for _, item in cut], path)
+        return [value] * len(slices)
+    columns = [_sliced(item, path + suffix, slices, total, readings) for suffix, item in parts(value)]
+    rows = zip(*columns, strict=True) if columns else itertools.repeat((), len(slices))
+    return [_rebuilt(value, [*row], path) for row in rows]
 
 
 def _rebuilt(value: Any, items: list[Any], path: str) -> Any:

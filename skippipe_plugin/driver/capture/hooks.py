@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -186,15 +186,22 @@ class StackHooks:
         self.blocks = [BlockHooks(name, block) for name, block in zip(names, blocks, strict=True)]
         self._note()
 
-    def refresh(self) -> None:
-        """Look again if hooks came or went."""
-        for block in range(len(self.blocks)):
-            self.of(block)
+    @property
+    def are_running(self) -> bool:
+        """Whether any run on the driver."""
+        self._refresh(self._with_hooks)
+        return any(block.running for block in self.blocks)
 
     def of(self, block: int) -> BlockHooks:
-        """Return those of one block as they are now: numbers of torch's are counted up, by hooks on tensors too."""
-        watched = self._watched[block]
-        if RemovableHandle.next_id != self._next or (watched and list(map(len, watched)) != self._lengths[block]):
+        """Return those of one block as they are now."""
+        self._refresh((block,) if self._watched[block] else ())
+        return self.blocks[block]
+
+    def _refresh(self, blocks: Collection[int]) -> None:
+        """Look again if hooks came or went: torch counts their numbers up, by those of tensors too."""
+        if RemovableHandle.next_id != self._next or any(
+            list(map(len, self._watched[block])) != self._lengths[block] for block in blocks
+        ):
             for each in self.blocks:
                 each.look()
             self._note()
@@ -204,12 +211,12 @@ class StackHooks:
                 "operations, ...), but the blocks are on workers, where it would not run. Remove it, or register a "
                 "hook on the modules that it is for"
             )
-        return self.blocks[block]
 
     def _note(self) -> None:
         self._next = RemovableHandle.next_id
         self._watched = [list(block.watched()) for block in self.blocks]
         self._lengths = [list(map(len, hooks)) for hooks in self._watched]
+        self._with_hooks = [block for block, hooks in enumerate(self._watched) if hooks]
 
 
 class Seen(Tensor):

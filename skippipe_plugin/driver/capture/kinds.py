@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Final
@@ -28,6 +28,9 @@ ATOMS: Final = (
     np.generic,
     torch.Size,
 )
+
+
+_PLAIN: Final = frozenset((str, bytes, bool, int, float, complex, type(None)))
 
 
 def is_array(value: Any) -> bool:
@@ -68,6 +71,32 @@ def names_of(value: Any) -> list[str]:
     """Return the names of a dataclass's fields, and of whatever else was set on it."""
     names = [each.name for each in fields(value) if hasattr(value, each.name)]
     return [*names, *(name for name in getattr(value, "__dict__", ()) if name not in names)]
+
+
+def plain_form(value: Any) -> Hashable:
+    """Return what two values have in common of which only the numbers and texts differ; None: that cannot be told.
+
+    >>> plain_form([torch.zeros(4, 2), 7]) == plain_form([torch.ones(4, 2), 8])
+    True
+    >>> plain_form([torch.zeros(4, 2)]) == plain_form([torch.zeros(3, 2)])
+    False
+    >>> plain_form([set()])
+    """
+    kind = type(value)
+    if kind is Tensor:
+        return (value.shape, value.dtype) if value.layout is torch.strided and not value.is_nested else None
+    if kind in _PLAIN:
+        return kind
+    if kind is dict:
+        names, held = tuple(value), value.values()
+        if not all(type(name) is str for name in names):
+            return None
+    elif kind is list or kind is tuple:
+        names, held = (), value
+    else:
+        return None
+    forms = tuple(map(plain_form, held))
+    return None if None in forms else (kind, names, forms)
 
 
 def holds_entries(value: Any, depth: int = 6) -> bool:

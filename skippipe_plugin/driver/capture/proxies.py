@@ -162,8 +162,7 @@ class BlockProxies:
     @property
     def is_watched(self) -> bool:
         """Whether hooks of the driver's are to see what goes on inside of the blocks."""
-        self._hooks.refresh()
-        return any(hooks.running for hooks in self._hooks.blocks)
+        return self._hooks.are_running
 
     @property
     def is_settled(self) -> bool:
