@@ -152,6 +152,10 @@ class GradientControl:
         """Take charge of what has come to be trained on this driver, also in the middle of a step."""
         self.window.follow(self._own())
 
+    def reached(self, leaves: Sequence[Tensor]) -> None:
+        """Take charge of what a step is about to go back to, whoever holds and steps it."""
+        self.window.take_in(leaves)
+
     def add_shared(self, done: Mapping[int, Done]) -> None:
         """Add what a step's copies of shared parameters have gathered, in the order of the ranks."""
         if self._leads and any(each.shared for each in done.values()):

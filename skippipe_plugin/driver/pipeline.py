@@ -126,7 +126,6 @@ class Pipeline:
         self._threads = StepThreads()
         self._took_s: deque[float] = deque(maxlen=16)
         self._cuts = CutBook()
-        self._around = AroundTheBlocks()
         self._answers: Callable[[StackCall], Tensor] | None = None
         """Takes calls that are made outside of the step functions."""
         self._make_room: Callable[[str], object] = lambda _: None
@@ -143,12 +142,11 @@ class Pipeline:
         """How workers build their part of the optimizer, as it travels."""
         self.shards = ExpertShards(self._forming)
         """Which worker holds which experts."""
-        self.mirror = Mirror(self)
+        mirror = self.mirror = Mirror(self)
         """What user code sees of the blocks on workers."""
-        self.remote = RemoteWeights(links, self._forming, rank, self.shards, self.mirror)
-        self.gradients = GradientControl(
-            links, self._forming, self.mirror.gradients, self.mirror.shared, leads=rank == 0
-        )
+        self.remote = RemoteWeights(links, self._forming, rank, self.shards, mirror)
+        self.gradients = GradientControl(links, self._forming, mirror.gradients, mirror.shared, leads=rank == 0)
+        self.around = AroundTheBlocks(self.gradients.reached)
         self.in_step = self.is_announced = False
         """Whether a step is under way, and whether the workers have begun with it."""
         self.routers = RouterControl(links, leads=rank == 0)
@@ -396,7 +394,7 @@ class Pipeline:
         run = self._step_run(task, self._ambient())
         with run.explained():
             self._forth_and_back(run, task, choose)
-        self.gradients.window.in_half |= self._around.in_half
+        self.gradients.window.in_half |= self.around.in_half
         self.gradients.count_visits(self.schedules[TRAINING], run.shares)
         loss = run.loss_of_batch()
         return run.values(), None if loss is None else mergeable(loss, self.gradients, task.scale, task.bends)
@@ -562,6 +560,7 @@ class Pipeline:
                 writer=self._writer,
                 device=self.device,
                 ambient=ambient,
+                around=self.around,
                 before_backward=self.gradients.window.open,
                 shown=self.gradients.window.shown,
             )
@@ -574,7 +573,7 @@ class Pipeline:
             device=self.device,
             ambient=ambient,
             took_s=self._took_s,
-            around=self._around,
+            around=self.around,
             started=self.mirror.note_started,
         )
 

@@ -28,7 +28,7 @@ from ..schedule import Path
 from .capture import own_gradients
 from .capture.asking import CutBook, Question, ask
 from .capture.cutting import CallForm, Cut, NotCuttable, cut_call, kind_of, likely_cuts
-from .capture.graphs import Ends, check_parts, goes_past, is_over
+from .capture.graphs import AroundTheBlocks, Ends, check_parts, goes_past, is_over
 from .capture.microbatch import split_sizes
 from .capture.proxies import BlockProxies
 from .capture.side_inputs import PreparedCall
@@ -112,6 +112,7 @@ class WholeRun:
         microbatches: The microbatches of the schedule that the call may make.
         book: How calls are cut.
         differs: Asks what the blocks compute otherwise for the parts of a call than for all of it, if anything.
+        around: What is known of the run's steps.
         before_backward: Puts aside the accumulated gradients, which the function has seen.
         shown: Shows the function the accumulated gradients where they are put aside already, since a stage on this
             driver may have others' microbatches.
@@ -129,6 +130,7 @@ class WholeRun:
         writer: CallWriter,
         device: torch.device,
         ambient: Ambient,
+        around: AroundTheBlocks,
         before_backward: Callable[[], None],
         shown: Callable[[], AbstractContextManager[None]],
     ) -> None:
@@ -143,6 +145,7 @@ class WholeRun:
         self._writer = writer
         self._device = device
         self._ambient = ambient
+        self._around = around
         self._before_backward = before_backward
         self._shown = shown
         self._outcome: Outcome | None = None
@@ -526,6 +529,7 @@ class WholeRun:
         loss = task.loss_of(value)
         self._loss = None if loss is None else loss.detach()
         if loss is not None and task.share:  # what counts nothing may be NaN, a mean over no label
+            self._around.tell_leaves([loss, *call.sources], leaf)
             again = goes_past([loss], *call.sources)
             if again:
                 check_parts([loss], call.sources, is_hooked=call.entered.is_hooked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,13 @@ class GradientHooks:
     def __init__(self) -> None:
         self._taken: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # Any: torch's own tables of the user's functions
 
-    def take(self, parameters: Sequence[nn.Parameter]) -> None:
+    def take(self, parameters: Iterable[Tensor]) -> None:
         """Take the hooks off. Their tables stay, by which the user may remove them."""
         self.put_back()
+        self.take_more(parameters)
+
+    def take_more(self, parameters: Iterable[Tensor]) -> None:
+        """Take those of further ones off, too."""
         for parameter in parameters:
             for table in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
                 if table:
@@ -42,7 +46,7 @@ def no_gradient_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         hooks.put_back()
 
 
-def hooked(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+def hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return what the parameter's hooks make of the whole gradient of a backward."""
     for hook in tuple((parameter._backward_hooks or {}).values()):
         result = hook(gradient)
@@ -50,7 +54,7 @@ def hooked(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
     return gradient
 
 
-def call_accumulated(parameter: nn.Parameter) -> None:
+def call_accumulated(parameter: Tensor) -> None:
     """Call the hooks that wait for the accumulated gradient."""
     for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
         hook(parameter)

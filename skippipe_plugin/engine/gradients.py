@@ -6,7 +6,8 @@ Lightning zeroes gradients after ``training_step`` and before ``backward``, whil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -27,8 +28,13 @@ class GradientWindow:
         self.parameters: Sequence[nn.Parameter] = [*parameters]
         self.in_half: set[int] = set()
         """The ids of those whose gradients are computed in float16, and overflow as a whole."""
+        self._beside: list[weakref.ref[Tensor]] = []
+        """What else steps have reached."""
+        self._members: Sequence[Tensor] = ()
+        """Whose gradients are those of the step that is open."""
         self._accumulated: list[Tensor | None] | None = None
-        self._new: list[Tensor | None] = []
+        self._new: list[tuple[Tensor, Tensor]] = []
+        """What the last step has computed, and for what."""
         self._hooks = GradientHooks()
         self._paused = False
         self._is_part = False
@@ -41,26 +47,38 @@ class GradientWindow:
         if self._accumulated is None:
             self.parameters, self._new = parameters, []
             return
-        known = {id(parameter) for parameter in self.parameters}
+        known = set(map(id, self._members))
         came = [parameter for parameter in parameters if id(parameter) not in known]
         self.parameters = [*self.parameters, *came]
+        self._members = [*self._members, *came]
         self._accumulated += [None] * len(came)
+
+    def take_in(self, leaves: Iterable[Tensor]) -> None:
+        """Be also that of leaves which a step is about to go back to, until they are gone; of each driver by itself."""
+        known = {*map(id, self.parameters), *(id(each()) for each in self._beside)}
+        came = [leaf for leaf in leaves if id(leaf) not in known]
+        self._beside += map(weakref.ref, came)
+        if came and self._accumulated is not None:
+            self._members = [*self._members, *came]
+            self._accumulated += _take(came)
+            self._hooks.take_more(came)
 
     def open(self) -> None:
         """Start a step: put what is accumulated aside, so that the backward fills ``.grad`` from nothing."""
         if self._accumulated is not None:
             return
         self._paused = False
-        self._accumulated = _take(self.parameters)
+        self._members = self._all()
+        self._accumulated = _take(self._members)
         if not self._is_part:
-            self._hooks.take(self.parameters)
+            self._hooks.take(self._members)
 
     def close(self) -> None:
         """End a step: keep its gradients aside and put the accumulated ones back."""
         if self._accumulated is None:
             self._new = []
             return
-        self._new = _take(self.parameters)
+        self._new = _present(self._members)
         if not self._is_part:
             self._hooks.put_back()
         self._restore()
@@ -73,24 +91,24 @@ class GradientWindow:
             return
         aside = self._accumulated
         if aside is None:
-            aside = _take(self.parameters)
-            self._hooks.take(self.parameters)
+            self._members = self._all()
+            aside = _take(self._members)
+            self._hooks.take(self._members)
         else:
             self._accumulated = [None] * len(aside)
-        parameters, self._is_part = self.parameters, True
+        members, self._is_part = self._members, True
         try:
             yield
             if self._accumulated is not None:
                 self.close()
                 self.merge(1.0)
         finally:
-            self._is_part, self._accumulated, added = False, None, _take(parameters)
+            self._is_part, self._accumulated, added = False, None, _present(members)
             self._hooks.put_back()
-            for parameter, gradient in zip(parameters, aside, strict=True):
-                parameter.grad = gradient
-        for parameter, gradient in zip(parameters, added, strict=True):
-            if gradient is not None:
-                _add(parameter, gradient)
+            for member, gradient in zip(members, aside, strict=True):
+                member.grad = gradient
+        for member, gradient in added:
+            _add(member, gradient)
 
     def pause(self) -> None:
         """Let the code that a step waits for have what is accumulated, with what its own backward has added."""
@@ -110,21 +128,20 @@ class GradientWindow:
         if self._accumulated is None:
             yield
             return
-        new = _take(self.parameters)
+        new = _present(self._members)
         self._hooks.put_back()
         self._restore()
         try:
             yield
         finally:
             self.open()
-            for parameter, gradient in zip(self.parameters, new, strict=True):
-                parameter.grad = gradient
+            for member, gradient in new:
+                member.grad = gradient
 
     def new_of(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return the new gradients of some of the parameters, to be changed in place."""
         wanted = {id(parameter) for parameter in parameters}
-        pairs = zip(self.parameters, self._new, strict=False)
-        return [gradient for parameter, gradient in pairs if gradient is not None and id(parameter) in wanted]
+        return [gradient for member, gradient in self._new if id(member) in wanted]
 
     def drop_new(self) -> None:
         """Drop the gradients of the last step, which others have added already."""
@@ -135,19 +152,18 @@ class GradientWindow:
         self._paused = False
         self._hooks.put_back()
         if self._accumulated is not None:
-            _take(self.parameters)
+            _take(self._members)
             self._restore()
         self._new = []
 
     def merge(self, scale: float) -> None:
         """Add ``scale`` times the new gradients to the accumulated ones."""
         new, self._new = self._new, []
-        pairs = [(p, gradient) for p, gradient in zip(self.parameters, new, strict=False) if gradient is not None]
-        scale_gradients([gradient for _, gradient in pairs], scale)
+        scale_gradients([gradient for _, gradient in new], scale)
         if self.in_half:
-            let_overflow(gradient for parameter, gradient in pairs if id(parameter) in self.in_half)
-        for parameter, gradient in pairs:
-            _add(parameter, gradient)
+            let_overflow(gradient for member, gradient in new if id(member) in self.in_half)
+        for member, gradient in new:
+            _add(member, gradient)
 
     def zero(self, *, fill: bool = False) -> None:
         """Drop the accumulated gradients, or fill them with zeros."""
@@ -156,12 +172,20 @@ class GradientWindow:
 
     def _restore(self) -> None:
         assert self._accumulated is not None
-        for parameter, gradient in zip(self.parameters, self._accumulated, strict=True):
-            parameter.grad = gradient
-        self._accumulated = None
+        for member, gradient in zip(self._members, self._accumulated, strict=True):
+            member.grad = gradient
+        self._accumulated, self._members = None, ()
+
+    def _all(self) -> Sequence[Tensor]:
+        if not self._beside:
+            return self.parameters
+        known = set(map(id, self.parameters))
+        beside = [leaf for each in self._beside if (leaf := each()) is not None and id(leaf) not in known]
+        self._beside = [*map(weakref.ref, beside)]
+        return [*self.parameters, *beside]
 
 
-def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
+def _add(parameter: Tensor, gradient: Tensor) -> None:
     """Add a backward's whole gradient, of which hooks make what they like."""
     gradient = hooked(parameter, gradient)
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -240,11 +264,16 @@ def unscale(parameters: Sequence[Tensor], inverse: float) -> bool | None:
     return any(map(bool, found.values())) if found else None
 
 
-def _take(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    gradients = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
+def _take(leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
     return gradients
+
+
+def _present(leaves: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Take the gradients that there are."""
+    return [(leaf, gradient) for leaf, gradient in zip(leaves, _take(leaves), strict=True) if gradient is not None]
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

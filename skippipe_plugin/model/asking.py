@@ -263,6 +263,7 @@ class Asking:
 
     def _ask(self, question: Question, answer: Answer) -> Answer:
         blocks = self._spread.pipeline.proxies.blocks
+        self._spread.pipeline.around.look_again()
         self.clock.reads.clear()
         with (
             self._quiet(),

@@ -150,8 +150,9 @@ def split(batch: Any, sizes: Sequence[int], readings: Mapping[str, Reading] | No
         return [batch]
     if readings is None:
         readings = _read(batch, sum(sizes), Hint(), {}).readings
-    starts = itertools.accumulate(sizes, initial=0)
-    return _sliced(batch, "batch", [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)], sum(sizes), readings)
+    ends = itertools.accumulate(sizes)
+    slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    return _sliced(batch, "batch", slices, sum(sizes), readings)
 
 
 # ------------------------------------------------------------------ reading
@@ -349,9 +350,7 @@ def _outline(batch: Any) -> Hashable:
 # ------------------------------------------------------------------ cutting
 
 
-def _sliced(
-    value: Any, path: str, slices: Sequence[slice], total: int, readings: Mapping[str, Reading]
-) -> Sequence[Any]:
+def _sliced(value: Any, path: str, slices: Sequence[slice], total: int, readings: Mapping[str, Reading]) -> list[Any]:
     """Return, by slice of the samples, what there is of ``value``."""
     if is_array(value):
         return [value[part] for part in slices] if value.ndim else [value] * len(slices)

@@ -220,19 +220,36 @@ def _nodes(tensors: Iterable[Tensor]) -> Iterator[_Node]:
         waiting += [each for each, _ in node.next_functions if each is not None]
 
 
+def _leaves(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Return the leaves that the backward of ``tensors`` adds gradients to, but for those that are followed here."""
+    ends = (each for node in _nodes(tensors) for each, _ in node.next_functions if each is not None)
+    variables = (each.variable for each in ends if hasattr(each, "variable"))
+    found = {id(leaf): leaf for leaf in variables}
+    return [
+        leaf
+        for leaf in found.values()
+        if _LATE not in (leaf._backward_hooks or ()) and _LATE not in (leaf._post_accumulate_grad_hooks or ())
+    ]
+
+
 _FIRST: Final = 32
 """In how many microbatches of a run it is looked for: the walk costs more than a small microbatch may."""
 
 
 class AroundTheBlocks:
-    """What is known of a run whose steps are cut: whether their losses go past the blocks."""
+    """What is known of a run's steps: whether their losses go past the blocks, and what they go back to.
 
-    def __init__(self) -> None:
+    Args:
+        reached: Is told of leaves that a step is about to go back to.
+    """
+
+    def __init__(self, reached: Callable[[Sequence[Tensor]], None] = lambda _: None) -> None:
+        self._reached = reached
         self.meet = False
         """Whether the loss reaches the graph in front of the blocks."""
         self.in_half: set[int] = set()
         """The ids of the parameters around the blocks whose gradients are computed in float16."""
-        self._looked = self._looked_for_half = 0
+        self.look_again()
 
     def look(self, outputs: Iterable[Tensor], *hidden: Tensor) -> bool:
         """Say whether ``outputs`` go past the blocks."""
@@ -240,6 +257,20 @@ class AroundTheBlocks:
             self._looked += 1
             self.meet = goes_past(outputs, *hidden)
         return self.meet
+
+    def look_again(self) -> None:
+        """Look as in the first microbatches: steps may do something else from now on."""
+        self._looked = self._looked_for_half = self._looked_for_leaves = 0
+
+    def look_for_leaves(self, outputs: Iterable[Tensor], result: Tensor) -> None:
+        """Tell of the leaves that the backward of ``outputs`` reaches, but for the blocks' ``result``."""
+        if self._looked_for_leaves < _FIRST:
+            self._looked_for_leaves += 1
+            self.tell_leaves(outputs, result)
+
+    def tell_leaves(self, outputs: Iterable[Tensor], result: Tensor) -> None:
+        """The same, however many there were before."""
+        self._reached([leaf for leaf in _leaves(outputs) if leaf is not result])
 
     def look_for_half(self, outputs: Iterable[Tensor]) -> None:
         """Look for parameters whose gradients are computed in float16, before the backward of ``outputs``."""

@@ -86,7 +86,7 @@ def plain_form(value: Any) -> Hashable:
     if kind is Tensor:
         return (value.shape, value.dtype) if value.layout is torch.strided and not value.is_nested else None
     if kind in _PLAIN:
-        return kind
+        return kind.__name__
     if kind is dict:
         names, held = tuple(value), value.values()
         if not all(type(name) is str for name in names):
@@ -96,7 +96,7 @@ def plain_form(value: Any) -> Hashable:
     else:
         return None
     forms = tuple(map(plain_form, held))
-    return None if None in forms else (kind, names, forms)
+    return None if None in forms else (kind.__name__, names, forms)
 
 
 def holds_entries(value: Any, depth: int = 6) -> bool:
