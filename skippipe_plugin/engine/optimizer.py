@@ -49,6 +49,9 @@ class Settings:
     def in_force(self) -> Iterator[None]:
         """Let the process have what an optimizer looks at beside itself."""
         before = torch.get_default_dtype()
+        if before == self.default_dtype:
+            yield
+            return
         torch.set_default_dtype(self.default_dtype)
         try:
             yield
@@ -93,25 +96,36 @@ class StageOptimizer:
         self._parameters = parameters
         groups = [[parameters[key] for key in members] for members in self._members]
         self._optimizer = build(plan, groups) if any(groups) else None
+        self._leaves_settings = type(self._optimizer).__module__.startswith("torch.optim.")
+        """Whether steps are sure to leave its settings as they are."""
+        self._packed = b""
+        """The settings that it has, and so have all steps that follow with the same."""
+        self._settings = plan.settings
 
-    def step(self, settings: Settings, lr_factor: float = 1.0) -> None:
-        """Take one step with the driver's settings, the learning rates times a factor."""
+    def step(self, packed: Buffer, lr_factor: float = 1.0) -> None:
+        """Take one step with the driver's settings (see :meth:`Settings.dumps`), the learning rates times a factor."""
         if self._optimizer is None:
             return
-        apply_settings(self._optimizer, settings)
+        if packed != self._packed or lr_factor != 1.0:
+            self._settings, self._packed = Settings.loads(packed), b""
+            apply_settings(self._optimizer, self._settings)
+            if lr_factor == 1.0 and self._leaves_settings:
+                self._packed = bytes(packed)
         for group in self._optimizer.param_groups:
             if lr_factor != 1.0 and "lr" in group:
                 group["lr"] = group["lr"] * lr_factor  # of the driver's rate, so it never compounds
+        settings = self._settings
         with settings.in_force():
             if settings.closure:
                 step_with_closure(self._optimizer)
             else:
                 self._optimizer.step()
 
-    def switch(self, method: str, settings: Settings) -> None:
+    def switch(self, method: str, packed: Buffer) -> None:
         """Call ``train`` or ``eval`` of an optimizer that has them."""
         if self._optimizer is not None:
-            apply_settings(self._optimizer, settings)
+            self._packed = b""
+            apply_settings(self._optimizer, Settings.loads(packed))
             getattr(self._optimizer, method)()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -133,6 +147,7 @@ class StageOptimizer:
         keys = [key for members in self._members for key in members]
         own = self._optimizer.state_dict()
         own["state"] = {index: dict(state[key]) for index, key in enumerate(keys) if key in state}
+        self._packed = b""
         self._optimizer.load_state_dict(own)
 
 

@@ -27,7 +27,7 @@ from ..engine.handover import (
     unpack_gradients,
     unpack_tensors,
 )
-from ..engine.optimizer import ParameterKey, Settings, StageOptimizer
+from ..engine.optimizer import ParameterKey, StageOptimizer
 from ..engine.stage import Stage
 from ..engine.wire import block_tensors, encode_optimizer_state, tensor_key
 from .copies import Gathered, SharedCopies
@@ -172,7 +172,7 @@ class Holdings:
         self.clip(order)
         assert self._optimizer is not None, "an optimizer step before the optimizer"
         factors = [factor for stage, factor in order.lr_factors if stage in self.stages]
-        self._optimizer.step(Settings.loads(settings), lr_factor=max(factors, default=1.0))
+        self._optimizer.step(settings, lr_factor=max(factors, default=1.0))
         self.estimates = set()
         self.stand = replace(self.stand, step=order.step)
         self.states.forget()
@@ -182,7 +182,7 @@ class Holdings:
     def switch_optimizer(self, method: str, settings: Buffer) -> None:
         """Call ``train`` or ``eval`` of an optimizer that has two sets of weights."""
         assert self._optimizer is not None, "a mode before the optimizer"
-        self._optimizer.switch(method, Settings.loads(settings))
+        self._optimizer.switch(method, settings)
 
     def move_experts(self, moves: Sequence[tuple[int, str, Sequence[int]]]) -> list[ExpertCost]:
         """Move experts as ordered (block, name, placement); return what those here took since the last time."""
