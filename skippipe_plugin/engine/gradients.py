@@ -7,14 +7,14 @@ Lightning zeroes gradients after ``training_step`` and before ``backward``, whil
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from .gradient_hooks import GradientHooks, call_accumulated, hooked
+from .gradient_hooks import GradientHooks, has_hooks
 from .half import let_overflow
 
 _BUCKET_BYTES: Final = 64 << 20
@@ -53,15 +53,18 @@ class GradientWindow:
         self._members = [*self._members, *came]
         self._accumulated += [None] * len(came)
 
-    def take_in(self, leaves: Iterable[Tensor]) -> None:
+    def take_in(self, leaves: Sequence[Tensor]) -> None:
         """Be also that of leaves which a step is about to go back to, until they are gone; of each driver by itself."""
-        known = {*map(id, self.parameters), *(id(each()) for each in self._beside)}
-        came = [leaf for leaf in leaves if id(leaf) not in known]
-        self._beside += map(weakref.ref, came)
-        if came and self._accumulated is not None:
-            self._members = [*self._members, *came]
-            self._accumulated += _take(came)
-            self._hooks.take_more(came)
+        if leaves:
+            known = {*map(id, self.parameters), *(id(each()) for each in self._beside)}
+            came = [leaf for leaf in leaves if id(leaf) not in known]
+            self._beside += map(weakref.ref, came)
+            if self._accumulated is not None:
+                self._members = [*self._members, *came]
+                self._accumulated += _take(came)
+                self._hooks.quiet_more(came)
+        if self._accumulated is not None and self._hooks.may_be_more():
+            self._hooks.quiet_more(self._members)
 
     def open(self) -> None:
         """Start a step: put what is accumulated aside, so that the backward fills ``.grad`` from nothing."""
@@ -71,7 +74,7 @@ class GradientWindow:
         self._members = self._all()
         self._accumulated = _take(self._members)
         if not self._is_part:
-            self._hooks.take(self._members)
+            self._hooks.quiet(self._members)
 
     def close(self) -> None:
         """End a step: keep its gradients aside and put the accumulated ones back."""
@@ -80,7 +83,7 @@ class GradientWindow:
             return
         self._new = _present(self._members)
         if not self._is_part:
-            self._hooks.put_back()
+            self._hooks.release()
         self._restore()
 
     @contextmanager
@@ -93,7 +96,7 @@ class GradientWindow:
         if aside is None:
             self._members = self._all()
             aside = _take(self._members)
-            self._hooks.take(self._members)
+            self._hooks.quiet(self._members)
         else:
             self._accumulated = [None] * len(aside)
         members, self._is_part = self._members, True
@@ -104,11 +107,10 @@ class GradientWindow:
                 self.merge(1.0)
         finally:
             self._is_part, self._accumulated, added = False, None, _present(members)
-            self._hooks.put_back()
+            self._hooks.release()
             for member, gradient in zip(members, aside, strict=True):
                 member.grad = gradient
-        for member, gradient in added:
-            _add(member, gradient)
+        self._add(added)
 
     def pause(self) -> None:
         """Let the code that a step waits for have what is accumulated, with what its own backward has added."""
@@ -129,7 +131,7 @@ class GradientWindow:
             yield
             return
         new = _present(self._members)
-        self._hooks.put_back()
+        self._hooks.release()
         self._restore()
         try:
             yield
@@ -150,7 +152,7 @@ class GradientWindow:
     def discard(self) -> None:
         """Give a step up: drop what it computed and put the accumulated gradients back."""
         self._paused = False
-        self._hooks.put_back()
+        self._hooks.release()
         if self._accumulated is not None:
             _take(self._members)
             self._restore()
@@ -162,8 +164,7 @@ class GradientWindow:
         scale_gradients([gradient for _, gradient in new], scale)
         if self.in_half:
             let_overflow(gradient for member, gradient in new if id(member) in self.in_half)
-        for member, gradient in new:
-            _add(member, gradient)
+        self._add(new)
 
     def zero(self, *, fill: bool = False) -> None:
         """Drop the accumulated gradients, or fill them with zeros."""
@@ -176,6 +177,15 @@ class GradientWindow:
             member.grad = gradient
         self._accumulated, self._members = None, ()
 
+    def _add(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add a backward's whole gradients, of which hooks make what they like."""
+        hooked = [pair for pair in gradients if has_hooks(pair[0]) and pair[0].requires_grad]
+        others = gradients if not hooked else [pair for pair in gradients if not any(pair is each for each in hooked)]
+        for leaf, gradient in others:
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        if hooked:
+            self._hooks.deliver(hooked)
+
     def _all(self) -> Sequence[Tensor]:
         if not self._beside:
             return self.parameters
@@ -183,13 +193,6 @@ class GradientWindow:
         beside = [leaf for each in self._beside if (leaf := each()) is not None and id(leaf) not in known]
         self._beside = [*map(weakref.ref, beside)]
         return [*self.parameters, *beside]
-
-
-def _add(parameter: Tensor, gradient: Tensor) -> None:
-    """Add a backward's whole gradient, of which hooks make what they like."""
-    gradient = hooked(parameter, gradient)
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    call_accumulated(parameter)
 
 
 def sum_over_holders(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], None]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...engine.errors import SkipPipeError
+from ...engine.gradient_hooks import tables_of
 from ...engine.outer_names import OuterName
 from .outer_state import generator_undo
 
@@ -108,6 +109,33 @@ class CopiedFlag:
     def changes(self) -> Iterator[tuple[str, Any]]:
         if self.value.requires_grad != self.requires_grad:
             yield f"{self.name}.requires_grad", self.value.requires_grad
+
+
+@dataclass(slots=True)
+class CopiedHooks:
+    """The hooks on a leaf's gradients; what stands in their places meanwhile stays there."""
+
+    name: str
+    leaf: Tensor
+    hooks: tuple[dict[int, Any], ...]
+
+    @classmethod
+    def of(cls, name: str, leaf: Tensor) -> CopiedHooks:
+        """Note them."""
+        return cls(name, leaf, tuple(dict(table or {}) for table in tables_of(leaf)))
+
+    def restore(self) -> None:
+        for table, hooks in zip(tables_of(self.leaf), self.hooks, strict=True):
+            if table is not None and table.keys() != hooks.keys():
+                for number in table.keys() - hooks.keys():
+                    del table[number]
+                table.update({number: hook for number, hook in hooks.items() if number not in table})
+
+    def changes(self) -> Iterator[tuple[str, Any]]:
+        pairs = zip(tables_of(self.leaf), self.hooks, strict=True)
+        numbers = [(len(table or ()), (table or {}).keys() == hooks.keys()) for table, hooks in pairs]
+        if not all(is_same for _, is_same in numbers):
+            yield f"the hooks on the gradient of {self.name}", [count for count, _ in numbers]
 
 
 @dataclass(slots=True)

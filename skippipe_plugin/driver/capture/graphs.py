@@ -240,7 +240,7 @@ class AroundTheBlocks:
     """What is known of a run's steps: whether their losses go past the blocks, and what they go back to.
 
     Args:
-        reached: Is told of leaves that a step is about to go back to.
+        reached: Is told before a step goes back: of leaves that it comes to, where these were looked for.
     """
 
     def __init__(self, reached: Callable[[Sequence[Tensor]], None] = lambda _: None) -> None:
@@ -267,6 +267,8 @@ class AroundTheBlocks:
         if self._looked_for_leaves < _FIRST:
             self._looked_for_leaves += 1
             self.tell_leaves(outputs, result)
+        else:
+            self._reached(())
 
     def tell_leaves(self, outputs: Iterable[Tensor], result: Tensor) -> None:
         """The same, however many there were before."""
@@ -280,6 +282,7 @@ class AroundTheBlocks:
 
     def back(self, propagate: Callable[[], None]) -> None:
         """Run the second pass; if the first has not left its graph standing, say so and do so from now on."""
+        self._reached(())
         try:
             propagate()
         except RuntimeError as error:

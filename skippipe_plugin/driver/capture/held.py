@@ -167,6 +167,8 @@ class Held:
         fits = not is_large or value.numel() <= self._left_to_copy
         self._left_to_copy -= value.numel() if is_large and fits else 0
         self._copies.append(copies.tensor_copy(name, value, is_copied=fits))
+        if value.is_leaf and value.requires_grad:
+            self._copies.append(copies.CopiedHooks.of(name, value))
 
     def _note_source(self, source: Source) -> None:
         """Note the tensors that have their values on workers, which code may write, too."""
