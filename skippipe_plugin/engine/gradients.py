@@ -179,10 +179,12 @@ class GradientWindow:
 
     def _add(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Add a backward's whole gradients, of which hooks make what they like."""
-        hooked = [pair for pair in gradients if has_hooks(pair[0]) and pair[0].requires_grad]
-        others = gradients if not hooked else [pair for pair in gradients if not any(pair is each for each in hooked)]
-        for leaf, gradient in others:
-            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        hooked: list[tuple[Tensor, Tensor]] = []
+        for leaf, gradient in gradients:
+            if has_hooks(leaf) and leaf.requires_grad:
+                hooked.append((leaf, gradient))
+            else:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         if hooked:
             self._hooks.deliver(hooked)
 
