@@ -37,7 +37,7 @@ from ...engine.call import Made
 from ...engine.computed import Computed
 from ...engine.errors import SkipPipeError
 from .caches import CacheLedger, is_cache
-from .graphs import root_of
+from .graphs import carries, root_of
 from .remote import is_remote
 from .token import HiddenToken, named_parts
 from .unavailable import Recording, Unavailable
@@ -75,7 +75,7 @@ class SideInputs:
 
     def __post_init__(self) -> None:
         """Watch what is given from the start."""
-        self.carrying = [slot for slot, tensor in enumerate(self.tensors) if tensor.requires_grad]
+        self.carrying = [slot for slot, tensor in enumerate(self.tensors) if carries(tensor)]
         self.roots = list(map(root_of, self.tensors))
         self._versions = list(versions(self.tensors))
         self._blocks = ["the blocks"] * len(self.tensors)
@@ -88,7 +88,7 @@ class SideInputs:
                 if version != self._versions[index]:
                     raise self._changed(index)
                 return index
-        if tensor.requires_grad:
+        if carries(tensor):
             self.carrying.append(len(self.tensors))
         self.tensors.append(tensor)
         self.roots.append(root_of(tensor))

@@ -79,9 +79,26 @@ def _refuse_late(gradient: Tensor) -> None:
 
 def root_of(tensor: Tensor) -> GradientEdge | None:
     """Return where a gradient of ``tensor`` goes, whatever is done to it in place from now on; None: nowhere."""
-    if not tensor.requires_grad or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    if not carries(tensor) or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return None
     return get_gradient_edge(tensor)
+
+
+def carries(tensor: Tensor) -> bool:
+    """Whether a gradient of ``tensor`` goes anywhere: a view says that it requires one if what it shows does, and if
+    it was made without gradients none goes through it.
+
+    >>> table = torch.ones(2, 2, requires_grad=True)
+    >>> with torch.no_grad():
+    ...     row = table[0]
+    >>> row.requires_grad, carries(row), carries(table[0]), carries(table)
+    (True, False, True, True)
+    """
+    if not tensor.requires_grad or tensor.grad_fn is not None or not tensor._is_view():
+        return tensor.requires_grad
+    with torch.enable_grad():
+        node: _Node = tensor.view_as(tensor).grad_fn
+    return node.next_functions[0][0] is not None
 
 
 def goes_past(outputs: Iterable[Tensor], *hidden: Tensor) -> bool:

@@ -651,3 +651,47 @@ def test_a_view_of_a_parameter_in_a_call_without_gradients() -> None:
     assert_exact(make)
     for one, other in zip(made[0].sampled, made[1].sampled, strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Row(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, h: Tensor, row: Tensor) -> Tensor:
+        return torch.tanh(self.linear(h)) + row
+
+
+class Viewed(Model):
+    """Blocks get views of a trained table that were made without gradients: they say that they require one."""
+
+    block = Row
+
+    def add(self) -> None:
+        self.table = nn.Parameter(0.3 * torch.randn(5, 8, generator=torch.Generator().manual_seed(1)))
+
+    def stack(self, h: Tensor, c: Any) -> Tensor:
+        with torch.no_grad():
+            rows = [self.table[index] for index in range(5)]
+        for index, block in enumerate(self.blocks):
+            h = block(h, rows[index] if index % 2 else self.table[index])
+        return h + rows[0]
+
+
+class Unwatched(Viewed):
+    """The blocks are called without gradients, and what enters one goes around it."""
+
+    def stack(self, h: Tensor, c: Any) -> Tensor:
+        before, is_enabled = h, torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        for index, block in enumerate(self.blocks):
+            h = block(h, self.table[index])
+            h = h + before if index == 1 else h
+        torch.set_grad_enabled(is_enabled)
+        return h
+
+
+@pytest.mark.parametrize("settings", all_slow_but(SETTINGS, "1f1b", "stack"))
+@pytest.mark.parametrize("make", [Viewed, Unwatched])
+def test_views_that_were_made_without_gradients_have_none(make: Callable[[], Model], settings: str) -> None:
+    assert_exact(make, SETTINGS[settings])
