@@ -237,3 +237,44 @@ def test_an_ordinary_batch_is_cut_in_no_time() -> None:
         cutter.cut(copy.copy(batch), 8, hint(32))
         best = min(best, time.perf_counter() - start_s)
     assert best < 0.001
+
+
+_SHAPES = st.lists(st.integers(1, 4), min_size=0, max_size=2)
+_LEAVES = st.one_of(
+    st.tuples(_SHAPES, st.sampled_from([torch.float32, torch.int64])).map(
+        lambda each: torch.zeros(each[0], dtype=each[1])
+    ),
+    st.sampled_from([7, "text", None]),
+)
+_BATCHES = st.recursive(
+    _LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=4),
+        st.lists(inner, min_size=1, max_size=4).map(tuple),
+        st.dictionaries(st.sampled_from("xyz"), inner, min_size=1, max_size=3),
+    ),
+    max_leaves=6,
+)
+
+
+def _outcome(cutter: Cutter, batch: Any, hint: Hint, may_stay: bool) -> str:
+    try:
+        return repr(cutter.cut(batch, 2, hint, may_stay=may_stay))
+    except BatchError as error:
+        return str(error)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    some=st.lists(_BATCHES, min_size=1, max_size=3),
+    order=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4), st.booleans()), min_size=2, max_size=8),
+    may_stay=st.booleans(),
+)
+def test_what_is_remembered_of_a_form_says_what_reading_it_does(
+    some: list[Any], order: list[tuple[int, int, bool]], may_stay: bool
+) -> None:
+    remembers, forgets = Cutter(), Cutter()
+    for index, size, default in order:
+        batch, given = some[index % len(some)], Hint(frozenset({size} if size else ()), default)
+        forgets._seen.clear()
+        assert _outcome(remembers, batch, given, may_stay) == _outcome(forgets, batch, given, may_stay)
