@@ -369,7 +369,7 @@ class StepRun:
                 check_parts([loss], sources, is_hooked=before.request.entered.is_hooked)
             if self._calls[index].spec.ambient.is_half:
                 self._around.look_for_half([loss, *sources])
-            self._around.look_for_leaves([loss, *sources], leaf)
+            self._around.look_for_leaves([loss, *sources])
             back_propagate(loss, torch.full_like(loss, weight * self._task.scale), keep_graph=meet)
             if meet:  # nothing else is to keep this microbatch's graph until the end of the step
                 detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outcome.value)

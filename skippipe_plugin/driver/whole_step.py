@@ -529,7 +529,7 @@ class WholeRun:
         loss = task.loss_of(value)
         self._loss = None if loss is None else loss.detach()
         if loss is not None and task.share:  # what counts nothing may be NaN, a mean over no label
-            self._around.tell_leaves([loss, *call.sources], leaf)
+            self._around.tell_leaves([loss, *call.sources])
             again = goes_past([loss], *call.sources)
             if again:
                 check_parts([loss], call.sources, is_hooked=call.entered.is_hooked)

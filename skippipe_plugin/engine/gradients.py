@@ -197,6 +197,20 @@ class GradientWindow:
         return [*self.parameters, *beside]
 
 
+_COLLECTS: Final = "_skippipe_collects"
+
+
+def collector(leaf: Tensor) -> Tensor:
+    """Mark a leaf of ours, whose gradient is for whoever has made it."""
+    setattr(leaf, _COLLECTS, True)
+    return leaf
+
+
+def is_collector(leaf: Tensor) -> bool:
+    """Whether a leaf is of ours; see :func:`collector`."""
+    return hasattr(leaf, _COLLECTS)
+
+
 def sum_over_holders(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], None]) -> None:
     """Sum the gradients over all ranks that hold the same parameters, before the step is closed.
 

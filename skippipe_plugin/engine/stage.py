@@ -24,6 +24,7 @@ from .computed import Computed
 from .crossing import Gradients, Kept, Tensors, check_outputs, leaves_of
 from .device import kept_random_states, random_states, seed_everything, set_random_states
 from .errors import SkipPipeError
+from .gradients import collector
 from .half import computed_in_half
 from .independence import Parts, difference, uncompiled
 from .kept_state import Buffers
@@ -577,7 +578,7 @@ def inner(leaf: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         with torch.enable_grad():
             return inner(leaf)
-    same = _SAME_MEMORY(leaf, leaf.shape)
+    same = _SAME_MEMORY(collector(leaf), leaf.shape)
     if same.stride() == leaf.stride():
         return same
     order = order_of(leaf)  # of which dimensions of one entry are a part

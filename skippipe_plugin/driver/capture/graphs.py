@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ...engine.errors import SkipPipeError
+from ...engine.gradients import is_collector
 from ...engine.half import computed_in_half
 
 _Node = Any
@@ -237,16 +238,12 @@ def _nodes(tensors: Iterable[Tensor]) -> Iterator[_Node]:
         waiting += [each for each, _ in node.next_functions if each is not None]
 
 
-def _leaves(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Return the leaves that the backward of ``tensors`` adds gradients to, but for those that are followed here."""
+def _leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the leaves that the backward of ``tensors`` adds gradients to, but for those of ours."""
     ends = (each for node in _nodes(tensors) for each, _ in node.next_functions if each is not None)
     variables = (each.variable for each in ends if hasattr(each, "variable"))
     found = {id(leaf): leaf for leaf in variables}
-    return [
-        leaf
-        for leaf in found.values()
-        if _LATE not in (leaf._backward_hooks or ()) and _LATE not in (leaf._post_accumulate_grad_hooks or ())
-    ]
+    return [leaf for leaf in found.values() if not is_collector(leaf)]
 
 
 _FIRST: Final = 32
@@ -279,17 +276,17 @@ class AroundTheBlocks:
         """Look as in the first microbatches: steps may do something else from now on."""
         self._looked = self._looked_for_half = self._looked_for_leaves = 0
 
-    def look_for_leaves(self, outputs: Iterable[Tensor], result: Tensor) -> None:
-        """Tell of the leaves that the backward of ``outputs`` reaches, but for the blocks' ``result``."""
+    def look_for_leaves(self, outputs: Iterable[Tensor]) -> None:
+        """Tell of the leaves that the backward of ``outputs`` reaches."""
         if self._looked_for_leaves < _FIRST:
             self._looked_for_leaves += 1
-            self.tell_leaves(outputs, result)
+            self.tell_leaves(outputs)
         else:
             self._reached(())
 
-    def tell_leaves(self, outputs: Iterable[Tensor], result: Tensor) -> None:
+    def tell_leaves(self, outputs: Iterable[Tensor]) -> None:
         """The same, however many there were before."""
-        self._reached([leaf for leaf in _leaves(outputs) if leaf is not result])
+        self._reached(_leaves(outputs))
 
     def look_for_half(self, outputs: Iterable[Tensor]) -> None:
         """Look for parameters whose gradients are computed in float16, before the backward of ``outputs``."""

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...engine.arguments import versions
 from ...engine.errors import SkipPipeError
+from ...engine.gradients import collector
 from ...engine.taps import HookList, TapEvent, is_capturing, is_librarys, own_hooks
 from ..doors import BEFORE_HANDOVER
 from .suspend import current_thread
@@ -249,7 +250,7 @@ _OF_GRADIENTS: Final = (
 
 def seen(tensor: Tensor, requires_grad: bool) -> tuple[Tensor, Tensor]:
     """Return a leaf that collects what comes back, and what the hook sees of it."""
-    leaf = tensor.detach().requires_grad_(requires_grad)
+    leaf = collector(tensor.detach().requires_grad_(requires_grad))
     if not requires_grad:
         return leaf, leaf
     with torch.enable_grad():
