@@ -6,8 +6,7 @@ computes over samples on the way back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.errors import SkipPipeError
+from ..engine.gradient_hooks import no_gradient_hooks
 from ..engine.independence import FACTORS, HALF_FACTORS, is_multiple
 from .counting import View
 from .reductions import Mean, Plan, Rule, Sum, sharing
@@ -58,7 +58,7 @@ def slopes_of(loss: Any, made: Sequence[Tensor], weights: Sequence[nn.Parameter]
     if not inputs:
         return None
     try:
-        with _without_hooks(weights):
+        with no_gradient_hooks(weights):
             found = torch.autograd.grad(
                 loss, inputs, torch.full_like(loss, factor), retain_graph=True, allow_unused=True
             )
@@ -208,16 +208,3 @@ def _dense(slope: Tensor | None) -> Tensor | None:
     if slope is None:
         return None
     return (slope if slope.layout is torch.strided else slope.to_dense()).detach()
-
-
-@contextmanager
-def _without_hooks(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let nobody who watches the parameters' gradients hear of one that is only asked for."""
-    put_aside = [(hooks, dict(hooks)) for each in weights if (hooks := each._backward_hooks)]
-    for hooks, _ in put_aside:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, held in put_aside:
-            hooks.update(held)
