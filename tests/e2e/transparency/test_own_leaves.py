@@ -12,6 +12,7 @@ from tests.e2e.support import assert_same_run, train
 from tests.grids import all_slow_but
 
 from ..modules import STEPS
+from .test_own_parameters import batches
 
 
 class Model(LightningModule):
@@ -166,12 +167,6 @@ class OfTheStep(Model):
         self.note()
 
     def step(self) -> None: ...
-
-
-def batches() -> Any:
-    draw = torch.Generator().manual_seed(0)
-    data = torch.utils.data.TensorDataset(torch.randn(8 * STEPS, 8, generator=draw), torch.arange(8 * STEPS) % 4)
-    return torch.utils.data.DataLoader(data, batch_size=8)
 
 
 STRATEGIES: list[dict[str, Any]] = [
